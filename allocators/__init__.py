@@ -1,0 +1,1 @@
+"""KV-cache allocators: policies (who owns which memory) and stores (the bytes)."""

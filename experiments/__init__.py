@@ -1,0 +1,1 @@
+"""One module per experiment: takes a config, returns tidy frames, draws its figure."""

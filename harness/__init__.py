@@ -1,0 +1,1 @@
+"""Traces, scheduling, execution, clocks, metrics and records."""
