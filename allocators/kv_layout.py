@@ -56,9 +56,7 @@ class KVLayout:
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 
 
-def attention_layout(
-    num_layers: int, num_kv_heads: int, head_size: int, dtype: str = "float16"
-) -> KVLayout:
+def attention_layout(num_layers: int, num_kv_heads: int, head_size: int, dtype: str = "float16") -> KVLayout:
     """Layout of plain attention: MHA and GQA differ in the number of KV heads alone."""
     token_bytes = num_kv_heads * head_size * _DTYPE_BYTES[dtype]
     return KVLayout((LayerGroup(KVKind.FULL, num_layers, 2, token_bytes, dtype),))

@@ -1,7 +1,7 @@
 """The contract of an allocation policy: who owns which slot, block or page-group. Pure bookkeeping, no bytes.
 
 A policy is deterministic and imports no torch: the same object decides in a measured and in a modelled run. What has
-to be done to real memory it says as *actions*, which a store performs (`stores.py`) or a device model prices.
+to be done to real memory it says as *actions*, which a store performs (`store.py`) or a device model prices.
 """
 
 from abc import ABC, abstractmethod
@@ -28,11 +28,11 @@ class Sequence:
 
 
 class Map(NamedTuple):
-    """Map page-group `slab` (one page-group in every tensor of layer group `group`) as the `index`-th of `row`."""
+    """Map page-group `slab` (one page-group in every tensor of layer group `group`) as the `ordinal`-th of `row`."""
 
     group: int
     row: int
-    index: int
+    ordinal: int
     slab: int
 
 
@@ -41,7 +41,7 @@ class Unmap(NamedTuple):
 
     group: int
     row: int
-    index: int
+    ordinal: int
     slab: int
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from kvarena.allocators.policy import Action
-from kvarena.kernels.layout import BatchView, LayerCache
+from kvarena.kernels.view import BatchView, LayerCache
 
 
 class Physical(NamedTuple):

@@ -10,6 +10,7 @@ Bytes that no sequence owns are `stranded` (enough in sum for the request at the
 to it for their shape), `free`, or `remainder` (they form no whole unit). The nine sum to the pool, always.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -43,9 +44,7 @@ class Usage(NamedTuple):
 LEAVES: tuple[str, ...] = Usage._fields[:9]
 
 
-def extent_usage(
-    length: int, final: int, bound: int, unit_end: int, capacity: int
-) -> tuple[int, int, int, int, int]:
+def extent_usage(length: int, final: int, bound: int, unit_end: int, capacity: int) -> tuple[int, int, int, int, int]:
     """Split an extent of `capacity` positions (or bytes) into live, reserved, over_estimate, rounding, retained.
 
     `unit_end` is where the unit that covers max(final, bound) ends. All five arguments count from the start of
@@ -54,7 +53,7 @@ def extent_usage(
     marks = [0]
     for mark in (length, final, bound, unit_end, capacity):
         marks.append(max(marks[-1], min(mark, capacity)))
-    live, reserved, over_estimate, rounding, retained = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    live, reserved, over_estimate, rounding, retained = (b - a for a, b in pairwise(marks))
     return live, reserved, over_estimate, rounding, retained
 
 

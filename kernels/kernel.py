@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvarena.kernels.layout import BatchView, LayerCache, Layout
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.view import BatchView, LayerCache
 
 
 @dataclass(frozen=True, slots=True)
