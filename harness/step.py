@@ -1,0 +1,79 @@
+"""The plan of one iteration, and the contract of an executor: who runs it, and how long it took.
+
+Prefill and decode tokens are mixed in one iteration. Every decode writes exactly one position, `request.computed`,
+and yields one token; a prefill chunk writes `tokens` positions from `start` on, and yields a token if it reaches
+the request's last known one.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvarena.allocators.policy import Action
+from kvarena.harness.request import Request
+
+
+class PrefillChunk(NamedTuple):
+    """Positions [start, start + tokens) of a request's known tokens."""
+
+    request: Request
+    start: int
+    tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the last known token, so that the step yields a new one."""
+        return self.start + self.tokens >= self.request.known_tokens
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One iteration, as the scheduler decided it; memory has been given, `request.computed` not yet advanced.
+
+    `steps` > 1 stands for that many identical decode steps in a row. Only a modelled clock is ever handed one.
+    """
+
+    decodes: list[Request] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)  # to be recomputed; own no memory any more
+    swapped_out: list[Request] = field(default_factory=list)  # actions hold the block copies
+    swapped_in: list[Request] = field(default_factory=list)  # each of them decodes in this step
+    actions: list[Action] = field(default_factory=list)  # before the forward pass, in this order
+    ahead: list[Action] = field(default_factory=list)  # beside the forward pass, for the next iteration
+    steps: int = 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return not self.decodes and not self.prefills
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the step only decodes: no prompt, no preemption, nothing to copy, swap or map."""
+        return not (
+            self.prefills or self.preempted or self.swapped_out or self.swapped_in or self.actions or self.ahead
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed to the model in one step."""
+        return len(self.decodes) + sum(chunk.tokens for chunk in self.prefills)
+
+
+class StepTime(NamedTuple):
+    """How long a plan took. In a stretch of steps each takes `slope_ps` longer than the one before."""
+
+    duration_ps: int  # of all `plan.steps` steps together
+    stall_ps: int = 0  # of it, waiting for the allocator: copies, swaps, driver calls
+    slope_ps: int = 0
+
+
+class Executor(ABC):
+    """Runs a plan: on real memory with a real model, or as a device model prices it."""
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepTime:
+        """Run the iteration: actions, forward pass (with `plan.ahead` beside it), one token per sequence."""
+
+    def finish(self, request: Request) -> None:  # noqa: B027
+        """Hear that a request has ended and its memory is given back. Does nothing by default."""
