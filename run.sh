@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# The one entry: makes .venv from requirements.lock on first use (again only when the lock changes), then runs.
+set -euo pipefail
+
+self=${BASH_SOURCE[0]}
+[[ -L $self ]] && self=$(readlink -f -- "$self")
+[[ $self == */* ]] || self=./$self
+root=$(CDPATH='' cd -P -- "${self%/*}" && pwd)
+venv=$root/.venv
+unfinished=$root/.venv.unfinished # exists while .venv is being changed, and after a change that was cut short
+
+say() { printf 'kvarena: %s\n' "$*" >&2; }
+die() { say "$@"; exit 3; }
+
+usage() {
+    printf '%s\n' \
+        "kvarena: how should an LLM server allocate its KV cache, and what does that cost in memory, speed and code?" \
+        "" \
+        "  ./run.sh experiment=NAME [key=value ...]  run an experiment; Hydra's overrides and -m (multirun) pass through" \
+        "  ./run.sh kernels                          print which kernel can read which allocator's memory" \
+        "  ./run.sh test [pytest arguments]          run the tests" \
+        "  ./run.sh lint                             ruff and mypy" \
+        "  ./run.sh lock                             write the lock files anew from what .venv holds" \
+        "  ./run.sh --help                           this text" \
+        "" \
+        "KVARENA_PYTHON=/path/to/python3 uses that interpreter as it is and installs nothing." \
+        "experiment=NAME --help prints every key of that experiment."
+    local file names=
+    for file in "$root"/conf/experiment/*.yaml; do
+        [[ -e $file ]] || continue
+        file=${file##*/}
+        names+=" ${file%.yaml}"
+    done
+    [[ -z $names ]] || printf '\nexperiments:%s\n' "$names"
+}
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() { # prints the first Python >= 3.11 that can make a virtual environment
+    local candidate recent=
+    for candidate in python3 python3.12 python3.11 python3.13 python3.14; do
+        is_recent "$candidate" || continue
+        recent=$candidate
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    [[ -z $recent ]] || die "$recent lacks the modules venv and ensurepip (Debian, Ubuntu: apt install python3-venv)"
+    die "no Python >= 3.11 found on PATH; install one, or name one with KVARENA_PYTHON"
+}
+
+is_current() { # is_current LOCK: whether .venv holds what the lock says
+    [[ -x $venv/bin/python && -f $venv/$1 && $(<"$venv/$1") == "$(<"$root/$1")" ]]
+}
+
+one_at_a_time() { # two first runs at once: the second waits for the first (where there is flock), then finds it done
+    [[ -w $root ]] || die "$root is read-only, so .venv cannot be made; KVARENA_PYTHON names another interpreter"
+    command -v flock >/dev/null || return 0
+    exec 9>>"$root/requirements.lock"
+    flock --nonblock 9 || { say "waiting for another set-up of $venv"; flock 9; }
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    say "making $venv with $python"
+    : >"$unfinished"
+    rm -rf -- "$venv"
+    "$python" -m venv "$venv" || give_up fresh "could not make $venv"
+}
+
+give_up() { # give_up fresh|kept MESSAGE: nothing half-made stays; pip itself rolls back a change to a kept .venv
+    [[ $1 == kept ]] || rm -rf -- "$venv"
+    rm -f -- "$unfinished"
+    die "$2 (messages above). It takes a package index (pip's own settings apply) and some gigabytes of disk." \
+        "The same command tries again."
+}
+
+set_up() { # set_up LOCK: bring .venv up to a lock file
+    is_current "$1" && return
+    one_at_a_time
+    if ! is_current "$1"; then
+        local state=kept
+        if [[ -e $unfinished ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+            state=fresh
+            make_venv
+        fi
+        : >"$unfinished"
+        rm -f -- "$venv/$1"
+        say "installing $1 (the first time takes some minutes)"
+        "$venv/bin/python" -m pip install --no-input --disable-pip-version-check -r "$root/$1" >&2 ||
+            give_up "$state" "could not install $1"
+        cp -- "$root/$1" "$venv/$1"
+        rm -f -- "$unfinished"
+    fi
+    exec 9>&-
+}
+
+lint() {
+    "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m mypy
+}
+
+case ${1:-} in
+    '' | -h | --help) usage; exit 0 ;;
+esac
+
+python=${KVARENA_PYTHON:-}
+if [[ $python ]]; then
+    [[ $python != */* || $python == /* ]] || python=$PWD/$python
+    is_recent "$python" || die "KVARENA_PYTHON=$KVARENA_PYTHON is not a Python >= 3.11 that runs"
+else
+    set_up requirements.lock
+    case $1 in test | lint | lock) set_up requirements-dev.lock ;; esac
+    python=$venv/bin/python
+    PYTHONPATH='' # what lies there could hide what the lock pins
+fi
+
+# .import holds a link to kvarena/ and nothing else. The root itself must not be on sys.path: its folder `kernels`
+# would pass for the distribution of that name, which transformers looks for at import.
+export PYTHONPATH=$root/.import${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # two OpenMP pools (torch's, numba's) that spin stall each other
+
+case $1 in
+    test) shift; cd -- "$root"; exec "$python" -m pytest "$@" ;;
+    lint) cd -- "$root"; lint ;;
+    lock) exec "$python" "$root/.ci/lock.py" ;;
+    *) exec "$python" -m kvarena "$@" ;;
+esac
