@@ -5,6 +5,7 @@ to be done to real memory it says as *actions*, which a store performs (`store.p
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +53,21 @@ class CopyBlock(NamedTuple):
     target: int
 
 
-Action = Map | Unmap | CopyBlock
+class SwapOut(NamedTuple):
+    """Copy a block of every tensor to the CPU pool; `source` is free again."""
+
+    source: int
+    target: int  # a block of the CPU pool
+
+
+class SwapIn(NamedTuple):
+    """Copy a block of every tensor back; `source`, a block of the CPU pool, is free again."""
+
+    source: int
+    target: int
+
+
+Action = Map | Unmap | CopyBlock | SwapOut | SwapIn
 
 
 class IntegrityError(AssertionError):
@@ -106,6 +121,61 @@ class Policy(ABC):
     @abstractmethod
     def check_integrity(self) -> None:
         """Recount everything from scratch. Raises IntegrityError with the sum that does not add up."""
+
+    def tokens_until_growth(self, seq_id: int) -> int:
+        """How many more positions fit into what the sequence owns already. 0 is always a safe answer."""
+        return 0
+
+    @property
+    def free_units(self) -> int | None:
+        """Units (blocks) that any sequence may still take; None where growth does not draw on such a count."""
+        return None
+
+    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+        """How many decode steps in a row, `limit` at most, these sequences can surely take with nothing to decide.
+
+        In each of them every sequence grows by one position and finds memory, at least one unit stays free where
+        `free_units` counts them, and there is no action to perform. The answer may be too small, never too large.
+        """
+        if any(group.window is not None for group in self.kv_layout.groups):
+            return 0  # leaves of a ring that fills up do not change evenly
+        return min([limit, *map(self.tokens_until_growth, seq_ids)])
+
+    def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
+        """Grow every sequence by one position, `steps` times over; the sum of `usage(head)` over these steps.
+
+        For quiet steps only. Here no sequence takes a new unit, so every leaf changes by the same amount each step.
+        """
+        for seq_id in seq_ids:
+            self.grow(seq_id)
+        first = self.usage(head)
+        if steps == 1:
+            return first
+        for seq_id in seq_ids:
+            self.grow(seq_id, steps - 1)
+        last = self.usage(head)
+        return Usage(*[steps * (a + b) // 2 for a, b in zip(first, last, strict=True)])
+
+    @property
+    def can_swap(self) -> bool:
+        """Whether the policy has a CPU pool; without one the next four methods are not called."""
+        return False
+
+    def can_swap_out(self, seq_id: int) -> bool:
+        """Whether the CPU pool has room for all that the sequence owns."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def swap_out(self, seq_id: int) -> None:
+        """Move the sequence to the CPU pool; it is resident no more. The copies come out of `drain`."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def can_swap_in(self, seq_id: int) -> bool:
+        """Whether the sequence fits back, one position more included, with the watermark left."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def swap_in(self, seq_id: int) -> None:
+        """Move the sequence back from the CPU pool. The copies come out of `drain`."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
 
     def look_ahead(self) -> list[Action]:
         """Plan, after scheduling, what the next iteration will need: actions for the background."""
