@@ -1,0 +1,204 @@
+"""The contract of a virtual-memory driver: addresses and physical memory apart, joined page-group by page-group.
+
+    reserve        addresses, with nothing behind them                    cuMemAddressReserve
+    create         page-groups of physical memory, ahead of their use     cuMemCreate
+    map            page-groups to addresses, ready to be read and written cuMemMap, then one cuMemSetAccess for all
+    unmap          the addresses stay reserved, the page-groups created   cuMemUnmap
+    release, free  undo create and reserve                                cuMemRelease, cuMemAddressFree
+
+`Driver` keeps the books and checks every argument; a driver adds six primitives. One page-group may be mapped at
+several addresses (an alias); it is counted once. A driver serves one thread at a time.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import NamedTuple
+
+from kvarena.allocators.sizes import round_up
+from kvarena.errors import UserError
+
+
+class OutOfPhysicalMemory(UserError):
+    """The machine has not the memory asked for. Nothing was created."""
+
+
+class DriverError(RuntimeError):
+    """A driver call failed for a reason that is not the user's to mend; what had been done was undone."""
+
+
+@dataclass(slots=True, eq=False)
+class AddressRange:
+    """A reservation, seen as slots of one page-group each."""
+
+    base: int
+    num_slots: int
+    handles: dict[int, int] = field(default_factory=dict)  # slot -> the page-group mapped there
+
+
+class CallTotals(NamedTuple):
+    """Calls of one kind, or of all."""
+
+    calls: int = 0
+    ns: int = 0
+
+
+class Driver(ABC):
+    """Maps page-groups of one size.
+
+    Arguments that break the contract (an offset out of range, a slot mapped twice, a page-group released while
+    mapped) are bugs of the caller: ValueError, and nothing changes. When a call fails half-way, what it had done is
+    undone before OutOfPhysicalMemory, UserError (a limit of the system) or DriverError is raised.
+    """
+
+    granularity: int  # bytes; a page-group is a multiple of it
+    device: str  # of tensors over the addresses: "cpu" or "cuda"
+
+    def __init__(self, page_group_bytes: int) -> None:
+        if page_group_bytes <= 0 or page_group_bytes % self.granularity:
+            raise UserError(
+                f"page_group={page_group_bytes} bytes: this driver maps multiples of {self.granularity} bytes"
+            )
+        self.page_group_bytes = page_group_bytes
+        self.calls: dict[str, CallTotals] = {}  # by kind
+        self.closed = False
+        self._ranges: dict[int, AddressRange] = {}  # by base
+        self._num_maps: dict[int, int] = {}  # handle -> addresses where it is mapped
+        self._num_mapped = 0  # distinct handles mapped somewhere
+
+    # ---- the contract ------------------------------------------------------------------------------------------
+
+    def reserve(self, num_bytes: int) -> int:
+        """Reserve addresses for `num_bytes`, rounded up to whole page-groups; returns the base address."""
+        num_slots = round_up(num_bytes, self.page_group_bytes) // self.page_group_bytes
+        if num_slots < 1:
+            raise ValueError(f"cannot reserve {num_bytes} bytes")
+        addresses = AddressRange(self._reserve(num_slots * self.page_group_bytes), num_slots)
+        self._ranges[addresses.base] = addresses
+        return addresses.base
+
+    def create(self, count: int) -> list[int]:
+        """Create `count` page-groups, resident from now on; returns their handles, ascending."""
+        if count < 1:
+            raise ValueError(f"cannot create {count} page-groups")
+        handles = self._create(count)
+        self._num_maps.update(dict.fromkeys(handles, 0))
+        return handles
+
+    def map(self, base: int, offset: int, handles: Sequence[int]) -> None:
+        """Map page-groups side by side from `base + offset` (bytes) on: all of them, or none."""
+        addresses, slot = self._locate(base, offset, len(handles))
+        for i, handle in enumerate(handles):
+            if slot + i in addresses.handles:
+                raise ValueError(f"slot {slot + i} of range {base:#x} is mapped already")
+            if handle not in self._num_maps:
+                raise ValueError(f"page-group {handle} does not exist")
+        self._map(addresses, slot, handles)
+        for i, handle in enumerate(handles):
+            addresses.handles[slot + i] = handle
+            self._num_mapped += self._num_maps[handle] == 0
+            self._num_maps[handle] += 1
+
+    def unmap(self, base: int, offset: int, count: int) -> None:
+        """Unmap `count` page-groups that lie side by side from `base + offset` (bytes) on."""
+        addresses, slot = self._locate(base, offset, count)
+        for i in range(slot, slot + count):
+            if i not in addresses.handles:
+                raise ValueError(f"slot {i} of range {base:#x} is not mapped")
+        self._unmap(addresses, slot, count)
+        for i in range(slot, slot + count):
+            handle = addresses.handles.pop(i)
+            self._num_maps[handle] -= 1
+            self._num_mapped -= self._num_maps[handle] == 0
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Give page-groups back to the system. They must be mapped nowhere."""
+        if len(set(handles)) != len(handles):
+            raise ValueError("a page-group cannot be released twice")
+        for handle in handles:
+            if self._num_maps.get(handle) != 0:
+                state = "is still mapped" if handle in self._num_maps else "does not exist"
+                raise ValueError(f"page-group {handle} {state}")
+        self._release(handles)
+        for handle in handles:
+            del self._num_maps[handle]
+
+    def free(self, base: int) -> None:
+        """Give the addresses of a reservation back. Nothing may be mapped there."""
+        addresses, _ = self._locate(base, 0, 0)
+        if addresses.handles:
+            raise ValueError(f"{len(addresses.handles)} page-groups are still mapped in range {base:#x}")
+        self._free(addresses)
+        del self._ranges[base]
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of distinct page-groups that are mapped; an alias counts once."""
+        return self._num_mapped * self.page_group_bytes
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Bytes of page-groups created, but mapped nowhere."""
+        return (len(self._num_maps) - self._num_mapped) * self.page_group_bytes
+
+    @abstractmethod
+    def counted_bytes(self) -> int:
+        """Physical bytes of this driver as the operating system or the device's driver counts them."""
+
+    def totals(self) -> CallTotals:
+        """Calls of all kinds so far."""
+        return CallTotals(sum(c.calls for c in self.calls.values()), sum(c.ns for c in self.calls.values()))
+
+    def close(self) -> None:
+        """Unmap, free and release everything. Closing twice is allowed."""
+        if self.closed:
+            return
+        self.closed = True
+        self._close()
+        self._ranges.clear()
+        self._num_maps.clear()
+        self._num_mapped = 0
+
+    # ---- the primitives: arguments are checked, the books not yet changed --------------------------------------
+
+    @abstractmethod
+    def _reserve(self, num_bytes: int) -> int: ...
+
+    @abstractmethod
+    def _create(self, count: int) -> list[int]: ...
+
+    @abstractmethod
+    def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None: ...
+
+    @abstractmethod
+    def _unmap(self, addresses: AddressRange, slot: int, count: int) -> None: ...
+
+    @abstractmethod
+    def _release(self, handles: Sequence[int]) -> None: ...
+
+    @abstractmethod
+    def _free(self, addresses: AddressRange) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Unmap, free and release everything at once."""
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _locate(self, base: int, offset: int, count: int) -> tuple[AddressRange, int]:
+        """Find the reservation, and the slot at `offset`, checking that `count` slots fit."""
+        if base not in self._ranges:
+            raise ValueError(f"no range is reserved at {base:#x}")
+        slot, misaligned = divmod(offset, self.page_group_bytes)
+        addresses = self._ranges[base]
+        if misaligned or slot < 0 or slot + count > addresses.num_slots:
+            raise ValueError(
+                f"{count} page-groups at offset {offset} lie outside range {base:#x}, or across page-groups"
+            )
+        return addresses, slot
+
+    def _count(self, kind: str, started_ns: int) -> None:
+        """Count one call to the system, begun at `started_ns`."""
+        calls, ns = self.calls.get(kind, (0, 0))
+        self.calls[kind] = CallTotals(calls + 1, ns + perf_counter_ns() - started_ns)

@@ -1,0 +1,165 @@
+"""The host driver: a memfd is physical memory, mmap maps it.
+
+    reserve   mmap(PROT_NONE)            an unmapped page-group faults: SIGSEGV
+    create    fallocate                  the pages are resident, and zero
+    map       mmap(MAP_FIXED)            with MAP_POPULATE: a first touch would cost 10 us per 4 KB page instead
+    unmap     mmap(PROT_NONE) again      before any release: a hole punched under a mapping silently reads as zeros
+    release   fallocate(PUNCH_HOLE)
+
+A handle is the index of a page-group in the memfd, so that a run of ascending handles is one call and one mapping.
+"""
+
+import errno
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter_ns
+
+from kvarena.allocators.sizes import format_bytes
+from kvarena.allocators.vmm import libc
+from kvarena.allocators.vmm.available import available_bytes
+from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, OutOfPhysicalMemory
+from kvarena.allocators.vmm.mappings import PROCESS_MAPPINGS, MappingBudget, count_boundaries
+from kvarena.errors import UserError
+
+_NO_MEMORY = (errno.ENOMEM, errno.ENOSPC)
+
+
+class HostDriver(Driver):
+    """Page-groups of host memory. Needs Linux; says so elsewhere (UserError)."""
+
+    granularity = os.sysconf("SC_PAGE_SIZE")
+    device = "cpu"
+
+    def __init__(self, page_group_bytes: int, mappings: MappingBudget = PROCESS_MAPPINGS) -> None:
+        super().__init__(page_group_bytes)
+        self._mappings = mappings
+        self._next_handle = 0
+        self._fd = _open_memfd()
+        # Runs at close(), or when the last tensor over our addresses is gone; at exit the system does it.
+        self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges, page_group_bytes, mappings)
+        self._give_back.atexit = False
+
+    def counted_bytes(self) -> int:
+        """Blocks of the memfd, not the process's resident size: that counts an alias twice."""
+        return 0 if self.closed else os.fstat(self._fd).st_blocks * 512
+
+    def _reserve(self, num_bytes: int) -> int:
+        self._mappings.take(1)
+        with self._call("reserve"):
+            try:
+                return libc.reserve_addresses(num_bytes)
+            except OSError:
+                self._mappings.take(-1)
+                raise
+
+    def _create(self, count: int) -> list[int]:
+        first, num_bytes = self._next_handle, count * self.page_group_bytes
+        offset = first * self.page_group_bytes
+        if num_bytes > (available := available_bytes()):
+            raise OutOfPhysicalMemory(
+                f"cannot create {format_bytes(num_bytes)} of page-groups: {format_bytes(available)} of memory are free"
+            )
+        with self._call("create"):
+            os.ftruncate(self._fd, offset + num_bytes)
+            try:
+                libc.allocate_file(self._fd, offset, num_bytes)
+            except OSError:
+                os.ftruncate(self._fd, offset)  # drops what had become resident
+                raise
+        self._next_handle += count
+        return list(range(first, first + count))
+
+    def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
+        change = self._boundary_change(addresses, slot, handles)
+        self._mappings.take(change)
+        done = slot
+        try:
+            for handle, count in _ascending_runs(handles):
+                run, done = done, done + count
+                with self._call("map"):
+                    libc.map_file(
+                        self._address(addresses, run),
+                        count * self.page_group_bytes,
+                        self._fd,
+                        handle * self.page_group_bytes,
+                    )
+        except BaseException:
+            # A failed mmap(MAP_FIXED) may have dropped the reservation under it: restore that run as well.
+            libc.reserve_addresses((done - slot) * self.page_group_bytes, self._address(addresses, slot))
+            self._mappings.take(-change)
+            raise
+
+    def _unmap(self, addresses: AddressRange, slot: int, count: int) -> None:
+        change = self._boundary_change(addresses, slot, [None] * count)
+        self._mappings.take(change)
+        with self._call("unmap"):
+            try:
+                libc.reserve_addresses(count * self.page_group_bytes, self._address(addresses, slot))
+            except OSError:
+                self._mappings.take(-change)
+                raise
+
+    def _release(self, handles: Sequence[int]) -> None:
+        for handle, count in _ascending_runs(handles):
+            with self._call("release"):
+                libc.punch_file(self._fd, handle * self.page_group_bytes, count * self.page_group_bytes)
+
+    def _free(self, addresses: AddressRange) -> None:
+        with self._call("free"):
+            libc.unmap_addresses(addresses.base, addresses.num_slots * self.page_group_bytes)
+        self._mappings.take(-1)
+
+    def _close(self) -> None:
+        self._give_back()
+
+    def _address(self, addresses: AddressRange, slot: int) -> int:
+        return addresses.base + slot * self.page_group_bytes
+
+    def _boundary_change(self, addresses: AddressRange, slot: int, handles: Sequence[int | None]) -> int:
+        """Mappings that the kernel gains when slots take these handles; its neighbours may merge with them."""
+        end = slot + len(handles)
+        left = [addresses.handles.get(slot - 1)] if slot else []
+        right = [addresses.handles.get(end)] if end < addresses.num_slots else []
+        before = [addresses.handles.get(i) for i in range(slot, end)]
+        return count_boundaries([*left, *handles, *right]) - count_boundaries([*left, *before, *right])
+
+    @contextmanager
+    def _call(self, kind: str) -> Iterator[None]:
+        """Count and time one system call, and say in our words why it failed."""
+        started_ns = perf_counter_ns()
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_MEMORY:
+                raise OutOfPhysicalMemory(f"{kind}: the system is out of memory or space ({error.strerror})") from error
+            raise DriverError(f"{kind} failed: {error}") from error
+        finally:
+            self._count(kind, started_ns)
+
+
+def _open_memfd() -> int:
+    if not hasattr(os, "memfd_create"):
+        raise UserError(
+            "this platform has no memfd (os.memfd_create), which every allocator takes its memory from: "
+            "measured runs need Linux; clock=modelled runs anywhere"
+        )
+    return os.memfd_create("kvarena")
+
+
+def _ascending_runs(handles: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first handle, count) of every run of consecutive ascending handles."""
+    first = 0
+    for i in range(1, len(handles) + 1):
+        if i == len(handles) or handles[i] != handles[i - 1] + 1:
+            yield handles[first], i - first
+            first = i
+
+
+def _give_back(fd: int, ranges: dict[int, AddressRange], page_group_bytes: int, mappings: MappingBudget) -> None:
+    for addresses in ranges.values():
+        libc.unmap_addresses(addresses.base, addresses.num_slots * page_group_bytes)
+        slots = [addresses.handles.get(slot) for slot in range(addresses.num_slots)]
+        mappings.take(-1 - count_boundaries(slots))
+    os.close(fd)

@@ -1,0 +1,58 @@
+"""The system calls of the host driver. Each raises OSError with its errno, and lets go of the interpreter's lock."""
+
+import ctypes
+import mmap
+import os
+
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_POPULATE = 0x8000
+_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def reserve_addresses(num_bytes: int, address: int | None = None) -> int:
+    """Reserve addresses that fault when touched; at `address`, in place of whatever is mapped there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if address is not None else 0)
+    return _mmap(address, num_bytes, 0, flags, -1, 0)
+
+
+def map_file(address: int, num_bytes: int, fd: int, offset: int) -> None:
+    """Map a run of a file over reserved addresses, its page tables filled in: no fault is left for the first touch."""
+    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
+    _mmap(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+
+
+def unmap_addresses(address: int, num_bytes: int) -> None:
+    """Give addresses back, with whatever is mapped there."""
+    if _libc.munmap(address, num_bytes):
+        raise _error("munmap")
+
+
+def allocate_file(fd: int, offset: int, num_bytes: int) -> None:
+    """Make a run of a file resident, zeroed."""
+    os.posix_fallocate(fd, offset, num_bytes)
+
+
+def punch_file(fd: int, offset: int, num_bytes: int) -> None:
+    """Give the memory behind a run of a file back."""
+    off_t = ctypes.c_long
+    if _libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, off_t(offset), off_t(num_bytes)):
+        raise _error("fallocate(PUNCH_HOLE)")
+
+
+def _mmap(address: int | None, num_bytes: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    result = _libc.mmap(address, num_bytes, protection, flags, fd, offset)
+    if result is None or result == _FAILED:
+        raise _error("mmap")
+    return int(result)
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
