@@ -1,0 +1,143 @@
+"""FasterTransformer's padded batches, as the PagedAttention paper runs them (section 6.1, and its artifact).
+
+Up to `batch_size` requests run to the end together. Every row is as wide as the longest prompt and the longest output
+of the batch, so what a shorter request does not fill is padding:
+
+    row 0   ....PPPPPPOOOO......        P prompt, O output, . padding
+    row 1   PPPPPPPPPPOOO.......        width = longest prompt + longest output
+    row 2   .......PPPOOOOOOOOOO
+
+The batch is open until it first grows or loses a row, and is given back as a whole.
+"""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.ledger import Extent, Ledger, resident_bytes
+from kvarena.allocators.policy import IntegrityError, Policy, Sequence
+from kvarena.allocators.usage import Usage
+from kvarena.errors import UserError
+from kvarena.kernels.layout import Layout
+
+
+@dataclass
+class FasterTransformerConfig:
+    """conf/allocator/fastertransformer.yaml."""
+
+    name: str = "fastertransformer"
+    batch_size: int = 5  # rows
+    max_padded_tokens: int = 2040  # widest row that a further request may cause
+
+
+class FasterTransformerPolicy(Policy):
+    """Rows of one padded batch, which lie one after the other from the start of the pool."""
+
+    name = "fastertransformer"
+    memory_layout = Layout.CONTIGUOUS
+    row_tokens = 1  # tokens from one row index to the next: rows overlap
+
+    def __init__(
+        self,
+        kv_layout: KVLayout,
+        pool_bytes: int,
+        *,
+        max_tokens: int,
+        batch_size: int = 5,
+        max_padded_tokens: int = 2040,
+    ) -> None:
+        """Raises UserError where the batch size is not positive."""
+        if batch_size < 1:
+            raise UserError(f"allocator.batch_size: {batch_size} is not positive")
+        self.kv_layout = kv_layout
+        self.pool_bytes = pool_bytes
+        self.max_tokens = max_tokens
+        self._batch_size = batch_size
+        self._max_padded_tokens = max_padded_tokens
+        self._bytes_of = resident_bytes(kv_layout)
+        self._books = Ledger(self._bytes_of)
+        self._start_batch()
+
+    def _start_batch(self) -> None:
+        self._open = True
+        self._rows: dict[int, int] = {}  # seq_id -> its row's ordinal, those that have left included
+        self._prompt = self._output = 0  # the longest of the batch, tokens
+
+    @property
+    def width(self) -> int:
+        """Tokens of every row of the batch."""
+        return self._prompt + self._output
+
+    def fits_pool(self, seq: Sequence) -> bool:
+        """Whether it fits the context and, as a batch of one, the pool."""
+        return seq.final_tokens <= self.max_tokens and self._bytes_of(seq.final_tokens) <= self.pool_bytes
+
+    def can_admit(self, seq: Sequence, tokens: int) -> bool:
+        """Whether the batch is open, has a row left, and would be neither too wide nor too large."""
+        if not self._open or len(self._rows) == self._batch_size or tokens > seq.final_tokens:
+            return False
+        width = max(self._prompt, seq.prompt_tokens) + max(self._output, seq.output_tokens)
+        return (not self._rows or width <= self._max_padded_tokens) and (
+            (len(self._rows) + 1) * self._bytes_of(width) <= self.pool_bytes
+        )
+
+    def admit(self, seq: Sequence, tokens: int) -> bool:
+        """Add a row to the batch; all rows become as wide as this one needs."""
+        if seq.seq_id in self._books.extents:
+            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        if not self.can_admit(seq, tokens):
+            return False
+        self._prompt = max(self._prompt, seq.prompt_tokens)
+        self._output = max(self._output, seq.output_tokens)
+        self._books.widen(self.width)
+        self._rows[seq.seq_id] = len(self._rows)
+        self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
+        return True
+
+    def tokens_until_growth(self, seq_id: int) -> int:
+        """Tokens left in the row, which never gets wider once it has grown."""
+        extent = self._books.extents[seq_id]
+        return extent.capacity - extent.length
+
+    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Whether the row is wide enough."""
+        return tokens <= self.tokens_until_growth(seq_id)
+
+    def grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Fill `tokens` more positions of the row. From now on nobody joins the batch."""
+        grown = self._books.grow(seq_id, tokens)
+        self._open = self._open and not grown
+        return grown
+
+    def release(self, seq_id: int) -> None:
+        """Leave the batch. Its memory stays attached until the last row has left."""
+        self._books.remove(seq_id)
+        self._open = False
+        if not self._books.extents:
+            self._start_batch()
+
+    def length(self, seq_id: int) -> int:
+        """Positions that the sequence has been given."""
+        return self._books.extents[seq_id].length
+
+    def row(self, seq_id: int) -> int:
+        """First token of a sequence's row. Known once the batch is closed."""
+        self._books.extents[seq_id]  # raises KeyError for one that has left
+        return self._rows[seq_id] * self.width
+
+    def usage(self, head: Sequence | None = None) -> Usage:
+        """Every byte in one leaf: padding is rounding, rows that have left are deferred."""
+        live, reserved, over_estimate, rounding = self._books.leaves()
+        batch_bytes = len(self._rows) * self._bytes_of(self.width)
+        deferred = batch_bytes - self._books.capacity_bytes
+        free = self.pool_bytes - batch_bytes
+        return Usage(live, 0, reserved, over_estimate, rounding, deferred, 0, free, 0, deferred=deferred)
+
+    def check_integrity(self) -> None:
+        """Recount the leaves, and that the batch keeps its limits."""
+        self._books.check_integrity()
+        if any(extent.capacity != self.width for extent in self._books.extents.values()):
+            raise IntegrityError(f"rows are not all {self.width} tokens wide: {self._books.extents}")
+        if not self._books.extents.keys() <= self._rows.keys() or len(self._rows) > self._batch_size:
+            raise IntegrityError(f"rows of {list(self._rows)}, extents of {list(self._books.extents)}")
+        if (usage := self.usage()).pool != self.pool_bytes or min(usage.leaves) < 0:
+            raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

@@ -1,0 +1,113 @@
+"""The books of policies that give a sequence one extent of memory: how much of it is live, reserved, and so on.
+
+Each extent has four marks along it (drawn in `usage.py`): length, final, bound, capacity. The ledger keeps the sum of
+each mark over all extents, in bytes, so that the leaves are differences of four integers, whatever the batch. Growing
+moves one mark of one extent: k tokens at once cost what one costs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.policy import IntegrityError
+from kvarena.allocators.usage import extent_usage
+
+Leaves = tuple[int, int, int, int]  # live, reserved, over_estimate, rounding
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """One sequence's extent; its marks in tokens from its start."""
+
+    length: int
+    final: int
+    bound: int
+    capacity: int
+
+
+def resident_bytes(kv_layout: KVLayout) -> Callable[[int], int]:
+    """Bytes of the K/V of a sequence as a function of its length; a window bends it."""
+    if any(group.window is not None for group in kv_layout.groups):
+        return kv_layout.resident_bytes
+    token_bytes = kv_layout.token_bytes
+    return lambda length: length * token_bytes
+
+
+class Ledger:
+    """Extents by sequence id, and the sums of their marks."""
+
+    def __init__(self, bytes_of: Callable[[int], int]) -> None:
+        self.extents: dict[int, Extent] = {}
+        self._bytes_of = bytes_of  # bytes of the first n positions of an extent
+        self._live = self._final = self._bound = self._capacity = 0  # sums of marks, in bytes
+
+    def add(self, seq_id: int, extent: Extent) -> None:
+        """Book a sequence's extent. Raises ValueError where it has one."""
+        if seq_id in self.extents:
+            raise ValueError(f"sequence {seq_id} is resident already")
+        self.extents[seq_id] = extent
+        self._count(extent, 1)
+
+    def remove(self, seq_id: int) -> None:
+        """Strike out a sequence's extent."""
+        self._count(self.extents.pop(seq_id), -1)
+
+    def grow(self, seq_id: int, tokens: int) -> bool:
+        """Move a sequence's length. False, and nothing happens, where it would pass the capacity."""
+        extent = self.extents[seq_id]
+        length = extent.length + tokens
+        if length > extent.capacity:
+            return False
+        if length <= extent.final:
+            self._live += self._bytes_of(length) - self._bytes_of(extent.length)
+            extent.length = length
+        else:  # it pushes the other marks along
+            self._count(extent, -1)
+            extent.length = length
+            self._count(extent, 1)
+        return True
+
+    def widen(self, capacity: int) -> None:
+        """Move the capacity of every extent, as a longer row joining a padded batch does."""
+        for extent in self.extents.values():
+            self._count(extent, -1)
+            extent.capacity = capacity
+            self._count(extent, 1)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all extents."""
+        return self._capacity
+
+    def leaves(self) -> Leaves:
+        """Bytes of all extents as live, reserved, over_estimate, rounding."""
+        live, final, bound = self._live, self._final, self._bound
+        return live, final - live, bound - final, self._capacity - bound
+
+    def _count(self, extent: Extent, sign: int) -> None:
+        live, final, bound, capacity = map(self._bytes_of, self._marks(extent))
+        self._live += sign * live
+        self._final += sign * final
+        self._bound += sign * bound
+        self._capacity += sign * capacity
+
+    @staticmethod
+    def _marks(extent: Extent) -> tuple[int, ...]:
+        """The four marks, none behind the one before it, none past the capacity."""
+        capacity = extent.capacity
+        return tuple(
+            accumulate((extent.length, min(extent.final, capacity), min(extent.bound, capacity), capacity), max)
+        )
+
+    def check_integrity(self) -> None:
+        """Recount the leaves from the extents. Raises IntegrityError where they differ from the sums kept."""
+        recounted = [0, 0, 0, 0]
+        for extent in self.extents.values():
+            marks = (extent.length, extent.final, extent.bound, extent.capacity, extent.capacity)
+            split = extent_usage(*map(self._bytes_of, marks))
+            recounted = [total + part for total, part in zip(recounted, split, strict=False)]
+        if tuple(recounted) != self.leaves():
+            raise IntegrityError(
+                f"live, reserved, over_estimate, rounding: {self.leaves()} kept, {recounted} recounted"
+            )

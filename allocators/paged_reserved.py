@@ -1,0 +1,58 @@
+"""Blocks that need not lie together, but all reserved on admission: paging without growth.
+
+No paper has it. Beside `contiguous` it shows what contiguity costs; beside `paged`, what reserving ahead costs.
+"""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.block_size import checked_block_size
+from kvarena.allocators.estimate import estimator
+from kvarena.allocators.free_list import FreeList
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.policy import Sequence
+from kvarena.allocators.reservation import ReservingPolicy
+from kvarena.kernels.layout import Layout
+
+
+@dataclass
+class PagedReservedConfig:
+    """conf/allocator/paged_reserved.yaml."""
+
+    name: str = "paged_reserved"
+    estimate: str = "oracle"  # max | pow2 | oracle
+    block_size: int = 16  # tokens
+
+
+class PagedReservedPolicy(ReservingPolicy[list[int]]):
+    """Any free blocks that cover the estimate."""
+
+    name = "paged_reserved"
+    memory_layout = Layout.PAGED
+
+    def __init__(
+        self,
+        kv_layout: KVLayout,
+        pool_bytes: int,
+        *,
+        max_tokens: int,
+        estimate: str = "oracle",
+        block_size: int = 16,
+    ) -> None:
+        self.block_size = checked_block_size(block_size)
+        self._bound_of = estimator(estimate, max_tokens)
+        super().__init__(
+            kv_layout,
+            pool_bytes,
+            max_tokens=max_tokens,
+            unit_tokens=block_size,
+            bytes_of=lambda tokens: tokens * kv_layout.token_bytes,
+            make_arena=FreeList,
+        )
+        self.num_blocks = self._arena.num_units
+
+    def _bound(self, seq: Sequence) -> int:
+        return self._bound_of(seq)
+
+    def block_table(self, seq_id: int) -> list[int]:
+        """Blocks of a sequence, in the order of its positions. Not to be changed."""
+        return self._places[seq_id]

@@ -1,0 +1,129 @@
+"""What all reserving allocators share: a sequence gets, on admission, all the memory it may ever use.
+
+They differ in three things, and each is one file's: how much is promised (`_bound`), in units of what, and how the
+units must lie (the arena).
+
+    policy           promised          unit        units must be
+    static           max_tokens        a row       -
+    orca             an estimate       a block     a power of two, one after the other
+    contiguous       an estimate       a token     one after the other
+    paged_reserved   an estimate       a block     -
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Generic
+
+from kvarena.allocators.arena import Arena, Place
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.ledger import Extent, Ledger
+from kvarena.allocators.policy import IntegrityError, Policy, Sequence
+from kvarena.allocators.usage import Usage
+from kvarena.errors import UserError
+
+
+class ReservingPolicy(Policy, Generic[Place]):
+    """Admission takes a run of units from an arena; growth only fills it; release gives it back."""
+
+    def __init__(
+        self,
+        kv_layout: KVLayout,
+        pool_bytes: int,
+        *,
+        max_tokens: int,
+        unit_tokens: int,
+        bytes_of: Callable[[int], int],
+        make_arena: Callable[[int], Arena[Place]],
+    ) -> None:
+        """`bytes_of(n)` is the bytes of n positions that lie together; `make_arena(n)` an arena of n units."""
+        self.kv_layout = kv_layout
+        self.pool_bytes = pool_bytes
+        self.max_tokens = max_tokens
+        self._unit_tokens = unit_tokens
+        self._unit_bytes = bytes_of(unit_tokens)
+        num_units = pool_bytes // self._unit_bytes
+        if num_units < 1:
+            raise UserError(
+                f"allocator {self.name}: a pool of {pool_bytes} bytes does not hold one unit of {unit_tokens} tokens, "
+                f"which takes {self._unit_bytes} bytes"
+            )
+        self._arena = make_arena(num_units)
+        self._places: dict[int, Place] = {}
+        self._books = Ledger(bytes_of)
+
+    @abstractmethod
+    def _bound(self, seq: Sequence) -> int:
+        """Tokens promised to a sequence."""
+
+    def _units(self, seq: Sequence) -> int:
+        """Units that cover the bound."""
+        return -(-self._bound(seq) // self._unit_tokens)
+
+    def fits_pool(self, seq: Sequence) -> bool:
+        """Whether the sequence fits its reservation, and the reservation an empty pool."""
+        return seq.final_tokens <= self.max_tokens and self._units(seq) <= self._arena.max_units
+
+    def can_admit(self, seq: Sequence, tokens: int) -> bool:
+        """Whether the whole reservation can be placed now."""
+        units = self._units(seq)
+        return tokens <= units * self._unit_tokens and self._arena.fits(units)
+
+    def admit(self, seq: Sequence, tokens: int) -> bool:
+        """Reserve for the sequence's whole life, and give it the first `tokens` positions."""
+        if seq.seq_id in self._places:
+            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        if not self.can_admit(seq, tokens):
+            return False
+        units = self._units(seq)
+        self._places[seq.seq_id] = self._arena.take(units)
+        extent = Extent(tokens, seq.final_tokens, self._bound(seq), units * self._unit_tokens)
+        self._books.add(seq.seq_id, extent)
+        return True
+
+    def tokens_until_growth(self, seq_id: int) -> int:
+        """Tokens left in the reservation, which never gets another unit."""
+        extent = self._books.extents[seq_id]
+        return extent.capacity - extent.length
+
+    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Whether the reservation has room."""
+        return tokens <= self.tokens_until_growth(seq_id)
+
+    def grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Fill `tokens` more positions of the reservation."""
+        return self._books.grow(seq_id, tokens)
+
+    def release(self, seq_id: int) -> None:
+        """Give the reservation back."""
+        self._books.remove(seq_id)
+        self._arena.give(self._places.pop(seq_id))
+
+    def length(self, seq_id: int) -> int:
+        """Positions that the sequence has been given."""
+        return self._books.extents[seq_id].length
+
+    def usage(self, head: Sequence | None = None) -> Usage:
+        """Every byte in one leaf. Free units are stranded where they sum to the head's promise, and yet do not hold it:
+        for lying apart, or for a power of two.
+        """
+        live, reserved, over_estimate, rounding = self._books.leaves()
+        arena = self._arena
+        unattached = arena.free_units * self._unit_bytes
+        remainder = self.pool_bytes - arena.num_units * self._unit_bytes
+        if head is not None and self._strands(head):
+            return Usage(live, 0, reserved, over_estimate, rounding, 0, unattached, 0, remainder)
+        return Usage(live, 0, reserved, over_estimate, rounding, 0, 0, unattached, remainder)
+
+    def _strands(self, head: Sequence) -> bool:
+        """Whether the head of the line is refused for shape alone."""
+        enough = self._bound(head) <= self._arena.free_units * self._unit_tokens
+        return enough and not self._arena.fits(self._units(head))
+
+    def check_integrity(self) -> None:
+        """Recount arena, places and leaves."""
+        self._arena.check_integrity(self._places.values())
+        self._books.check_integrity()
+        if self._places.keys() != self._books.extents.keys():
+            raise IntegrityError(f"places of {sorted(self._places)}, extents of {sorted(self._books.extents)}")
+        if (usage := self.usage()).pool != self.pool_bytes:
+            raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")
