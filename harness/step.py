@@ -40,6 +40,7 @@ class StepPlan:
     swapped_in: list[Request] = field(default_factory=list)  # each of them decodes in this step
     actions: list[Action] = field(default_factory=list)  # before the forward pass, in this order
     ahead: list[Action] = field(default_factory=list)  # beside the forward pass, for the next iteration
+    padding: int = 0  # tokens fed beside the prompts, to make the rows of a batch equally long
     steps: int = 1
 
     @property
@@ -57,7 +58,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens fed to the model in one step."""
-        return len(self.decodes) + sum(chunk.tokens for chunk in self.prefills)
+        return len(self.decodes) + sum(chunk.tokens for chunk in self.prefills) + self.padding
 
 
 class StepTime(NamedTuple):

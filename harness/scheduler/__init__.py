@@ -1,0 +1,1 @@
+"""Who runs in the next iteration: one file per scheduling policy."""

@@ -1,0 +1,63 @@
+"""Iteration-level batching (Orca, OSDI'22): whole prompts join the running decodes, within limits of the batch."""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.policy import Policy
+from kvarena.errors import UserError
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.scheduler.scheduler import Scheduler
+from kvarena.harness.step import PrefillChunk, StepPlan
+
+
+@dataclass
+class BatchLimits:
+    """What bounds an iteration."""
+
+    token_budget: int | None = None  # tokens of a step, prompts and decodes; None: max(2560, model context)
+    max_seqs: int = 2048
+
+
+def token_budget(limits: BatchLimits, max_tokens: int) -> int:
+    """The budget, resolved. Raises UserError where a limit is below 1."""
+    budget = max(2560, max_tokens) if limits.token_budget is None else limits.token_budget
+    for key, value in (("token_budget", budget), ("max_seqs", limits.max_seqs)):
+        if value < 1:
+            raise UserError(f"scheduler.{key}={value}: must be at least 1")
+    return budget
+
+
+class ContinuousScheduler(Scheduler):
+    """Admits from the head of the line until one does not fit; prompts are never cut."""
+
+    def __init__(self, policy: Policy, limits: BatchLimits, max_tokens: int) -> None:
+        super().__init__(policy, max_tokens)
+        self.token_budget = token_budget(limits, max_tokens)
+        self.max_seqs = limits.max_seqs
+
+    def refusal(self, request: Request) -> str:
+        """As of every scheduler; and whatever would have to be prefilled at once must fit the token budget."""
+        tokens = self._longest_prefill(request)
+        if tokens > self.token_budget:
+            return (
+                f"request {request.seq_id}: {tokens} tokens to prefill in one step exceed the token budget "
+                f"of {self.token_budget}"
+            )
+        return super().refusal(request)
+
+    def _longest_prefill(self, request: Request) -> int:
+        """The most tokens that one prefill of the request may have to take."""
+        return request.prompt_tokens
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Admit in order of arrival, and stop at the first who does not fit."""
+        budget = self.token_budget - len(plan.decodes)
+        while self.waiting:
+            head = self.waiting[0]
+            tokens = head.known_tokens
+            if tokens > budget or len(self.running) >= self.max_seqs or not self.policy.admit(head, tokens):
+                return
+            budget -= tokens
+            self.waiting.popleft()
+            head.state = RequestState.RUNNING
+            self.running.append(head)
+            plan.prefills.append(PrefillChunk(head, 0, tokens))

@@ -1,0 +1,55 @@
+"""Batches that run to the end, as PagedAttention's evaluation drives FasterTransformer (section 6.1, and its artifact).
+
+The earliest requests are padded to the longest prompt among them and decode for as long as the longest output; all
+finish together. How many fit is the allocator's rule (allocators/fastertransformer.py).
+"""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.policy import Policy
+from kvarena.errors import UserError
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.scheduler.scheduler import Scheduler
+from kvarena.harness.step import PrefillChunk, StepPlan
+
+
+@dataclass
+class FasterTransformerConfig:
+    """conf/scheduler/fastertransformer.yaml."""
+
+    name: str = "fastertransformer"
+
+
+class FasterTransformerScheduler(Scheduler):
+    """One padded batch at a time; a row whose own output is done decodes on until the batch ends."""
+
+    def __init__(self, policy: Policy, config: FasterTransformerConfig, max_tokens: int) -> None:
+        super().__init__(policy, max_tokens)
+
+    def _fill(self, plan: StepPlan) -> None:
+        if not self.running:
+            self._start_batch(plan)
+            return
+        for request in self.running:
+            if not self.policy.grow(request.seq_id):
+                raise UserError(
+                    f"scheduler=fastertransformer: {self.policy.name} does not pad rows to the end of a batch"
+                )
+        plan.decodes = list(self.running)
+
+    def _start_batch(self, plan: StepPlan) -> None:
+        while self.waiting and self.policy.admit(self.waiting[0], self.waiting[0].prompt_tokens):
+            request = self.waiting.popleft()
+            request.state = RequestState.RUNNING
+            self.running.append(request)
+            plan.prefills.append(PrefillChunk(request, 0, request.prompt_tokens))
+        longest = max((r.prompt_tokens for r in self.running), default=0)
+        plan.padding = sum(longest - r.prompt_tokens for r in self.running)
+
+    def _steps_left(self, requests: list[Request]) -> int:
+        return max(r.output_tokens - r.generated for r in requests)
+
+    def _retire(self, done: list[Request], now_ps: int) -> None:
+        """Nobody leaves before the last row is done."""
+        batch_ends = len(done) == len(self.running)
+        super()._retire(done if batch_ends else [], now_ps)

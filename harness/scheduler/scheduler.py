@@ -1,0 +1,124 @@
+"""What every scheduling policy shares: the queues, refusal at arrival, the end of a step, and quiet stretches.
+
+    submit --> waiting --(admitted)--> running --(last token)--> finished
+       |          ^                       |
+       v          +----(preempted)--------+
+    refused
+
+First come, first served: `running` and `waiting` are sorted by arrival, and whoever runs arrived before all who wait.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.usage import Usage
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.step import StepPlan
+
+
+class Scheduler(ABC):
+    """Decides, step by step, who runs. Talks to memory through the policy alone."""
+
+    def __init__(self, policy: Policy, max_tokens: int) -> None:
+        self.policy = policy
+        self.max_tokens = max_tokens  # the model's context
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.finished: list[Request] = []  # by the step just completed
+
+    @abstractmethod
+    def _fill(self, plan: StepPlan) -> None:
+        """Decide one iteration: take memory for every position that it writes."""
+
+    def refusal(self, request: Request) -> str:
+        """Why a request could never run; empty where it could."""
+        if request.final_tokens > self.max_tokens:
+            return (
+                f"request {request.seq_id}: prompt {request.prompt_tokens} + output {request.output_tokens} tokens "
+                f"exceed the context of {self.max_tokens}"
+            )
+        if not self.policy.fits_pool(request):
+            return (
+                f"request {request.seq_id}: {request.final_tokens} tokens can never fit {self.policy.name}'s pool "
+                f"of {self.policy.pool_bytes} bytes"
+            )
+        return ""
+
+    def submit(self, request: Request) -> None:
+        """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one."""
+        request.refusal = self.refusal(request)
+        if request.refusal:
+            request.state = RequestState.REFUSED
+        else:
+            self.waiting.append(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anyone runs or waits."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def head(self) -> Request | None:
+        """The request at the head of the line."""
+        return self.waiting[0] if self.waiting else None
+
+    def schedule(self, now_ps: int) -> StepPlan:
+        """Decide the iteration that starts now."""
+        plan = StepPlan()
+        self._fill(plan)
+        plan.actions = self.policy.drain()
+        plan.ahead = self.policy.look_ahead()
+        for chunk in plan.prefills:
+            if chunk.request.scheduled_ps is None:
+                chunk.request.scheduled_ps = now_ps
+        return plan
+
+    def quiet_steps(self, plan: StepPlan) -> int:
+        """How many more steps like `plan` are sure to follow it, as long as nobody arrives at an empty line.
+
+        After a step that only decoded, whoever waits was refused. Memory and room in the batch only shrink until
+        someone finishes, so the refusal stands, and the next step decodes the same requests.
+        """
+        if not plan.is_steady:
+            return 0
+        steps = self._steps_left(plan.decodes) - plan.steps
+        return self.policy.quiet_steps([r.seq_id for r in plan.decodes], steps) if steps > 0 else 0
+
+    def _steps_left(self, requests: list[Request]) -> int:
+        """Steps until the first of these decoding requests has its last token."""
+        return min([r.output_tokens - r.generated for r in requests])
+
+    def stretch(self, plan: StepPlan, steps: int) -> Usage:
+        """Add so many quiet steps to the plan. Returns the policy's usage, summed over them."""
+        plan.steps += steps
+        return self.policy.advance([r.seq_id for r in plan.decodes], steps, self.head)
+
+    def complete(self, plan: StepPlan, now_ps: int) -> None:
+        """Book what a plan that ends now has computed; whoever has its last token leaves."""
+        steps = plan.steps
+        done = []
+        for request in plan.decodes:
+            request.computed += steps
+            request.generated += steps
+            if request.generated >= request.output_tokens:
+                done.append(request)
+        for chunk in plan.prefills:
+            request, is_last = chunk.request, chunk.is_last
+            request.computed += chunk.tokens
+            if is_last:
+                request.generated += 1
+                if request.first_token_ps is None:
+                    request.first_token_ps = now_ps
+                if request.generated >= request.output_tokens:
+                    done.append(request)
+        self._retire(done, now_ps)
+
+    def _retire(self, done: list[Request], now_ps: int) -> None:
+        self.finished = done
+        for request in done:
+            request.finish_ps = now_ps
+            request.state = RequestState.FINISHED
+            self.policy.release(request.seq_id)
+        if done:
+            self.running = [r for r in self.running if r.state is RequestState.RUNNING]

@@ -1,0 +1,105 @@
+"""vLLM's scheduler of 2023 (PagedAttention section 4.5): grow until memory runs out, then preempt the latest."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvarena.allocators.policy import Policy
+from kvarena.errors import UserError
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.scheduler.continuous import BatchLimits, ContinuousScheduler
+from kvarena.harness.step import StepPlan
+
+PREEMPTIONS = ("auto", "recompute", "swap")
+
+
+@dataclass
+class VllmConfig(BatchLimits):
+    """conf/scheduler/vllm.yaml."""
+
+    name: str = "vllm"
+    preemption: str = "auto"  # auto: recompute a request of one sequence, swap one of several
+
+
+class VllmScheduler(ContinuousScheduler):
+    """First come, first served; preempts the latest arrival, all of it or nothing.
+
+    Swapped requests come back strictly before anyone waiting is admitted, and nobody is admitted in a step that
+    preempted: a victim for recomputation stands at the head of the line again.
+    """
+
+    def __init__(self, policy: Policy, config: VllmConfig, max_tokens: int) -> None:
+        super().__init__(policy, config, max_tokens)
+        if config.preemption not in PREEMPTIONS:
+            raise UserError(f"scheduler.preemption={config.preemption}: is none of {', '.join(PREEMPTIONS)}")
+        if config.preemption == "swap" and not policy.can_swap:
+            raise UserError(
+                f"scheduler.preemption=swap: {policy.name} has no CPU pool (allocator.swap_bytes > 0 gives one)"
+            )
+        self.swapped: deque[Request] = deque()
+        self._swaps = config.preemption == "swap"  # every request is one sequence: auto means recompute
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anyone runs, waits or is swapped out."""
+        return bool(self.running or self.waiting or self.swapped)
+
+    def _longest_prefill(self, request: Request) -> int:
+        """A victim is recomputed with all its output but the last token."""
+        return request.prompt_tokens if self._swaps else request.final_tokens - 1
+
+    def _fill(self, plan: StepPlan) -> None:
+        self._decode(plan)
+        if not plan.swapped_out:
+            self._swap_in(plan)
+        plan.decodes = list(self.running)
+        if not self.swapped and not plan.preempted:
+            self._admit(plan)
+
+    def _decode(self, plan: StepPlan) -> None:
+        """Give each running request its next position, in order of arrival; preempt the latest while one has none."""
+        ids = [r.seq_id for r in self.running]
+        if self.policy.quiet_steps(ids, 1):  # enough for all: no need to ask one by one
+            self.policy.advance(ids, 1)
+            return
+        pending, self.running = deque(self.running), []
+        while pending:
+            request = pending.popleft()
+            while not self._grow(request):
+                victim = pending.pop() if pending else request
+                self._preempt(victim, plan)
+                if victim is request:
+                    break
+            else:
+                self.running.append(request)
+
+    def _grow(self, request: Request) -> bool:
+        """vLLM asks for a free block per sequence even where the last block has room."""
+        return self.policy.free_units != 0 and self.policy.grow(request.seq_id)
+
+    def _preempt(self, victim: Request, plan: StepPlan) -> None:
+        """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""
+        victim.num_preemptions += 1
+        if self._swaps and self.policy.can_swap_out(victim.seq_id):
+            self.policy.swap_out(victim.seq_id)
+            victim.state = RequestState.SWAPPED
+            self.swapped.appendleft(victim)
+            plan.swapped_out.append(victim)
+        else:
+            self.policy.release(victim.seq_id)
+            victim.state = RequestState.WAITING
+            victim.computed = 0
+            self.waiting.appendleft(victim)
+            plan.preempted.append(victim)
+
+    def _swap_in(self, plan: StepPlan) -> None:
+        """Bring back whoever fits, in order of arrival; they decode at once."""
+        while self.swapped and len(self.running) < self.max_seqs:
+            request = self.swapped[0]
+            if not self.policy.can_swap_in(request.seq_id):
+                return
+            self.swapped.popleft()
+            self.policy.swap_in(request.seq_id)
+            self.policy.grow(request.seq_id)
+            request.state = RequestState.RUNNING
+            self.running.append(request)
+            plan.swapped_in.append(request)
