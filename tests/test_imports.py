@@ -1,0 +1,61 @@
+"""Imports run downward only: kernels < allocators < harness < experiments."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ["kernels", "allocators", "harness", "experiments"]
+LAYOUT_CONTRACT = {"kvarena.kernels.layout", "kvarena.kernels.view"}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Dotted names a file imports; `from a.b import c` counts as a.b and a.b.c, since c may be a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the package they reach into"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def packages_of(names: set[str]) -> set[str]:
+    return {parts[1] for parts in (name.split(".") for name in names) if parts[0] == "kvarena" and parts[1:]}
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_downward(package):
+    allowed = {*ORDER[: ORDER.index(package) + 1], "errors", "__version__"}
+    upward = {
+        path.relative_to(ROOT).as_posix(): packages_of(imported_modules(path.read_text())) - allowed
+        for path in files(package)
+    }
+    assert files(package)
+    assert not {path: names for path, names in upward.items() if names}
+
+
+def test_allocators_see_only_the_layout_contract_of_kernels():
+    for path in files("allocators"):
+        names = {name for name in imported_modules(path.read_text()) if name.startswith("kvarena.kernels.")}
+        strangers = {name for name in names if not any(f"{name}.".startswith(f"{known}.") for known in LAYOUT_CONTRACT)}
+        assert not strangers, f"{path}: {strangers}"
+
+
+def test_nothing_is_imported_by_the_name_of_its_folder():
+    """`kernels` alone is another distribution; ours is `kvarena.kernels`."""
+    for package in [*ORDER, "tests", "benchmarks"]:
+        for path in files(package):
+            tops = {name.split(".")[0] for name in imported_modules(path.read_text())}
+            assert not tops & set(ORDER), f"{path} imports {tops & set(ORDER)}"
+
+
+def test_the_check_sees_every_form_of_import():
+    source = "import kvarena.harness.run\ndef f():\n    from kvarena import experiments\n"
+    assert packages_of(imported_modules(source)) == {"harness", "experiments"}
