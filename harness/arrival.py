@@ -1,0 +1,125 @@
+"""When requests arrive: processes by name, times in integer picoseconds, never rescaled to reach a rate exactly."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvarena.errors import UserError
+from kvarena.harness.seeded import Floats, Ints, Stream
+
+PS = 10**12  # picoseconds of a second
+LONGEST_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
+_CHUNK = 4096
+
+
+@dataclass
+class ArrivalConfig:
+    """What a user may say of arrivals; the files of conf/arrival/ are instances."""
+
+    process: str = "poisson"  # poisson, gamma, constant, artifact; recorded and all_at_once draw nothing
+    rate: float | None = None  # requests/s
+    burstiness: float = 1.0  # gamma only: shape of the gaps; 1 is Poisson, below 1 is burstier
+    duration_s: float | None = None  # arrivals before this time; null: one for each request of the trace
+    seed: int | None = None  # null: the trace's
+    quantum_s: float = 0.01  # artifact only: arrivals fall on multiples of this
+
+
+DRAWN = ("poisson", "gamma", "constant", "artifact")
+UNDRAWN = ("recorded", "all_at_once")
+
+
+def check(config: ArrivalConfig) -> None:
+    """Refuse what makes no sense. Raises UserError."""
+    if config.process not in DRAWN + UNDRAWN:
+        raise UserError(f"arrival.process={config.process}: no such process. There are: {', '.join(DRAWN + UNDRAWN)}")
+    for key in ("rate", "burstiness", "duration_s", "quantum_s"):
+        value = getattr(config, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"arrival.{key}={value}: must be a number above 0")
+    if config.duration_s is not None and config.duration_s > LONGEST_S:
+        raise UserError(f"arrival.duration_s={config.duration_s}: must be at most {LONGEST_S:.0f}")
+    if config.process in DRAWN and config.rate is None:
+        raise UserError(f"arrival={config.process} needs arrival.rate, in requests/s")
+    if config.process in UNDRAWN and config.rate is not None:
+        raise UserError(f"arrival={config.process} takes no arrival.rate: nothing is rescaled")
+
+
+def draw_arrivals(config: ArrivalConfig, num_requests: int | None, seed: int) -> Ints:
+    """Times of arrival, ascending, in picoseconds: [N] int64.
+
+    Ends before `config.duration_s` and after `num_requests`, whichever comes first; one of them must be given.
+    """
+    check(config)
+    if num_requests is None and config.duration_s is None:
+        raise UserError("how many arrivals? Set arrival.duration_s or trace.num_requests")
+    assert config.rate is not None
+    if config.process == "artifact":
+        times = _artifact(config, seed)
+    elif config.process == "constant":
+        times = _constant(config.rate, num_requests, config.duration_s)
+    else:
+        times = _renewal(_gaps(config, seed), config.rate, num_requests, config.duration_s)
+    if config.duration_s is not None:
+        times = times[times < round(config.duration_s * PS)]
+    first: Ints = times[:num_requests]
+    return first
+
+
+def _constant(rate: float, num_requests: int | None, duration_s: float | None) -> Ints:
+    """k / rate, from 0."""
+    bounds = [num_requests, None if duration_s is None else math.ceil(duration_s * rate) + 1]
+    count = min(bound for bound in bounds if bound is not None)
+    _check_span(count / rate)
+    times: Ints = np.rint(np.arange(count) * (PS / rate)).astype(np.int64)
+    return times
+
+
+def _gaps(config: ArrivalConfig, seed: int) -> Callable[[int], Floats]:
+    """A function that draws the next n gaps, in seconds."""
+    rate, shape, stream = config.rate, config.burstiness, Stream(seed, "arrivals")
+    assert rate is not None
+    if config.process == "poisson" or shape == 1:
+        return lambda count: stream.exponentials(count) / rate
+
+    def gamma(count: int) -> Floats:
+        # One uniform per gap through the inverse CDF: no rejection that a last bit could tip. The library's last
+        # bits differ between platforms, hence whole microseconds.
+        from scipy.special import gammaincinv
+
+        gaps = gammaincinv(shape, stream.uniforms(count)) / (rate * shape)
+        return np.asarray(np.rint(gaps * 1e6) / 1e6, np.float64)
+
+    return gamma
+
+
+def _renewal(gaps: Callable[[int], Floats], rate: float, num_requests: int | None, duration_s: float | None) -> Ints:
+    """Running sums of gaps, the first arrival after the first gap."""
+    times: list[Ints] = []
+    drawn, last = 0, 0
+    while (num_requests is None or drawn < num_requests) and (duration_s is None or last < duration_s * PS):
+        expected = num_requests if num_requests is not None else math.ceil(rate * (duration_s or 0))
+        chunk = gaps(max(_CHUNK, expected - drawn))
+        _check_span(last / PS + float(chunk.sum()))
+        times.append(last + np.cumsum(np.rint(chunk * PS).astype(np.int64)))
+        drawn, last = drawn + len(chunk), int(times[-1][-1])
+    return np.concatenate(times)
+
+
+def _artifact(config: ArrivalConfig, seed: int) -> Ints:
+    """PagedAttention's SOSP'23 artifact: a Poisson number of arrivals at the start of every 10 ms.
+
+    It seeds numpy's global state; RandomState(seed) is that state, and its draws are frozen for good.
+    """
+    assert config.rate is not None
+    if config.duration_s is None:
+        raise UserError("arrival=artifact needs arrival.duration_s (the paper: 3600, and 900 for OPT-175B)")
+    quanta = int(config.duration_s * (1 / config.quantum_s))
+    counts = np.random.RandomState(seed).poisson(config.rate * config.quantum_s, size=quanta)
+    return np.repeat(np.arange(quanta) * round(config.quantum_s * PS), counts)
+
+
+def _check_span(span_s: float) -> None:
+    if span_s > LONGEST_S:
+        raise UserError(f"the arrivals span {span_s:.3g} s; the clock holds {LONGEST_S:.0f} s. Raise arrival.rate")

@@ -1,0 +1,92 @@
+"""Raw columns of length records, and the one check that they all pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.recipes import NO_LIMIT
+
+CLOCK_LIMIT_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
+
+
+@dataclass
+class Columns:
+    """Fields of the records that could be read, still as they stood: lists or arrays of one length."""
+
+    numbers: Any  # [N] number of each record in its source, from 1
+    prompt: Any
+    output: Any
+    arrival: Any = None
+    arrival_is: str = "seconds"
+    conversation: Any = None  # equal for the turns of one conversation
+    hash_ids: Any = None  # lists of whole numbers
+
+
+def check_columns(columns: Columns, bad: BadRecords) -> dict[str, Any]:
+    """Lengths and times of the well-formed records; each malformed one goes to `bad` with its reason.
+
+    Returns record, prompt_tokens, output_tokens [n] int64, arrival_s [n] float64, conversation_id [n] (numbered as they
+    come) and hash_ids where there are.
+    """
+    prompt, output = _number(columns.prompt), _number(columns.output)
+    wrong = _wrong_length(prompt) | _wrong_length(output)
+    arrival = None
+    if columns.arrival is not None:
+        arrival = _seconds(columns.arrival, columns.arrival_is)
+        wrong |= ~((arrival >= 0) & (arrival < CLOCK_LIMIT_S))
+    for i in np.flatnonzero(wrong):
+        bad.add(int(columns.numbers[i]), _reason(columns, int(i), prompt[i], output[i]))
+    kept = np.flatnonzero(~wrong)
+    clean: dict[str, Any] = {
+        "record": np.asarray(columns.numbers, np.int64)[kept],
+        "prompt_tokens": prompt[kept].astype(np.int64),
+        "output_tokens": output[kept].astype(np.int64),
+    }
+    if arrival is not None:
+        clean["arrival_s"] = arrival[kept]
+    if columns.conversation is not None:
+        clean["conversation_id"] = pd.factorize(np.asarray(columns.conversation))[0][kept]
+    if columns.hash_ids is not None:
+        clean["hash_ids"] = [columns.hash_ids[i] for i in kept]
+    return clean
+
+
+def _number(values: Any) -> NDArray[np.float64]:
+    """Numbers, NaN where there is none; counts of tokens are far below 2**53, so that float64 states them exactly."""
+    return np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), np.float64)
+
+
+def _wrong_length(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    right: NDArray[np.bool_] = (values >= 1) & (values <= NO_LIMIT) & (values == np.floor(values))
+    return ~right
+
+
+def _seconds(values: Any, unit: str) -> NDArray[np.float64]:
+    """Seconds since the trace began, NaN where a stamp cannot be read; dates count from the first."""
+    if unit == "date":
+        dates = pd.to_datetime(pd.Series(values), format="ISO8601", errors="coerce", utc=True)
+        nanoseconds = dates - dates.min()
+        return np.asarray(nanoseconds / pd.Timedelta(seconds=1), np.float64)
+    return _number(values) / (1000 if unit == "milliseconds" else 1)
+
+
+def _reason(columns: Columns, i: int, prompt: float, output: float) -> str:
+    for name, raw, value in (("prompt", columns.prompt[i], prompt), ("output", columns.output[i], output)):
+        if _wrong_length(np.array([value]))[0]:
+            return f"{name} length is {_fault(raw, value)}"
+    assert columns.arrival is not None
+    return f"arrival is {columns.arrival[i]!r}, not a time in {columns.arrival_is} from 0 to {CLOCK_LIMIT_S:.0f} s"
+
+
+def _fault(raw: Any, value: float) -> str:
+    if raw is None or raw == "":
+        return "empty"
+    if np.isnan(value):
+        return f"{raw!r}, not a number"
+    if value < 1:
+        return f"{raw}, below 1"
+    return f"{raw}, beyond {NO_LIMIT}" if value > NO_LIMIT else f"{raw}, not a whole number"

@@ -1,0 +1,26 @@
+"""What a user may say of a trace; the files of conf/trace/ are instances."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TraceConfig:
+    """A trace comes from a file (`path`), else from an embedded length table, else from given lengths."""
+
+    name: str = "trace"
+    path: str | None = None  # local file, or the name of a data set on the Hugging Face hub (owner/name)
+    format: str | None = None  # sharegpt, alpaca, azure, mooncake, lengths; null: seen from the content
+    data_files: str | None = None  # hub only: the file of the data set to load
+    split: str = "train"  # hub only
+    tokenizer: str | None = None  # folder or hub name; needed where the file holds text
+    filter: str = "none"  # a recipe of recipes.py
+    on_bad_record: str = "error"  # error: the first malformed record stops the load; skip: count and report
+    table: str | None = None  # an embedded length table
+    prompt_tokens: int | None = None  # given lengths: the prompt's
+    output_tokens: int | None = None  # given lengths: the output's
+    range_ratio: float = 0.0  # given lengths: uniform within length * (1 -+ range_ratio)
+    num_requests: int | None = None  # null: as many as arrive, else the whole file, 1000 without one
+    max_tokens: int | None = None  # longest prompt + output allowed; null: the model's context
+    seed: int = 0
+    shuffle: bool = False  # files only: put the records into a random order before the first are taken
+    keep_hash_ids: bool = False  # mooncake only: keep the ids of each prompt's blocks

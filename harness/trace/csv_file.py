@@ -1,0 +1,60 @@
+"""Length records of a CSV file, column by column."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from kvarena.errors import UserError
+from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.columns import Columns
+from kvarena.harness.trace.formats import LengthFormat, fitting, no_format
+
+
+def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
+    """Columns of a CSV with a header line, as text; rows of the wrong width go to `bad`. Blank lines do not count."""
+    with path.open(encoding="utf-8-sig") as file:
+        header = [name.strip().strip('"') for name in file.readline().split(",")]
+    found = fitting(header, format_name)
+    if not isinstance(found, LengthFormat):
+        raise no_format(header, format_name, str(path))
+    table, ragged = _read(path, header)
+    for number, reason in ragged.items():
+        bad.add(number, reason)
+    total = len(table) + len(ragged)
+    return found, Columns(
+        numbers=np.setdiff1d(np.arange(1, total + 1), list(ragged)),
+        prompt=_column(table, found.prompt),
+        output=_column(table, found.output),
+        arrival=_column(table, found.arrival) if found.arrival in header else None,
+        arrival_is=found.arrival_is,
+        conversation=_column(table, "conversation_id") if "conversation_id" in header else None,
+    )
+
+
+def _column(table: pa.Table, name: str) -> Any:
+    return table[name].to_numpy(zero_copy_only=False)
+
+
+def _read(path: Path, header: list[str]) -> tuple[pa.Table, dict[int, str]]:
+    """The rows of the header's width, all text, and for the others record number: reason."""
+    ragged: dict[int, str] = {}
+
+    def note(row: csv.InvalidRow) -> str:
+        ragged[row.number - 1] = f"{row.actual_columns} fields, the header has {row.expected_columns}"
+        return "skip"
+
+    try:
+        table = csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(use_threads=False, column_names=header, skip_rows=1),
+            parse_options=csv.ParseOptions(invalid_row_handler=note),
+            convert_options=csv.ConvertOptions(
+                column_types={name: pa.string() for name in header}, strings_can_be_null=False
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a CSV file: {error}") from error
+    return table, ragged

@@ -1,0 +1,112 @@
+"""The formats of public traces, as data: which fields they have, and what request a record states.
+
+Length formats state token counts. Text formats state words, which a tokenizer has to count first.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvarena.errors import UserError
+from kvarena.harness.trace.recipes import Recipe
+
+
+class MalformedError(ValueError):
+    """A record that is not what its format says; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class LengthFormat:
+    """Names of the fields of a format that states token counts."""
+
+    name: str
+    prompt: str
+    output: str
+    arrival: str
+    arrival_is: str = "seconds"  # of {"seconds", "milliseconds", "date"}, since the trace began
+    arrival_needed: bool = True
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Fields that every record has."""
+        return (self.prompt, self.output, self.arrival) if self.arrival_needed else (self.prompt, self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """A format that states text: `texts` gives (prompt, output), or None for a record that holds no request."""
+
+    name: str
+    required: tuple[str, ...]
+    texts: Callable[[Mapping[str, Any], Recipe], tuple[str, str] | None]
+
+
+Format = LengthFormat | TextFormat
+
+_HUMAN = ("human", "user")
+_ASSISTANT = ("gpt", "chatgpt", "bing", "bard", "assistant")
+
+
+def text_field(record: Mapping[str, Any], key: str) -> str:
+    """A field that must be text. Raises MalformedError."""
+    if key not in record:
+        raise MalformedError(f"no field {key}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise MalformedError(f"{key} is {shown(value)}, not text")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _alpaca(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
+    """Instruction and input with a space between, also where the input is empty: so PagedAttention counted."""
+    given = text_field(record, "input") if "input" in record else ""
+    return f"{text_field(record, 'instruction')} {given}", text_field(record, "output")
+
+
+def _sharegpt(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str] | None:
+    """The first round of a conversation; None where it has none."""
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise MalformedError(f"conversations is {shown(turns)}, not a list of turns")
+    if recipe.any_first_turn:
+        return (text_field(turns[0], "value"), text_field(turns[1], "value")) if len(turns) >= 2 else None
+    speakers = [text_field(turn, "from") for turn in turns]
+    for i in range(len(turns) - 1):
+        if speakers[i] in _HUMAN and speakers[i + 1] in _ASSISTANT:
+            return text_field(turns[i], "value"), text_field(turns[i + 1], "value")
+    return None
+
+
+FORMATS: tuple[Format, ...] = (  # the first that fits is taken
+    TextFormat("sharegpt", ("conversations",), _sharegpt),
+    TextFormat("alpaca", ("instruction", "output"), _alpaca),
+    LengthFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "date"),
+    LengthFormat("azure", "prompt_tokens", "output_tokens", "arrival_s"),
+    LengthFormat("mooncake", "input_length", "output_length", "timestamp", "milliseconds"),
+    LengthFormat("lengths", "prompt_tokens", "output_tokens", "arrival_s", arrival_needed=False),
+)
+
+
+def candidates(name: str | None) -> list[Format]:
+    """The formats of that name, all if None. Raises UserError with the names there are."""
+    found = [each for each in FORMATS if name in (None, each.name)]
+    if not found:
+        raise UserError(f"trace.format={name}: no such format. There are: {', '.join({f.name: 0 for f in FORMATS})}")
+    return found
+
+
+def fitting(fields: Collection[str], name: str | None) -> Format | None:
+    """The format that these fields fit, of that name if one is given."""
+    return next((each for each in candidates(name) if set(each.required) <= set(fields)), None)
+
+
+def no_format(fields: Collection[str], name: str | None, source: str) -> UserError:
+    """The refusal of a source whose fields fit no format."""
+    needed = "; ".join(f"{each.name}: {', '.join(each.required)}" for each in candidates(name))
+    return UserError(f"{source}: its fields ({', '.join(fields) or 'none'}) fit no format. Needed are: {needed}")

@@ -1,0 +1,103 @@
+"""A trace's records, from a local file or the hub: checked one by one, then a `datasets.Dataset` of the clean ones."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, load_dataset
+
+from kvarena.errors import UserError
+from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.columns import Columns, check_columns
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.csv_file import read_csv
+from kvarena.harness.trace.formats import TextFormat
+from kvarena.harness.trace.json_file import json_records
+from kvarena.harness.trace.recipes import Recipe
+from kvarena.harness.trace.records import Records, detect, length_columns, well_formed
+from kvarena.harness.trace.texts import count_tokens, load_tokenizer, no_tokenizer
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".parquet", ".gz")
+
+
+class Reading(NamedTuple):
+    """What a source holds."""
+
+    dataset: Dataset  # record, prompt_tokens, output_tokens; arrival_s, conversation_id, hash_ids where it has them
+    facts: dict[str, Any]  # of the trace's provenance
+
+
+def read(config: TraceConfig, recipe: Recipe) -> Reading:
+    """Read `config.path`. Raises UserError: no such file, no known format, text without a tokenizer, a bad record."""
+    source = str(config.path)
+    path = Path(source).expanduser()
+    bad = BadRecords(source, config.on_bad_record)
+    if path.is_file():
+        origin: dict[str, Any] = {"path": str(path.resolve()), "sha256": _sha256(path)}
+        columns, facts = _read_file(path, config, recipe, bad)
+    elif path.exists() or not _HUB_NAME.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+        raise UserError(f"trace.path={source}: no such file (nor does it read like a hub's owner/name)")
+    else:
+        origin = {"hub": source, "data_files": config.data_files, "split": config.split}
+        columns, facts = _read_records(enumerate(_from_hub(config), start=1), config, recipe, bad)
+    clean = check_columns(columns, bad)
+    bad.report()
+    seen = len(clean["record"]) + bad.count + facts["without_request"]
+    counts = {"read": seen, "malformed": bad.count, "malformed_reasons": bad.reasons}
+    return Reading(Dataset.from_dict(clean), origin | facts | counts)
+
+
+def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords) -> tuple[Columns, dict[str, Any]]:
+    """Columns of a file: JSON where it begins like JSON, else CSV."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if file.read(4096).lstrip()[:1] not in ("[", "{"):
+                form, columns = read_csv(path, config.format, bad)
+                return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
+            file.seek(0)
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"trace.path={path}: cannot be read: {error}") from error
+    return _read_records(json_records(text, bad), config, recipe, bad)
+
+
+def _from_hub(config: TraceConfig) -> Any:
+    try:
+        return load_dataset(config.path, data_files=config.data_files, split=config.split)
+    except Exception as error:  # whatever the hub, the network or the data set's own files raise
+        raise UserError(
+            f"trace.path={config.path}: no such file, and from the hub it does not load: {error}"
+        ) from error
+
+
+def _read_records(
+    records: Records, config: TraceConfig, recipe: Recipe, bad: BadRecords
+) -> tuple[Columns, dict[str, Any]]:
+    form, records = detect(records, config.format, str(config.path))
+    if isinstance(form, TextFormat):
+        columns, without = _count_texts(records, form, config, recipe, bad)
+        return columns, {"format": form.name, "tokenizer": config.tokenizer, "without_request": without}
+    columns = length_columns(records, form, config.keep_hash_ids, bad)
+    return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
+
+
+def _count_texts(
+    records: Records, form: TextFormat, config: TraceConfig, recipe: Recipe, bad: BadRecords
+) -> tuple[Columns, int]:
+    """Columns of the texts' token counts, and the number of records that hold no request."""
+    stated = list(well_formed(records, form, lambda record: form.texts(record, recipe), bad))
+    if config.tokenizer is None:
+        raise no_tokenizer(str(config.path), form.name)
+    rows = [{"record": number, "prompt": each[0], "output": each[1]} for number, each in stated if each is not None]
+    without = len(stated) - len(rows)
+    if not rows:
+        return Columns([], [], []), without
+    counted = count_tokens(Dataset.from_list(rows), load_tokenizer(config.tokenizer))
+    return Columns(*(counted[key][:] for key in ("record", "prompt_tokens", "output_tokens"))), without
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

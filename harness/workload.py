@@ -1,0 +1,96 @@
+"""A workload: which requests arrive, and when."""
+
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvarena.errors import UserError
+from kvarena.harness.arrival import PS, ArrivalConfig, check, draw_arrivals
+from kvarena.harness.seeded import Floats, Ints
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.load import load_trace
+from kvarena.harness.trace.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """N requests in order of arrival. All arrays are [N] int64."""
+
+    prompt_tokens: Ints
+    output_tokens: Ints
+    arrival_ps: Ints  # picoseconds since the run began
+    provenance: dict[str, Any] = field(default_factory=dict)
+    conversation_ids: Ints | None = None
+    hash_ids: tuple[Ints, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def arrival_s(self) -> Floats:
+        """Times of arrival in seconds."""
+        return self.arrival_ps / PS
+
+    @property
+    def rate(self) -> float:
+        """Requests per second reached between the first and the last arrival; infinite if all come at once."""
+        span_ps = int(self.arrival_ps[-1] - self.arrival_ps[0])
+        return (len(self) - 1) * PS / span_ps if span_ps else float("inf")
+
+
+def make_workload(trace: TraceConfig, arrival: ArrivalConfig, max_tokens: int | None = None) -> Workload:
+    """Requests and their arrivals: the same for the same seeds, on every platform.
+
+    With `arrival.duration_s` as many requests are taken as arrive, else one arrives for each of the trace.
+    `max_tokens` is the model's context. Raises UserError for whatever the user got wrong.
+    """
+    check(arrival)
+    seed = trace.seed if arrival.seed is None else arrival.seed
+    if arrival.process == "recorded":
+        requests, times = _recorded(load_trace(trace, max_tokens), arrival)
+    elif arrival.process == "all_at_once":
+        requests = load_trace(trace, max_tokens)
+        times = np.zeros(len(requests), np.int64)
+    elif arrival.duration_s is None:
+        requests = load_trace(trace, max_tokens)
+        times = draw_arrivals(arrival, len(requests), seed)
+    else:
+        times = draw_arrivals(arrival, trace.num_requests, seed)
+        _check_not_empty(times, arrival)
+        requests = load_trace(trace, max_tokens, len(times))
+    if arrival.process == "artifact":
+        requests = _shuffled(requests, seed)
+    facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}}
+    return Workload(
+        requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids
+    )
+
+
+def _shuffled(requests: Trace, seed: int) -> Trace:
+    """The artifact takes the first N pairs of its file, then shuffles them with Python's generator."""
+    order = list(range(len(requests)))
+    random.Random(seed).shuffle(order)
+    return requests.take(np.array(order, np.int64))
+
+
+def _recorded(requests: Trace, arrival: ArrivalConfig) -> tuple[Trace, Ints]:
+    """The trace's own stamps, in order; requests of one stamp keep the file's order."""
+    if requests.arrival_s is None:
+        raise UserError(f"arrival=recorded: {requests.source} records no times of arrival")
+    if requests.provenance["rounds"] > 1:
+        raise UserError(
+            f"arrival=recorded: {requests.source} has fewer than trace.num_requests={len(requests)} requests"
+        )
+    times = np.rint(requests.arrival_s * PS).astype(np.int64)
+    order = np.argsort(times, kind="stable")
+    if arrival.duration_s is not None:
+        order = order[times[order] < round(arrival.duration_s * PS)]
+    _check_not_empty(order, arrival)
+    return requests.take(order), times[order]
+
+
+def _check_not_empty(times: Ints, arrival: ArrivalConfig) -> None:
+    if not len(times):
+        raise UserError(f"no request arrives within arrival.duration_s={arrival.duration_s}")
