@@ -1,0 +1,41 @@
+"""Engines as data: what a serving engine adds to what the hardware must do."""
+
+from dataclasses import dataclass, field
+
+from kvarena.errors import UserError
+
+
+@dataclass
+class FittedStep:
+    """A step's time, fitted: base + max(weights, token x tokens) + sequence x decodes + context x K/V tokens read."""
+
+    base_ms: float
+    weights_ms: float  # reading all weights once
+    token_ms: float  # arithmetic of one token
+    sequence_ms: float  # host work for one decoding sequence
+    context_ms: float = 0.0  # reading the K/V of one token; 0 where it is folded into sequence_ms
+    kv_blocks: int | None = None  # of 16 tokens: the pool that was run with
+
+
+@dataclass
+class EngineConfig:
+    """conf/engine/*.yaml."""
+
+    name: str
+    overlaps_host: bool  # step = max(host, device); else the host's time adds up with the device's
+    host_step_us: float = 0.0  # host work of a step
+    host_sequence_us: float = 0.0  # host work for each sequence of a step
+    weights_efficiency: float = 1.0  # share of the device's bandwidth that reading weights reaches
+    kv_efficiency: float = 1.0  # and that attention reaches, reading K/V
+    flop_efficiency: float = 1.0  # share of the device's arithmetic
+    fitted: dict[str, FittedStep] = field(default_factory=dict)  # "model" or "model/scheduler" -> constants
+
+    def __post_init__(self) -> None:
+        """Refuse efficiencies that no kernel has."""
+        for key in ("weights_efficiency", "kv_efficiency", "flop_efficiency"):
+            if not 0 < getattr(self, key) <= 1:
+                raise UserError(f"engine.{key}={getattr(self, key)} ({self.name}): must be above 0, at most 1")
+
+    def constants(self, model: str, scheduler: str) -> FittedStep | None:
+        """Constants fitted for the model, those for the pair of model and scheduler first."""
+        return self.fitted.get(f"{model}/{scheduler}") or self.fitted.get(model)

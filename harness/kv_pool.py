@@ -1,0 +1,26 @@
+"""How many bytes a device has left for K/V, as vLLM's memory analyser of 2023 reckons."""
+
+from kvarena.errors import UserError
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
+
+GIB = 1 << 30
+WORKSPACE_BYTES = GIB
+
+
+def kv_pool_bytes(device: DeviceConfig, model: ModelConfig, step_tokens: int = 2560, utilization: float = 0.95) -> int:
+    """Bytes for K/V over all `model.tp` devices: what weights, activations of `step_tokens` and 1 GiB leave.
+
+    Activations are two buffers of the widest of feed-forward or QKV plus the residual, and the logits, in the
+    model's dtype. Raises UserError where nothing is left.
+    """
+    widest = max(3 * model.num_heads * model.head_size, model.ffn_size) // model.tp + model.hidden_size
+    activations = 2 * step_tokens * max(widest, model.vocab_size // model.tp) * DTYPE_BYTES[model.dtype]
+    usable = int(utilization * device.need("memory_gib") * GIB)
+    left = usable - model.weight_bytes // model.tp - activations - WORKSPACE_BYTES
+    if left <= 0:
+        raise UserError(
+            f"model={model.name} on {model.tp} x device={device.name}: weights and activations leave "
+            f"{left / GIB:.1f} GiB for K/V; raise model.tp or take a larger device"
+        )
+    return left * model.tp

@@ -1,0 +1,68 @@
+"""The modelled clock: a step takes as long as a step model says, plus what the allocator's actions cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvarena.allocators.policy import Action, CopyBlock, Map, SwapIn, SwapOut, Unmap
+from kvarena.harness.step import Executor, StepPlan, StepTime
+from kvarena.harness.step_model import SteadyRun, StepLoad, StepModel
+
+
+@dataclass(frozen=True, slots=True)
+class ActionPrices:
+    """Picoseconds of one action; maps by layer group."""
+
+    copy_block_ps: int = 0
+    swap_out_ps: int = 0
+    swap_in_ps: int = 0
+    map_ps: tuple[int, ...] = ()
+    unmap_ps: tuple[int, ...] = ()
+
+    def total_ps(self, actions: Sequence[Action]) -> int:
+        """Time of these actions, one after the other."""
+        return sum(map(self._price_ps, actions))
+
+    def _price_ps(self, action: Action) -> int:
+        match action:
+            case Map():
+                return self.map_ps[action.group]
+            case Unmap():
+                return self.unmap_ps[action.group]
+            case CopyBlock():
+                return self.copy_block_ps
+            case SwapOut():
+                return self.swap_out_ps
+            case SwapIn():
+                return self.swap_in_ps
+
+
+class ModelledExecutor(Executor):
+    """Prices plans. Holds no state: the same plan always takes the same time."""
+
+    def __init__(self, model: StepModel, prices: ActionPrices | None = None) -> None:
+        self.model = model
+        self.prices = prices or ActionPrices()
+
+    def execute(self, plan: StepPlan) -> StepTime:
+        """The step, the actions before it, and what of the background work outlasts the step."""
+        if plan.steps != 1:
+            raise ValueError("a stretch is priced by `steady`")
+        step_ps = self.model.step_ps(load_of(plan))
+        stall_ps = self.prices.total_ps(plan.actions) if plan.actions else 0
+        if plan.ahead:
+            stall_ps += max(0, self.prices.total_ps(plan.ahead) - step_ps)
+        return StepTime(step_ps + stall_ps, stall_ps)
+
+    def steady(self, plan: StepPlan) -> SteadyRun:
+        """The run of decode steps that begins with a steady plan."""
+        return self.model.steady(load_of(plan))
+
+
+def load_of(plan: StepPlan) -> StepLoad:
+    """What a plan has the device do. Query i of a chunk that starts at s attends to s + i + 1 keys."""
+    decodes = len(plan.decodes)
+    context = sum([r.computed for r in plan.decodes]) + decodes
+    if not plan.prefills:
+        return StepLoad(decodes, decodes, context)
+    pairs = sum(c.tokens * c.start + c.tokens * (c.tokens + 1) // 2 for c in plan.prefills)
+    return StepLoad(plan.num_tokens, decodes, context, pairs)

@@ -1,0 +1,70 @@
+"""Step models for a pair of engine and model: fitted constants where there are any, else the device's limits."""
+
+from kvarena.errors import UserError
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.engine_config import EngineConfig, FittedStep
+from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
+from kvarena.harness.step_model import PS_PER_S, StepModel
+
+_PS_PER_MS = PS_PER_S // 1000
+_PS_PER_US = PS_PER_S // 10**6
+
+
+def make_step_model(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, scheduler: str) -> StepModel:
+    """The step model of `model` served by `engine` on `model.tp` devices.
+
+    Fitted constants belong to the device that they were fitted on: they hold whatever `device` says. Raises
+    UserError where a device lacks a number, or the engine has fitted constants, but none for this model.
+    """
+    fitted = engine.constants(model.name, scheduler)
+    if fitted is not None:
+        return _fitted_model(fitted, engine.overlaps_host)
+    if engine.fitted:
+        raise UserError(
+            f"engine={engine.name} has no constants for model={model.name} under scheduler={scheduler}. "
+            f"There are: {', '.join(sorted(engine.fitted))}; engine=lean computes them for any model"
+        )
+    return roofline(device, engine, model)
+
+
+def _fitted_model(fitted: FittedStep, overlaps_host: bool) -> StepModel:
+    return StepModel(
+        overlaps_host=overlaps_host,
+        host_step_ps=round(fitted.base_ms * _PS_PER_MS),
+        host_sequence_ps=round(fitted.sequence_ms * _PS_PER_MS),
+        weights_ps=round(fitted.weights_ms * _PS_PER_MS),
+        token_ps=round(fitted.token_ms * _PS_PER_MS),
+        context_ps=round(fitted.context_ms * _PS_PER_MS),
+    )
+
+
+def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig) -> StepModel:
+    """What memory and arithmetic of `model.tp` devices allow, at the engine's efficiencies.
+
+    A token costs two operations per parameter; a (query, key) pair four per element of every query head.
+    """
+    byte_ps = PS_PER_S / (device.need("bandwidth_gb_per_s") * 1e9 * model.tp)
+    flop_ps = PS_PER_S / (device.need("tflop_per_s") * 1e12 * model.tp * engine.flop_efficiency)
+    pair_flops = 4 * model.num_heads * model.head_size * model.num_layers
+    link_step_ps, link_token_ps = _all_reduces(device, model) if model.tp > 1 else (0, 0)
+    return StepModel(
+        overlaps_host=engine.overlaps_host,
+        host_step_ps=round(engine.host_step_us * _PS_PER_US),
+        host_sequence_ps=round(engine.host_sequence_us * _PS_PER_US),
+        weights_ps=round(model.step_parameters() * DTYPE_BYTES[model.dtype] * byte_ps / engine.weights_efficiency),
+        token_ps=round(2 * model.step_parameters() * flop_ps),
+        context_ps=round(model.kv_layout().token_bytes * byte_ps / engine.kv_efficiency),
+        pair_ps=round(pair_flops * flop_ps),
+        link_step_ps=link_step_ps,
+        link_token_ps=link_token_ps,
+    )
+
+
+def _all_reduces(device: DeviceConfig, model: ModelConfig) -> tuple[int, int]:
+    """Two all-reduces per layer (Megatron-LM): their latency per step, and a ring's traffic per token."""
+    calls = 2 * model.num_layers
+    token_bytes = calls * 2 * (model.tp - 1) / model.tp * model.hidden_size * DTYPE_BYTES[model.dtype]
+    return (
+        round(calls * device.need("allreduce_us") * _PS_PER_US),
+        round(token_bytes * PS_PER_S / (device.need("nvlink_gb_per_s") * 1e9)),
+    )
