@@ -1,0 +1,89 @@
+"""The command line: `python -m kvarena experiment=NAME [overrides]`, and `python -m kvarena kernels`."""
+
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from kvarena.errors import UserError
+from kvarena.experiments import registry, show, sweep
+from kvarena.harness import schemas
+from kvarena.harness.config import check_overrides, names
+from kvarena.harness.paths import CONF
+from kvarena.harness.record import Recorder
+from kvarena.harness.run import resolve
+
+USER_ERROR, INTERRUPTED = 2, 130
+_HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c", "--version"}
+
+
+def main() -> None:
+    """Run what the arguments say and leave with its status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    sys.exit(guarded(lambda: _command(sys.argv[1:])))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; a user's mistake is one message and no traceback."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues with what is still missing", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _command(arguments: list[str]) -> None:
+    if arguments == ["kernels"]:
+        from kvarena.experiments.portability_matrix import print_matrix
+
+        print_matrix()
+        return
+    if _HELP & set(arguments):
+        _compose_and_run()
+        return
+    overrides = [a for a in arguments if not a.startswith("-")]
+    named = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
+    if not named:
+        raise UserError(f"name an experiment: experiment=NAME. There are: {', '.join(names('experiment'))}")
+    check_overrides(overrides, lambda group, choice: _schema(group, choice, named[-1]))
+    if {"-m", "--multirun"} & set(arguments):
+        whole = sweep.Sweep(named[-1], overrides)
+        _compose_and_run()
+        folder, outcome = whole.finish()
+        show.outcome(outcome, folder)
+    else:
+        _compose_and_run()
+
+
+def _schema(group: str, choice: str | None, experiment: str) -> type | None:
+    """The schema of a group's choice; None where several stand for it, and `resolve` will say more."""
+    if group == "params":
+        return registry.get(experiment.split(",")[0]).Params
+    return None if schemas.is_open(choice) else schemas.of(group, choice)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _compose_and_run(config: DictConfig) -> None:
+    """One job. Its mistakes must not reach Hydra, which would print a traceback and leave with 1."""
+    status = guarded(lambda: _job(config, list(HydraConfig.get().overrides.task)))
+    if status:
+        sys.exit(status)
+
+
+def _job(config: DictConfig, overrides: list[str]) -> None:
+    module = registry.get(config.name)
+    run = resolve(config, overrides, module.Params)
+    job = sweep.job_folder(run.plain())
+    if job is not None and job.is_dir():
+        print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
+        return
+    recorder = Recorder(run.experiment, run.plain(), job)
+    outcome = module.run(run, recorder)
+    folder = recorder.finish(outcome)
+    if job is None:
+        show.outcome(outcome, folder)

@@ -1,0 +1,131 @@
+"""One cell of `decode_throughput`: every system at one batch size, checked against each other, then interleaved."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kvarena.allocators.registry import make_policy
+from kvarena.allocators.stores import make_store
+from kvarena.errors import UserError
+from kvarena.harness.calibration import StreamingRead
+from kvarena.harness.fixed_batch import FixedBatch, StepRecord, WarmCache
+from kvarena.harness.memory import available_bytes, human
+from kvarena.harness.model.contract import Model
+from kvarena.harness.progress import Progress
+from kvarena.harness.record import Frames
+from kvarena.harness.run import Run
+from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.systems import System
+from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.kernels.registry import get_kernel
+
+# Kernels sum in different orders: their logits differ by this part of the largest one, at most.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
+    """All systems at one batch size, interleaved."""
+    params = run.params
+    pool_bytes = _pool_bytes(run, len(prompts))
+    batches: dict[str, FixedBatch] = {}
+    try:
+        for system in run.systems:
+            batches[system.name] = _resident(run, system, model, prompts, pool_bytes)
+        _same_tokens(run, batches)
+        for _ in range(params.warmup_steps):
+            for batch in batches.values():
+                batch.step()
+        before = read.gb_per_s()
+        steps = pd.DataFrame(_rounds(params, batches, progress))
+        after = read.gb_per_s()
+        cells = [_account(name, b, before, after) for name, b in batches.items()]
+        return {"steps": steps, "requests": _requests(batches), "cells": pd.DataFrame(cells)}
+    finally:
+        for batch in batches.values():
+            batch.close()
+
+
+def _pool_bytes(run: Run, batch: int) -> int:
+    """Bytes of every allocator's pool. Raises UserError where the systems together exceed the machine."""
+    params = run.params
+    pool = params.pool_bytes or batch * run.model.kv_layout().resident_bytes(params.max_tokens)
+    needed, left = pool * len(run.systems), available_bytes(torch.device(run.device.kind))
+    if needed > left:
+        fits = batch * left // needed
+        raise UserError(
+            f"params.batch_sizes: a batch of {batch} cannot fit: {len(run.systems)} systems x {human(pool)} = "
+            f"{human(needed)}, and {human(left)} is free. About {fits} sequences of params.max_tokens="
+            f"{params.max_tokens} fit, or fewer systems"
+        )
+    return pool
+
+
+def _resident(run: Run, system: System, model: Model, prompts: list[int], pool_bytes: int) -> FixedBatch:
+    params = run.params
+    local = model.config
+    policy = make_policy(system.allocator, local.kv_layout(), pool_bytes, params.max_tokens)
+    scheduler = make_scheduler(system.scheduler, policy, params.max_tokens)
+    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
+    try:
+        executor = TorchExecutor(model, store, get_kernel(system.kernel.name), seed=local.seed)
+        batch = FixedBatch(scheduler, store, executor, prompts)
+        like = torch.empty(0, dtype=getattr(torch, local.dtype), device=model.device)
+        warm = WarmCache(local.num_kv_heads, local.head_size, params.max_tokens, like, local.seed)
+        batch.fill(warm, local.num_layers)
+    except BaseException:
+        store.close()
+        raise
+    return batch
+
+
+def _same_tokens(run: Run, batches: dict[str, FixedBatch]) -> None:
+    """Correctness before time: every system yields the first one's logits, bit for bit where the body is the same."""
+    for _ in range(run.params.check_steps):
+        reference: torch.Tensor | None = None
+        for name, batch in batches.items():
+            batch.step()
+            logits = batch.executor.logits
+            assert logits is not None
+            if reference is None:
+                reference = logits
+            gap = float((logits.double() - reference.double()).abs().max() / reference.double().abs().max())
+            if not gap <= TOLERANCE[run.model.dtype]:
+                raise RuntimeError(f"{name} computes other logits than {next(iter(batches))}: {gap:.2e} of the largest")
+
+
+def _rounds(params: Any, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Rounds of steps; each begins with another system, so that none always follows the same neighbour."""
+    names = list(batches)
+    for number in range(params.rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            for step in range(params.steps_per_round):
+                record: StepRecord = batches[name].step()
+                leaves = batches[name].leaves()
+                yield {"system": name, "round": number, "step": step, **record._asdict(), **leaves}
+        progress.advance(1)
+
+
+def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, Any]:
+    """What holds for the whole cell: physical bytes, driver calls, the machine's limit before and after."""
+    batch.policy.check_integrity()
+    return {
+        "system": name,
+        "batch": len(batch.requests),
+        "pool_bytes": batch.policy.pool_bytes,
+        "read_gb_per_s_before": before,
+        "read_gb_per_s_after": after,
+        **batch.store.physical()._asdict(),
+        **{f"driver_{key}": value for key, value in batch.store.driver_calls()._asdict().items()},
+    }
+
+
+def _requests(batches: dict[str, FixedBatch]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"system": name, "batch": len(b.requests), "seq_id": r.seq_id, "prompt_tokens": r.prompt_tokens,
+         "generated_tokens": r.generated, "num_preemptions": r.num_preemptions}
+        for name, b in batches.items()
+        for r in b.requests
+    )  # fmt: skip

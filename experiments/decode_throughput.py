@@ -1,0 +1,222 @@
+"""Decode throughput by batch size (vAttention Fig 8 and Table 7): what does the memory layout cost a decode step?
+
+Every system of a cell holds the same K/V of the same sequences. They are checked to yield the same tokens, then
+decode in turn, round by round, so that whatever disturbs the machine disturbs them all.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from kvarena.allocators.usage import LEAVES
+from kvarena.errors import UserError
+from kvarena.experiments import plots
+from kvarena.experiments.decode_cell import measure_cell
+from kvarena.harness.calibration import StreamingRead
+from kvarena.harness.model.build import build_model
+from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.progress import Progress
+from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.run import Run
+from kvarena.harness.statistics import Estimate, median_interval
+from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.trace import load_trace
+
+NAME = "decode_throughput"
+HEADLINE = "decode_throughput_vs_batch"
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/decode_throughput.yaml; null there means: by the profile of the device."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # "trace": the trace's; a number: that many tokens, as in Fig 8
+    max_tokens: int = 0  # longest sequence: the row of a static allocator
+    pool_bytes: int | None = None  # of every allocator; null: batch x max_tokens, what static reservation needs
+    warmup_steps: int = 0
+    check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
+    rounds: int = 0  # interleaved repetitions, the samples of every interval; at least 6 give 95 %
+    steps_per_round: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Tokens that every sequence decodes."""
+        return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Measure every batch size and summarise."""
+    params: Params = run.params
+    _check(params)
+    device = torch.device(run.device.kind)
+    prompts, trace_notes = _prompts(run)
+    model = build_model(run.model, device)
+    read = StreamingRead(device)
+    frames: list[Frames] = []
+    with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
+        for kind, lengths in prompts.items():
+            for batch in params.batch_sizes:
+                progress.stage(f"{kind} prompts, batch {batch}")
+                key = f"{kind}-{batch}"
+                if recorder.has_cell(key):
+                    progress.advance(params.rounds)
+                cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
+                frames.append({name: table.assign(prompts=kind) for name, table in cell.items()})
+    steps, requests, cells = (
+        pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "requests", "cells")
+    )
+    summary = frame(_summary(run, steps, cells))
+    notes = {"trace": trace_notes, "calibration": cells.to_dict("records")}
+    return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
+
+
+def _check(params: Params) -> None:
+    if not params.batch_sizes or min(params.batch_sizes) < 1:
+        raise UserError(f"params.batch_sizes={params.batch_sizes}: at least one size is needed, each 1 or more")
+    for key in ("batch_sizes", "prompts"):
+        values = getattr(params, key)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"params.{key}={values}: name at least one, and none twice")
+    for key in ("rounds", "steps_per_round", "check_steps"):
+        if getattr(params, key) < 1:
+            raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
+
+
+def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Prompt lengths of the largest batch by kind, and where they come from."""
+    params: Params = run.params
+    largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 1
+    if params.max_tokens > run.model.max_tokens:
+        raise UserError(f"params.max_tokens={params.max_tokens}: {run.model.name} ends at {run.model.max_tokens}")
+    lengths: dict[str, list[int]] = {}
+    notes: dict[str, Any] = {}
+    for kind in params.prompts:
+        if kind == "trace":
+            lengths[kind], notes = _trace_prompts(run, largest, room)
+        elif kind.isdecimal() and 0 < int(kind) <= room:
+            lengths[kind] = [int(kind)] * largest
+        else:
+            raise UserError(
+                f'params.prompts={kind}: neither "trace" nor a number of tokens from 1 to {room}, which is what '
+                f"params.max_tokens={params.max_tokens} leaves beside the {params.steps} tokens that are decoded"
+            )
+    return lengths, notes
+
+
+def _trace_prompts(run: Run, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
+    """The first prompts of the trace that leave room for what is decoded; how many did not is in the notes."""
+    trace = load_trace(run.trace, run.params.max_tokens)
+    fitting = [int(p) for p in trace.prompt_tokens if p <= room]
+    if len(fitting) < largest:
+        raise UserError(
+            f"trace {trace.name} has {len(fitting)} prompts of at most {room} tokens, a batch of {largest} needs more"
+        )
+    return fitting[:largest], {**trace.provenance, "prompts_over_room": len(trace.prompt_tokens) - len(fitting)}
+
+
+def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[SummaryRow]:
+    """One row per system, batch size and quantity; the intervals are over rounds."""
+    grid = itertools.product(run.params.prompts, run.params.batch_sizes, run.systems)
+    for kind, batch, system in grid:
+        here, cell = (
+            table[(table.prompts == kind) & (table.batch == batch) & (table.system == system.name)]
+            for table in (steps, cells)
+        )
+        for paper, figure, quantity, value, unit, evidence in _quantities(run, here, cell.iloc[0]):
+            yield row(
+                    value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind),
+                    system=run.shown_as(system), allocator=system.allocator.name, kernel=system.kernel.name, model=run.model.name,
+                    quantity=quantity, x=batch, unit=unit, clock=run.clock, device=run.device_name, evidence=evidence,
+                )  # fmt: skip
+
+
+def _panel(run: Run, kind: str) -> str:
+    """The published panel where the run imitates Fig 8 (16K tokens each), else model and prompts."""
+    if run.imitates and kind == "16384":
+        return str(run.model.published_panel)
+    return f"{run.model.name} {run.trace.name if kind == 'trace' else f'{kind} tokens'}"
+
+
+Quantity = tuple[str, str, str, Estimate | float, str, str]
+
+
+def _quantities(run: Run, steps: pd.DataFrame, cell: pd.Series) -> Iterator[Quantity]:
+    """(paper, figure, quantity, value, unit, evidence) of one system at one batch size."""
+    rounds = steps.groupby("round")
+    total = rounds["step_s"].sum()
+    attention = rounds["attention_s"].sum()
+    token_bytes = run.model.kv_layout().token_bytes
+    limit = max(cell.read_gb_per_s_before, cell.read_gb_per_s_after)
+    bandwidth = rounds["kv_tokens"].sum() * token_bytes / attention / 1e9
+
+    def ours(quantity: str, value: Any, unit: str, evidence: str = "measured") -> Quantity:
+        return "kvarena", NAME, quantity, value, unit, evidence
+
+    yield "vattention", "fig8", "decode_throughput_vs_batch", median_interval(rounds["batch"].sum() / total), "tok/s", "measured"  # fmt: skip  # noqa: E501
+    yield "vattention", "table7", "decode_attention_time_vs_batch", median_interval(1e3 * rounds["attention_s"].mean()), "ms", "measured"  # fmt: skip  # noqa: E501
+    yield ours("step_time_vs_batch", median_interval(1e3 * rounds["step_s"].mean()), "ms")
+    yield ours("step_time_p99_vs_batch", float(1e3 * steps["step_s"].quantile(0.99)), "ms")
+    yield ours("append_time_vs_batch", median_interval(1e3 * rounds["append_s"].mean()), "ms")
+    yield ours("attention_share_of_step", median_interval(100 * attention / total), "%")
+    yield ours("kv_read_bandwidth", median_interval(bandwidth), "GB/s")
+    yield ours("kv_read_share_of_streaming_read", median_interval(100 * bandwidth / limit), "%")
+    yield ours("streaming_read_before", float(cell.read_gb_per_s_before), "GB/s")
+    yield ours("streaming_read_after", float(cell.read_gb_per_s_after), "GB/s")
+    overhead = rounds["schedule_s"].sum() + rounds["view_s"].sum()
+    yield ours("scheduler_policy_view_share_of_step", median_interval(100 * overhead / total), "%")
+    yield ours("actions_share_of_step", median_interval(100 * rounds["actions_s"].sum() / total), "%")
+    for count in ("growths", "actions", "ahead"):
+        yield ours(f"{count}_in_window", float(steps[count].sum()), "count", "exact")
+    for key in ("driver_critical", "driver_background"):
+        yield ours(f"{key}_calls", float(cell[key]), "count", "exact")
+        yield ours(f"{key}_time", 1e3 * float(cell[f"{key}_s"]), "ms")
+    yield ours("driver_waited", 1e3 * float(cell.driver_waited_s), "ms")
+    for key in ("mapped_bytes", "pooled_bytes"):
+        yield ours(key, float(cell[key]), "bytes", "exact")
+    for leaf in LEAVES:
+        share = 100 * steps[leaf].sum() / (len(steps) * cell.pool_bytes)
+        yield ours(f"share_of_kv_memory:{leaf}", float(share), "%", "exact")
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Ours, the bandwidth behind it, and the paper's Fig 8."""
+    published = read_published(PUBLISHED)
+    theirs = published[(published.paper == "vattention") & (published.figure == "fig8")]
+    ours = summary[summary.quantity == "decode_throughput_vs_batch"]
+    share = summary[summary.quantity == "kv_read_share_of_streaming_read"]
+    figure, axes = plots.canvas(2, max(ours["panel"].nunique() + 1, theirs["panel"].nunique()))
+    device = f"{ours.device.iloc[0]}, {ours.clock.iloc[0]}"
+
+    for axis, (panel, rows) in zip(axes, ours.groupby("panel", sort=False), strict=False):
+        plots.lines(axis, rows)
+        axis.set(ylabel="decode tokens/s", title=f"this run: {panel}\n{device}", ylim=(0, None))
+        plots.batch_axis(axis, sorted(rows.x.unique()))
+    axes[0].legend(fontsize=7, frameon=False)
+    middle, rows = axes[ours["panel"].nunique()], share[share.panel == share.panel.iloc[-1]]
+    plots.lines(middle, rows)
+    middle.axhline(100, color="black", lw=0.8, ls="--")
+    middle.set(ylabel="K/V read, % of a streaming read", title=f"attention bandwidth: {rows.panel.iloc[0]}\n{device}")
+    middle.set_ylim(0, 110)
+    plots.batch_axis(middle, sorted(rows.x.unique()))
+
+    below = axes[len(axes) // 2 :]
+    for axis, (panel, rows) in zip(below, theirs.groupby("panel", sort=False), strict=False):
+        plots.lines(axis, rows)
+        axis.set(
+            ylabel="decode tokens/s",
+            title=f"published: vAttention Fig 8\n{panel}, 16K tokens each, A100",
+            ylim=(0, None),
+        )
+        plots.batch_axis(axis, sorted(rows.x.unique()))
+        axis.legend(fontsize=7, frameon=False)
+    for axis in below[theirs["panel"].nunique() :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    return figure

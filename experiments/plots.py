@@ -1,0 +1,76 @@
+"""The look shared by all figures: one colour per allocator, one line style per kernel."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+mpl.use("Agg")
+
+# Colour-blind safe (Okabe and Ito, 2008); one per allocator, wherever it is drawn.
+COLOURS = {
+    "static": "#D55E00",
+    "paged": "#0072B2",
+    "vattention": "#009E73",
+    "orca": "#CC79A7",
+    "contiguous": "#E69F00",
+    "paged_reserved": "#56B4E9",
+    "fastertransformer": "#666666",
+}
+PAPER_COLOURS = {
+    "vLLM": "#56B4E9",
+    "FA2_Paged": "#0072B2",
+    "FI_Paged": "#CC79A7",
+    "FA2_vAttention": "#009E73",
+    "FI_vAttention": "#E69F00",
+}
+MARKERS = "osD^vP*X<>"
+DASHES = ("-", "--", ":", "-.")
+
+
+def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure of rows x columns panels, and its axes in reading order."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # it lives on as an object; pyplot need not keep it
+    return figure, list(axes.flat)
+
+
+def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:
+    """Draw value over x, one line per system, with the 95 % interval as a band where there is one."""
+    kernels = list(dict.fromkeys(table["kernel"])) if "kernel" in table else []
+    for number, (name, rows) in enumerate(table.groupby(label, sort=False)):
+        rows = rows.sort_values("x")
+        first = rows.iloc[0]
+        colour = COLOURS.get(str(first.get("allocator")).split("_")[0], PAPER_COLOURS.get(str(name)))
+        dash = DASHES[kernels.index(first["kernel"]) % len(DASHES)] if kernels else "-"
+        axis.plot(
+            rows["x"], rows["value"], dash, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, label=str(name)
+        )
+        if "ci_low" in rows:
+            axis.fill_between(
+                rows["x"], rows["ci_low"].astype(float), rows["ci_high"].astype(float), color=colour, alpha=0.15, lw=0
+            )
+
+
+def batch_axis(axis: Axes, batches: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the batch sizes."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(batches), [f"{b:g}" for b in batches])
+    axis.minorticks_off()
+    axis.set_xlabel("batch size")
+
+
+def stacked_bars(axis: Axes, table: pd.DataFrame, parts: Sequence[str], colours: Sequence[str]) -> None:
+    """One bar per row of `table` (its index names it), stacked from the columns `parts`."""
+    bottom = [0.0] * len(table)
+    for part, colour in zip(parts, colours, strict=True):
+        values = table[part].tolist()
+        axis.bar(range(len(table)), values, bottom=bottom, color=colour, label=part.replace("_", " "), width=0.75)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    axis.set_xticks(range(len(table)), list(table.index), rotation=30, ha="right", fontsize=8)

@@ -1,0 +1,103 @@
+"""What a user may set: the groups of conf/, their schemas, and helpful refusals.
+
+Hydra composes conf/, but it accepts unknown keys as `+key` and `++key`, and its refusals do not say what exists. So
+every override is checked by name before Hydra composes (`check_overrides`), and every group is merged into its
+dataclass afterwards (`typed`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from kvarena.errors import UserError
+from kvarena.harness.paths import CONF
+
+ALL = "all"  # allocator=all, kernel=all: whatever the experiment's systems use
+AUTO = "auto"  # model=auto, device=auto: whatever the machine suggests
+CLOCKS = ("measured", "modelled")
+GROUPS = ("experiment", "model", "trace", "arrival", "scheduler", "engine", "device", "allocator", "kernel")
+PLAIN_KEYS = ("clock", "systems")  # keys of config.yaml that are no group
+
+
+def names(group: str) -> list[str]:
+    """Names that exist in a group of conf/."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def load(group: str, name: str) -> DictConfig:
+    """One file of a group. Raises UserError with the names that exist."""
+    path: Path = CONF / group / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{group}={name}: no such {group}. There are: {', '.join(names(group))}")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def typed(schema: type, node: Any, where: str) -> Any:
+    """`node` as an instance of the dataclass `schema`. Raises UserError for unknown keys and wrong types."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except ConfigKeyError as error:
+        raise no_such_key(f"{where}.{error.full_key or error.key}", field_names(schema, where)) from error
+    except ValidationError as error:
+        raise UserError(f"{where}.{error.full_key or error.key}: {error.msg}") from error
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def field_names(schema: type, where: str) -> list[str]:
+    """Dotted names of a schema's fields."""
+    return [f"{where}.{field.name}" for field in fields(schema)]
+
+
+def no_such_key(key: str, allowed: Sequence[str]) -> UserError:
+    """The refusal of an unknown key."""
+    return UserError(f"{key}: no such key. There are: {', '.join(allowed)}")
+
+
+def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | None], type | None]) -> None:
+    """Refuse, by name, overrides of what does not exist; `schema_of(group, choice)` gives a group's dataclass.
+
+    Values are left to `typed`. Sweeps (`a=1,2`) are checked choice by choice.
+    """
+    choices = {key: value.split(",") for key, value in map(_split, overrides) if key in GROUPS}
+    for group, wanted in choices.items():
+        for choice in wanted:
+            if choice not in names(group) and choice != "null":
+                raise UserError(f"{group}={choice}: no such {group}. There are: {', '.join(names(group))}")
+    for key, _ in map(_split, overrides):
+        root, _, rest = key.partition(".")
+        if root == "hydra" or "/" in root or "@" in root:
+            continue
+        if root not in (*GROUPS, *PLAIN_KEYS, "params"):
+            raise no_such_key(root, [*GROUPS, *PLAIN_KEYS, "params"])
+        for choice in choices.get(root) or [None]:
+            if rest:
+                _check_path(schema_of("params" if root == "params" else root, choice), root, rest)
+
+
+def _check_path(schema: type | None, where: str, path: str) -> None:
+    if schema is None:
+        return
+    name, _, rest = path.partition(".")
+    if name not in {field.name for field in fields(schema)}:
+        raise no_such_key(f"{where}.{name}", field_names(schema, where))
+    inner = get_type_hints(schema).get(name)
+    if rest and isinstance(inner, type) and is_dataclass(inner):
+        _check_path(inner, f"{where}.{name}", rest)
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+~").partition("=")
+    return key.strip(), value.strip()
+
+
+def fields_set(group: str, overrides: Sequence[str]) -> DictConfig:
+    """The fields of a group that the command line names, e.g. {block_size: 32} for `allocator.block_size=32`."""
+    dotted = [o.lstrip("+") for o in overrides if o.lstrip("+").startswith(f"{group}.")]
+    return OmegaConf.create(OmegaConf.from_dotlist(dotted).get(group) or {})

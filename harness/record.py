@@ -1,0 +1,165 @@
+"""What a run writes, all of it or nothing.
+
+    results/runs/<experiment>/<time>-<hash>/   a finished run
+    results/runs/<experiment>/latest           link to the last finished one
+    results/runs/<experiment>/.unfinished/     cells of runs that have not ended, one folder per identity
+
+A cell is one point with all its systems. Finished cells of an unfinished run are read back, so that a killed run is
+continued by the same command; once the run has ended, its cells are gone and the next command measures again.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from omegaconf import OmegaConf
+
+from kvarena.errors import UserError
+from kvarena.harness.paths import RESULTS
+from kvarena.harness.provenance import identity, provenance
+
+Frames = dict[str, pd.DataFrame]
+
+
+@dataclass
+class Outcome:
+    """What an experiment hands over to be written."""
+
+    summary: pd.DataFrame  # harness/summary.py
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    headline: str  # the quantity to print
+    figure: Any = None  # matplotlib figure
+    notes: dict[str, Any] = field(default_factory=dict)  # goes into provenance.json: calibration, trace, counts
+
+
+def runs_folder() -> Path:
+    """Where runs are written: results/runs, or what KVARENA_RUNS names."""
+    return Path(os.environ.get("KVARENA_RUNS", RESULTS / "runs"))
+
+
+class Recorder:
+    """Keeps the cells of one run and writes its folder: under its own name, or as one job of a sweep."""
+
+    def __init__(self, experiment: str, config: dict[str, Any], job: Path | None = None) -> None:
+        self._config = config
+        self._home = runs_folder() / experiment
+        self._job = job
+        self._hash = identity(config)
+        self._unfinished = self._home / ".unfinished" / self._hash
+        with explained(self._home):
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            _probe(self._unfinished)
+
+    def cell(self, key: str, measure: Callable[[], Frames]) -> Frames:
+        """Frames of one cell: measured now, or read back where an unfinished run had measured it."""
+        folder = self._unfinished / key
+        if not folder.is_dir():
+            frames = measure()
+            with explained(folder), whole_folder(folder) as partial:
+                for name, table in frames.items():
+                    table.to_parquet(partial / f"{name}.parquet")
+        return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+
+    def has_cell(self, key: str) -> bool:
+        """Whether an unfinished run left this cell."""
+        return (self._unfinished / key).is_dir()
+
+    def finish(self, outcome: Outcome) -> Path:
+        """Write the run's folder and forget its cells. Returns the folder."""
+        with explained(self._home):
+            if self._job is None:
+                folder = publish(self._home, self._hash, lambda partial: write_outcome(partial, outcome, self._config))
+            else:
+                folder = self._job
+                with whole_folder(folder) as partial:
+                    write_outcome(partial, outcome, self._config)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        return folder
+
+
+def publish(home: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Write a finished run as <home>/<time>-<name> and point `latest` at it. Returns the folder."""
+    target = home / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    while target.exists():  # a second run within the same second
+        target = target.with_name(target.name + "-again")
+    with whole_folder(target) as partial:
+        write(partial)
+    _point(home / "latest", target.name)
+    return target
+
+
+def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> None:
+    """Write the files of a finished run into an existing folder."""
+    outcome.summary.to_csv(folder / "summary.csv", index=False)
+    outcome.requests.to_parquet(folder / "requests.parquet", index=False)
+    outcome.steps.to_parquet(folder / "steps.parquet", index=False)
+    record = provenance(config, **outcome.notes)
+    (folder / "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    if outcome.figure is not None:
+        with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
+            outcome.figure.savefig(folder / "figure.png", dpi=150, bbox_inches="tight")
+            outcome.figure.savefig(folder / "figure.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that takes its name at the end, or vanishes where anything fails."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses into a message a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "no space is left there",
+            errno.EDQUOT: "the quota there is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "writing there is not permitted",
+            errno.EPERM: "writing there is not permitted",
+            errno.ENOENT: "no such folder can be made",
+            errno.ENOTDIR: "a file is in the way",
+        }
+        if error.errno not in reasons:
+            raise
+        raise UserError(
+            f"cannot write results to {path}: {reasons[error.errno]}. Nothing half-written is left. "
+            "Free some space or set KVARENA_RUNS to a folder that can be written."
+        ) from error
+
+
+def _probe(folder: Path) -> None:
+    """Fail before the measurement, not after it, where the folder cannot be written."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+        probe.write(bytes(4096))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def _point(link: Path, target: str) -> None:
+    """Replace a link in one step: a reader finds the old target or the new, never none."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)

@@ -1,0 +1,139 @@
+"""A resolved run: everything an experiment needs to know, typed, with nothing left open."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kvarena.errors import UserError
+from kvarena.harness import schemas, systems
+from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, fields_set, load, names, no_such_key, typed
+from kvarena.harness.systems import System
+
+_KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One resolved run of one experiment."""
+
+    experiment: str
+    clock: str  # of CLOCKS
+    device: Any  # DeviceConfig
+    model: Any  # ModelConfig
+    trace: Any  # TraceConfig
+    arrival: Any  # ArrivalConfig
+    engine: Any  # EngineConfig
+    systems: tuple[System, ...]
+    params: Any  # the experiment's Params
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the run stands for a published one: its model, modelled or on a GPU."""
+        return bool(self.model.published_panel) and (self.clock == "modelled" or self.device.kind == "cuda")
+
+    def shown_as(self, system: System) -> str:
+        """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
+        return system.published if self.imitates and system.published else system.label
+
+    @property
+    def device_name(self) -> str:
+        """The device as results name it: cpu, the GPU, or the one that was modelled."""
+        if self.device.kind != "cuda":
+            return str(self.device.name)
+        import torch
+
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+
+    def plain(self) -> dict[str, Any]:
+        """The run as plain data: what is hashed, and written to config.yaml."""
+        return {
+            key: [asdict(s) for s in value] if key == "systems" else _plain(value)
+            for key, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        }
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -> Run:
+    """Turn a composed configuration into a run. Raises UserError for whatever does not exist or does not fit."""
+    unknown = [str(key) for key in config if key not in _KEYS]
+    if unknown:
+        raise no_such_key(unknown[0], _KEYS)
+    if config.clock not in CLOCKS:
+        raise UserError(f"clock={config.clock}: no such clock. There are: {', '.join(CLOCKS)}")
+    device, kind = _device(config)
+    profile = config.profiles.get(kind) or OmegaConf.create()
+    _refuse_ownerless_fields(config, overrides)
+    kept = systems.kept(config.systems, config.allocator.name, config.kernel.name)
+    return Run(
+        experiment=config.name,
+        clock=config.clock,
+        device=device,
+        model=_model(config, profile),
+        trace=typed(schemas.of("trace", config.trace.get("name")), config.trace, "trace"),
+        arrival=typed(schemas.of("arrival", config.arrival.get("name")), config.arrival, "arrival"),
+        engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
+        systems=tuple(systems.build(s, config.scheduler, overrides, _as_config) for s in kept),
+        params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
+    )
+
+
+def _as_config(group: str, name: str, node: DictConfig) -> Any:
+    return typed(schemas.of(group, name), node, group)
+
+
+def _filled(params: DictConfig, profile: DictConfig | None) -> DictConfig:
+    """Params whose nulls are taken from the profile of the device."""
+    merged = OmegaConf.merge(profile or {}, {k: v for k, v in params.items() if v is not None})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _device(config: DictConfig) -> tuple[Any, str]:
+    """The device, and its kind: cpu, cuda or modelled."""
+    node = config.device
+    if config.clock == "modelled":
+        if node.name == AUTO and (profile := config.profiles.get("modelled")):
+            node = load("device", profile.device)
+        modelled = [name for name in names("device") if load("device", name).get("kind") == "modelled"]
+        if node.get("kind") != "modelled":
+            raise UserError(
+                f"clock=modelled device={node.name}: not a device model. There are: {', '.join(modelled)}"
+                if "modelled" in config.profiles
+                else f"clock=modelled: {config.name} has no modelled form yet; it runs with clock=measured"
+            )
+        if "modelled" not in config.profiles:
+            raise UserError(f"clock=modelled: {config.name} has no modelled form yet; it runs with clock=measured")
+    elif node.get("kind") == "modelled":
+        raise UserError(f"device={node.name} is a device model: it needs clock=modelled. Measured: auto, cpu, cuda")
+    elif node.name == AUTO:
+        node = load("device", "cuda" if _has_cuda() else "cpu")
+    elif node.name == "cuda" and not _has_cuda():
+        raise UserError("device=cuda: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
+    return typed(schemas.of("device", node.name), node, "device"), node.kind
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _model(config: DictConfig, profile: DictConfig) -> Any:
+    node = config.model if config.model.name != AUTO else load("model", profile.get("model") or "bench-llama")
+    return typed(schemas.of("model", node.name), node, "model")
+
+
+def _refuse_ownerless_fields(config: DictConfig, overrides: Sequence[str]) -> None:
+    """A field of `allocator=all` belongs to nobody: it would be set on some systems and not on others."""
+    for group in ("allocator", "kernel"):
+        given = [str(key) for key in fields_set(group, overrides) if key != "name"]
+        if config[group].name == "all" and given:
+            raise UserError(
+                f"{group}.{given[0]}: set it together with {group}=NAME, which keeps the systems that use it. "
+                f"There are: {', '.join(n for n in names(group) if n != 'all')}"
+            )

@@ -1,0 +1,114 @@
+"""The measured clock: a step is a forward pass of a real model over a real KV cache."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarena.allocators.store import Store
+from kvarena.harness.model.contract import Attend, Model
+from kvarena.harness.request import Request
+from kvarena.harness.step import Executor, StepPlan, StepTime
+from kvarena.harness.stopwatch import Stopwatch
+from kvarena.kernels.append import append
+from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.view import BatchView
+
+
+class TorchExecutor(Executor):
+    """Runs plans on one model, one store and one kernel; decodes greedily.
+
+    `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`.
+    """
+
+    def __init__(self, model: Model, store: Store, kernel: AttentionKernel, seed: int = 0) -> None:
+        self.model, self.store, self.kernel = model, store, kernel
+        self.tokens: dict[int, list[int]] = {}  # seq_id -> known tokens, prompt and output
+        self.phases: dict[str, float] = {}
+        self.logits: Tensor | None = None  # [B, V] of the last step, decodes first
+        self._seed = seed
+        self._watch = Stopwatch(model.device)
+
+    def execute(self, plan: StepPlan) -> StepTime:
+        """Run one iteration and feed every finished row its next token."""
+        start = time.perf_counter_ns()
+        self.store.apply(plan.actions)
+        applied = time.perf_counter_ns()
+        views = self._views(plan)
+        self.store.apply_in_background(plan.ahead)
+        viewed = time.perf_counter_ns()
+        self.logits = self._forward(plan, views)
+        self._deliver(plan, self.logits)
+        end = time.perf_counter_ns()
+        self._watch.add("actions", (applied - start) / 1e9)
+        self._watch.add("view", (viewed - applied) / 1e9)
+        self._watch.add("step", (end - start) / 1e9)
+        self.phases = self._watch.read()
+        return StepTime((end - start) * 1000, stall_ps=(applied - start) * 1000)
+
+    def finish(self, request: Request) -> None:
+        """Forget the tokens of a finished request."""
+        self.tokens.pop(request.seq_id, None)
+
+    def known(self, request: Request) -> list[int]:
+        """Known tokens of a request; its prompt is drawn from the seed and its id, so every system sees the same."""
+        if request.seq_id not in self.tokens:
+            rng = np.random.default_rng([self._seed, request.seq_id])
+            self.tokens[request.seq_id] = rng.integers(0, self.model.config.vocab_size, request.prompt_tokens).tolist()
+        return self.tokens[request.seq_id]
+
+    def _views(self, plan: StepPlan) -> tuple[BatchView | None, BatchView | None]:
+        """Where decodes and prefills find their K/V; None where there are none."""
+        decode = prefill = None
+        if plan.decodes:
+            ids = [r.seq_id for r in plan.decodes]
+            decode = self.store.view(ids, [r.computed + 1 for r in plan.decodes], [1] * len(ids))
+        if plan.prefills:
+            ids = [chunk.request.seq_id for chunk in plan.prefills]
+            lengths = [chunk.start + chunk.tokens for chunk in plan.prefills]
+            prefill = self.store.view(ids, lengths, [chunk.tokens for chunk in plan.prefills])
+        return decode, prefill
+
+    def _forward(self, plan: StepPlan, views: tuple[BatchView | None, BatchView | None]) -> Tensor:
+        fed = [self.known(r)[r.computed] for r in plan.decodes]
+        positions = [r.computed for r in plan.decodes]
+        ends = list(range(1, len(fed) + 1))  # one past each sequence's last token in the packed batch
+        for request, start, count in plan.prefills:
+            fed += self.known(request)[start : start + count]
+            positions += range(start, start + count)
+            ends.append(len(fed))
+        device = self.model.device
+        return self.model.forward(
+            torch.tensor(fed, device=device),
+            torch.tensor(positions, device=device),
+            self._attend(len(plan.decodes), *views),
+            torch.tensor(ends, device=device) - 1,
+        )
+
+    def _attend(self, num_decodes: int, decode: BatchView | None, prefill: BatchView | None) -> Attend:
+        """Decodes come first in a packed batch, prefills after them; each part has its own view and kernel."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache, out = self.store.layer(layer), torch.empty_like(q)
+            for view, rows, attention in (
+                (decode, slice(None, num_decodes), self.kernel.decode),
+                (prefill, slice(num_decodes, None), self.kernel.prefill),
+            ):
+                if view is not None:
+                    with self._watch.phase("append"):
+                        append(k[rows], v[rows], cache, view)
+                    with self._watch.phase("attention"):
+                        attention(q[rows], cache, view, out[rows])
+            return out
+
+        return attend
+
+    def _deliver(self, plan: StepPlan, logits: Tensor) -> None:
+        """Give every sequence whose last known token was fed its next one; a chunk of a prompt yields none."""
+        yields = [True] * len(plan.decodes) + [chunk.is_last for chunk in plan.prefills]
+        requests: Sequence[Request] = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
+        for request, token, ready in zip(requests, logits.argmax(-1).tolist(), yields, strict=True):
+            if ready:
+                self.known(request).append(token)

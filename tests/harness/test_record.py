@@ -1,0 +1,115 @@
+"""What a run writes: all of it or nothing."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvarena.errors import UserError
+from kvarena.harness import record
+from kvarena.harness.record import Frames, Outcome, Recorder
+
+TABLE = pd.DataFrame({"a": [1, 2]})
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def outcome() -> Outcome:
+    from matplotlib.figure import Figure
+
+    return Outcome(summary=TABLE, requests=TABLE, steps=TABLE, headline="q", figure=Figure(), notes={"seed": 7})
+
+
+def recorder(value: int = 0) -> Recorder:
+    return Recorder("demo", {"value": value})
+
+
+def test_a_finished_run_has_every_file_and_latest_points_at_it(runs: Path) -> None:
+    folder = recorder().finish(outcome())
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "summary.csv", "requests.parquet", "steps.parquet", "provenance.json", "config.yaml",
+        "figure.png", "figure.svg",
+    }  # fmt: skip
+    assert (runs / "demo" / "latest").resolve() == folder
+    kept = json.loads((folder / "provenance.json").read_text())
+    assert kept["seed"] == 7
+    assert kept["config"] == {"value": 0}
+    assert {"git", "libraries", "machine", "written", "command"} <= set(kept)
+
+
+def test_the_same_figure_is_the_same_bytes() -> None:
+    first, second = (recorder().finish(outcome()) for _ in range(2))
+    assert first != second
+    assert (first / "figure.svg").read_bytes() == (second / "figure.svg").read_bytes()
+
+
+def measured(calls: list[int]) -> Frames:
+    calls.append(1)
+    return {"steps": TABLE}
+
+
+def test_an_unfinished_run_is_continued_and_a_finished_one_measured_again() -> None:
+    calls: list[int] = []
+    recorder().cell("batch-1", lambda: measured(calls))
+    again = recorder()  # the first one was killed here
+    assert again.has_cell("batch-1")
+    frames = again.cell("batch-1", lambda: measured(calls))
+    pd.testing.assert_frame_equal(frames["steps"], TABLE)
+    assert len(calls) == 1
+    again.finish(outcome())
+    recorder().cell("batch-1", lambda: measured(calls))
+    assert len(calls) == 2
+
+
+def test_another_configuration_shares_no_cells() -> None:
+    calls: list[int] = []
+    recorder(0).cell("batch-1", lambda: measured(calls))
+    recorder(1).cell("batch-1", lambda: measured(calls))
+    assert len(calls) == 2
+
+
+def test_a_cell_that_fails_leaves_nothing() -> None:
+    def fail() -> Frames:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recorder().cell("batch-1", fail)
+    assert not recorder().has_cell("batch-1")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_refusing_file_system_is_explained_and_nothing_half_written(
+    code: int, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = recorder()
+    monkeypatch.setattr(
+        record, "write_outcome", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code), "summary.csv"))
+    )
+    with pytest.raises(UserError, match="KVARENA_RUNS"):
+        keeper.finish(outcome())
+    assert {path.name for path in (runs / "demo").iterdir()} == {".unfinished"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARENA_RUNS", "/proc/kvarena")  # refused even to root
+    with pytest.raises(UserError, match="cannot write results"):
+        recorder()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record, "_probe", full)
+    with pytest.raises(UserError, match="no space is left"):
+        recorder()
