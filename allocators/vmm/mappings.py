@@ -59,9 +59,9 @@ class MappingBudget:
     def _message(self, change: int) -> str:
         return (
             f"out of memory mappings: the process has {self.total} and needs {change} more, of vm.max_map_count="
-            f"{self.limit} (of which {self._headroom} are kept for the rest of the process). "
-            "Use a larger allocator.page_group, allocator.tensor_slicing=true (fewer tensors), a smaller batch or pool, or "
-            f"raise the limit: sysctl -w vm.max_map_count={4 * self.limit}"
+            f"{self.limit} (of which {self._headroom} are kept for the rest of the process); "
+            "use a larger allocator.page_group, allocator.tensor_slicing=true, a smaller batch or pool, "
+            f"or raise the limit: sysctl -w vm.max_map_count={4 * self.limit}"
         )
 
 

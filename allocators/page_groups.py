@@ -1,0 +1,71 @@
+"""How a row of a virtual tensor lies in page-groups.
+
+A layer group has `num_tensors` tensors; in each of them a row holds its sequence's tokens at a constant stride, and
+begins at a page-group. All tensors of a group grow in step, so one *slab* = one page-group in each of them.
+
+    one tensor, one row          page-group 0        page-group 1        page-group 2
+    stride 3/8 of a page-group   |0..|1..|2.    .|3..|4..|5..|6..|7..|   |           |   token 2 straddles two
+
+    plain      2 tensors a layer, K and V: stride = bytes of a token in one layer
+    sliced     one K and one V tensor over all N layers (section 8.2): stride = N times as much, N times fewer tensors
+
+Page-groups needed are counted in bytes, not in tokens per page-group: rounding tokens down (as the paper's artifact
+does) maps more than it must wherever a token straddles.
+"""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.kv_layout import KVLayout, LayerGroup
+from kvarena.allocators.sizes import KB, MB, format_bytes, parse_bytes, round_up
+from kvarena.errors import UserError
+
+PAGE_GROUPS = (64 * KB, 128 * KB, 256 * KB, 2 * MB)  # section 6.2: those of the authors' driver, and of stock CUDA
+
+
+@dataclass(frozen=True, slots=True)
+class RowGeometry:
+    """Rows of one layer group."""
+
+    num_tensors: int
+    token_stride: int  # bytes from one token to the next in one tensor
+    page_group: int  # bytes
+    window: int | None  # tokens of the ring, where the layers only see a window
+
+    def resident_bytes(self, length: int) -> int:
+        """Bytes in one tensor that a sequence of `length` tokens occupies."""
+        return self.token_stride * (length if self.window is None else min(length, self.window))
+
+    def slabs_for(self, length: int) -> int:
+        """Slabs that hold a sequence of `length` tokens."""
+        return -(-self.resident_bytes(length) // self.page_group)
+
+    def tokens_in(self, slabs: int, max_tokens: int) -> int:
+        """Longest sequence, up to `max_tokens`, that so many slabs hold; a complete ring holds any."""
+        tokens = slabs * self.page_group // self.token_stride
+        if self.window is not None and tokens >= self.window:
+            return max_tokens
+        return min(tokens, max_tokens)
+
+    def row_bytes(self, max_tokens: int) -> int:
+        """Bytes from one row to the next in one tensor: whole page-groups, so that each row can be mapped alone."""
+        return round_up(self.resident_bytes(max_tokens), self.page_group)
+
+
+def row_geometry(group: LayerGroup, page_group: int, tensor_slicing: bool) -> RowGeometry:
+    """Geometry of a layer group, plain or sliced."""
+    layers = group.num_layers if tensor_slicing else 1  # that share a tensor
+    return RowGeometry(group.num_tensors // layers, group.token_bytes * layers, page_group, group.window)
+
+
+def row_geometries(kv_layout: KVLayout, page_group: int, tensor_slicing: bool) -> tuple[RowGeometry, ...]:
+    """Geometry of every layer group."""
+    return tuple(row_geometry(group, page_group, tensor_slicing) for group in kv_layout.groups)
+
+
+def checked_page_group(page_group: int | str) -> int:
+    """Bytes of a page-group. Raises UserError where no driver has that size."""
+    size = parse_bytes(page_group, "allocator.page_group")
+    if size not in PAGE_GROUPS:
+        allowed = ", ".join(map(format_bytes, PAGE_GROUPS))
+        raise UserError(f"allocator.page_group={page_group}: no driver has that size. There are: {allowed}")
+    return size

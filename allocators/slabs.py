@@ -1,0 +1,46 @@
+"""Which slabs are free. A slab is one page-group in every tensor of a layer group."""
+
+from collections.abc import Iterable, Iterator
+
+from kvarena.allocators.policy import IntegrityError
+
+
+class SlabList:
+    """Slab ids, last in first out, in ascending runs where it can: neighbours in a row are one mapping, one call."""
+
+    def __init__(self, num_slabs: int) -> None:
+        self.num_slabs = num_slabs
+        self._first_unused = 0  # slabs from here on were never taken
+        self._returned: dict[int, None] = {}  # a set that remembers its order
+
+    def __len__(self) -> int:
+        return self.num_slabs - self._first_unused + len(self._returned)
+
+    def take(self, after: int | None) -> int:
+        """Take the slab that follows `after`, or else the one given back last, or else a new one."""
+        follower = -1 if after is None else after + 1
+        if follower in self._returned:
+            del self._returned[follower]
+            return follower
+        all_used = self._first_unused == self.num_slabs
+        if self._returned and (all_used or follower != self._first_unused):
+            return self._returned.popitem()[0]
+        if all_used:
+            raise IntegrityError(f"a slab was taken when none of {self.num_slabs} was free")
+        self._first_unused += 1
+        return self._first_unused - 1
+
+    def give(self, slab: int) -> None:
+        """Give a slab back."""
+        if slab in self._returned or not 0 <= slab < self._first_unused:
+            raise IntegrityError(f"slab {slab} was given back, but is free")
+        self._returned[slab] = None
+
+    def check_integrity(self, owned: Iterable[int]) -> None:
+        """Check that `owned` are all the slabs that are not free, each once."""
+        owned = sorted(owned)
+        if owned != sorted(self._taken()):
+            raise IntegrityError(f"slabs in rows {owned}, slabs not free {sorted(self._taken())}")
+
+    def _taken(self) -> Iterator[int]:
+        return (slab for slab in range(self._first_unused) if slab not in self._returned)
