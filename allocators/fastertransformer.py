@@ -7,9 +7,11 @@ of the batch, so what a shorter request does not fill is padding:
     row 1   PPPPPPPPPPOOO.......        width = longest prompt + longest output
     row 2   .......PPPOOOOOOOOOO
 
-The batch is open until it first grows or loses a row, and is given back as a whole.
+The batch is open until it first grows or loses a row, and is given back as a whole. A row that is done goes on to the
+end of the batch; what is written past its final length is padding too.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.kv_layout import KVLayout
@@ -60,6 +62,7 @@ class FasterTransformerPolicy(Policy):
     def _start_batch(self) -> None:
         self._open = True
         self._rows: dict[int, int] = {}  # seq_id -> its row's ordinal, those that have left included
+        self._lengths: dict[int, int] = {}  # positions given, padding at the end included
         self._prompt = self._output = 0  # the longest of the batch, tokens
 
     @property
@@ -90,13 +93,13 @@ class FasterTransformerPolicy(Policy):
         self._output = max(self._output, seq.output_tokens)
         self._books.widen(self.width)
         self._rows[seq.seq_id] = len(self._rows)
+        self._lengths[seq.seq_id] = tokens
         self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
         return True
 
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens left in the row, which never gets wider once it has grown."""
-        extent = self._books.extents[seq_id]
-        return extent.capacity - extent.length
+        return self.width - self._lengths[seq_id]
 
     def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Whether the row is wide enough."""
@@ -104,24 +107,36 @@ class FasterTransformerPolicy(Policy):
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the row. From now on nobody joins the batch."""
-        grown = self._books.grow(seq_id, tokens)
-        self._open = self._open and not grown
-        return grown
+        if not self.can_grow(seq_id, tokens):
+            return False
+        extent = self._books.extents[seq_id]
+        self._lengths[seq_id] += tokens
+        self._books.grow(seq_id, min(self._lengths[seq_id], extent.final) - extent.length)
+        self._open = False
+        return True
+
+    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+        """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
+        extents = map(self._books.extents.__getitem__, seq_ids)
+        until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]
+        return min([super().quiet_steps(seq_ids, limit), *until_padding])
 
     def release(self, seq_id: int) -> None:
         """Leave the batch. Its memory stays attached until the last row has left."""
         self._books.remove(seq_id)
+        del self._lengths[seq_id]
         self._open = False
         if not self._books.extents:
             self._start_batch()
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
-        return self._books.extents[seq_id].length
+        return self._lengths[seq_id]
 
     def row(self, seq_id: int) -> int:
         """First token of a sequence's row. Known once the batch is closed."""
-        self._books.extents[seq_id]  # raises KeyError for one that has left
+        if seq_id not in self._lengths:
+            raise KeyError(seq_id)
         return self._rows[seq_id] * self.width
 
     def usage(self, head: Sequence | None = None) -> Usage:

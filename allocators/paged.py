@@ -1,21 +1,22 @@
-"""PagedAttention's allocator: a sequence gets a block when its last one is full (sections 4.2 to 4.4 of the paper).
+"""PagedAttention's allocator: a sequence gets a block when its last one is full (sections 4.2 to 4.5 of the paper).
 
-    a sequence of 9 tokens, blocks of 4     block table 7, 1, 3
+Nothing is promised, so nothing is over-estimated; any block will do, so nothing is stranded. The price is that growth
+may fail, and that kernels must follow block tables (`block_tables.py` draws them).
 
-    block    0      1      2      3      4      5      6      7
-           |    | |####| |    | |#...| |    | |    | |    | |####|
-
-Sequences that share a prefix share its blocks; a shared last block is copied before it is written. A block holds
-`block_size` tokens of every layer, so layers with a sliding window keep their old positions too.
+A block holds `block_size` tokens of every layer. Layers with a sliding window keep their old positions too: to free
+them, they would need block tables of their own.
 """
 
-from collections import Counter
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.block_size import checked_block_size
+from kvarena.allocators.block_tables import BlockTables
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, Policy, Sequence
+from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, Policy, Sequence, SwapIn, SwapOut
+from kvarena.allocators.sizes import parse_bytes
+from kvarena.allocators.stretch import longest_stretch
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
@@ -28,18 +29,18 @@ class PagedConfig:
     name: str = "paged"
     block_size: int = 16  # tokens
     watermark: float = 0.01  # share of all blocks that an admission must leave free
+    swap_bytes: int | str = 0  # CPU pool for preempted sequences
 
 
 @dataclass(slots=True, eq=False)
-class _Resident:
+class _Swapped:
     final: int  # tokens at its end
     length: int
-    table: list[int]  # exactly the blocks that `length` needs
-    rounding: int = 0  # slots of the last block past both length and final; 0 in a family of forks
+    cpu_blocks: list[int]
 
 
 class PagedPolicy(Policy):
-    """Block tables over one LIFO free list, with reference counts and copy-on-write."""
+    """Blocks on demand, from one LIFO free list; copy-on-write; a CPU pool to swap to."""
 
     name = "paged"
     memory_layout = Layout.PAGED
@@ -52,8 +53,9 @@ class PagedPolicy(Policy):
         max_tokens: int,
         block_size: int = 16,
         watermark: float = 0.01,
+        swap_bytes: int | str = 0,
     ) -> None:
-        """Raises UserError for a block size or watermark out of range, and a pool smaller than a block."""
+        """Raises UserError for a block size or watermark out of range, and for a pool smaller than a block."""
         if not 0 <= watermark < 1:
             raise UserError(f"allocator.watermark: {watermark} is not in [0, 1)")
         self.kv_layout = kv_layout
@@ -61,213 +63,155 @@ class PagedPolicy(Policy):
         self.max_tokens = max_tokens
         self.block_size = checked_block_size(block_size)
         self._token_bytes = kv_layout.token_bytes
-        self.num_blocks = pool_bytes // (block_size * self._token_bytes)
+        block_bytes = block_size * self._token_bytes
+        self.num_blocks = pool_bytes // block_bytes
         if self.num_blocks < 1:
             raise UserError(
                 f"allocator paged: a pool of {pool_bytes} bytes does not hold one block of {block_size} tokens, "
-                f"which takes {block_size * self._token_bytes} bytes"
+                f"which takes {block_bytes} bytes"
             )
         self.watermark_blocks = int(watermark * self.num_blocks)
-        self._blocks = FreeList(self.num_blocks)
-        self._residents: dict[int, _Resident] = {}
-        # References beyond the first, of the blocks that have any. Most never do, and not counting those makes an
-        # allocation a slice of the free list (benchmarks/paged_policy.py).
-        self._extra_references: dict[int, int] = {}
-        self._forked: dict[int, _Resident] = {}  # residents that were forked, or are forks
-        self._live = 0  # slots filled, shared ones once
-        self._rounding = 0  # sum over residents
+        self._tables = BlockTables(self.num_blocks, block_size)
         self._actions: list[Action] = []
+        self.num_cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
+        self._cpu_blocks = FreeList(self.num_cpu_blocks)
+        self._swapped: dict[int, _Swapped] = {}
 
     @property
-    def free_blocks(self) -> int:
-        """Blocks given to nobody, the watermark's included."""
-        return self._blocks.free_units
+    def free_units(self) -> int:
+        """Blocks that no sequence holds, the watermark's included."""
+        return self._tables.pool.free_blocks
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that so many tokens of one sequence take."""
-        return -(-tokens // self.block_size)
+        return self._tables.blocks_for(tokens)
 
     def blocks_needed(self, seq_id: int, tokens: int = 1) -> int:
-        """Blocks that `grow` would take from the free list, a copy of a shared last block included."""
-        resident = self._residents[seq_id]
-        return self.blocks_for(resident.length + tokens) - len(resident.table) + self._must_copy(resident)
+        """Blocks that `grow` would take, a copy of a shared last block included."""
+        return self._tables.blocks_to_grow(seq_id, tokens)
 
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens that still fit in the last block; 0 where it is shared."""
-        resident = self._residents[seq_id]
-        return 0 if self._must_copy(resident) else len(resident.table) * self.block_size - resident.length
+        return self._tables.slack(seq_id)
 
     def fits_pool(self, seq: Sequence) -> bool:
-        """Whether all its blocks fit beside the watermark, so that it may return after any preemption."""
-        return (
-            seq.final_tokens <= self.max_tokens
-            and self.blocks_for(seq.final_tokens) + self.watermark_blocks <= self.num_blocks
-        )
+        """Whether it can run alone whatever the scheduler asks: a free block before its last token, or, to come back
+        from the CPU pool, one beside its own and the watermark (section 4.5, and the rules of the artifact).
+        """
+        needed = self.blocks_for(seq.final_tokens - 1) + 1 + self.watermark_blocks
+        return seq.final_tokens <= self.max_tokens and needed <= self.num_blocks
 
     def can_admit(self, seq: Sequence, tokens: int) -> bool:
         """Whether blocks for `tokens` are free beside the watermark."""
-        return self.blocks_for(tokens) + self.watermark_blocks <= self._blocks.free_units
+        return self.blocks_for(tokens) + self.watermark_blocks <= self.free_units
 
     def admit(self, seq: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first `tokens` positions."""
-        if seq.seq_id in self._residents:
-            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        self._refuse_swapped(seq.seq_id)
         if not self.can_admit(seq, tokens):
             return False
-        table = self._blocks.take(self.blocks_for(tokens))
-        resident = self._residents[seq.seq_id] = _Resident(seq.final_tokens, tokens, table)
-        self._live += tokens
-        self._round(resident)
+        self._tables.add(seq.seq_id, seq.final_tokens, tokens)
         return True
 
     def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Whether as many blocks are free as growth needs. Growth may use the watermark."""
-        return self.blocks_needed(seq_id, tokens) <= self._blocks.free_units
+        return self.blocks_needed(seq_id, tokens) <= self.free_units
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill the last block, then take new ones. A shared last block is copied first."""
-        resident = self._residents[seq_id]
-        length = resident.length + tokens
-        new = -(-length // self.block_size) - len(resident.table)
-        copy = self._must_copy(resident) if self._extra_references else False
-        if new or copy:
-            if new + copy > self._blocks.free_units:
-                return False
-            if copy:
-                self._copy_last_block(resident)
-            resident.table += self._blocks.take(new)
-        resident.length = length
-        self._live += tokens
-        if (new or length > resident.final) and seq_id not in self._forked:
-            self._round(resident)
+        if not self.can_grow(seq_id, tokens):
+            return False
+        if copy := self._tables.grow(seq_id, tokens):
+            self._actions.append(copy)
         return True
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
         """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""
-        if child.seq_id in self._residents:
-            raise ValueError(f"sequence {child.seq_id} is resident already")
-        parent = self._residents[parent_id]
-        for block in parent.table:
-            self._extra_references[block] = self._extra_references.get(block, 0) + 1
-        self._rounding -= parent.rounding
-        parent.rounding = 0
-        twin = _Resident(child.final_tokens, parent.length, parent.table.copy())
-        self._residents[child.seq_id] = twin
-        self._forked[parent_id] = parent
-        self._forked[child.seq_id] = twin
+        self._refuse_swapped(child.seq_id)
+        self._tables.fork(parent_id, child.seq_id, child.final_tokens)
         return True
 
     def release(self, seq_id: int) -> None:
-        """Drop the sequence's references; blocks without any are free again."""
-        resident = self._residents.pop(seq_id)
-        self._forked.pop(seq_id, None)
-        self._rounding -= resident.rounding
-        if not self._extra_references:
-            self._live -= resident.length
-            self._free(resident.table)
+        """Take back the sequence's blocks, or its place in the CPU pool."""
+        if seq_id in self._swapped:
+            self._cpu_blocks.give(self._swapped.pop(seq_id).cpu_blocks)
             return
-        freed = [block for block in resident.table if not self._drop_extra_reference(block)]
-        self._live -= len(freed) * self.block_size
-        if freed and freed[-1] == resident.table[-1]:
-            self._live += len(resident.table) * self.block_size - resident.length
-        self._free(freed)
+        freed = self._tables.remove(seq_id)
+        if self._actions:  # a copy that nobody will read
+            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
-        return self._residents[seq_id].length
+        return self._tables.residents[seq_id].length
 
     def block_table(self, seq_id: int) -> list[int]:
         """Blocks of a sequence, in the order of its positions. Not to be changed."""
-        return self._residents[seq_id].table
+        return self._tables.residents[seq_id].table
+
+    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+        """Steps, `limit` at most, that leave a block free, as vLLM asks before every append."""
+        spare = self.free_units - 1
+        if spare < 0 or not seq_ids:
+            return 0
+        if self._tables.any_forked:
+            return super().quiet_steps(seq_ids, limit)
+        return longest_stretch(list(map(self._tables.slack, seq_ids)), self.block_size, spare, limit)
+
+    def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
+        """Grow every sequence by `steps` tokens, new blocks included; the sum of `usage()` over these steps."""
+        if self._tables.any_forked:
+            return super().advance(seq_ids, steps, head)
+        return self._usage(self._tables.stretch(seq_ids, steps), steps)
+
+    def usage(self, head: Sequence | None = None) -> Usage:
+        """Every byte in one leaf."""
+        return self._usage(self._tables.slots(), 1)
+
+    def _usage(self, slots: tuple[int, int, int, int], steps: int) -> Usage:
+        live, reserved, rounding, free = (self._token_bytes * count for count in slots)
+        remainder = self.pool_bytes - self.num_blocks * self.block_size * self._token_bytes
+        return Usage(live, 0, reserved, 0, rounding, 0, 0, free, remainder * steps)
+
+    @property
+    def can_swap(self) -> bool:
+        """Whether there is a CPU pool."""
+        return self.num_cpu_blocks > 0
+
+    def can_swap_out(self, seq_id: int) -> bool:
+        """Whether the CPU pool has a block for each of the sequence's."""
+        return self._cpu_blocks.fits(len(self.block_table(seq_id)))
+
+    def swap_out(self, seq_id: int) -> None:
+        """Move the sequence to the CPU pool. Blocks that it shared are copied for it alone."""
+        resident = self._tables.residents[seq_id]
+        cpu_blocks = self._cpu_blocks.take(len(resident.table))
+        self._actions += map(SwapOut, resident.table, cpu_blocks)
+        self._swapped[seq_id] = _Swapped(resident.final, resident.length, cpu_blocks)
+        self._tables.remove(seq_id)
+
+    def can_swap_in(self, seq_id: int) -> bool:
+        """Whether its blocks and one to grow into are free beside the watermark (the rule of vLLM's artifact)."""
+        return len(self._swapped[seq_id].cpu_blocks) + 1 + self.watermark_blocks <= self.free_units
+
+    def swap_in(self, seq_id: int) -> None:
+        """Move the sequence back from the CPU pool."""
+        swapped = self._swapped.pop(seq_id)
+        table = self._tables.add(seq_id, swapped.final, swapped.length)
+        self._actions += map(SwapIn, swapped.cpu_blocks, table)
+        self._cpu_blocks.give(swapped.cpu_blocks)
+
+    def _refuse_swapped(self, seq_id: int) -> None:
+        if seq_id in self._swapped:
+            raise ValueError(f"sequence {seq_id} is swapped out")
 
     def drain(self) -> list[Action]:
-        """Hand over the copies decided since the last call."""
+        """Hand over the copies decided since the last call; they are to be made in this order."""
         actions, self._actions = self._actions, []
         return actions
 
-    def usage(self, head: Sequence | None = None) -> Usage:
-        """Every byte in one leaf. Nothing is promised, so nothing is over-estimated; no shape is asked, so nothing is
-        stranded. The empty slots of a shared block are reserved where any of its sequences will write that far.
-        """
-        free_blocks = self._blocks.free_units
-        attached = (self.num_blocks - free_blocks) * self.block_size  # slots
-        rounding = self._rounding + (self._rounding_of_forks() if self._forked else 0)
-        bytes_ = self._token_bytes
-        return Usage(
-            live=self._live * bytes_,
-            reserved=(attached - self._live - rounding) * bytes_,
-            rounding=rounding * bytes_,
-            free=free_blocks * self.block_size * bytes_,
-            remainder=self.pool_bytes - self.num_blocks * self.block_size * bytes_,
-        )
-
-    def _must_copy(self, resident: _Resident) -> bool:
-        """Whether the next token would be written into a block that others read."""
-        return resident.length % self.block_size != 0 and resident.table[-1] in self._extra_references
-
-    def _copy_last_block(self, resident: _Resident) -> None:
-        source = resident.table[-1]
-        [target] = self._blocks.take(1)
-        self._drop_extra_reference(source)
-        resident.table[-1] = target
-        self._live += resident.length % self.block_size
-        self._actions.append(CopyBlock(source, target))
-
-    def _drop_extra_reference(self, block: int) -> bool:
-        """Give up one reference to a block; False where it was the only one."""
-        extra = self._extra_references.get(block, 0)
-        if extra > 1:
-            self._extra_references[block] = extra - 1
-        elif extra == 1:
-            del self._extra_references[block]
-        return extra > 0
-
-    def _free(self, blocks: list[int]) -> None:
-        if self._actions:  # a copy into a block that is given up would overwrite its next owner
-            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in blocks)]
-        self._blocks.give(blocks)
-
-    def _rounding_slots(self, resident: _Resident) -> int:
-        """Slots of its last block that lie past its length and its final length."""
-        return max(0, len(resident.table) * self.block_size - max(resident.final, resident.length))
-
-    def _round(self, resident: _Resident) -> None:
-        """Bring `rounding` up to date."""
-        rounding = self._rounding_slots(resident)
-        self._rounding += rounding - resident.rounding
-        resident.rounding = rounding
-
-    def _rounding_of_forks(self) -> int:
-        """Slots past the end of every sequence that holds the block, counted once."""
-        slots: dict[int, int] = {}
-        for resident in self._forked.values():
-            if resident.table:
-                rounding = self._rounding_slots(resident)
-                slots[resident.table[-1]] = min(slots.get(resident.table[-1], rounding), rounding)
-        return sum(slots.values())
-
     def check_integrity(self) -> None:
-        """Recount references, the free list, filled slots and rounding from the block tables."""
-        references: Counter[int] = Counter()
-        filled: dict[int, int] = {}  # block -> slots
-        for seq_id, resident in self._residents.items():
-            if len(resident.table) != self.blocks_for(resident.length):
-                raise IntegrityError(f"sequence {seq_id}: {resident.length} tokens in {len(resident.table)} blocks")
-            references.update(resident.table)
-            for i, block in enumerate(resident.table):
-                slots = min(self.block_size, resident.length - i * self.block_size)
-                if filled.setdefault(block, slots) != slots:
-                    raise IntegrityError(
-                        f"block {block} has {filled[block]} tokens of one sequence, {slots} of another"
-                    )
-        self._blocks.check_integrity([list(references)])
-        extra = {block: count - 1 for block, count in references.items() if count > 1}
-        if extra != self._extra_references:
-            raise IntegrityError(f"references beyond the first: {self._extra_references} kept, {extra} recounted")
-        if sum(filled.values()) != self._live:
-            raise IntegrityError(f"filled slots: {self._live} kept, {sum(filled.values())} recounted")
-        alone = [r for seq_id, r in self._residents.items() if seq_id not in self._forked]
-        if (rounding := sum(map(self._rounding_slots, alone))) != self._rounding:
-            raise IntegrityError(f"slots past the end: {self._rounding} kept, {rounding} recounted")
-        if (usage := self.usage()).pool != self.pool_bytes or min(usage.leaves) < 0:
+        """Recount tables, references, free lists and leaves."""
+        self._tables.check_integrity()
+        self._cpu_blocks.check_integrity(swapped.cpu_blocks for swapped in self._swapped.values())
+        if (usage := self.usage()).pool != self.pool_bytes or min(usage) < 0:
             raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

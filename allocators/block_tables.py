@@ -1,0 +1,190 @@
+"""Block tables: which block holds which positions of which sequence (PagedAttention sections 4.2 to 4.4).
+
+    a sequence of 9 tokens, blocks of 4     block table 7, 1, 3
+
+    block    0      1      2      3      4      5      6      7
+           |    | |####| |    | |#...| |    | |    | |    | |####|
+
+A sequence holds exactly the blocks that its length needs. Forks hold the same blocks, and the last one, where it is
+not full, is copied before one of them writes to it.
+
+Slots are counted as they are filled, so that asking where all of them are costs the same whatever the batch.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from kvarena.allocators.block_pool import BlockPool
+from kvarena.allocators.policy import CopyBlock, IntegrityError
+from kvarena.allocators.stretch import block_steps, blocks_taken
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """One sequence and its blocks."""
+
+    final: int  # tokens at its end
+    length: int
+    table: list[int]
+    rounding: int = 0  # slots of the last block past both length and final; not kept in a family of forks
+
+
+class BlockTables:
+    """The tables of all resident sequences over one pool of blocks. Who may have how many is the policy's to say."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.residents: dict[int, Resident] = {}
+        self._forked: dict[int, Resident] = {}  # residents that were forked, or are forks
+        self._live = 0  # slots filled, shared ones once
+        self._rounding = 0  # sum over residents
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that so many tokens of one sequence take."""
+        return -(-tokens // self.block_size)
+
+    def blocks_to_grow(self, seq_id: int, tokens: int) -> int:
+        """Blocks that `grow` would take, a copy of a shared last block included."""
+        resident = self.residents[seq_id]
+        return self.blocks_for(resident.length + tokens) - len(resident.table) + self._must_copy(resident)
+
+    def slack(self, seq_id: int) -> int:
+        """Tokens that the sequence can write before it needs a block; none into a shared one."""
+        resident = self.residents[seq_id]
+        return 0 if self._must_copy(resident) else len(resident.table) * self.block_size - resident.length
+
+    def add(self, seq_id: int, final: int, tokens: int) -> list[int]:
+        """Give a new sequence its first blocks; returns them. The caller has checked that there are as many."""
+        if seq_id in self.residents:
+            raise ValueError(f"sequence {seq_id} is resident already")
+        table = self.pool.take(self.blocks_for(tokens))
+        resident = self.residents[seq_id] = Resident(final, tokens, table)
+        self._live += tokens
+        self._round(resident)
+        return table
+
+    def grow(self, seq_id: int, tokens: int) -> CopyBlock | None:
+        """Fill the last block, then take new ones. Returns the copy that must be made first, if any."""
+        resident = self.residents[seq_id]
+        copy = self._copy_last_block(resident) if self._must_copy(resident) else None
+        length = resident.length + tokens
+        new = self.blocks_for(length) - len(resident.table)
+        if new:
+            resident.table += self.pool.take(new)
+        resident.length = length
+        self._live += tokens
+        if (new or length > resident.final) and seq_id not in self._forked:
+            self._round(resident)
+        return copy
+
+    def fork(self, parent_id: int, child_id: int, final: int) -> None:
+        """Give a new sequence all the blocks of another, to share."""
+        if child_id in self.residents:
+            raise ValueError(f"sequence {child_id} is resident already")
+        parent = self.residents[parent_id]
+        self.pool.share(parent.table)
+        self._rounding -= parent.rounding
+        parent.rounding = 0
+        child = self.residents[child_id] = Resident(final, parent.length, parent.table.copy())
+        self._forked[parent_id] = parent
+        self._forked[child_id] = child
+
+    def remove(self, seq_id: int) -> list[int]:
+        """Strike a sequence out; returns the blocks that are free now."""
+        resident = self.residents.pop(seq_id)
+        self._forked.pop(seq_id, None)
+        self._rounding -= resident.rounding
+        freed = self.pool.drop(resident.table)
+        self._live -= len(freed) * self.block_size
+        if freed and freed[-1] == resident.table[-1]:  # which need not be full
+            self._live += len(resident.table) * self.block_size - resident.length
+        return freed
+
+    @property
+    def any_forked(self) -> bool:
+        """Whether any resident shares blocks, or did."""
+        return bool(self._forked)
+
+    def slots(self) -> tuple[int, int, int, int]:
+        """Slots of the pool: live, empty but to be written, empty and past the end, in free blocks.
+
+        Slots of shared blocks count once; empty ones are to be written if any of their sequences reaches them.
+        """
+        rounding = self._rounding + (self._rounding_of_forks() if self._forked else 0)
+        free = self.pool.free_blocks * self.block_size
+        return self._live, self.pool.num_blocks * self.block_size - free - self._live - rounding, rounding, free
+
+    def stretch(self, seq_ids: Seq[int], steps: int) -> tuple[int, int, int, int]:
+        """Grow every sequence by one token, `steps` times over; the sum of `slots()` over these steps.
+
+        There are no forks, there are blocks enough, and nobody passes its final length.
+        """
+        block_size = self.block_size
+        held = (self.pool.num_blocks - self.pool.free_blocks) * steps  # blocks, summed over steps
+        rounding = self._rounding * steps
+        for seq_id in seq_ids:
+            resident = self.residents[seq_id]
+            slack = len(resident.table) * block_size - resident.length
+            resident.length += steps
+            if steps > slack:
+                new = blocks_taken(slack, steps, block_size)
+                held += block_steps(slack, steps, block_size)
+                resident.table += self.pool.take(new)
+                # Only the block that holds the final position has slots past it: the last one taken.
+                before = resident.rounding
+                self._round(resident)
+                rounding += (resident.rounding - before) * (steps - slack - (new - 1) * block_size)
+        live = steps * self._live + len(seq_ids) * (steps * (steps + 1) // 2)
+        self._live += len(seq_ids) * steps
+        total = self.pool.num_blocks * block_size * steps
+        return live, held * block_size - live - rounding, rounding, total - held * block_size
+
+    def _must_copy(self, resident: Resident) -> bool:
+        """Whether the next token would be written into a block that others read."""
+        return bool(self._forked) and resident.length % self.block_size != 0 and self.pool.is_shared(resident.table[-1])
+
+    def _copy_last_block(self, resident: Resident) -> CopyBlock:
+        source = resident.table[-1]
+        [target] = self.pool.take(1)
+        self.pool.drop([source])
+        resident.table[-1] = target
+        self._live += resident.length % self.block_size
+        return CopyBlock(source, target)
+
+    def _rounding_slots(self, resident: Resident) -> int:
+        return max(0, len(resident.table) * self.block_size - max(resident.final, resident.length))
+
+    def _round(self, resident: Resident) -> None:
+        """Bring `rounding` up to date."""
+        rounding = self._rounding_slots(resident)
+        self._rounding += rounding - resident.rounding
+        resident.rounding = rounding
+
+    def _rounding_of_forks(self) -> int:
+        """Slots past the end of every sequence that holds the block, each block once."""
+        slots: dict[int, int] = {}
+        for resident in self._forked.values():
+            if resident.table:
+                last, rounding = resident.table[-1], self._rounding_slots(resident)
+                slots[last] = min(slots.get(last, rounding), rounding)
+        return sum(slots.values())
+
+    def check_integrity(self) -> None:
+        """Recount references, filled slots and rounding from the tables."""
+        self.pool.check_integrity(resident.table for resident in self.residents.values())
+        filled: dict[int, int] = {}  # block -> slots
+        for seq_id, resident in self.residents.items():
+            if len(resident.table) != self.blocks_for(resident.length):
+                raise IntegrityError(f"sequence {seq_id}: {resident.length} tokens in {len(resident.table)} blocks")
+            for i, block in enumerate(resident.table):
+                slots = min(self.block_size, resident.length - i * self.block_size)
+                if filled.setdefault(block, slots) != slots:
+                    raise IntegrityError(
+                        f"block {block} holds {filled[block]} tokens for one sequence, {slots} for another"
+                    )
+        if (live := sum(filled.values())) != self._live:
+            raise IntegrityError(f"filled slots: {self._live} kept, {live} recounted")
+        alone = [resident for seq_id, resident in self.residents.items() if seq_id not in self._forked]
+        if (rounding := sum(map(self._rounding_slots, alone))) != self._rounding:
+            raise IntegrityError(f"slots past the end: {self._rounding} kept, {rounding} recounted")
