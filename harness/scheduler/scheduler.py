@@ -59,6 +59,11 @@ class Scheduler(ABC):
         return bool(self.running or self.waiting)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that arrived, or came back, and do not run."""
+        return len(self.waiting)
+
+    @property
     def head(self) -> Request | None:
         """The request at the head of the line."""
         return self.waiting[0] if self.waiting else None

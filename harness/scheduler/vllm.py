@@ -43,6 +43,11 @@ class VllmScheduler(ContinuousScheduler):
         """Whether anyone runs, waits or is swapped out."""
         return bool(self.running or self.waiting or self.swapped)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line, the swapped ones included: they come first."""
+        return len(self.waiting) + len(self.swapped)
+
     def _longest_prefill(self, request: Request) -> int:
         """A victim is recomputed with all its output but the last token."""
         return request.prompt_tokens if self._swaps else request.final_tokens - 1
@@ -64,7 +69,7 @@ class VllmScheduler(ContinuousScheduler):
         pending, self.running = deque(self.running), []
         while pending:
             request = pending.popleft()
-            while not self._grow(request):
+            while not self._grow(request, alone=not (pending or self.running)):
                 victim = pending.pop() if pending else request
                 self._preempt(victim, plan)
                 if victim is request:
@@ -72,9 +77,11 @@ class VllmScheduler(ContinuousScheduler):
             else:
                 self.running.append(request)
 
-    def _grow(self, request: Request) -> bool:
-        """vLLM asks for a free block per sequence even where the last block has room."""
-        return self.policy.free_units != 0 and self.policy.grow(request.seq_id)
+    def _grow(self, request: Request, alone: bool) -> bool:
+        """vLLM asks for a free block even where the last one has room. The last request standing need not: it would
+        preempt itself for ever.
+        """
+        return (alone or self.policy.free_units != 0) and self.policy.grow(request.seq_id)
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""

@@ -1,0 +1,89 @@
+"""The serving loop: arrivals -> scheduler -> policy -> executor -> record. One loop for both clocks.
+
+Under the modelled clock it jumps: after a step that only decoded, nothing can change until a sequence ends, somebody
+arrives at an empty line, memory may run short, or the step time changes branch. All steps up to there are priced and
+recorded as one row, with the same times, decisions and sums as one by one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvarena.allocators.usage import Usage
+from kvarena.harness.clock import Clock, ModelledClock, WallClock
+from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.request import Request
+from kvarena.harness.scheduler.scheduler import Scheduler
+from kvarena.harness.step import Executor, StepPlan, StepTime
+from kvarena.harness.step_log import StepLog
+
+
+@dataclass
+class Replay:
+    """What happened to every request, in order of arrival, and in every step."""
+
+    requests: list[Request]
+    steps: StepLog
+
+
+class Engine:
+    """Serves one trace. `jump=False` walks a modelled clock step by step, which gives the same and takes longer."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, *, jump: bool = True) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self._modelled = executor if isinstance(executor, ModelledExecutor) and jump else None
+        self._log = StepLog()
+
+    def run(self, requests: Iterable[Request]) -> Replay:
+        """Serve all requests to their end. They enter by arrival; ties in the order given."""
+        arrivals = sorted(requests, key=lambda r: r.arrival_ps)
+        clock: Clock = ModelledClock() if isinstance(self.executor, ModelledExecutor) else WallClock()
+        scheduler, arrived = self.scheduler, 0
+        while True:
+            while arrived < len(arrivals) and arrivals[arrived].arrival_ps <= clock.now_ps:
+                scheduler.submit(arrivals[arrived])
+                arrived += 1
+            if scheduler.has_work:
+                self._step(clock, arrivals[arrived].arrival_ps if arrived < len(arrivals) else None)
+            elif arrived < len(arrivals):
+                clock.skip_to(arrivals[arrived].arrival_ps)
+            else:
+                return Replay(arrivals, self._log)
+
+    def _step(self, clock: Clock, next_arrival_ps: int | None) -> None:
+        start_ps = clock.now_ps
+        scheduler = self.scheduler
+        plan = scheduler.schedule(start_ps)
+        if plan.is_empty:
+            raise RuntimeError(f"nobody runs, and request {scheduler.head} waits: {scheduler.policy.usage()}")
+        usage = scheduler.policy.usage(scheduler.head)
+        waiting = scheduler.num_waiting
+        if self._modelled is not None and plan.is_steady:
+            gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
+            time, more = self._stretch(self._modelled, plan, gap_ps)
+            usage = Usage(*[a + b for a, b in zip(usage, more, strict=True)]) if more else usage
+        else:
+            time = self.executor.execute(plan)
+        clock.pass_step(time)
+        scheduler.complete(plan, clock.now_ps)
+        self._log.add(start_ps, plan, time, waiting, usage)
+        if time.stall_ps:
+            self._book_stall(plan, time.stall_ps)
+        for request in scheduler.finished:
+            self.executor.finish(request)
+
+    def _stretch(self, executor: ModelledExecutor, plan: StepPlan, gap_ps: int | None) -> tuple[StepTime, Usage | None]:
+        """Extend a steady plan to the next event; `gap_ps` is the time to an arrival that might be admitted."""
+        run = executor.steady(plan)
+        steps = min(1 + self.scheduler.quiet_steps(plan), run.steps)
+        if gap_ps is not None and steps > 1:
+            steps = min(steps, run.steps_to(gap_ps))
+        usage = self.scheduler.stretch(plan, steps - 1) if steps > 1 else None
+        return run.take(plan.steps), usage
+
+    @staticmethod
+    def _book_stall(plan: StepPlan, stall_ps: int) -> None:
+        for request in plan.decodes:
+            request.stall_ps += stall_ps
+        for chunk in plan.prefills:
+            chunk.request.stall_ps += stall_ps
