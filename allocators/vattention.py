@@ -13,8 +13,6 @@ length does not need, the slot. Only then is a request refused, so what can be g
 page-groups that live rows *need*.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import gcd
@@ -26,7 +24,7 @@ from kvarena.allocators.policy import Action, IntegrityError, Map, Policy, Seque
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.slabs import SlabList
 from kvarena.allocators.usage import Usage, extent_usage
-from kvarena.allocators.vattention_row import Marks, Row
+from kvarena.allocators.virtual_row import IdleRows, Marks, Row
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -99,12 +97,13 @@ class VAttentionPolicy(Policy):
         self._slabs = [SlabList(self._total // t) for t in tensors]
         self._free = self._total  # page-groups mapped nowhere
 
-        self._rows = [Row(i, len(tensors)) for i in range(max_rows)]
+        self._rows = [Row(i, [[] for _ in tensors]) for i in range(max_rows)]
         self._live: dict[int, Row] = {}  # by seq_id, in order of admission
         self._with_surplus: dict[int, Row] = {}  # live rows that have more than they need, by row index
-        self._idle: list[tuple[int, int]] = [(0, i) for i in range(max_rows)]  # (page-groups mapped, row), sorted
-        self._slot: Row | None = None  # the idle row kept ready; not in `_idle`
+        self._idle = IdleRows(self._rows)
+        self._slot: Row | None = None  # the idle row kept ready
         self._slot_slabs = [min(eager_groups, g.slabs_for(max_tokens)) for g in self.geometries]
+        self._nothing = [0] * len(tensors)
         self._eager = eager_allocation
         self._admissions = 0
 
@@ -122,7 +121,7 @@ class VAttentionPolicy(Policy):
 
     def can_admit(self, seq: Sequence, tokens: int) -> bool:
         """Whether a row is idle, and enough page-groups are free or can be taken back."""
-        if tokens > self.max_tokens or not (self._idle or self._slot):
+        if tokens > self.max_tokens or not self._idle:
             return False
         return self._sums.needed + self._page_groups_for(tokens) + self._watermark <= self._total
 
@@ -132,7 +131,10 @@ class VAttentionPolicy(Policy):
             raise ValueError(f"sequence {seq.seq_id} is resident already")
         if not self.can_admit(seq, tokens):
             return False
-        row = self._best_fit(self._page_groups_for(tokens) if tokens else self._total)
+        row = self._idle.best_fit(self._page_groups_for(tokens)) if tokens else self._idle.fullest()
+        self._idle.remove(row)
+        if row is self._slot:
+            self._slot = None
         self._admissions += 1
         row.seq_id, row.admitted, row.length, row.final = seq.seq_id, self._admissions, tokens, seq.final_tokens
         self._live[seq.seq_id] = row
@@ -170,8 +172,8 @@ class VAttentionPolicy(Policy):
         self._add(row.marks, -1)
         row.seq_id, row.length, row.final, row.marks = None, 0, 0, Marks()
         if not self.deferred_reclamation:
-            self._trim(row, [0] * len(row.slabs), self._total, self._actions)
-        insort(self._idle, (row.mapped(self.geometries), row.index))
+            self._trim(row, self._nothing, self._total, self._actions)
+        self._idle.add(row)
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -227,33 +229,18 @@ class VAttentionPolicy(Policy):
         """Keep the fullest idle row ready, if what it lacks leaves the threshold free."""
         if not self._idle:
             return
-        row = self._rows[self._idle[-1][1]]
+        row = self._idle.fullest()
         lacks = [max(0, want - len(slabs)) for want, slabs in zip(self._slot_slabs, row.slabs, strict=True)]
         cost = sum(n * g.num_tensors for n, g in zip(lacks, self.geometries, strict=True))
         if cost > self._free - self._threshold:
             return
-        self._idle.pop()
         self._slot = row
+        self._idle.remove(row)
         for group, count in enumerate(lacks):
             self._attach(row, group, count, actions)
+        self._idle.add(row)
 
     # ---- rows and page-groups ----------------------------------------------------------------------------------
-
-    def _best_fit(self, needed: int) -> Row:
-        """Take the idle row that lacks the fewest page-groups; among those that lack none, the least full."""
-        i = bisect_left(self._idle, (needed, -1))
-        candidates = self._idle[i : i + 1] or self._idle[-1:]
-        if not candidates[0][0] >= needed and self._idle:  # several may be equally full: the first of them
-            candidates = [self._idle[bisect_left(self._idle, (candidates[0][0], -1))]]
-        if self._slot is not None:
-            candidates = [*candidates, (self._slot.mapped(self.geometries), self._slot.index)]
-        best = min(candidates, key=lambda c: (max(0, needed - c[0]), c[0], c[1]))
-        row = self._rows[best[1]]
-        if row is self._slot:
-            self._slot = None
-        else:
-            del self._idle[bisect_left(self._idle, best)]
-        return row
 
     def _extend(self, row: Row, length: int, actions: list[Action], ahead: int = 0) -> None:
         """Map what a live row lacks for `length` tokens; memory is known to suffice."""
@@ -279,19 +266,21 @@ class VAttentionPolicy(Policy):
                     row, [g.slabs_for(self._clip(row.length + margin)) for g in self.geometries], wanted, actions
                 )
                 self._settle(row)
-        if self._free < wanted and (slot := self._slot) is not None:
-            self._slot = None
-            self._trim(slot, [0] * len(slot.slabs), wanted, actions)
-            insort(self._idle, (slot.mapped(self.geometries), slot.index))
+        if self._free < wanted and self._slot is not None:
+            slot, self._slot = self._slot, None
+            self._trim_idle(slot, self._nothing, wanted, actions)
 
     def _take_back_idle(self, wanted: int, actions: list[Action]) -> None:
         """Unmap page-groups of idle rows, the least full first, until `wanted` are free; the slot keeps its own."""
-        while self._free < wanted and (i := bisect_left(self._idle, (1, -1))) < len(self._idle):
-            row = self._rows[self._idle.pop(i)[1]]
-            self._trim(row, [0] * len(row.slabs), wanted, actions)
-            insort(self._idle, (row.mapped(self.geometries), row.index))
-        if self._free < wanted and self._slot is not None:
-            self._trim(self._slot, self._slot_slabs, wanted, actions)
+        for row in self._idle.least_full_first():
+            if self._free >= wanted:
+                return
+            self._trim_idle(row, self._slot_slabs if row is self._slot else self._nothing, wanted, actions)
+
+    def _trim_idle(self, row: Row, keep: Seq[int], wanted: int, actions: list[Action]) -> None:
+        self._idle.remove(row)
+        self._trim(row, keep, wanted, actions)
+        self._idle.add(row)
 
     def _trim(self, row: Row, keep: Seq[int], wanted: int, actions: list[Action]) -> None:
         """Unmap the row's last page-groups, `keep` by layer group excepted, until `wanted` are free."""
@@ -301,6 +290,7 @@ class VAttentionPolicy(Policy):
                 slab = slabs.pop()
                 self._slabs[group].give(slab)
                 self._free += g.num_tensors
+                row.mapped -= g.num_tensors
                 actions.append(Unmap(group, row.index, len(slabs), slab))
 
     def _attach(self, row: Row, group: int, count: int, actions: list[Action]) -> None:
@@ -309,6 +299,7 @@ class VAttentionPolicy(Policy):
         for _ in range(count):
             slab = self._slabs[group].take(after=slabs[-1] if slabs else None)
             self._free -= self.geometries[group].num_tensors
+            row.mapped += self.geometries[group].num_tensors
             actions.append(Map(group, row.index, len(slabs), slab))
             slabs.append(slab)
 
@@ -317,7 +308,7 @@ class VAttentionPolicy(Policy):
         self._add(row.marks, -1)
         row.settle(self.geometries, self.max_tokens)
         self._add(row.marks, 1)
-        if row.marks.mapped > row.marks.needed:
+        if row.surplus:
             self._with_surplus[row.index] = row
         else:
             self._with_surplus.pop(row.index, None)
@@ -396,10 +387,14 @@ class VAttentionPolicy(Policy):
         """Recount page-groups, rows and leaves from the rows' slabs."""
         for group, slabs in enumerate(self._slabs):
             slabs.check_integrity(slab for row in self._rows for slab in row.slabs[group])
-        mapped = sum(row.mapped(self.geometries) for row in self._rows)
-        _expect("page-groups mapped + free", mapped + self._free, self._total)
-        idle = sorted((row.mapped(self.geometries), row.index) for row in self._idle_rows())
-        _expect("idle rows", self._idle, idle)
+        mapped = [
+            sum(g.num_tensors * len(s) for g, s in zip(self.geometries, r.slabs, strict=True)) for r in self._rows
+        ]
+        _expect("page-groups by row", [row.mapped for row in self._rows], mapped)
+        _expect("page-groups free are none or more", self._free >= 0, True)
+        _expect("page-groups mapped + free", sum(mapped) + self._free, self._total)
+        idle = sorted((row.mapped, row.index) for row in self._rows if row.seq_id is None)
+        _expect("idle rows by page-groups", [(row.mapped, row.index) for row in self._idle], idle)
         for row in self._live.values():
             fits = self._missing(row, row.length) == 0 and row.length <= row.capacity
             _expect(f"row {row.index} holds its {row.length} tokens", fits, True)
@@ -409,9 +404,6 @@ class VAttentionPolicy(Policy):
 
     def _needed(self, row: Row) -> int:
         return self._page_groups_for(row.length)
-
-    def _idle_rows(self) -> Iterable[Row]:
-        return (row for row in self._rows if row.seq_id is None and row is not self._slot)
 
     def _recounted_usage(self) -> Usage:
         """The leaves, row by row and tensor by tensor."""

@@ -1,0 +1,86 @@
+"""One row of vAttention's virtual tensors: what is mapped in it, and who lives there."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvarena.allocators.page_groups import RowGeometry
+
+
+class Marks(NamedTuple):
+    """What a row adds to the policy's sums while a sequence lives in it."""
+
+    needed: int = 0  # page-groups that its length needs
+    mapped: int = 0  # page-groups mapped
+    covered: int = 0  # bytes mapped below its final length
+    rounded: int = 0  # bytes mapped up to the end of the page-group that its final length ends in
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """The first `len(slabs[g])` page-groups of every tensor of layer group `g` are mapped; the rest is addresses."""
+
+    index: int
+    slabs: list[list[int]]  # by layer group, in the order of positions
+    mapped: int = 0  # page-groups, over all tensors
+    seq_id: int | None = None
+    admitted: int = 0  # serial number of the admission
+    length: int = 0  # tokens
+    final: int = 0  # tokens
+    # What follows from these, while somebody lives here:
+    capacity: int = 0  # tokens that fit what is mapped
+    enough_until: int = 0  # tokens that fit what `length` needs
+    surplus: int = 0  # page-groups that `length` does not need
+    marks: Marks = Marks()
+
+    def settle(self, geometries: Sequence[RowGeometry], max_tokens: int) -> None:
+        """Recompute what follows from slabs, length and final length."""
+        self.final = max(self.final, self.length)
+        self.capacity = self.enough_until = max_tokens
+        self.surplus = needed = covered = rounded = 0
+        for g, slabs in zip(geometries, self.slabs, strict=True):
+            mapped_bytes = len(slabs) * g.page_group
+            slabs_needed = g.slabs_for(self.length)
+            needed += g.num_tensors * slabs_needed
+            self.surplus += g.num_tensors * max(0, len(slabs) - slabs_needed)
+            covered += g.num_tensors * min(g.resident_bytes(self.final), mapped_bytes)
+            rounded += g.num_tensors * min(g.slabs_for(self.final) * g.page_group, mapped_bytes)
+            self.capacity = min(self.capacity, g.tokens_in(len(slabs), max_tokens))
+            self.enough_until = min(self.enough_until, g.tokens_in(slabs_needed, max_tokens))
+        self.marks = Marks(needed, self.mapped, covered, rounded)
+
+
+class IdleRows:
+    """Rows without a request, ordered by how much is mapped in them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+        self._order = sorted((row.mapped, row.index) for row in rows)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._rows[index] for _, index in self._order)
+
+    def add(self, row: Row) -> None:
+        """A row goes idle."""
+        insort(self._order, (row.mapped, row.index))
+
+    def remove(self, row: Row) -> None:
+        """A row is taken, or about to change."""
+        del self._order[bisect_left(self._order, (row.mapped, row.index))]
+
+    def best_fit(self, needed: int) -> Row:
+        """The least full row that holds `needed` page-groups, or else the fullest of all."""
+        i = bisect_left(self._order, (needed, -1))
+        return self._rows[self._order[i][1]] if i < len(self._order) else self.fullest()
+
+    def fullest(self) -> Row:
+        """The row with the most page-groups; of several the first."""
+        return self._rows[self._order[bisect_left(self._order, (self._order[-1][0], -1))][1]]
+
+    def least_full_first(self) -> Iterable[Row]:
+        """Rows with anything mapped, as they are now."""
+        return [self._rows[index] for _, index in self._order[bisect_left(self._order, (1, -1)) :]]
