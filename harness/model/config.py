@@ -47,7 +47,11 @@ class ModelConfig:
             self._require(getattr(self, key) > 0, key, "must be at least 1")
         self._require(self.max_tokens > 0, "max_tokens", "must be at least 1")
         self._require(self.tp > 0, "tp", "must be at least 1")
-        self._require(self.num_heads % self.num_kv_heads == 0, "num_heads", f"of {self.num_kv_heads} KV heads")
+        self._require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
         if self.family == "llama":
             self._require(self.rope_theta is not None and self.rope_theta > 0, "rope_theta", "must be positive")
             self._require(self.head_size % 2 == 0, "head_size", "must be even: RoPE rotates pairs")

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from kvarena.harness.model.config import ModelConfig
 
 _EMBEDDING_STD = 0.02  # small beside what the layers add: else tied embeddings make greedy decoding echo its input
+_POSITION_STD = 0.05  # learned positions: more than that and they drown the tokens, less and greedy decoding repeats
 _BIAS_STD = 0.02
+POSITION_OFFSET = 2  # OPT's table of learned positions begins with two rows that it never uses
 
 
 class Part(NamedTuple):
@@ -40,7 +42,7 @@ def list_parameters(config: "ModelConfig") -> list[Parameter]:
 def _llama(config: "ModelConfig") -> Iterator[Parameter]:
     hidden, ffn = config.hidden_size, config.ffn_size
     queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    yield _table("embedding", "model.embed_tokens.weight", config.vocab_size, hidden, config.tied_embeddings)
+    yield _embedding(config, "model.embed_tokens.weight")
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
@@ -60,8 +62,9 @@ def _opt(config: "ModelConfig") -> Iterator[Parameter]:
     hidden, ffn, decoder = config.hidden_size, config.ffn_size, "model.decoder"
     heads = config.num_heads * config.head_size
     positions = config.max_tokens + POSITION_OFFSET
-    yield _table("embedding", f"{decoder}.embed_tokens.weight", config.vocab_size, hidden, config.tied_embeddings)
-    yield _table("positions", f"{decoder}.embed_positions.weight", positions, hidden)
+    yield _embedding(config, f"{decoder}.embed_tokens.weight")
+    table = (Part(f"{decoder}.embed_positions.weight", positions),)
+    yield Parameter("positions", (positions, hidden), table, std=_POSITION_STD, gathered=True)
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"{decoder}.layers.{layer}"
         attention = f"{theirs}.self_attn"
@@ -77,9 +80,6 @@ def _opt(config: "ModelConfig") -> Iterator[Parameter]:
         yield _matrix("output", (Part("lm_head.weight", config.vocab_size),), hidden)
 
 
-POSITION_OFFSET = 2  # OPT's table of learned positions begins with two rows that it never uses
-
-
 def _parts(module: str, suffix: str, rows: dict[str, int]) -> tuple[Part, ...]:
     return tuple(Part(f"{module}.{name}{suffix}", count) for name, count in rows.items())
 
@@ -89,8 +89,10 @@ def _matrix(name: str, parts: tuple[Part, ...], inputs: int) -> Parameter:
     return Parameter(name, (sum(part.rows for part in parts), inputs), parts, std=inputs**-0.5)
 
 
-def _table(name: str, source: str, rows: int, hidden: int, multiplied: bool = False) -> Parameter:
-    return Parameter(name, (rows, hidden), (Part(source, rows),), std=_EMBEDDING_STD, gathered=not multiplied)
+def _embedding(config: "ModelConfig", source: str) -> Parameter:
+    """The token embedding; where it is tied it is also the output projection, which a step multiplies with."""
+    shape, parts = (config.vocab_size, config.hidden_size), (Part(source, config.vocab_size),)
+    return Parameter("embedding", shape, parts, std=_EMBEDDING_STD, gathered=not config.tied_embeddings)
 
 
 def _scale(name: str, source: str, size: int) -> Parameter:

@@ -1,70 +1,45 @@
 """Our models against those of transformers, with the same weights: logits equal through prefill and 32 decode steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kvarena.harness.model.build import assemble
+from kvarena.harness.model import load_preset
+from kvarena.harness.model.build import assemble, build_model
+from kvarena.harness.model.checkpoint import config_of_checkpoint
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.contract import Model
-from kvarena.harness.model.presets import load_preset
+from kvarena.harness.model.reference import Reference
 from kvarena.harness.model.weights import weights_from_hf
 
 transformers = pytest.importorskip("transformers", reason="transformers, the peer, is a development dependency")
 
-TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
-PROMPTS = (1, 7, 40)  # tokens
+TOLERANCE = 1e-5  # of the largest logit: float32, summed in another order (8e-7 was seen)
+PROMPTS = (1, 7, 40)  # tokens; decoded together in one batch, by the peer one by one
 DECODE_STEPS = 32
 
-
-class DenseAttend:
-    """A cache of one list of tensors per sequence, and attention by its formula."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.k = [{} for _ in range(num_layers)]
-        self.v = [{} for _ in range(num_layers)]
-        self.batch: list[tuple[int, int]] = []  # (sequence, its number of queries) of this step
-
-    def __call__(self, layer, q, k, v):
-        outs = []
-        counts = [count for _, count in self.batch]
-        for (seq, _), qs, ks, vs in zip(self.batch, q.split(counts), k.split(counts), v.split(counts), strict=True):
-            self.k[layer][seq] = torch.cat((self.k[layer][seq], ks)) if seq in self.k[layer] else ks.clone()
-            self.v[layer][seq] = torch.cat((self.v[layer][seq], vs)) if seq in self.v[layer] else vs.clone()
-            outs.append(causal_attention(qs, self.k[layer][seq], self.v[layer][seq]))
-        return torch.cat(outs)
+CONFIGS = {
+    "llama": load_preset("tiny-llama"),
+    "llama-tied": load_preset("tiny-llama", num_kv_heads=4, tied_embeddings=True, rope_theta=5e6),
+    "llama-wide-heads": load_preset("tiny-llama", head_size=32, num_kv_heads=1),
+    "opt": load_preset("tiny-opt"),
+    "opt-without-biases": load_preset("tiny-opt", biases=False),
+}
 
 
-def causal_attention(q, k, v):
-    """q [n, Hq, D] are the last n of the S tokens of k, v [S, Hkv, D]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = torch.einsum("nhd,shd->hns", q, k) / q.shape[2] ** 0.5
-    future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-    return torch.einsum("hns,shd->nhd", scores.masked_fill(future, float("-inf")).softmax(-1), v)
-
-
-def step(model: Model, attend: DenseAttend, batch: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
-    """Run one step. batch: (sequence, tokens already in its cache, new tokens). Returns logits [B, V]."""
-    attend.batch = [(seq, len(tokens)) for seq, _, tokens in batch]
-    tokens = torch.cat([tokens for _, _, tokens in batch])
-    positions = torch.cat([torch.arange(past, past + len(tokens)) for _, past, tokens in batch])
-    last = torch.tensor([len(tokens) for _, _, tokens in batch]).cumsum(0) - 1
-    return model.forward(tokens, positions, attend, last)
-
-
-def generate(model: Model, prompts: list[torch.Tensor], steps: int) -> torch.Tensor:
-    """Greedy decoding of all prompts together: logits [steps + 1, B, V]."""
-    attend = DenseAttend(model.config.num_layers)
-    logits = [step(model, attend, [(i, 0, prompt) for i, prompt in enumerate(prompts)])]
-    for n in range(steps):
-        tokens = logits[-1].argmax(-1)
-        logits.append(step(model, attend, [(i, len(p) + n, tokens[i : i + 1]) for i, p in enumerate(prompts)]))
-    return torch.stack(logits)
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products on a busy machine wait for each other's threads: 12 times slower with two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def peer_of(config: ModelConfig):
-    """A model of transformers with our sizes, every parameter random (its own start has biases 0 and norms 1)."""
-    common = dict(
+    """A model of transformers with our sizes and every parameter random: biases and norms too."""
+    sizes = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
@@ -72,29 +47,11 @@ def peer_of(config: ModelConfig):
         max_position_embeddings=config.max_tokens,
         tie_word_embeddings=config.tied_embeddings,
         attn_implementation="eager",
-        dropout=0.0,
-        attention_dropout=0.0,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
     )
-    if config.family == "llama":
-        peer = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                **common,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_size,
-                intermediate_size=config.ffn_size,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            )
-        )
-    else:
-        peer = transformers.OPTForCausalLM(
-            transformers.OPTConfig(
-                **common, ffn_dim=config.ffn_size, word_embed_proj_dim=config.hidden_size, enable_bias=config.biases
-            )
-        )
+    peer = _llama_peer(config, sizes) if config.family == "llama" else _opt_peer(config, sizes)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
@@ -103,9 +60,22 @@ def peer_of(config: ModelConfig):
     return peer.eval()
 
 
+def _llama_peer(config: ModelConfig, sizes: dict):
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    own = dict(num_key_value_heads=config.num_kv_heads, head_dim=config.head_size, intermediate_size=config.ffn_size)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, **own, rms_norm_eps=config.norm_eps, rope_parameters=rope)
+    )
+
+
+def _opt_peer(config: ModelConfig, sizes: dict):
+    own = dict(ffn_dim=config.ffn_size, word_embed_proj_dim=config.hidden_size, enable_bias=config.biases, dropout=0.0)
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **own))
+
+
 @torch.inference_mode()
 def peer_logits(peer, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of a prompt, then of each decoded token, from the peer's own cache: [1 + tokens, V]."""
+    """Logits after a prompt, then after each of the decoded tokens, over the peer's own cache: [1 + tokens, V]."""
     out = peer(prompt[None], use_cache=True)
     logits = [out.logits[0, -1]]
     for token in tokens:
@@ -114,13 +84,22 @@ def peer_logits(peer, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     return torch.stack(logits)
 
 
-CONFIGS = {
-    "llama": load_preset("tiny-llama"),
-    "llama-mha-tied": load_preset("tiny-llama", num_kv_heads=4, tied_embeddings=True, rope_theta=5e6),
-    "llama-head-size-apart": load_preset("tiny-llama", head_size=32, num_kv_heads=1),
-    "opt": load_preset("tiny-opt"),
-    "opt-without-biases": load_preset("tiny-opt", biases=False),
-}
+def prompts_of(config: ModelConfig) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(config.vocab_size, (n,), generator=generator) for n in PROMPTS]
+
+
+def greedy_logits(model: Model, prompts: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the prompts' last tokens, then of 32 greedy steps of all together: [1 + 32, B, V]."""
+    reference = Reference(model)
+    logits = [reference.step(dict(enumerate(prompts)))]
+    for _ in range(DECODE_STEPS):
+        logits.append(reference.step(dict(enumerate(logits[-1].argmax(-1, keepdim=True)))))
+    return torch.stack(logits)
+
+
+def assert_logits_equal(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -128,9 +107,29 @@ def test_logits_equal_those_of_transformers(name):
     config = CONFIGS[name]
     peer = peer_of(config)
     model = assemble(config, weights_from_hf(config, peer.state_dict(), torch.device("cpu")))
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(config.vocab_size, (n,), generator=generator) for n in PROMPTS]
-    logits = generate(model, prompts, DECODE_STEPS)  # [1 + steps, B, V]
-    for index, prompt in enumerate(prompts):
-        expected = peer_logits(peer, prompt, logits[:-1, index].argmax(-1))
-        torch.testing.assert_close(logits[:, index], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+    logits = greedy_logits(model, prompts_of(config))
+    for index, prompt in enumerate(prompts_of(config)):
+        assert_logits_equal(logits[:, index], peer_logits(peer, prompt, logits[:-1, index].argmax(-1)))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "opt"])
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_what_transformers_saves_we_load(name, shard_size, tmp_path):
+    config = CONFIGS[name]
+    peer = peer_of(config)
+    peer.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "100KB")
+    found = config_of_checkpoint(str(tmp_path))
+    assert found == replace(config, name=tmp_path.name, checkpoint=str(tmp_path))
+    logits = Reference(build_model(found)).step(dict(enumerate(prompts_of(config))))
+    for index, prompt in enumerate(prompts_of(config)):
+        assert_logits_equal(logits[index], peer_logits(peer, prompt, prompt[:0])[0])
+
+
+def test_a_checkpoint_saved_without_its_head_loads(tmp_path):
+    config = CONFIGS["opt"]
+    peer = peer_of(config)
+    peer.model.save_pretrained(tmp_path)  # names begin with "decoder." instead of "model.decoder."
+    model = build_model(replace(config, checkpoint=str(tmp_path)))
+    prompt = prompts_of(config)[2]
+    assert_logits_equal(Reference(model).step({0: prompt})[0], peer_logits(peer, prompt, prompt[:0])[0])
