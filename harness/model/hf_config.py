@@ -28,18 +28,18 @@ class _Reader:
         self.raw, self.path = raw, path
 
     def config(self, dtype: str) -> ModelConfig:
-        family = self.get("model_type")
+        family = self.raw.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{self.path}: model_type={family} is not one of: {', '.join(FAMILIES)}")
         sizes = self.llama() if family == "llama" else self.opt()
         return ModelConfig(
             name=self.path.parent.name,
             family=family,
-            num_layers=self.get("num_hidden_layers"),
-            hidden_size=self.get("hidden_size"),
-            num_heads=self.get("num_attention_heads"),
-            vocab_size=self.get("vocab_size"),
-            max_tokens=self.get("max_position_embeddings"),
+            num_layers=self.size("num_hidden_layers"),
+            hidden_size=self.size("hidden_size"),
+            num_heads=self.size("num_attention_heads"),
+            vocab_size=self.size("vocab_size"),
+            max_tokens=self.size("max_position_embeddings"),
             dtype=dtype,
             seed=0,
             **sizes,
@@ -47,11 +47,11 @@ class _Reader:
 
     def llama(self) -> dict[str, Any]:
         self.require(_LLAMA_MUST_BE)
-        num_heads = self.get("num_attention_heads")
+        num_heads = self.size("num_attention_heads")
         return {
-            "num_kv_heads": self.raw.get("num_key_value_heads") or num_heads,
-            "head_size": self.raw.get("head_dim") or self.get("hidden_size") // num_heads,
-            "ffn_size": self.get("intermediate_size"),
+            "num_kv_heads": self.size("num_key_value_heads", num_heads),
+            "head_size": self.size("head_dim", self.size("hidden_size") // num_heads),
+            "ffn_size": self.size("intermediate_size"),
             "rope_theta": self.rope_theta(),
             "norm_eps": self.raw.get("rms_norm_eps", 1e-6),
             "tied_embeddings": self.raw.get("tie_word_embeddings", False),
@@ -59,12 +59,12 @@ class _Reader:
         }
 
     def opt(self) -> dict[str, Any]:
-        hidden_size, num_heads = self.get("hidden_size"), self.get("num_attention_heads")
+        hidden_size, num_heads = self.size("hidden_size"), self.size("num_attention_heads")
         self.require(_OPT_MUST_BE | {"word_embed_proj_dim": hidden_size})
         return {
             "num_kv_heads": num_heads,
             "head_size": hidden_size // num_heads,
-            "ffn_size": self.get("ffn_dim"),
+            "ffn_size": self.size("ffn_dim"),
             "rope_theta": None,
             "norm_eps": 1e-5,
             "tied_embeddings": self.raw.get("tie_word_embeddings", True),
@@ -79,10 +79,13 @@ class _Reader:
             raise UserError(f"{self.path}: rope_type={kind} is not supported; only default is")
         return float(rope.get("rope_theta", self.raw.get("rope_theta", 10000.0)))
 
-    def get(self, key: str) -> Any:
-        if key not in self.raw:
-            raise UserError(f"{self.path}: {key} is missing")
-        return self.raw[key]
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; a null one is as good as none."""
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.path}: {key}={value}, expected a positive integer")
+        return value
 
     def require(self, expected: dict[str, Any]) -> None:
         for key, value in expected.items():
