@@ -24,6 +24,7 @@ usage() {
         "  ./run.sh --help                           this text" \
         "" \
         "KVARENA_PYTHON=/path/to/python3 uses that interpreter as it is and installs nothing." \
+        "KVARENA_RUNS=/some/folder takes the results instead of results/runs." \
         "experiment=NAME --help prints every key of that experiment."
     local file names=
     for file in "$root"/conf/experiment/*.yaml; do
@@ -97,8 +98,12 @@ set_up() { # set_up LOCK: bring .venv up to a lock file
     exec 9>&-
 }
 
-lint() {
-    "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m mypy
+lint() { # all three, whatever the first says
+    local status=0
+    "$python" -m ruff check . || status=1
+    "$python" -m ruff format --check . || status=1
+    "$python" -m mypy || status=1
+    return "$status"
 }
 
 case ${1:-} in
