@@ -48,7 +48,7 @@ class SteadyRun(NamedTuple):
 
     def take(self, steps: int) -> StepTime:
         """The first `steps` steps as one."""
-        return StepTime(self.duration_ps(steps), 0, self.slope_ps)
+        return StepTime(self.duration_ps(steps), 0, self.slope_ps if steps > 1 else 0)
 
 
 FOREVER = 1 << 62  # steps

@@ -69,7 +69,7 @@ class VllmScheduler(ContinuousScheduler):
         pending, self.running = deque(self.running), []
         while pending:
             request = pending.popleft()
-            while not self._grow(request, alone=not (pending or self.running)):
+            while not self._grow(request):
                 victim = pending.pop() if pending else request
                 self._preempt(victim, plan)
                 if victim is request:
@@ -77,11 +77,9 @@ class VllmScheduler(ContinuousScheduler):
             else:
                 self.running.append(request)
 
-    def _grow(self, request: Request, alone: bool) -> bool:
-        """vLLM asks for a free block even where the last one has room. The last request standing need not: it would
-        preempt itself for ever.
-        """
-        return (alone or self.policy.free_units != 0) and self.policy.grow(request.seq_id)
+    def _grow(self, request: Request) -> bool:
+        """vLLM asks for a free block per sequence even where the last one has room."""
+        return self.policy.free_units != 0 and self.policy.grow(request.seq_id)
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""
