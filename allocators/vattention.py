@@ -24,7 +24,7 @@ from kvarena.allocators.policy import Action, IntegrityError, Map, Policy, Seque
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.slabs import SlabList
 from kvarena.allocators.usage import Usage, extent_usage
-from kvarena.allocators.virtual_row import IdleRows, Marks, Row
+from kvarena.allocators.virtual_row import NOTHING, IdleRows, Marks, Row
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -108,8 +108,10 @@ class VAttentionPolicy(Policy):
         self._admissions = 0
 
         self._bytes_of = resident_bytes(kv_layout)
+        self._token_bytes = kv_layout.token_bytes
+        self._windowed = any(group.window is not None for group in kv_layout.groups)
         self._live_bytes = 0
-        self._sums = Marks()  # over live rows
+        self._sums = NOTHING  # over live rows
         self._actions: list[Action] = []
 
     # ---- what a sequence may have ------------------------------------------------------------------------------
@@ -152,16 +154,17 @@ class VAttentionPolicy(Policy):
         """Lengthen the sequence, mapping what it needs that was not mapped ahead."""
         row = self._live[seq_id]
         length = row.length + tokens
-        if length <= row.enough_until and length <= row.final:
-            self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
-            row.length = length
-            return True
-        if not self._can_lengthen(row, length):
+        needs_no_more = length <= row.enough_until and length <= row.final
+        if not needs_no_more and not self._can_lengthen(row, length):
             return False
-        self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
+        if self._windowed:
+            self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
+        else:
+            self._live_bytes += tokens * self._token_bytes
         row.length = length
-        self._settle(row)
-        self._extend(row, length, self._actions)
+        if not needs_no_more:
+            self._settle(row)
+            self._extend(row, length, self._actions)
         return True
 
     def release(self, seq_id: int) -> None:
@@ -170,7 +173,7 @@ class VAttentionPolicy(Policy):
         self._live_bytes -= self._bytes_of(row.length)
         self._with_surplus.pop(row.index, None)
         self._add(row.marks, -1)
-        row.seq_id, row.length, row.final, row.marks = None, 0, 0, Marks()
+        row.seq_id, row.length, row.final, row.marks = None, 0, 0, NOTHING
         if not self.deferred_reclamation:
             self._trim(row, self._nothing, self._total, self._actions)
         self._idle.add(row)

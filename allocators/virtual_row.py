@@ -17,6 +17,9 @@ class Marks(NamedTuple):
     rounded: int = 0  # bytes mapped up to the end of the page-group that its final length ends in
 
 
+NOTHING = Marks()
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """The first `len(slabs[g])` page-groups of every tensor of layer group `g` are mapped; the rest is addresses."""
@@ -32,7 +35,7 @@ class Row:
     capacity: int = 0  # tokens that fit what is mapped
     enough_until: int = 0  # tokens that fit what `length` needs
     surplus: int = 0  # page-groups that `length` does not need
-    marks: Marks = Marks()
+    marks: Marks = NOTHING
 
     def settle(self, geometries: Sequence[RowGeometry], max_tokens: int) -> None:
         """Recompute what follows from slabs, length and final length."""

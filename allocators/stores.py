@@ -1,0 +1,34 @@
+"""The store that fits a policy."""
+
+import torch
+
+from kvarena.allocators.paged_store import PagedStore
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.reserved_store import ReservedStore
+from kvarena.allocators.store import Store
+from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.errors import UserError
+from kvarena.kernels.layout import Layout
+
+
+def make_store(
+    policy: Policy,
+    num_layers: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype | str,
+    device: torch.device | str = "cpu",
+) -> Store:
+    """Real memory for one model's KV cache under `policy`.
+
+    Raises UserError where the pool does not fit the machine, the policy's KV layout is one that only a modelled clock
+    runs, or no driver serves the device.
+    """
+    if torch.device(device).type != "cpu":
+        raise UserError(f"device={device}: there is a virtual-memory driver for cpu only")
+    resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(policy, VAttentionPolicy):
+        return VirtualStore(policy, num_layers, num_kv_heads, head_size, resolved)
+    kind = PagedStore if policy.memory_layout is Layout.PAGED else ReservedStore
+    return kind(policy, num_layers, num_kv_heads, head_size, resolved)

@@ -1,0 +1,180 @@
+"""The store of vAttention: virtual tensors, backed page-group by page-group as the policy says.
+
+    plain     2N tensors [B, L, H, D], K and V of each of N layers (section 5.1 of the paper)
+    sliced    K and V [B, L, N, H, D] over all layers; a layer is a strided slice of it (section 8.2)
+
+B rows of up to L tokens; a row begins at a page-group. Every page-group of the pool is created at the start, one
+handle for each tensor and slab: slab s of tensor t is handle t * slabs + s, so that ascending slabs of a row are one
+run of memory, one call and one mapping.
+
+Actions for the background run in one worker thread beside the forward pass. Whoever needs the mappings next waits for
+it, and hears there if it failed.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter_ns
+
+import torch
+
+from kvarena.allocators.batch_view import make_view
+from kvarena.allocators.model_shape import ModelShape
+from kvarena.allocators.policy import Action, Map, Policy, Unmap
+from kvarena.allocators.store import DriverCalls, Physical, Store
+from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vmm.driver import CallTotals, Driver
+from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.tensor import strided_tensor
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.view import BatchView, LayerCache
+
+
+class VirtualStore(Store):
+    """Rows of virtual tensors."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        num_layers: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        driver: Driver | None = None,
+    ) -> None:
+        """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
+        if not isinstance(policy, VAttentionPolicy):
+            raise TypeError(f"VirtualStore serves VAttentionPolicy, not {type(policy).__name__}")
+        shape = ModelShape(num_layers, num_kv_heads, head_size, dtype)
+        shape.check(policy.kv_layout)
+        self._policy = policy
+        self._page_group = policy.page_group_bytes
+        [geometry] = policy.geometries
+        self._num_tensors = geometry.num_tensors
+        self._row_bytes = geometry.row_bytes(policy.max_tokens)
+        self.driver = driver if driver is not None else HostDriver(self._page_group)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvarena-map")
+        self._pending: Future[None] | None = None
+        self._background = CallTotals()
+        self._waited_ns = 0
+        try:
+            self._bases = [self.driver.reserve(policy.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
+            self._handles = self.driver.create(self._num_tensors * policy.num_slabs)
+            self._layers = self._make_layers(shape)
+        except BaseException:
+            self.close()
+            raise
+        self._at_start = self.driver.totals()
+
+    def _make_layers(self, shape: ModelShape) -> list[LayerCache]:
+        token, heads = shape.token_bytes, shape.head_strides
+        rows, tokens = self._policy.max_rows, self._policy.max_tokens
+        layers = shape.num_layers if self._policy.tensor_slicing else 1  # of a tensor
+        dims = (rows, tokens, layers, shape.num_kv_heads, shape.head_size)
+        strides = (self._row_bytes, layers * token, token, *heads)
+        tensors = [strided_tensor(self.driver, base, shape.dtype, dims, strides) for base in self._bases]
+        slices = [tensor[:, :, n] for n in range(layers) for tensor in tensors]  # K and V of layer 0, of layer 1...
+        return [LayerCache(Layout.CONTIGUOUS, k, v) for k, v in zip(slices[::2], slices[1::2], strict=True)]
+
+    def layer(self, layer: int) -> LayerCache:
+        """K and V of one layer."""
+        return self._layers[layer]
+
+    def apply(self, actions: Sequence[Action]) -> None:
+        """Map and unmap now."""
+        self._wait()
+        self._perform(actions)
+
+    def apply_in_background(self, actions: Sequence[Action]) -> None:
+        """Map and unmap in the worker thread."""
+        if actions:
+            self._wait()
+            self._pending = self._worker.submit(self._perform_in_background, actions)
+
+    def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
+        """Rows of these sequences."""
+        self._wait()
+        return make_view(lengths, num_queries, rows=[self._policy.row(seq_id) for seq_id in seq_ids])
+
+    def physical(self) -> Physical:
+        """Page-groups mapped and created, beside the memfd's blocks."""
+        self._wait()
+        return Physical(self.driver.mapped_bytes, self.driver.pooled_bytes, self.driver.counted_bytes())
+
+    def driver_calls(self) -> DriverCalls:
+        """Calls since the store was made; creating the pool is not among them."""
+        self._wait()
+        total, start, background = self.driver.totals(), self._at_start, self._background
+        return DriverCalls(
+            critical=total.calls - start.calls - background.calls,
+            critical_s=(total.ns - start.ns - background.ns) / 1e9,
+            background=background.calls,
+            background_s=background.ns / 1e9,
+            waited_s=self._waited_ns / 1e9,
+        )
+
+    def close(self) -> None:
+        """Give everything back, then raise what went wrong in the background, if nobody has heard of it yet."""
+        try:
+            self._wait()
+        finally:
+            self._worker.shutdown()
+            self.driver.close()
+
+    def _wait(self) -> None:
+        """Wait for the background. Its errors surface here."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        started_ns = perf_counter_ns()
+        try:
+            pending.result()
+        finally:
+            self._waited_ns += perf_counter_ns() - started_ns
+
+    def _perform_in_background(self, actions: Sequence[Action]) -> None:
+        before = self.driver.totals()
+        try:
+            self._perform(actions)
+        finally:
+            after = self.driver.totals()
+            self._background = CallTotals(
+                self._background.calls + after.calls - before.calls, self._background.ns + after.ns - before.ns
+            )
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for run in _runs(actions):
+            first = run[0]
+            offset = first.row * self._row_bytes + first.ordinal * self._page_group
+            if isinstance(first, Map):
+                self._map([action.slab for action in run], offset)
+            else:
+                for base in self._bases:
+                    self.driver.unmap(base, offset, len(run))
+
+    def _map(self, slabs: Sequence[int], offset: int) -> None:
+        """Map slabs side by side in every tensor, or in none."""
+        num_slabs = self._policy.num_slabs
+        for tensor, base in enumerate(self._bases):
+            try:
+                self.driver.map(base, offset, [self._handles[tensor * num_slabs + slab] for slab in slabs])
+            except BaseException:
+                for mapped in self._bases[:tensor]:
+                    self.driver.unmap(mapped, offset, len(slabs))
+                raise
+
+
+def _runs(actions: Sequence[Action]) -> Iterator[list[Map] | list[Unmap]]:
+    """Split actions, in order, into runs of one kind over neighbours in one row, ascending by position."""
+    run: list[Map] | list[Unmap] = []
+    for action in actions:
+        if not isinstance(action, Map | Unmap):
+            raise ValueError(f"VirtualStore performs no {type(action).__name__}")
+        step = 1 if isinstance(action, Map) else -1
+        if run and type(run[-1]) is type(action) and (run[-1].row, run[-1].ordinal + step) == action[1:3]:
+            run.append(action)  # type: ignore[arg-type]  # of the run's kind
+        else:
+            if run:
+                yield run if isinstance(run[0], Map) else run[::-1]
+            run = [action]  # type: ignore[assignment]
+    if run:
+        yield run if isinstance(run[0], Map) else run[::-1]
