@@ -1,28 +1,13 @@
-"""The contract of an attention kernel: what it can read, and what it computes."""
+"""The contract of an attention kernel: what it computes. What it can read is data (`spec.py`)."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
-
-@dataclass(frozen=True, slots=True)
-class KernelSpec:
-    """What a kernel can read. `None` means "any"."""
-
-    name: str  # the name of conf/kernel/<name>.yaml
-    body: str  # code that computes the attention: two layouts of one body differ in addressing alone
-    library: str  # distribution the code comes from: two kernels of one library are a "same library" pair
-    layouts: frozenset[Layout]
-    devices: frozenset[str]  # of {"cpu", "cuda"}
-    dtypes: frozenset[str]  # of {"float32", "bfloat16", "float16"}
-    head_sizes: frozenset[int] | None = None
-    block_sizes: frozenset[int] | None = None  # paged only
-    requires: tuple[str, ...] = ()  # importable modules it needs, beside torch
-    install_hint: str = ""  # what to type where they are absent
+__all__ = ["AttentionKernel", "KernelSpec"]
 
 
 class AttentionKernel(ABC):

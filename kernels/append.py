@@ -1,0 +1,53 @@
+"""Writing the K/V of new tokens into the cache, in either layout. Callers time it apart from attention."""
+
+import torch
+from torch import Tensor
+
+from kvarena.kernels.addressing import addressing, flat
+from kvarena.kernels.jit import Array, jit
+from kvarena.kernels.view import BatchView, LayerCache, positions
+
+_NUMBA_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def append(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> None:
+    """Write the last tokens of each sequence: k_new, v_new are [T, H, D], packed as the queries are."""
+    if cache.k.device.type == "cpu" and cache.k.dtype in _NUMBA_DTYPES:
+        _append_numba(k_new, v_new, cache, view)
+    else:
+        append_torch(k_new, v_new, cache, view)
+
+
+def append_torch(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> None:
+    """Do the same on any device with one indexed write per tensor."""
+    position = positions(view)  # [T]
+    counts = (view.query_starts[1:] - view.query_starts[:-1]).to(torch.int64)
+    if view.block_table is not None:
+        sequence = torch.repeat_interleave(torch.arange(view.batch_size, device=position.device), counts)
+        block = view.block_table[sequence, position // cache.block_size].to(torch.int64)
+        slot = position % cache.block_size
+    else:
+        assert view.rows is not None, "a view has rows or a block table"
+        block, slot = torch.repeat_interleave(view.rows, counts), position
+    cache.k[block, slot] = k_new
+    cache.v[block, slot] = v_new
+
+
+def _append_numba(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> None:
+    where = addressing(cache, view)
+    lengths, starts = view.lengths.numpy(), view.query_starts.numpy()
+    for new, old, strides in ((k_new, cache.k, where.k_strides), (v_new, cache.v, where.v_strides)):
+        rows = flat(new.contiguous()).reshape(new.shape[0], -1)
+        _write(rows, flat(old), where.table, where.block_size, strides, lengths, starts)
+
+
+@jit
+def _write(
+    rows: Array, cache: Array, table: Array, block_size: int, strides: tuple[int, int], lengths: Array, starts: Array
+) -> None:
+    for sequence in range(lengths.size):
+        first = lengths[sequence] - starts[sequence + 1] + starts[sequence]
+        for i in range(starts[sequence + 1] - starts[sequence]):
+            block, slot = divmod(first + i, block_size)
+            at = table[sequence, block] * strides[0] + slot * strides[1]
+            cache[at : at + rows.shape[1]] = rows[starts[sequence] + i]

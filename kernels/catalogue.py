@@ -1,0 +1,41 @@
+"""The kernels there are, as data, and where each is written."""
+
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import KernelSpec
+
+_CPU = frozenset({"cpu"})
+_ANY_DEVICE = frozenset({"cpu", "cuda"})
+_ANY_DTYPE = frozenset({"float32", "bfloat16", "float16"})
+
+NUMBA = KernelSpec(
+    name="numba",
+    body="numba",
+    library="kvarena",
+    layouts=frozenset(Layout),
+    devices=_CPU,
+    dtypes=frozenset({"float32", "bfloat16"}),
+    head_sizes=frozenset(range(16, 257, 16)),
+)
+SDPA = KernelSpec(
+    name="sdpa",
+    body="torch sdpa",
+    library="torch",
+    layouts=frozenset({Layout.CONTIGUOUS}),
+    devices=_ANY_DEVICE,
+    dtypes=_ANY_DTYPE,
+)
+GATHER_SDPA = KernelSpec(
+    name="gather_sdpa",
+    body="gather, then torch sdpa",
+    library="torch",
+    layouts=frozenset({Layout.PAGED}),
+    devices=_ANY_DEVICE,
+    dtypes=_ANY_DTYPE,
+)
+
+# name -> what it can read, module, class
+CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
+    "numba": (NUMBA, "kvarena.kernels.numba_attention", "NumbaAttention"),
+    "sdpa": (SDPA, "kvarena.kernels.sdpa", "SDPAAttention"),
+    "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.gather_sdpa", "GatherSDPAAttention"),
+}

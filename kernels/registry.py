@@ -1,0 +1,71 @@
+"""Kernels by name, and whether one fits. Imports no torch until a kernel is made."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from kvarena.errors import UserError
+from kvarena.kernels.catalogue import CATALOGUE
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from kvarena.kernels.kernel import AttentionKernel
+
+
+def kernel_names() -> list[str]:
+    """Names of all kernels."""
+    return list(CATALOGUE)
+
+
+def kernel_spec(name: str) -> KernelSpec:
+    """What the kernel can read. Raises UserError with the names that exist."""
+    if name not in CATALOGUE:
+        raise UserError(f"kernel={name}: no such kernel. There are: {', '.join(CATALOGUE)}")
+    return CATALOGUE[name][0]
+
+
+def get_kernel(name: str) -> "AttentionKernel":
+    """Make the kernel; imports its library. Raises UserError where it does not exist or cannot run here."""
+    spec = kernel_spec(name)
+    if reason := missing(spec):
+        raise UserError(f"kernel={name}: {reason}")
+    _, module, kernel_class = CATALOGUE[name]
+    kernel: AttentionKernel = getattr(import_module(module), kernel_class)()
+    return kernel
+
+
+def missing(spec: KernelSpec) -> str | None:
+    """Say what the kernel needs and this environment lacks."""
+    absent = [module for module in spec.requires if find_spec(module) is None]
+    if not absent:
+        return None
+    hint = f"; {spec.install_hint}" if spec.install_hint else ""
+    return f"needs {', '.join(absent)}, not installed{hint}"
+
+
+def fits(
+    spec: KernelSpec,
+    layout: Layout,
+    device: str | None = None,
+    dtype: str | None = None,
+    head_size: int | None = None,
+    block_size: int | None = None,
+) -> str | None:
+    """Say why the kernel cannot read this, or None if it can. What is not given is not asked."""
+    if layout not in spec.layouts:
+        return f"reads {_list(spec.layouts)}, not {layout}"
+    if device is not None and device not in spec.devices:
+        return f"runs on {_list(spec.devices)}, not {device}"
+    if dtype is not None and dtype not in spec.dtypes:
+        return f"reads {_list(spec.dtypes)}, not {dtype}"
+    if head_size is not None and spec.head_sizes is not None and head_size not in spec.head_sizes:
+        return f"head sizes {_list(spec.head_sizes)}, not {head_size}"
+    paged_block = block_size if layout is Layout.PAGED else None
+    if paged_block is not None and spec.block_sizes is not None and paged_block not in spec.block_sizes:
+        return f"block sizes {_list(spec.block_sizes)}, not {paged_block}"
+    return None
+
+
+def _list(values: frozenset[int] | frozenset[str] | frozenset[Layout]) -> str:
+    return ", ".join(str(value) for value in sorted(values))
