@@ -1,9 +1,11 @@
-"""Small tensors of a batch view, made on the host once a step."""
+"""Small tensors of a batch view, made on the host once a step (through numpy: a fifth of `torch.tensor`'s time)."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +20,10 @@ def make_view(
 ) -> BatchView:
     """View of a batch; `rows` or `block_table` says where its K/V lie."""
     max_queries = max(num_queries)
-    if max_queries == 1:
-        starts = _decode_starts(len(num_queries))
-    else:
-        starts = torch.tensor([0, *accumulate(num_queries)], dtype=torch.int32)
     return BatchView(
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        query_starts=starts,
-        rows=None if rows is None else torch.tensor(rows, dtype=torch.int64),
+        lengths=_tensor(lengths, np.int32),
+        query_starts=_decode_starts(len(lengths)) if max_queries == 1 else _starts(num_queries),
+        rows=None if rows is None else _tensor(rows, np.int64),
         block_table=block_table,
         max_length=max(lengths),
         max_queries=max_queries,
@@ -35,3 +33,11 @@ def make_view(
 @lru_cache(maxsize=1024)
 def _decode_starts(batch_size: int) -> Tensor:
     return torch.arange(batch_size + 1, dtype=torch.int32)
+
+
+def _starts(num_queries: Sequence[int]) -> Tensor:
+    return _tensor([0, *accumulate(num_queries)], np.int32)
+
+
+def _tensor(values: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=dtype))
