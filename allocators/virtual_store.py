@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter_ns
 
 import torch
+from torch import Tensor
 
 from kvarena.allocators.batch_view import make_view
 from kvarena.allocators.model_shape import ModelShape
@@ -59,21 +60,30 @@ class VirtualStore(Store):
         try:
             self._bases = [self.driver.reserve(policy.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
             self._handles = self.driver.create(self._num_tensors * policy.num_slabs)
-            self._layers = self._make_layers(shape)
+            self.tensors = self._make_tensors(shape)
+            self._layers = self._make_layers(num_layers)
         except BaseException:
             self.close()
             raise
         self._at_start = self.driver.totals()
 
-    def _make_layers(self, shape: ModelShape) -> list[LayerCache]:
-        token, heads = shape.token_bytes, shape.head_strides
-        rows, tokens = self._policy.max_rows, self._policy.max_tokens
-        layers = shape.num_layers if self._policy.tensor_slicing else 1  # of a tensor
-        dims = (rows, tokens, layers, shape.num_kv_heads, shape.head_size)
-        strides = (self._row_bytes, layers * token, token, *heads)
-        tensors = [strided_tensor(self.driver, base, shape.dtype, dims, strides) for base in self._bases]
-        slices = [tensor[:, :, n] for n in range(layers) for tensor in tensors]  # K and V of layer 0, of layer 1...
-        return [LayerCache(Layout.CONTIGUOUS, k, v) for k, v in zip(slices[::2], slices[1::2], strict=True)]
+    def _make_tensors(self, shape: ModelShape) -> list[Tensor]:
+        """K of every layer, then V of every layer; or both over all layers."""
+        rows, tokens, heads = self._policy.max_rows, self._policy.max_tokens, (shape.num_kv_heads, shape.head_size)
+        if self._policy.tensor_slicing:
+            dims: tuple[int, ...] = (rows, tokens, shape.num_layers, *heads)
+            strides: tuple[int, ...] = (self._row_bytes, shape.num_layers * shape.token_bytes, shape.token_bytes)
+        else:
+            dims, strides = (rows, tokens, *heads), (self._row_bytes, shape.token_bytes)
+        strides = (*strides, *shape.head_strides)
+        return [strided_tensor(self.driver, base, shape.dtype, dims, strides) for base in self._bases]
+
+    def _make_layers(self, num_layers: int) -> list[LayerCache]:
+        k_and_v = len(self.tensors) // 2
+        ks, vs = self.tensors[:k_and_v], self.tensors[k_and_v:]
+        if self._policy.tensor_slicing:
+            ks, vs = ([tensor[:, :, n] for n in range(num_layers)] for [tensor] in (ks, vs))
+        return [LayerCache(Layout.CONTIGUOUS, k, v) for k, v in zip(ks, vs, strict=True)]
 
     def layer(self, layer: int) -> LayerCache:
         """K and V of one layer."""
