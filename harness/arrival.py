@@ -11,7 +11,6 @@ from kvarena.harness.seeded import Floats, Ints, Stream
 
 PS = 10**12  # picoseconds of a second
 LONGEST_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
-_CHUNK = 4096
 
 
 @dataclass
@@ -42,6 +41,8 @@ def check(config: ArrivalConfig) -> None:
         raise UserError(f"arrival.duration_s={config.duration_s}: must be at most {LONGEST_S:.0f}")
     if config.process in DRAWN and config.rate is None:
         raise UserError(f"arrival={config.process} needs arrival.rate, in requests/s")
+    if config.process == "all_at_once" and config.duration_s is not None:
+        raise UserError("arrival=all_at_once takes no arrival.duration_s: everything arrives at 0")
     if config.process in UNDRAWN and config.rate is not None:
         raise UserError(f"arrival={config.process} takes no arrival.rate: nothing is rescaled")
 
@@ -98,9 +99,10 @@ def _renewal(gaps: Callable[[int], Floats], rate: float, num_requests: int | Non
     """Running sums of gaps, the first arrival after the first gap."""
     times: list[Ints] = []
     drawn, last = 0, 0
+    expected = num_requests if duration_s is None else math.ceil(rate * duration_s)
+    assert expected is not None
     while (num_requests is None or drawn < num_requests) and (duration_s is None or last < duration_s * PS):
-        expected = num_requests if num_requests is not None else math.ceil(rate * (duration_s or 0))
-        chunk = gaps(max(_CHUNK, expected - drawn))
+        chunk = gaps(max(expected - drawn, expected // 64, 16))
         _check_span(last / PS + float(chunk.sum()))
         times.append(last + np.cumsum(np.rint(chunk * PS).astype(np.int64)))
         drawn, last = drawn + len(chunk), int(times[-1][-1])
@@ -113,6 +115,8 @@ def _artifact(config: ArrivalConfig, seed: int) -> Ints:
     It seeds numpy's global state; RandomState(seed) is that state, and its draws are frozen for good.
     """
     assert config.rate is not None
+    if not 0 <= seed < 2**32:
+        raise UserError(f"arrival.seed={seed}: the artifact's generator takes 0 to 2**32 - 1")
     if config.duration_s is None:
         raise UserError("arrival=artifact needs arrival.duration_s (the paper: 3600, and 900 for OPT-175B)")
     quanta = int(config.duration_s * (1 / config.quantum_s))

@@ -79,7 +79,8 @@ def _reason(columns: Columns, i: int, prompt: float, output: float) -> str:
         if _wrong_length(np.array([value]))[0]:
             return f"{name} length is {_fault(raw, value)}"
     assert columns.arrival is not None
-    return f"arrival is {columns.arrival[i]!r}, not a time in {columns.arrival_is} from 0 to {CLOCK_LIMIT_S:.0f} s"
+    wanted = "a date" if columns.arrival_is == "date" else f"{columns.arrival_is} since the trace began"
+    return f"arrival is {columns.arrival[i]!r}, not {wanted}, at most {CLOCK_LIMIT_S:.0f} s after it"
 
 
 def _fault(raw: Any, value: float) -> str:

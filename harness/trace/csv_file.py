@@ -18,8 +18,10 @@ def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[Leng
     with path.open(encoding="utf-8-sig") as file:
         header = [name.strip().strip('"') for name in file.readline().split(",")]
     found = fitting(header, format_name)
-    if not isinstance(found, LengthFormat):
+    if found is None or len(set(header)) < len(header):
         raise no_format(header, format_name, str(path))
+    if not isinstance(found, LengthFormat):
+        raise UserError(f"{path}: {found.name} is read from JSON, not from CSV")
     table, ragged = _read(path, header)
     for number, reason in ragged.items():
         bad.add(number, reason)
@@ -44,6 +46,8 @@ def _read(path: Path, header: list[str]) -> tuple[pa.Table, dict[int, str]]:
 
     def note(row: csv.InvalidRow) -> str:
         ragged[row.number - 1] = f"{row.actual_columns} fields, the header has {row.expected_columns}"
+        if lines := row.text.count("\n"):
+            ragged[row.number - 1] += f"; a quote that nothing closes makes {lines + 1} lines one row"
         return "skip"
 
     try:

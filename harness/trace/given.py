@@ -17,13 +17,12 @@ def given_lengths(name: str, prompt: int, output: int, range_ratio: float, count
     for key, length in (("prompt_tokens", prompt), ("output_tokens", output)):
         if length < 1:
             raise UserError(f"trace.{key}={length}: must be at least 1")
-    stream = Stream(seed, "lengths")
     facts = {"prompt_tokens": prompt, "output_tokens": output, "range_ratio": range_ratio}
     return Trace(
         name=name,
         source="given lengths",
-        prompt_tokens=_uniform(stream, prompt, range_ratio, count),
-        output_tokens=_uniform(stream, output, range_ratio, count),
+        prompt_tokens=_uniform(Stream(seed, "prompts"), prompt, range_ratio, count),
+        output_tokens=_uniform(Stream(seed, "outputs"), output, range_ratio, count),
         provenance={**facts, "requests": count, "seed": seed},
     )
 

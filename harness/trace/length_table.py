@@ -7,6 +7,7 @@ trace everywhere. `length_tables/SOURCES.md` names the data.
 """
 
 import csv
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ _BINS = 32
 _BIN_BITS = 27  # a bin is 2**27 wide: 32 of them make 2**32
 _KNOT_BITS = 14  # the files state probabilities that are multiples of 2**-14
 _TRIES = 16
+_CUT_SHARE = 0.01  # a warning beyond: the context is too short for the table, whose shape then suffers
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,33 +65,35 @@ def length_table(name: str) -> LengthTable:
 
 
 def sample(table: LengthTable, count: int, seed: int, recipe: Recipe) -> Trace:
-    """Draw `count` requests within a recipe's bounds.
+    """Draw `count` requests within a recipe's bounds; the first n of them are those of a draw of n.
 
-    A request outside them is drawn again inside its own cell, so that the cells keep their weights; after 16 tries
-    it is cut to the bounds. The trace's provenance tells how many were cut.
+    A request outside the bounds is drawn again inside its own cell, so that the cells keep their weights; after 16
+    tries it is cut to them. The trace's provenance tells how many were cut.
     """
-    stream = Stream(seed, "lengths")
-    cell = np.searchsorted(table.cumulated, stream.below(count, table.num_records), side="right")
+    cell = np.searchsorted(table.cumulated, Stream(seed, "cells").below(count, table.num_records), side="right")
     prompt, output = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    open_ = np.arange(count)  # requests not yet within the bounds
-    for _ in range(_TRIES):
-        prompt[open_] = _inverse_cdf(table.knots, table.prompt, cell[open_] // _BINS, stream)
-        output[open_] = _inverse_cdf(table.knots, table.output, cell[open_] % _BINS, stream)
-        open_ = open_[~recipe.keeps(prompt[open_], output[open_])]
-        if not len(open_):
+    outside = np.arange(count)  # requests not yet within the bounds
+    for attempt in range(_TRIES):
+        place = Stream(seed, f"places {attempt}").words(2 * count, _BIN_BITS).reshape(count, 2)[outside]
+        prompt[outside] = _inverse_cdf(table.knots, table.prompt, cell[outside] // _BINS, place[:, 0])
+        output[outside] = _inverse_cdf(table.knots, table.output, cell[outside] % _BINS, place[:, 1])
+        outside = outside[~recipe.keeps(prompt[outside], output[outside])]
+        if not len(outside):
             break
-    prompt[open_], output[open_] = _cut(prompt[open_], output[open_], recipe)
+    prompt[outside], output[outside] = _cut(prompt[outside], output[outside], recipe)
+    if len(outside) > _CUT_SHARE * count:
+        _log.warning("%s: %d of %d requests were cut to %d tokens", table.name, len(outside), count, recipe.max_total)
     facts = {"table": table.name, "table_records": table.num_records, "recipe": recipe.name, "seed": seed}
-    facts |= {"requests": count, "max_total": recipe.max_total, "cut": len(open_)}
+    facts |= {"requests": count, "max_total": recipe.max_total, "cut": len(outside)}
     return Trace(table.name, f"length table {table.name}", prompt, output, provenance=facts)
 
 
-def _inverse_cdf(knots: Ints, values: Ints, bins: Ints, stream: Stream) -> Ints:
-    """A length from a uniform place in each of these bins: linear between knots, rounded half up."""
-    place = (bins << _BIN_BITS) + stream.words(len(bins), _BIN_BITS)
-    left = np.searchsorted(knots, place, side="right") - 1
+def _inverse_cdf(knots: Ints, values: Ints, bins: Ints, place: Ints) -> Ints:
+    """The lengths at these places of these bins: linear between knots, rounded half up."""
+    at = (bins << _BIN_BITS) + place
+    left = np.searchsorted(knots, at, side="right") - 1
     width = knots[left + 1] - knots[left]
-    rise = (place - knots[left]) * (values[left + 1] - values[left])
+    rise = (at - knots[left]) * (values[left + 1] - values[left])
     length: Ints = values[left] + (2 * rise + width) // (2 * width)
     return length
 

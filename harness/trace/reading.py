@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+import datasets
 
 from kvarena.errors import UserError
 from kvarena.harness.trace.bad_records import BadRecords
@@ -25,7 +25,9 @@ _FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".parquet", ".gz")
 class Reading(NamedTuple):
     """What a source holds."""
 
-    dataset: Dataset  # record, prompt_tokens, output_tokens; arrival_s, conversation_id, hash_ids where it has them
+    dataset: (
+        datasets.Dataset
+    )  # record, prompt_tokens, output_tokens; arrival_s, conversation_id, hash_ids where it has them
     facts: dict[str, Any]  # of the trace's provenance
 
 
@@ -37,8 +39,10 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     if path.is_file():
         origin: dict[str, Any] = {"path": str(path.resolve()), "sha256": _sha256(path)}
         columns, facts = _read_file(path, config, recipe, bad)
-    elif path.exists() or not _HUB_NAME.fullmatch(source) or source.endswith(_FILE_ENDINGS):
-        raise UserError(f"trace.path={source}: no such file (nor does it read like a hub's owner/name)")
+    elif path.exists():
+        raise UserError(f"trace.path={source}: is a folder, not a file")
+    elif not _HUB_NAME.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+        raise UserError(f"trace.path={source}: no such file (nor is it a hub's owner/name)")
     else:
         origin = {"hub": source, "data_files": config.data_files, "split": config.split}
         columns, facts = _read_records(enumerate(_from_hub(config), start=1), config, recipe, bad)
@@ -46,14 +50,17 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     bad.report()
     seen = len(clean["record"]) + bad.count + facts["without_request"]
     counts = {"read": seen, "malformed": bad.count, "malformed_reasons": bad.reasons}
-    return Reading(Dataset.from_dict(clean), origin | facts | counts)
+    return Reading(datasets.Dataset.from_dict(clean), origin | facts | counts)
 
 
 def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords) -> tuple[Columns, dict[str, Any]]:
     """Columns of a file: JSON where it begins like JSON, else CSV."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            if file.read(4096).lstrip()[:1] not in ("[", "{"):
+            beginning = file.read(4096).lstrip()[:1]
+            if not beginning:
+                raise UserError(f"trace.path={path}: is empty")
+            if beginning not in "[{":
                 form, columns = read_csv(path, config.format, bad)
                 return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
             file.seek(0)
@@ -65,7 +72,7 @@ def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords)
 
 def _from_hub(config: TraceConfig) -> Any:
     try:
-        return load_dataset(config.path, data_files=config.data_files, split=config.split)
+        return datasets.load_dataset(config.path, data_files=config.data_files, split=config.split)
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
         raise UserError(
             f"trace.path={config.path}: no such file, and from the hub it does not load: {error}"
@@ -94,7 +101,7 @@ def _count_texts(
     without = len(stated) - len(rows)
     if not rows:
         return Columns([], [], []), without
-    counted = count_tokens(Dataset.from_list(rows), load_tokenizer(config.tokenizer))
+    counted = count_tokens(datasets.Dataset.from_list(rows), load_tokenizer(config.tokenizer))
     return Columns(*(counted[key][:] for key in ("record", "prompt_tokens", "output_tokens"))), without
 
 

@@ -36,8 +36,12 @@ class Recipe:
         )
 
     def within(self, max_tokens: int | None) -> "Recipe":
-        """The same recipe, its total confined to a context of `max_tokens`."""
-        return self if max_tokens is None else replace(self, max_total=min(self.max_total, max_tokens))
+        """The same recipe within a context of `max_tokens`. Raises UserError where that holds no request."""
+        if max_tokens is None:
+            return self
+        if max_tokens < self.min_prompt + self.min_output:
+            raise UserError(f"trace.max_tokens={max_tokens}: no room for {self.min_prompt} + {self.min_output} tokens")
+        return replace(self, max_total=min(self.max_total, max_tokens))
 
 
 _RECIPES = (

@@ -5,6 +5,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Any, TypeVar
 
+from kvarena.errors import UserError
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.columns import Columns
 from kvarena.harness.trace.formats import Format, LengthFormat, MalformedError, fitting, no_format, shown
@@ -23,6 +24,8 @@ def detect(records: Records, format_name: str | None, source: str) -> tuple[Form
             if form is not None:
                 return form, chain(passed, records)
             fields |= dict.fromkeys(map(str, value))
+    if not passed:
+        raise UserError(f"{source}: holds no record")
     raise no_format(fields, format_name, source)
 
 
@@ -65,6 +68,8 @@ def _check_types(record: Mapping[str, Any], form: LengthFormat, keep_hash_ids: b
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
             raise MalformedError(f"{key} is {shown(value)}, not a {'date' if str in allowed else 'number'}")
+        if isinstance(value, int) and abs(value) > 2**53:  # nor would it convert to a float
+            raise MalformedError(f"{key} is {shown(value)}, beyond any trace")
     ids = record.get("hash_ids")
     if keep_hash_ids and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
         raise MalformedError(f"hash_ids is {shown(ids)}, not a list of whole numbers")

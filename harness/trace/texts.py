@@ -28,7 +28,8 @@ def count_tokens(texts: Dataset, tokenizer: Any) -> Dataset:
 
     def count(batch: dict[str, list[str]]) -> dict[str, list[int]]:
         return {
-            f"{side}_tokens": [len(ids) for ids in tokenizer(batch[side])["input_ids"]] for side in ("prompt", "output")
+            f"{side}_tokens": [len(ids) for ids in tokenizer(batch[side], verbose=False)["input_ids"]]
+            for side in ("prompt", "output")
         }
 
     return texts.map(count, batched=True, remove_columns=["prompt", "output"])

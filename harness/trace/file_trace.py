@@ -1,0 +1,74 @@
+"""A trace from records: what a recipe keeps of them, in the order and number asked for."""
+
+from dataclasses import astuple, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvarena.errors import UserError
+from kvarena.harness.seeded import Stream
+from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.recipes import Recipe
+from kvarena.harness.trace.trace import Ints, Trace
+
+
+def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
+    """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
+    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None))
+    trace = _kept(fields, recipe, max_tokens, _stamp(Path(str(config.path)).expanduser()))
+    order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
+    count = len(trace) if count is None else count
+    facts = {"shuffle": config.shuffle, "seed": config.seed, "requests": count, "rounds": -(-count // len(trace))}
+    return trace.take(np.resize(order, count)).noting(**facts)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when the file does."""
+    stat = path.stat() if path.is_file() else None
+    return (str(path.resolve()), stat.st_mtime_ns, stat.st_size) if stat else ("", 0, 0)
+
+
+@lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
+def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp: tuple[str, int, int]) -> Trace:
+    """Every request that the recipe keeps and the context holds, and the counts of the others."""
+    from kvarena.harness.trace.reading import read  # imports datasets, which takes a second
+
+    config = TraceConfig(*fields)
+    reading = read(config, recipe)
+    clean = {name: reading.dataset.data.column(name).to_numpy() for name in reading.dataset.column_names}
+    trace = Trace(
+        name=config.name,
+        source=str(config.path),
+        prompt_tokens=clean["prompt_tokens"],
+        output_tokens=clean["output_tokens"],
+        arrival_s=clean.get("arrival_s"),
+        conversation_ids=clean.get("conversation_id"),
+        hash_ids=tuple(clean["hash_ids"]) if "hash_ids" in clean else None,
+    )
+    kept = np.flatnonzero(recipe.keeps(trace.prompt_tokens, trace.output_tokens))
+    over_long = BadRecords(trace.source, config.on_bad_record)
+    fitting = _within_context(trace, kept, clean["record"], max_tokens, over_long)
+    facts = {**reading.facts, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
+    facts |= {"over_long": over_long.count, "over_long_reasons": over_long.reasons, "kept": len(fitting)}
+    if not len(fitting):
+        counts = ("read", "malformed", "without_request", "filtered", "over_long")
+        raise UserError(f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts)})")
+    return trace.take(fitting).noting(**facts)
+
+
+def _within_context(trace: Trace, kept: Ints, records: Ints, max_tokens: int | None, bad: BadRecords) -> Ints:
+    """Positions, of those kept, of requests that the context holds; the others go to `bad`."""
+    if max_tokens is None:
+        return kept
+    total = trace.total_tokens
+    for i in kept[total[kept] > max_tokens]:
+        bad.add(
+            int(records[i]),
+            f"prompt + output = {total[i]} tokens, the context holds {max_tokens}; trace.filter=fits_context leaves "
+            "such requests out",
+        )
+    bad.report()
+    return kept[total[kept] <= max_tokens]

@@ -1,0 +1,217 @@
+"""A malformed record stops the load, or is counted and reported: file, record, reason."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarena.errors import UserError
+from kvarena.harness.trace import TraceConfig, load_trace
+
+HEADER = "prompt_tokens,output_tokens\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(content, name="trace.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return file
+
+
+BAD_ROWS = [
+    (",5", "prompt length is empty"),
+    ("5,", "output length is empty"),
+    ("-3,5", "prompt length is -3, below 1"),
+    ("5,0", "output length is 0, below 1"),
+    ("five,5", "prompt length is 'five', not a number"),
+    ("5,nan", "output length is 'nan', not a number"),
+    ("2.5,5", "prompt length is 2.5, not a whole number"),
+    ("1e12,5", "prompt length is 1e12, beyond 2147483647"),
+    ("5", "1 fields, the header has 2"),
+    ("5,6,7", "3 fields, the header has 2"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_a_bad_row_stops_the_load(write, row, reason):
+    path = write(f"{HEADER}1,2\n{row}\n3,4\n")
+    with pytest.raises(UserError) as error:
+        load_trace(TraceConfig(path=path))
+    assert f"{path}, record 2: {reason}" in str(error.value)
+    assert "trace.on_bad_record=skip" in str(error.value)
+
+
+def test_skipped_rows_are_counted_and_reported(write, caplog):
+    path = write(HEADER + "1,2\n" + "".join(f"{row}\n" for row, _ in BAD_ROWS) + "3,4\n")
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert trace.prompt_tokens.tolist() == [1, 3]
+    assert trace.provenance["read"] == len(BAD_ROWS) + 2
+    assert trace.provenance["malformed"] == len(BAD_ROWS)
+    assert len(trace.provenance["malformed_reasons"]) == 5
+    assert f"skipped {len(BAD_ROWS)} malformed records" in caplog.text
+    assert "and 5 more" in caplog.text
+
+
+def test_an_open_quote_says_what_it_swallows(write):
+    path = write(f'{HEADER}1,2\n"3,4\n5,6\n7,8\n')
+    with pytest.raises(UserError, match=r"record 2: 1 fields, .* makes 3 lines one row"):
+        load_trace(TraceConfig(path=path))
+
+
+@pytest.mark.parametrize("stamp", ["", "soon", "-0.5", "inf", "1700000000"])
+def test_a_bad_stamp(write, stamp):
+    path = write(f"arrival_s,prompt_tokens,output_tokens\n0,1,1\n{stamp},1,1\n")
+    with pytest.raises(UserError, match=rf"record 2: arrival is '{stamp}', not seconds since the trace began"):
+        load_trace(TraceConfig(path=path))
+
+
+def test_a_bad_date(write):
+    path = write("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,1,1\nyesterday,1,1\n")
+    with pytest.raises(UserError, match="record 2: arrival is 'yesterday', not a date"):
+        load_trace(TraceConfig(path=path))
+
+
+def test_over_long_requests(write, caplog):
+    path = write(f"{HEADER}100,28\n100,29\n20,5\n")
+    with pytest.raises(UserError, match=r"record 2: prompt \+ output = 129 tokens, the context holds 128; .*fits_con"):
+        load_trace(TraceConfig(path=path), max_tokens=128)
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"), max_tokens=128)
+    assert (len(trace), trace.provenance["over_long"], trace.provenance["filtered"]) == (2, 1, 0)
+    assert "record 2" in caplog.text
+    trace = load_trace(TraceConfig(path=path, filter="fits_context"), max_tokens=128)
+    assert (len(trace), trace.provenance["over_long"], trace.provenance["filtered"]) == (2, 0, 1)
+
+
+GOOD = {"prompt_tokens": 1, "output_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "record", "reason"),
+    [
+        (json.dumps([GOOD, GOOD])[:-9], 2, "broken or truncated JSON"),
+        (json.dumps([GOOD, GOOD])[:-1], 3, "broken or truncated JSON"),
+        (json.dumps([GOOD, GOOD]) + "]", 3, "broken or truncated JSON"),
+        ("[" + json.dumps(GOOD) + ",]", 2, "broken or truncated JSON"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-9] + "\n" + json.dumps(GOOD), 2, "not JSON"),
+        (json.dumps([GOOD, 5]), 2, "5 is not an object with fields"),
+        (json.dumps([GOOD, {"prompt_tokens": 1}]), 2, "no field output_tokens"),
+        (json.dumps([GOOD, {**GOOD, "output_tokens": True}]), 2, "output_tokens is True, not a number"),
+        (json.dumps([GOOD, {**GOOD, "output_tokens": "7"}]), 2, "output_tokens is '7', not a number"),
+        (json.dumps([GOOD, {**GOOD, "output_tokens": None}]), 2, "output length is empty"),
+        (json.dumps([GOOD, {**GOOD, "output_tokens": 10**400}]), 2, "output_tokens is 1000"),
+    ],
+)
+def test_bad_json(write, text, record, reason):
+    path = write(text, "trace.json")
+    with pytest.raises(UserError) as error:
+        load_trace(TraceConfig(path=path))
+    assert f"{path}, record {record}: {reason}" in str(error.value)
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert trace.provenance["malformed"] == 1
+    assert set(trace.output_tokens) == {2}
+
+
+@pytest.mark.parametrize(
+    ("conversations", "reason"),
+    [
+        ("hello", "conversations is 'hello', not a list of turns"),
+        ([{"from": "human"}, {"from": "gpt", "value": "x"}], "no field value"),
+        ([{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}], "value is 3, not text"),
+        ([{"value": "x"}], "no field from"),
+    ],
+)
+def test_bad_conversations(write, conversations, reason):
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = write(json.dumps([good, {"conversations": conversations}]), "sharegpt.json")
+    with pytest.raises(UserError) as error:
+        load_trace(TraceConfig(path=path, tokenizer="unused"))
+    assert f"{path}, record 2: {reason}" in str(error.value)
+
+
+def test_hash_ids_that_are_none(write):
+    path = write('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0, "1"]}', "m.jsonl")
+    assert len(load_trace(TraceConfig(path=path))) == 1
+    with pytest.raises(UserError, match=r"record 1: hash_ids is .*, not a list of whole numbers"):
+        load_trace(TraceConfig(path=path, keep_hash_ids=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("[]", "holds no record"),
+        (HEADER, "no request is left"),
+        ("a,b\n1,2\n", r"its fields \(a, b\) fit no format. Needed are: sharegpt: conversations; alpaca:"),
+        ('{"translation": {}}', r"its fields \(translation\) fit no format"),
+        ("prompt_tokens,prompt_tokens,output_tokens\n1,2,3\n", "fit no format"),
+        ("instruction,output\n1,2\n", "alpaca is read from JSON, not from CSV"),
+        (HEADER.encode() + b"1,\xff\n", "cannot be read"),
+    ],
+)
+def test_files_of_no_use(write, content, message):
+    with pytest.raises(UserError, match=message):
+        load_trace(TraceConfig(path=write(content)))
+
+
+def test_a_format_that_does_not_fit(write):
+    path = write(f"{HEADER}1,2\n")
+    with pytest.raises(UserError, match=r"fit no format\. Needed are: azure: ContextTokens"):
+        load_trace(TraceConfig(path=path, format="azure"))
+    with pytest.raises(UserError, match=r"trace.format=csv: no such format. There are: sharegpt, alpaca, azure"):
+        load_trace(TraceConfig(path=path, format="csv"))
+
+
+def test_nothing_left_says_why(write):
+    path = write(f"{HEADER}1,2\nx,2\n3000,1\n")
+    with pytest.raises(UserError, match=r"no request is left \(read 3, malformed 1, without_request 0, filtered 2"):
+        load_trace(TraceConfig(path=path, on_bad_record="skip", filter="vllm"))
+
+
+@pytest.mark.parametrize("path", ["missing.json", "data/missing.csv", "/no/such/trace", "word"])
+def test_a_missing_file(path):
+    with pytest.raises(UserError, match=f"trace.path={path}: no such file"):
+        load_trace(TraceConfig(path=path))
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        load_trace(TraceConfig(path=str(tmp_path)))
+
+
+def test_an_unknown_policy(write):
+    with pytest.raises(UserError, match=r"trace.on_bad_record=drop: must be one of error, skip"):
+        load_trace(TraceConfig(path=write(f"{HEADER}1,2\n"), on_bad_record="drop"))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*GOOD, "arrival_s"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    records=st.lists(JSON_VALUES | st.builds(dict, prompt_tokens=JSON_VALUES, output_tokens=JSON_VALUES), max_size=6)
+)
+def test_whatever_json_holds_every_record_is_accounted_for(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("fuzz") / "trace.json"
+    path.write_text(json.dumps([GOOD, *records]))
+    facts = load_trace(TraceConfig(path=str(path), on_bad_record="skip")).provenance
+    assert facts["read"] == len(records) + 1 == facts["kept"] + facts["malformed"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.text(alphabet="0123456789.,-eEnan x\t", max_size=12), max_size=8))
+def test_whatever_a_csv_holds_every_row_is_accounted_for(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("fuzz") / "trace.csv"
+    path.write_text(HEADER + "".join(f"{row}\n" for row in ["7,7", *rows]))
+    facts = load_trace(TraceConfig(path=str(path), on_bad_record="skip")).provenance
+    assert facts["read"] == 1 + sum(row != "" for row in rows) == facts["kept"] + facts["malformed"]

@@ -1,0 +1,146 @@
+import random
+
+import numpy as np
+import pytest
+
+from kvarena.errors import UserError
+from kvarena.harness.arrival import PS, ArrivalConfig
+from kvarena.harness.config import load, names, typed
+from kvarena.harness.trace import TraceConfig, load_trace
+from kvarena.harness.workload import make_workload
+
+SHAREGPT = TraceConfig(table="sharegpt", filter="paper_artifact")
+
+
+def poisson(**fields):
+    return ArrivalConfig(process="poisson", rate=2.0, **fields)
+
+
+def sharegpt_file(shared, **fields):
+    return TraceConfig(path=str(shared("data/sharegpt_lengths.csv")), filter="paper_artifact", **fields)
+
+
+@pytest.mark.parametrize(
+    ("first", "prompt", "output"),
+    [
+        (720, 135.8, 341.9),
+        (1800, 146.9, 333.1),
+        (3600, 151.6, 333.3),
+        (7200, 159.1, 335.8),
+    ],
+)
+def test_a_trace_is_the_first_pairs_of_the_file(shared, first, prompt, output):
+    trace = load_trace(sharegpt_file(shared), num_requests=first)
+    assert round(trace.prompt_tokens.mean(), 1) == prompt
+    assert round(trace.output_tokens.mean(), 1) == output
+
+
+def test_the_artifacts_trace_of_fig_12a(shared):
+    """OPT-13B at 2 requests/s: the authors' generator, written out on Python's and numpy's global state."""
+    config = sharegpt_file(shared)
+    ours = make_workload(config, ArrivalConfig(process="artifact", rate=2.0, duration_s=3600))
+    random.seed(0)
+    np.random.seed(0)
+    counts = np.random.poisson(lam=2.0 * (10 / 1000), size=360_000)
+    trace = load_trace(config)
+    pairs = list(zip(trace.prompt_tokens, trace.output_tokens, strict=True))[: counts.sum()]
+    random.shuffle(pairs)
+    assert len(ours) == len(pairs) == 7280
+    assert list(zip(ours.prompt_tokens, ours.output_tokens, strict=True)) == pairs
+    assert (ours.arrival_ps == np.repeat(np.arange(360_000) * (PS // 100), counts)).all()
+
+
+def test_the_artifact_repeats_a_short_file(tmp_path):
+    path = tmp_path / "three.csv"
+    path.write_text("prompt_tokens,output_tokens\n1,1\n2,1\n3,1\n")
+    arrival = ArrivalConfig(process="artifact", rate=5.0, duration_s=60)
+    workload = make_workload(TraceConfig(path=str(path)), arrival)
+    counts = np.bincount(workload.prompt_tokens)[1:]
+    assert counts.sum() == len(workload) > 200
+    assert counts.max() - counts.min() <= 1
+    assert workload.provenance["trace"]["rounds"] == -(-len(workload) // 3)
+
+
+def test_as_many_requests_as_arrive():
+    workload = make_workload(SHAREGPT, poisson(duration_s=100))
+    assert len(workload) == len(workload.arrival_ps) == workload.provenance["trace"]["requests"]
+    assert workload.arrival_s[-1] < 100
+    assert workload.rate == pytest.approx(2, rel=0.3)
+
+
+def test_as_many_arrivals_as_requests():
+    config = TraceConfig(table="sharegpt", num_requests=123)
+    assert len(make_workload(config, poisson())) == 123
+    assert len(make_workload(config, poisson(duration_s=1e6))) == 123
+
+
+def test_rates_share_requests():
+    slow, fast = (make_workload(SHAREGPT, ArrivalConfig("poisson", rate, duration_s=60)) for rate in (1.0, 4.0))
+    assert slow.prompt_tokens.tolist() == fast.prompt_tokens[: len(slow)].tolist()
+
+
+def test_seeds():
+    first, again = make_workload(SHAREGPT, poisson()), make_workload(SHAREGPT, poisson())
+    assert first.prompt_tokens.tolist() == again.prompt_tokens.tolist()
+    assert first.arrival_ps.tolist() == again.arrival_ps.tolist()
+    both = make_workload(TraceConfig(table="sharegpt", filter="paper_artifact", seed=1), poisson())
+    assert both.provenance["arrival"]["seed"] == 1  # arrivals follow the trace's seed unless they have their own
+    assert (both.arrival_ps != first.arrival_ps).all()
+    arrivals = make_workload(SHAREGPT, poisson(seed=1))
+    assert arrivals.prompt_tokens.tolist() == first.prompt_tokens.tolist()
+    assert arrivals.arrival_ps.tolist() == both.arrival_ps.tolist()
+
+
+def test_recorded_stamps_are_kept(shared):
+    config = TraceConfig(path=str(shared("data/azure_code.csv")))
+    workload = make_workload(config, ArrivalConfig(process="recorded"))
+    trace = load_trace(config)
+    assert workload.arrival_ps.tolist() == [round(stamp * 10**6) * 10**6 for stamp in trace.arrival_s]
+    assert workload.prompt_tokens.tolist() == trace.prompt_tokens.tolist()
+    minute = make_workload(config, ArrivalConfig(process="recorded", duration_s=60))
+    assert len(minute) == (trace.arrival_s < 60).sum()
+
+
+def test_recorded_stamps_come_in_order(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n3,1,1\n1,2,1\n1,3,1\n0.5,4,1\n")
+    workload = make_workload(TraceConfig(path=str(path)), ArrivalConfig(process="recorded"))
+    assert workload.prompt_tokens.tolist() == [4, 2, 3, 1]
+    assert workload.arrival_s.tolist() == [0.5, 1, 1, 3]
+
+
+def test_hash_ids_follow_their_requests(shared):
+    config = TraceConfig(path=str(shared("data/mooncake_synthetic.jsonl")), keep_hash_ids=True, shuffle=True, seed=3)
+    workload = make_workload(config, ArrivalConfig(process="recorded", duration_s=30))
+    assert workload.hash_ids is not None
+    blocks = np.array([len(ids) for ids in workload.hash_ids])
+    assert (np.abs(blocks - workload.prompt_tokens / 512) <= 1).all()
+
+
+def test_all_at_once():
+    workload = make_workload(
+        TraceConfig(prompt_tokens=5, output_tokens=2, num_requests=4), ArrivalConfig("all_at_once")
+    )
+    assert workload.arrival_ps.tolist() == [0, 0, 0, 0]
+    assert workload.rate == float("inf")
+
+
+@pytest.mark.parametrize("name", names("trace"))
+def test_every_trace_of_conf_loads(name):
+    config = typed(TraceConfig, load("trace", name), "trace")
+    assert config.name == name
+    assert len(make_workload(config, poisson(duration_s=20), max_tokens=32_768)) > 20
+
+
+def test_nothing_arrives(tmp_path):
+    with pytest.raises(UserError, match=r"no request arrives within arrival.duration_s=0.001"):
+        make_workload(SHAREGPT, poisson(duration_s=0.001))
+
+
+def test_recorded_needs_stamps(tmp_path):
+    with pytest.raises(UserError, match="length table sharegpt records no times of arrival"):
+        make_workload(SHAREGPT, ArrivalConfig(process="recorded"))
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
+    with pytest.raises(UserError, match=r"has fewer than trace.num_requests=2 requests"):
+        make_workload(TraceConfig(path=str(path), num_requests=2), ArrivalConfig(process="recorded"))
