@@ -7,24 +7,16 @@ from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.policy import IntegrityError
 
 
-class BlockPool:
-    """Blocks 0 .. num_blocks - 1, each free or held by one or more block tables."""
+class BlockPool(FreeList):
+    """Blocks 0 .. num_units - 1, each free or held by one or more block tables.
+
+    References are counted beyond the first only, so that a block which nobody shares needs no counter, and taking
+    blocks is a slice of the free list. benchmarks/paged_policy.py shows what that gains.
+    """
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = FreeList(num_blocks)
-        # References beyond the first, of the blocks that have any. Most never do, and not counting to one makes an
-        # allocation a slice of the free list: benchmarks/paged_policy.py shows what that gains.
-        self._extra: dict[int, int] = {}
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that no table holds."""
-        return self._free.free_units
-
-    def take(self, count: int) -> list[int]:
-        """Free blocks, now held once each. The caller has checked that there are as many."""
-        return self._free.take(count)
+        super().__init__(num_blocks)
+        self._extra: dict[int, int] = {}  # block -> references beyond the first, where there are any
 
     def share(self, blocks: list[int]) -> None:
         """Let one more table hold these blocks."""
@@ -39,7 +31,7 @@ class BlockPool:
         """Let one table hold these blocks no more. Returns those that are free now."""
         if self._extra:
             blocks = [block for block in blocks if not self._drop_extra(block)]
-        self._free.give(blocks)
+        self.give(blocks)
         return blocks
 
     def _drop_extra(self, block: int) -> bool:
@@ -51,10 +43,10 @@ class BlockPool:
             del self._extra[block]
         return extra > 0
 
-    def check_integrity(self, tables: Iterable[list[int]]) -> None:
+    def check_integrity(self, taken: Iterable[list[int]]) -> None:
         """Recount references from the tables. Raises IntegrityError where they, or the free list, differ."""
-        references = Counter(block for table in tables for block in table)
-        self._free.check_integrity([list(references)])
+        references = Counter(block for table in taken for block in table)
+        super().check_integrity([list(references)])
         extra = {block: count - 1 for block, count in references.items() if count > 1}
         if extra != self._extra:
             raise IntegrityError(f"references beyond the first, by block: {self._extra} kept, {extra} recounted")

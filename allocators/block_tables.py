@@ -47,7 +47,8 @@ class BlockTables:
     def blocks_to_grow(self, seq_id: int, tokens: int) -> int:
         """Blocks that `grow` would take, a copy of a shared last block included."""
         resident = self.residents[seq_id]
-        return self.blocks_for(resident.length + tokens) - len(resident.table) + self._must_copy(resident)
+        copies = tokens > 0 and self._must_copy(resident)
+        return self.blocks_for(resident.length + tokens) - len(resident.table) + copies
 
     def slack(self, seq_id: int) -> int:
         """Tokens that the sequence can write before it needs a block; none into a shared one."""
@@ -67,7 +68,7 @@ class BlockTables:
     def grow(self, seq_id: int, tokens: int) -> CopyBlock | None:
         """Fill the last block, then take new ones. Returns the copy that must be made first, if any."""
         resident = self.residents[seq_id]
-        copy = self._copy_last_block(resident) if self._must_copy(resident) else None
+        copy = self._copy_last_block(resident) if tokens > 0 and self._must_copy(resident) else None
         length = resident.length + tokens
         new = self.blocks_for(length) - len(resident.table)
         if new:
@@ -112,8 +113,8 @@ class BlockTables:
         Slots of shared blocks count once; empty ones are to be written if any of their sequences reaches them.
         """
         rounding = self._rounding + (self._rounding_of_forks() if self._forked else 0)
-        free = self.pool.free_blocks * self.block_size
-        return self._live, self.pool.num_blocks * self.block_size - free - self._live - rounding, rounding, free
+        free = self.pool.free_units * self.block_size
+        return self._live, self.pool.num_units * self.block_size - free - self._live - rounding, rounding, free
 
     def stretch(self, seq_ids: Seq[int], steps: int) -> tuple[int, int, int, int]:
         """Grow every sequence by one token, `steps` times over; the sum of `slots()` over these steps.
@@ -121,7 +122,7 @@ class BlockTables:
         There are no forks, there are blocks enough, and nobody passes its final length.
         """
         block_size = self.block_size
-        held = (self.pool.num_blocks - self.pool.free_blocks) * steps  # blocks, summed over steps
+        held = (self.pool.num_units - self.pool.free_units) * steps  # blocks, summed over steps
         rounding = self._rounding * steps
         for seq_id in seq_ids:
             resident = self.residents[seq_id]
@@ -137,12 +138,14 @@ class BlockTables:
                 rounding += (resident.rounding - before) * (steps - slack - (new - 1) * block_size)
         live = steps * self._live + len(seq_ids) * (steps * (steps + 1) // 2)
         self._live += len(seq_ids) * steps
-        total = self.pool.num_blocks * block_size * steps
+        total = self.pool.num_units * block_size * steps
         return live, held * block_size - live - rounding, rounding, total - held * block_size
 
     def _must_copy(self, resident: Resident) -> bool:
         """Whether the next token would be written into a block that others read."""
-        return bool(self._forked) and resident.length % self.block_size != 0 and self.pool.is_shared(resident.table[-1])
+        if not self._forked or resident.length % self.block_size == 0:
+            return False
+        return self.pool.is_shared(resident.table[-1])
 
     def _copy_last_block(self, resident: Resident) -> CopyBlock:
         source = resident.table[-1]
@@ -153,7 +156,8 @@ class BlockTables:
         return CopyBlock(source, target)
 
     def _rounding_slots(self, resident: Resident) -> int:
-        return max(0, len(resident.table) * self.block_size - max(resident.final, resident.length))
+        end = max(resident.final, resident.length)
+        return max(0, len(resident.table) * self.block_size - end)
 
     def _round(self, resident: Resident) -> None:
         """Bring `rounding` up to date."""

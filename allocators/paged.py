@@ -72,6 +72,7 @@ class PagedPolicy(Policy):
             )
         self.watermark_blocks = int(watermark * self.num_blocks)
         self._tables = BlockTables(self.num_blocks, block_size)
+        self._pool = self._tables.pool
         self._actions: list[Action] = []
         self.num_cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
         self._cpu_blocks = FreeList(self.num_cpu_blocks)
@@ -80,7 +81,7 @@ class PagedPolicy(Policy):
     @property
     def free_units(self) -> int:
         """Blocks that no sequence holds, the watermark's included."""
-        return self._tables.pool.free_blocks
+        return self._pool.free_units
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that so many tokens of one sequence take."""
@@ -103,11 +104,12 @@ class PagedPolicy(Policy):
 
     def can_admit(self, seq: Sequence, tokens: int) -> bool:
         """Whether blocks for `tokens` are free beside the watermark."""
-        return self.blocks_for(tokens) + self.watermark_blocks <= self.free_units
+        return self.blocks_for(tokens) + self.watermark_blocks <= self._pool.free_units
 
     def admit(self, seq: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first `tokens` positions."""
-        self._refuse_swapped(seq.seq_id)
+        if seq.seq_id in self._swapped:
+            raise ValueError(f"sequence {seq.seq_id} is swapped out")
         if not self.can_admit(seq, tokens):
             return False
         self._tables.add(seq.seq_id, seq.final_tokens, tokens)
@@ -115,11 +117,11 @@ class PagedPolicy(Policy):
 
     def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Whether as many blocks are free as growth needs. Growth may use the watermark."""
-        return self.blocks_needed(seq_id, tokens) <= self.free_units
+        return self.blocks_needed(seq_id, tokens) <= self._pool.free_units
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill the last block, then take new ones. A shared last block is copied first."""
-        if not self.can_grow(seq_id, tokens):
+        if self._tables.blocks_to_grow(seq_id, tokens) > self._pool.free_units:
             return False
         if copy := self._tables.grow(seq_id, tokens):
             self._actions.append(copy)
@@ -127,7 +129,8 @@ class PagedPolicy(Policy):
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
         """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""
-        self._refuse_swapped(child.seq_id)
+        if child.seq_id in self._swapped:
+            raise ValueError(f"sequence {child.seq_id} is swapped out")
         self._tables.fork(parent_id, child.seq_id, child.final_tokens)
         return True
 
@@ -150,12 +153,15 @@ class PagedPolicy(Policy):
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
         """Steps, `limit` at most, that leave a block free, as vLLM asks before every append."""
-        spare = self.free_units - 1
-        if spare < 0 or not seq_ids:
-            return 0
         if self._tables.any_forked:
-            return super().quiet_steps(seq_ids, limit)
-        return longest_stretch(list(map(self._tables.slack, seq_ids)), self.block_size, spare, limit)
+            return super().quiet_steps(seq_ids, limit) if self._pool.free_units else 0
+        spare = self._pool.free_units - 1
+        if len(seq_ids) * self.blocks_for(limit) <= spare:
+            return limit  # even if each took its first block at once
+        if spare < 0:
+            return 0
+        slacks = [self._tables.slack(seq_id) for seq_id in seq_ids]
+        return min(limit, longest_stretch(slacks, spare, self.block_size))
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens, new blocks included; the sum of `usage()` over these steps."""
@@ -191,7 +197,7 @@ class PagedPolicy(Policy):
 
     def can_swap_in(self, seq_id: int) -> bool:
         """Whether its blocks and one to grow into are free beside the watermark (the rule of vLLM's artifact)."""
-        return len(self._swapped[seq_id].cpu_blocks) + 1 + self.watermark_blocks <= self.free_units
+        return len(self._swapped[seq_id].cpu_blocks) + 1 + self.watermark_blocks <= self._pool.free_units
 
     def swap_in(self, seq_id: int) -> None:
         """Move the sequence back from the CPU pool."""
@@ -199,10 +205,6 @@ class PagedPolicy(Policy):
         table = self._tables.add(seq_id, swapped.final, swapped.length)
         self._actions += map(SwapIn, swapped.cpu_blocks, table)
         self._cpu_blocks.give(swapped.cpu_blocks)
-
-    def _refuse_swapped(self, seq_id: int) -> None:
-        if seq_id in self._swapped:
-            raise ValueError(f"sequence {seq_id} is swapped out")
 
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""

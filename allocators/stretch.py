@@ -16,11 +16,9 @@ def block_steps(slack: int, steps: int, block_size: int) -> int:
     return taken * (steps - slack) - block_size * taken * (taken - 1) // 2
 
 
-def longest_stretch(slacks: list[int], block_size: int, blocks: int, limit: int) -> int:
-    """Steps, `limit` at most, that these sequences can take with so many blocks."""
-    if len(slacks) * -(-limit // block_size) <= blocks:
-        return limit  # even if each took its first block at once
-    # In any block_size steps every sequence takes exactly one block. What is left serves those that take theirs
-    # first, and the next one after them ends the stretch.
+def longest_stretch(slacks: list[int], blocks: int, block_size: int) -> int:
+    """Steps that these sequences, one or more, can take together with so many blocks."""
+    # In any block_size steps every sequence takes exactly one block. The blocks left over serve those that take
+    # theirs first, and the next one after them ends the stretch.
     rounds, left = divmod(blocks, len(slacks))
-    return min(limit, rounds * block_size + sorted(slacks)[left])
+    return rounds * block_size + sorted(slacks)[left]
