@@ -89,6 +89,7 @@ class VAttentionPolicy(Policy):
         self._watermark = int(watermark * page_groups)
         self._threshold = int(reclaim_threshold * page_groups)
         self._actions: list[Action] = []
+        self._looked_ahead = False  # nothing was mapped, taken or given back since
         self._live_bytes = 0
         self._bytes_of = resident_bytes(kv_layout)
         self._token_bytes = None if any(g.window for g in kv_layout.groups) else kv_layout.token_bytes
@@ -129,6 +130,7 @@ class VAttentionPolicy(Policy):
         row = self._rows.occupy(seq.seq_id, tokens, seq.final_tokens)
         self._rows.extend(row, tokens, self._actions)
         self._live_bytes += self._bytes_of(tokens)
+        self._looked_ahead = False
         return True
 
     def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
@@ -150,13 +152,15 @@ class VAttentionPolicy(Policy):
         row.length = length
         if crosses:
             self._rows.settle(row)
-            self._rows.extend(row, length, self._actions)
+            if self._rows.extend(row, length, self._actions):
+                self._looked_ahead = False
         return True
 
     def release(self, seq_id: int) -> None:
         """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
         self._live_bytes -= self._bytes_of(self._rows.live[seq_id].length)
         row = self._rows.vacate(seq_id)
+        self._looked_ahead = False
         if not self.deferred_reclamation:
             self._rows.trim_idle(row, self._rows.total, self._actions)
 
@@ -175,6 +179,8 @@ class VAttentionPolicy(Policy):
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
         """With overlap a row is extended in the step before it would overflow, so that one is not quiet."""
+        if self._actions or not self._looked_ahead:
+            return 0
         return max(0, super().quiet_steps(seq_ids, limit + self.overlap) - self.overlap)
 
     def _can_lengthen(self, row: Row, length: int) -> bool:
@@ -200,6 +206,7 @@ class VAttentionPolicy(Policy):
         self._rows.take_back_idle(self._threshold, actions)
         if self.eager_allocation and all_mapped:
             self._rows.prepare_slot(self._rows.free - self._threshold, actions)
+        self._looked_ahead = True
         return actions
 
     def _map_ahead(self, actions: list[Action]) -> bool:

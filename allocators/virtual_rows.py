@@ -111,17 +111,18 @@ class VirtualRows:
 
     # ---- mapping and taking back -------------------------------------------------------------------------------
 
-    def extend(self, row: Row, length: int, actions: list[Action], ahead: bool = False) -> None:
-        """Map what a live row lacks for `length` tokens; the caller knows that memory suffices.
+    def extend(self, row: Row, length: int, actions: list[Action], ahead: bool = False) -> bool:
+        """Map what a live row lacks for `length` tokens, if anything; the caller knows that memory suffices.
 
         `ahead`: it is for the next iteration, so what others were mapped for theirs is not touched.
         """
         missing = self.missing(row, length)
         if missing == 0:
-            return
+            return False
         self._take_back(missing, actions, margins=(1,) if ahead else (1, 0))
         self._attach(row, [g.slabs_for(length) for g in self.geometries], actions)
         self.settle(row)
+        return True
 
     def prepare_slot(self, spare: int, actions: list[Action]) -> None:
         """Keep the fullest idle row ready, if `spare` page-groups suffice for what it lacks."""
