@@ -193,9 +193,7 @@ class Driver(ABC):
         slot, misaligned = divmod(offset, self.page_group_bytes)
         addresses = self._ranges[base]
         if misaligned or slot < 0 or slot + count > addresses.num_slots:
-            raise ValueError(
-                f"{count} page-groups at offset {offset} lie outside range {base:#x}, or across page-groups"
-            )
+            raise ValueError(f"{count} page-groups at offset {offset} of range {base:#x}: outside it, or misaligned")
         return addresses, slot
 
     def _count(self, kind: str, started_ns: int) -> None:

@@ -1,0 +1,151 @@
+"""What every virtual-memory driver must do. A driver joins by a line in DRIVERS."""
+
+import pytest
+import torch
+
+from kvarena.allocators.sizes import KB
+from kvarena.allocators.vmm.driver import Driver
+from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.tensor import strided_tensor
+from kvarena.errors import UserError
+
+DRIVERS = {"host": lambda: HostDriver(64 * KB)}
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request):
+    with_memory = DRIVERS[request.param]()
+    yield with_memory
+    with_memory.close()
+
+
+def tensor_over(driver: Driver, base: int, slots: int) -> torch.Tensor:
+    """[slots, ints of a page-group] over a reservation."""
+    size = driver.page_group_bytes
+    return strided_tensor(driver, base, torch.int32, (slots, size // 4), (size, 4))
+
+
+def assert_books_are_the_systems(driver: Driver, mapped: int, pooled: int) -> None:
+    """Counts are in page-groups; what the system counts is their sum, byte for byte."""
+    size = driver.page_group_bytes
+    assert (driver.mapped_bytes, driver.pooled_bytes) == (mapped * size, pooled * size)
+    assert driver.counted_bytes() == (mapped + pooled) * size
+
+
+def test_a_life(driver):
+    size = driver.page_group_bytes
+    base = driver.reserve(7 * size + 1)  # rounded up: 8
+    assert_books_are_the_systems(driver, 0, 0)
+    handles = driver.create(4)
+    assert handles == sorted(set(handles))
+    assert_books_are_the_systems(driver, 0, 4)
+    driver.map(base, 5 * size, handles[:3])
+    assert_books_are_the_systems(driver, 3, 1)
+    memory = tensor_over(driver, base, 8)
+    assert not memory[5:8].any()
+    memory[5:8] = torch.arange(3, dtype=torch.int32)[:, None]
+    driver.unmap(base, 5 * size, 3)
+    driver.map(base, 0, handles[:3])
+    assert [int(memory[i].unique()) for i in range(3)] == [0, 1, 2]  # the memory moved, not the bytes
+    driver.unmap(base, 0, 3)
+    driver.release(handles)
+    assert_books_are_the_systems(driver, 0, 0)
+    driver.free(base)
+
+
+def test_scattered_page_groups_lie_side_by_side(driver):
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(4 * size), driver.create(4)
+    memory = tensor_over(driver, base, 4)
+    driver.map(base, 0, handles)
+    memory[:] = torch.arange(4, dtype=torch.int32)[:, None]
+    driver.unmap(base, 0, 4)
+    order = [2, 3, 1, 0]
+    driver.map(base, 0, [handles[i] for i in order])
+    assert memory[:, 0].tolist() == memory[:, -1].tolist() == order
+
+
+def test_an_alias_is_the_same_memory_and_counts_once(driver):
+    size = driver.page_group_bytes
+    first, second = driver.reserve(2 * size), driver.reserve(2 * size)
+    handles = driver.create(2)
+    driver.map(first, 0, handles)
+    driver.map(second, size, handles[:1])
+    assert_books_are_the_systems(driver, 2, 0)
+    one, other = tensor_over(driver, first, 1)[0], tensor_over(driver, second, 2)[1]
+    one[:] = 7
+    assert other.unique().tolist() == [7]
+    other[3] = 8
+    assert one[3] == 8
+    driver.unmap(first, 0, 1)
+    assert_books_are_the_systems(driver, 2, 0)  # the other address still maps it
+    assert other[3] == 8
+    driver.unmap(second, size, 1)
+    assert_books_are_the_systems(driver, 1, 1)
+
+
+def test_unmapped_memory_is_still_there_and_can_be_mapped_elsewhere(driver):
+    size = driver.page_group_bytes
+    base, [handle] = driver.reserve(2 * size), driver.create(1)
+    memory = tensor_over(driver, base, 2)
+    driver.map(base, 0, [handle])
+    memory[0] = 5
+    driver.unmap(base, 0, 1)
+    driver.map(base, size, [handle])
+    assert memory[1].unique().tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda d, base, hs: d.map(base, 0, hs[:1]), "mapped already"),
+        (lambda d, base, hs: d.map(base, d.page_group_bytes, [hs[2], 10**9]), "does not exist"),
+        (lambda d, base, hs: d.map(base, 3 * d.page_group_bytes, hs[1:3]), "outside"),
+        (lambda d, base, hs: d.map(base, -d.page_group_bytes, hs[1:2]), "outside"),
+        (lambda d, base, hs: d.map(base, 1, hs[1:2]), "misaligned"),
+        (lambda d, base, hs: d.map(base + 1, 0, hs[1:2]), "no range"),
+        (lambda d, base, hs: d.unmap(base, 0, 2), "not mapped"),
+        (lambda d, base, hs: d.unmap(base, 4 * d.page_group_bytes, 1), "outside"),
+        (lambda d, base, hs: d.release(hs[:2]), "still mapped"),
+        (lambda d, base, hs: d.release([hs[1], hs[1]]), "twice"),
+        (lambda d, base, hs: d.release([10**9]), "does not exist"),
+        (lambda d, base, hs: d.free(base), "still mapped"),
+        (lambda d, base, hs: d.free(base + 1), "no range"),
+        (lambda d, base, hs: d.reserve(0), "reserve"),
+        (lambda d, base, hs: d.create(0), "create"),
+    ],
+)
+def test_misuse_is_refused_and_changes_nothing(driver, misuse, message):
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(4 * size), driver.create(3)
+    driver.map(base, 0, handles[:1])
+    with pytest.raises(ValueError, match=message):
+        misuse(driver, base, handles)
+    assert_books_are_the_systems(driver, 1, 2)
+    driver.map(base, size, handles[1:])  # all still usable
+    assert_books_are_the_systems(driver, 3, 0)
+
+
+def test_calls_are_counted_by_kind(driver):
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(4 * size), driver.create(4)
+    before = driver.totals()
+    driver.map(base, 0, handles)
+    driver.unmap(base, 0, 4)
+    after = driver.totals()
+    assert after.calls - before.calls == sum(driver.calls[kind].calls for kind in ("map", "unmap"))
+    assert after.ns > before.ns
+    assert driver.calls["create"].calls >= 1
+
+
+def test_closing_twice_and_with_everything_mapped(driver):
+    base = driver.reserve(4 * driver.page_group_bytes)
+    driver.map(base, 0, driver.create(4))
+    driver.close()
+    driver.close()
+    assert_books_are_the_systems(driver, 0, 0)
+
+
+def test_a_page_group_must_be_a_multiple_of_the_granularity(driver):
+    with pytest.raises(UserError, match=f"multiples of {driver.granularity}"):
+        type(driver)(driver.granularity + 1)
