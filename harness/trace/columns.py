@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kvarena.harness.arrival import LONGEST_S
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.recipes import NO_LIMIT
-
-CLOCK_LIMIT_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
 
 
 @dataclass
@@ -37,7 +36,7 @@ def check_columns(columns: Columns, bad: BadRecords) -> dict[str, Any]:
     arrival = None
     if columns.arrival is not None:
         arrival = _seconds(columns.arrival, columns.arrival_is)
-        wrong |= ~((arrival >= 0) & (arrival < CLOCK_LIMIT_S))
+        wrong |= ~((arrival >= 0) & (arrival < LONGEST_S))
     for i in np.flatnonzero(wrong):
         bad.add(int(columns.numbers[i]), _reason(columns, int(i), prompt[i], output[i]))
     kept = np.flatnonzero(~wrong)
@@ -80,7 +79,7 @@ def _reason(columns: Columns, i: int, prompt: float, output: float) -> str:
             return f"{name} length is {_fault(raw, value)}"
     assert columns.arrival is not None
     wanted = "a date" if columns.arrival_is == "date" else f"{columns.arrival_is} since the trace began"
-    return f"arrival is {columns.arrival[i]!r}, not {wanted}, at most {CLOCK_LIMIT_S:.0f} s after it"
+    return f"arrival is {columns.arrival[i]!r}, not {wanted}, at most {LONGEST_S:.0f} s after it"
 
 
 def _fault(raw: Any, value: float) -> str:

@@ -1,11 +1,12 @@
 """Length records of a CSV file, column by column."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv
+import pyarrow.csv
 
 from kvarena.errors import UserError
 from kvarena.harness.trace.bad_records import BadRecords
@@ -16,7 +17,7 @@ from kvarena.harness.trace.formats import LengthFormat, fitting, no_format
 def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
     """Columns of a CSV with a header line, as text; rows of the wrong width go to `bad`. Blank lines do not count."""
     with path.open(encoding="utf-8-sig") as file:
-        header = [name.strip().strip('"') for name in file.readline().split(",")]
+        header = [name.strip() for name in next(csv.reader(file))]
     found = fitting(header, format_name)
     if found is None or len(set(header)) < len(header):
         raise no_format(header, format_name, str(path))
@@ -44,18 +45,18 @@ def _read(path: Path, header: list[str]) -> tuple[pa.Table, dict[int, str]]:
     """The rows of the header's width, all text, and for the others record number: reason."""
     ragged: dict[int, str] = {}
 
-    def note(row: csv.InvalidRow) -> str:
+    def note(row: pa.csv.InvalidRow) -> str:
         ragged[row.number - 1] = f"{row.actual_columns} fields, the header has {row.expected_columns}"
         if lines := row.text.count("\n"):
             ragged[row.number - 1] += f"; a quote that nothing closes makes {lines + 1} lines one row"
         return "skip"
 
     try:
-        table = csv.read_csv(
+        table = pa.csv.read_csv(
             path,
-            read_options=csv.ReadOptions(use_threads=False, column_names=header, skip_rows=1),
-            parse_options=csv.ParseOptions(invalid_row_handler=note),
-            convert_options=csv.ConvertOptions(
+            read_options=pa.csv.ReadOptions(use_threads=False, column_names=header, skip_rows=1),
+            parse_options=pa.csv.ParseOptions(invalid_row_handler=note),
+            convert_options=pa.csv.ConvertOptions(
                 column_types={name: pa.string() for name in header}, strings_can_be_null=False
             ),
         )

@@ -40,7 +40,7 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
     reading = read(config, recipe)
     clean = {name: reading.dataset.data.column(name).to_numpy() for name in reading.dataset.column_names}
     trace = Trace(
-        name=config.name,
+        name=Path(str(config.path)).stem,
         source=str(config.path),
         prompt_tokens=clean["prompt_tokens"],
         output_tokens=clean["output_tokens"],

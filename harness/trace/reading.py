@@ -25,10 +25,9 @@ _FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".parquet", ".gz")
 class Reading(NamedTuple):
     """What a source holds."""
 
-    dataset: (
-        datasets.Dataset
-    )  # record, prompt_tokens, output_tokens; arrival_s, conversation_id, hash_ids where it has them
-    facts: dict[str, Any]  # of the trace's provenance
+    # record (its number), prompt_tokens, output_tokens; arrival_s, conversation_id, hash_ids where the source has them
+    dataset: datasets.Dataset
+    facts: dict[str, Any]  # for the trace's provenance
 
 
 def read(config: TraceConfig, recipe: Recipe) -> Reading:
@@ -48,6 +47,8 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
         columns, facts = _read_records(enumerate(_from_hub(config), start=1), config, recipe, bad)
     clean = check_columns(columns, bad)
     bad.report()
+    if config.keep_hash_ids and "hash_ids" not in clean:
+        raise UserError(f"trace.keep_hash_ids: {source} has none; Mooncake's JSONL does")
     seen = len(clean["record"]) + bad.count + facts["without_request"]
     counts = {"read": seen, "malformed": bad.count, "malformed_reasons": bad.reasons}
     return Reading(datasets.Dataset.from_dict(clean), origin | facts | counts)

@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 class Trace:
     """N requests, in order. All arrays are [N]; lengths are in tokens and at least 1."""
 
-    name: str
+    name: str  # the file's where there is one, else the table's or the configuration's
     source: str  # file, hub name, table or rule
     prompt_tokens: Ints
     output_tokens: Ints

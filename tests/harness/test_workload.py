@@ -1,4 +1,5 @@
 import random
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_a_trace_is_the_first_pairs_of_the_file(shared, first, prompt, output):
 
 
 def test_the_artifacts_trace_of_fig_12a(shared):
-    """OPT-13B at 2 requests/s: the authors' generator, written out on Python's and numpy's global state."""
+    """OPT-13B at 2 requests/s, drawn as there: from Python's and numpy's global generators."""
     config = sharegpt_file(shared)
     ours = make_workload(config, ArrivalConfig(process="artifact", rate=2.0, duration_s=3600))
     random.seed(0)
@@ -129,6 +130,7 @@ def test_all_at_once():
 def test_every_trace_of_conf_loads(name):
     config = typed(TraceConfig, load("trace", name), "trace")
     assert config.name == name
+    assert set(load("trace", name)) == {field.name for field in fields(TraceConfig)}  # else Hydra refuses overrides
     assert len(make_workload(config, poisson(duration_s=20), max_tokens=32_768)) > 20
 
 
