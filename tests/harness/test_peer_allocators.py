@@ -10,9 +10,10 @@ from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.harness.engine import Engine
 from kvarena.harness.model import load_preset
-from kvarena.harness.model.build import build_model
+from kvarena.harness.model.build import assemble, build_model
 from kvarena.harness.model.contract import Model
 from kvarena.harness.model.reference import Reference
+from kvarena.harness.model.weights import weights_from_hf
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_config
 from kvarena.harness.scheduler.registry import make_scheduler
@@ -30,6 +31,17 @@ OUTPUT = 33  # one token of the prompt's step, 32 of decode steps
 MAX_TOKENS = 1024
 TOLERANCE = 1e-5  # of the largest logit: float32, summed in another order
 FAMILIES = ("tiny-llama", "tiny-opt")
+_HF_COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+}
+HF_SIZES = {
+    "llama": _HF_COMMON | {"num_key_value_heads": 2, "intermediate_size": 128, "rms_norm_eps": 1e-5},
+    "opt": _HF_COMMON | {"ffn_dim": 256, "word_embed_proj_dim": 64, "pad_token_id": None},
+}
 
 
 class Recorder(Executor):
@@ -155,6 +167,45 @@ def test_one_kernel_body_gives_the_same_bits_under_every_allocator(body, family)
     for (allocator, kernel), logits in zip(same_body[1:], others, strict=True):
         same = [torch.equal(logits[seq_id], first[seq_id]) for seq_id in first]
         assert all(same), f"{allocator}/{kernel} differs from {same_body[0]} in requests {same}"
+
+
+@cache
+def peer_and_ours(family: str):
+    """A model of transformers with random weights, and ours with the same."""
+    transformers = pytest.importorskip("transformers", reason="transformers, the peer, is a development dependency")
+    config = load_preset(family)
+    theirs = (transformers.LlamaForCausalLM if config.family == "llama" else transformers.OPTForCausalLM)(
+        transformers.AutoConfig.for_model(config.family, **HF_SIZES[config.family], attn_implementation="eager")
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) * 0.4)
+    return theirs.eval(), assemble(config, weights_from_hf(config, theirs.state_dict(), torch.device("cpu")))
+
+
+@cache
+def peer_logits(family: str, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Logits of the peer after each of a request's last OUTPUT tokens, from its own cache: [OUTPUT, V]."""
+    peer, _ = peer_and_ours(family)
+    prompt, fed = torch.tensor(tokens[: 1 - OUTPUT]), torch.tensor(tokens[1 - OUTPUT :])
+    with torch.inference_mode():
+        out = peer(prompt[None], use_cache=True)
+        logits = [out.logits[0, -1]]
+        for token in fed:
+            out = peer(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_logits_equal_those_of_transformers_under_every_allocator(allocator, family):
+    _, model = peer_and_ours(family)
+    recorder, _ = serve(model, allocator, scheduler=scheduler_of(allocator))
+    for seq_id, logits in logits_of(recorder).items():
+        expected = peer_logits(family, tuple(recorder.tokens[seq_id][:-1]))  # the last token was never fed
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
 
 
 ABLATIONS = {
