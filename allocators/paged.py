@@ -31,6 +31,9 @@ class PagedConfig:
     watermark: float = 0.01  # share of all blocks that an admission must leave free
     swap_bytes: int | str = 0  # CPU pool for preempted sequences
 
+    def __post_init__(self) -> None:
+        checked_block_size(self.block_size)
+
 
 @dataclass(slots=True, eq=False)
 class _Swapped:

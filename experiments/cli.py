@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry, show, sweep
-from kvarena.harness import schemas
-from kvarena.harness.config import check_overrides, names
+from kvarena.harness.config import check_overrides
 from kvarena.harness.paths import CONF
 from kvarena.harness.record import Recorder
 from kvarena.harness.run import resolve
+from kvarena.harness.schemas import schema_of
+from kvarena.kernels.threads import set_compute_threads
 
 USER_ERROR, INTERRUPTED = 2, 130
 _HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c", "--version"}
@@ -47,24 +48,15 @@ def _command(arguments: list[str]) -> None:
         _compose_and_run()
         return
     overrides = [a for a in arguments if not a.startswith("-")]
-    named = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
-    if not named:
-        raise UserError(f"name an experiment: experiment=NAME. There are: {', '.join(names('experiment'))}")
-    check_overrides(overrides, lambda group, choice: _schema(group, choice, named[-1]))
+    experiment = registry.named(overrides)
+    check_overrides(overrides, schema_of(overrides, registry.params_schema))
     if {"-m", "--multirun"} & set(arguments):
-        whole = sweep.Sweep(named[-1], overrides)
+        whole = sweep.Sweep(experiment, overrides)
         _compose_and_run()
         folder, outcome = whole.finish()
         show.outcome(outcome, folder)
     else:
         _compose_and_run()
-
-
-def _schema(group: str, choice: str | None, experiment: str) -> type | None:
-    """The schema of a group's choice; None where several stand for it, and `resolve` will say more."""
-    if group == "params":
-        return registry.get(experiment.split(",")[0]).Params
-    return None if schemas.is_open(choice) else schemas.of(group, choice)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -82,6 +74,8 @@ def _job(config: DictConfig, overrides: list[str]) -> None:
     if job is not None and job.is_dir():
         print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
         return
+    if run.clock == "measured":
+        set_compute_threads(run.threads)
     recorder = Recorder(run.experiment, run.plain(), job)
     outcome = module.run(run, recorder)
     folder = recorder.finish(outcome)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
@@ -19,6 +20,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.decode_cell import measure_cell
 from kvarena.harness.calibration import StreamingRead
+from kvarena.harness.model import panel_name
 from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
@@ -132,7 +134,8 @@ def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Sum
         for paper, figure, quantity, value, unit, evidence in _quantities(run, here, cell.iloc[0]):
             yield row(
                     value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind),
-                    system=run.shown_as(system), allocator=system.allocator.name, kernel=system.kernel.name, model=run.model.name,
+                    system=run.shown_as(system), allocator=system.allocator.name, kernel=system.kernel.name,
+                    model=run.model.name,
                     quantity=quantity, x=batch, unit=unit, clock=run.clock, device=run.device_name, evidence=evidence,
                 )  # fmt: skip
 
@@ -140,7 +143,7 @@ def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Sum
 def _panel(run: Run, kind: str) -> str:
     """The published panel where the run imitates Fig 8 (16K tokens each), else model and prompts."""
     if run.imitates and kind == "16384":
-        return str(run.model.published_panel)
+        return panel_name(run.model)
     return f"{run.model.name} {run.trace.name if kind == 'trace' else f'{kind} tokens'}"
 
 
@@ -216,7 +219,17 @@ def draw(summary: pd.DataFrame) -> Figure:
         )
         plots.batch_axis(axis, sorted(rows.x.unique()))
         axis.legend(fontsize=7, frameon=False)
-    for axis in below[theirs["panel"].nunique() :]:
-        axis.set_axis_off()
+    _memory(below[theirs["panel"].nunique()], summary, device)
     figure.tight_layout()
     return figure
+
+
+def _memory(axis: Axes, summary: pd.DataFrame, device: str) -> None:
+    """Where the pool's bytes are, at the largest batch."""
+    rows = summary[summary.quantity.str.startswith("share_of_kv_memory:")]
+    rows = rows[(rows.panel == rows.panel.iloc[-1]) & (rows.x == rows.x.max())]
+    shares = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="system", columns="leaf", values="value")
+    shown = [leaf for leaf in LEAVES if shares[leaf].max() > 0]
+    plots.stacked_bars(axis, shares.loc[list(dict.fromkeys(rows.system))], shown)
+    axis.set(ylabel="% of the KV pool", title=f"memory at batch {rows.x.iloc[0]:g}: {rows.panel.iloc[0]}\n{device}")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

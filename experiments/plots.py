@@ -66,11 +66,24 @@ def batch_axis(axis: Axes, batches: Sequence[float]) -> None:
     axis.set_xlabel("batch size")
 
 
-def stacked_bars(axis: Axes, table: pd.DataFrame, parts: Sequence[str], colours: Sequence[str]) -> None:
-    """One bar per row of `table` (its index names it), stacked from the columns `parts`."""
+LEAF_COLOURS = {
+    "live": "#009E73",
+    "cached": "#66C2A5",
+    "reserved": "#56B4E9",
+    "over_estimate": "#D55E00",
+    "rounding": "#E69F00",
+    "retained": "#F0E442",
+    "stranded": "#CC79A7",
+    "free": "#DDDDDD",
+    "remainder": "#999999",
+}
+
+
+def stacked_bars(axis: Axes, table: pd.DataFrame, leaves: Sequence[str]) -> None:
+    """One bar per row of `table` (its index names it), stacked from the memory leaves that are its columns."""
     bottom = [0.0] * len(table)
-    for part, colour in zip(parts, colours, strict=True):
-        values = table[part].tolist()
-        axis.bar(range(len(table)), values, bottom=bottom, color=colour, label=part.replace("_", " "), width=0.75)
+    for leaf in leaves:
+        values = table[leaf].tolist()
+        axis.bar(range(len(table)), values, 0.75, bottom, color=LEAF_COLOURS[leaf], label=leaf.replace("_", " "))
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     axis.set_xticks(range(len(table)), list(table.index), rotation=30, ha="right", fontsize=8)

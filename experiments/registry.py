@@ -1,6 +1,7 @@
 """Experiments by name: the file conf/experiment/<name>.yaml, and the module that runs it."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Protocol, cast
 
@@ -33,3 +34,18 @@ def get(name: str) -> Experiment:
     module = importlib.import_module(f"kvarena.experiments.{name}")
     assert is_dataclass(module.Params), name
     return cast(Experiment, module)
+
+
+def named(overrides: Sequence[str]) -> str:
+    """The experiment that the overrides name. Raises UserError where they name none, or several."""
+    chosen = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
+    if not chosen:
+        raise UserError(f"name an experiment: experiment=NAME. There are: {', '.join(names('experiment'))}")
+    if "," in chosen[-1]:
+        raise UserError(f"experiment={chosen[-1]}: a multirun sweeps the keys of one experiment")
+    return chosen[-1]
+
+
+def params_schema(overrides: Sequence[str]) -> type:
+    """The dataclass of `params.*` of the experiment that the overrides name."""
+    return get(named(overrides)).Params

@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from kvarena.errors import UserError
 from kvarena.experiments import registry
 from kvarena.harness.provenance import identity
 from kvarena.harness.record import Outcome, explained, publish, runs_folder, write_outcome
@@ -29,8 +28,6 @@ class Sweep:
     """One multirun of one experiment, as the process that starts it sees it."""
 
     def __init__(self, experiment: str, arguments: list[str]) -> None:
-        if "," in experiment:
-            raise UserError(f"experiment={experiment}: a multirun sweeps the keys of one experiment")
         self._experiment, self._arguments = experiment, arguments
         self._name = f"sweep-{identity({'arguments': arguments})}"
         self._home = runs_folder() / experiment

@@ -20,7 +20,7 @@ ALL = "all"  # allocator=all, kernel=all: whatever the experiment's systems use
 AUTO = "auto"  # model=auto, device=auto: whatever the machine suggests
 CLOCKS = ("measured", "modelled")
 GROUPS = ("experiment", "model", "trace", "arrival", "scheduler", "engine", "device", "allocator", "kernel")
-PLAIN_KEYS = ("clock", "systems")  # keys of config.yaml that are no group
+PLAIN_KEYS = ("clock", "threads", "systems")  # keys of config.yaml that are no group
 
 
 def names(group: str) -> list[str]:
@@ -68,7 +68,7 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
     choices = {key: value.split(",") for key, value in map(_split, overrides) if key in GROUPS}
     for group, wanted in choices.items():
         for choice in wanted:
-            if choice not in names(group) and choice != "null":
+            if choice not in names(group):
                 raise UserError(f"{group}={choice}: no such {group}. There are: {', '.join(names(group))}")
     for key, _ in map(_split, overrides):
         root, _, rest = key.partition(".")
@@ -76,9 +76,14 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
             continue
         if root not in (*GROUPS, *PLAIN_KEYS, "params"):
             raise no_such_key(root, [*GROUPS, *PLAIN_KEYS, "params"])
-        for choice in choices.get(root) or [None]:
-            if rest:
-                _check_path(schema_of("params" if root == "params" else root, choice), root, rest)
+        owners: Sequence[str | None] = choices.get(root) or [None]
+        for owner in owners if rest else ():
+            if root in ("allocator", "kernel") and owner in (None, ALL):
+                raise UserError(
+                    f"{root}.{rest}: whose? Set it together with {root}=NAME, which keeps the systems that use it. "
+                    f"There are: {', '.join(name for name in names(root) if name != ALL)}"
+                )
+            _check_path(schema_of(root, owner), root, rest)
 
 
 def _check_path(schema: type | None, where: str, path: str) -> None:

@@ -8,9 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.harness import schemas, systems
-from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, fields_set, load, names, no_such_key, typed
+from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, load, names, no_such_key, typed
+from kvarena.harness.fit import check_fit
+from kvarena.harness.model import ModelConfig, panel_name
 from kvarena.harness.systems import System
 
+CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles")
 
 
@@ -21,17 +24,19 @@ class Run:
     experiment: str
     clock: str  # of CLOCKS
     device: Any  # DeviceConfig
-    model: Any  # ModelConfig
+    model: ModelConfig
     trace: Any  # TraceConfig
     arrival: Any  # ArrivalConfig
     engine: Any  # EngineConfig
     systems: tuple[System, ...]
     params: Any  # the experiment's Params
+    threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
 
     @property
     def imitates(self) -> bool:
         """Whether the run stands for a published one: its model, modelled or on a GPU."""
-        return bool(self.model.published_panel) and (self.clock == "modelled" or self.device.kind == "cuda")
+        published = panel_name(self.model) != self.model.name
+        return published and (self.clock == "modelled" or self.device.kind == "cuda")
 
     def shown_as(self, system: System) -> str:
         """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
@@ -65,20 +70,26 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         raise no_such_key(unknown[0], _KEYS)
     if config.clock not in CLOCKS:
         raise UserError(f"clock={config.clock}: no such clock. There are: {', '.join(CLOCKS)}")
+    if not (config.threads is None or (isinstance(config.threads, int) and config.threads > 0)):
+        raise UserError(f"threads={config.threads}: a number of threads, at least 1, or null")
     device, kind = _device(config)
     profile = config.profiles.get(kind) or OmegaConf.create()
-    _refuse_ownerless_fields(config, overrides)
     kept = systems.kept(config.systems, config.allocator.name, config.kernel.name)
+    built = tuple(systems.build(s, config.scheduler, overrides, _as_config) for s in kept)
+    model = _model(config, profile)
+    if config.clock == "measured":
+        check_fit(built, model, device.kind)
     return Run(
         experiment=config.name,
         clock=config.clock,
         device=device,
-        model=_model(config, profile),
+        model=model,
         trace=typed(schemas.of("trace", config.trace.get("name")), config.trace, "trace"),
         arrival=typed(schemas.of("arrival", config.arrival.get("name")), config.arrival, "arrival"),
         engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
-        systems=tuple(systems.build(s, config.scheduler, overrides, _as_config) for s in kept),
+        systems=built,
         params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
+        threads=config.threads,
     )
 
 
@@ -88,9 +99,8 @@ def _as_config(group: str, name: str, node: DictConfig) -> Any:
 
 def _filled(params: DictConfig, profile: DictConfig | None) -> DictConfig:
     """Params whose nulls are taken from the profile of the device."""
-    merged = OmegaConf.merge(profile or {}, {k: v for k, v in params.items() if v is not None})
-    assert isinstance(merged, DictConfig)
-    return merged
+    given = {key: value for key, value in params.items() if value is not None}
+    return OmegaConf.create({**(profile or {}), **given})
 
 
 def _device(config: DictConfig) -> tuple[Any, str]:
@@ -123,17 +133,20 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _model(config: DictConfig, profile: DictConfig) -> Any:
-    node = config.model if config.model.name != AUTO else load("model", profile.get("model") or "bench-llama")
-    return typed(schemas.of("model", node.name), node, "model")
+def _model(config: DictConfig, profile: DictConfig) -> ModelConfig:
+    """The model: the profile's under `auto`, one read from its own config.json under `checkpoint`, else as named."""
+    node = config.model
+    if node.name == CHECKPOINT:
+        from kvarena.harness.model.checkpoint import config_of_checkpoint
 
-
-def _refuse_ownerless_fields(config: DictConfig, overrides: Sequence[str]) -> None:
-    """A field of `allocator=all` belongs to nobody: it would be set on some systems and not on others."""
-    for group in ("allocator", "kernel"):
-        given = [str(key) for key in fields_set(group, overrides) if key != "name"]
-        if config[group].name == "all" and given:
-            raise UserError(
-                f"{group}.{given[0]}: set it together with {group}=NAME, which keeps the systems that use it. "
-                f"There are: {', '.join(n for n in names(group) if n != 'all')}"
-            )
+        if not node.get("checkpoint"):
+            raise UserError("model=checkpoint needs model.checkpoint: a folder, or a name on the Hugging Face hub")
+        chosen = {str(key): value for key, value in node.items() if key in ("dtype", "seed")}
+        return config_of_checkpoint(node.checkpoint, **chosen)
+    if node.name == AUTO:
+        given = [str(key) for key in node if key != "name"]
+        if given:
+            raise UserError(f"model.{given[0]}: name the model whose {given[0]} it is, model=NAME")
+        node = load("model", profile.get("model") or "bench-llama")
+    config_of_preset: ModelConfig = typed(ModelConfig, node, "model")
+    return config_of_preset

@@ -1,15 +1,19 @@
 """The dataclass behind every group of conf/: group -> (name in the group) -> schema."""
 
+from collections.abc import Callable, Sequence
+
 from kvarena.harness.config import ALL, AUTO
+
+_BY_NAME = ("allocator", "kernel", "scheduler")  # groups in which every name has a schema of its own
 
 
 def of(group: str, name: str | None = None) -> type:
     """The schema of one choice of a group. Imports late: composing a configuration must not need torch."""
     match group:
         case "allocator":
-            from kvarena.allocators.registry import config_class
+            from kvarena.allocators.registry import config_class as allocator_config
 
-            return config_class(str(name))
+            return allocator_config(str(name))
         case "kernel":
             from kvarena.kernels.config import KernelConfig
 
@@ -41,6 +45,14 @@ def of(group: str, name: str | None = None) -> type:
     raise ValueError(group)
 
 
-def is_open(name: str | None) -> bool:
-    """Whether a choice stands for several, so that it has no fields of its own."""
-    return name in (None, ALL, AUTO)
+def schema_of(
+    overrides: Sequence[str], params: Callable[[Sequence[str]], type | None]
+) -> Callable[[str, str | None], type | None]:
+    """Look-up of schemas for `check_overrides`; None where a choice stands for several, and `resolve` says more."""
+
+    def look_up(group: str, name: str | None) -> type | None:
+        if group == "params":
+            return params(overrides)
+        return None if name in (None, ALL, AUTO) and group in _BY_NAME else of(group, name)
+
+    return look_up

@@ -24,7 +24,7 @@ class Stopwatch:
             yield
             self.add(name, time.perf_counter() - start)
         else:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             yield
             last.record()

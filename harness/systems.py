@@ -26,8 +26,8 @@ class System:
 
     @property
     def label(self) -> str:
-        """`<allocator>/<kernel>`: the name of a system that imitates nobody, with what tells it from its like."""
-        return self.name
+        """`<allocator>/<kernel>`: what a system that imitates nobody is called."""
+        return f"{self.allocator.name}/{self.kernel.name}"
 
 
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:
@@ -76,7 +76,7 @@ def build(
     parts = {}
     for group in ("allocator", "kernel"):
         name = file[group].name
-        node = OmegaConf.merge(load(group, name), file[group], fields_set(group, overrides))
+        node = DictConfig(OmegaConf.merge(load(group, name), file[group], fields_set(group, overrides)))
         parts[group] = as_config(group, name, node)
     policy = load("scheduler", file.scheduler) if file.get("scheduler") else scheduler
     return System(

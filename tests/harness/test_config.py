@@ -1,0 +1,116 @@
+"""Composition and refusals: what the command line accepts, and what it says where it does not."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from kvarena.errors import UserError
+from kvarena.experiments.compose import compose_run
+from kvarena.harness.config import names
+from kvarena.harness.paths import CONF
+
+DECODE = "experiment=decode_throughput"
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose_run(*overrides)
+    return str(caught.value)
+
+
+def test_the_experiment_overrides_the_defaults_and_the_command_line_both() -> None:
+    """Pins the place of `_self_` in conf/config.yaml: last, it would silently win over the experiment."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", [DECODE]).name == "decode_throughput"
+        assert len(compose("config", [DECODE]).systems) > 1
+    assert [s.name for s in compose_run(DECODE, "systems=[paged-numba]").systems] == ["paged-numba"]
+
+
+def test_every_experiment_composes_and_fits() -> None:
+    for name in names("experiment"):
+        run = compose_run(f"experiment={name}", "device=cpu")
+        assert run.experiment == name
+
+
+def test_null_params_come_from_the_profile_of_the_device() -> None:
+    run = compose_run(DECODE, "device=cpu", "params.rounds=9")
+    assert run.model.name == "bench-llama"
+    assert run.params.rounds == 9
+    assert run.params.batch_sizes == [1, 4, 8, 16, 32]
+
+
+def test_allocator_keeps_the_systems_that_use_it_and_sets_its_fields() -> None:
+    run = compose_run(DECODE, "device=cpu", "allocator=paged", "allocator.block_size=32")
+    assert {s.allocator.name for s in run.systems} == {"paged"}
+    assert {s.allocator.block_size for s in run.systems} == {32}
+    assert {s.kernel.name for s in run.systems} > {"numba"}
+
+
+def test_kernel_keeps_the_systems_that_use_it() -> None:
+    run = compose_run(DECODE, "device=cpu", "kernel=sdpa")
+    assert {s.kernel.name for s in run.systems} == {"sdpa"}
+
+
+def test_a_named_pair_runs_even_where_the_experiment_does_not_list_it() -> None:
+    run = compose_run(DECODE, "device=cpu", "systems=[paged-numba]", "allocator=vattention", "kernel=sdpa")
+    assert [s.label for s in run.systems] == ["vattention/sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("experiment=decode_troughput", ("experiment=decode_troughput", "decode_throughput")),
+        ("allocator=slab", ("allocator=slab", "paged", "static", "vattention")),
+        ("kernel=magic", ("kernel=magic", "numba", "sdpa")),
+        ("model=gpt-9", ("model=gpt-9", "yi-6b")),
+        ("trace=tweets", ("trace=tweets", "sharegpt")),
+        ("systems=[paged-magic]", ("paged-magic", "paged-numba")),
+        ("allocatr=paged", ("allocatr", "allocator")),
+        ("+allocatr=paged", ("allocatr", "allocator")),
+        ("trace.sede=1", ("trace.sede", "trace.seed")),
+        ("+trace.sede=1", ("trace.sede", "trace.seed")),
+        ("params.batchsizes=[1]", ("params.batchsizes", "params.batch_sizes")),
+        ("clock=sundial", ("clock=sundial", "measured, modelled")),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(override: str, said: tuple[str, ...]) -> None:
+    message = refusal(override) if override.startswith("experiment") else refusal(DECODE, "device=cpu", override)
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_an_unknown_field_is_refused_with_or_without_plus(plus: str) -> None:
+    message = refusal(DECODE, "device=cpu", "allocator=paged", f"{plus}allocator.blocksize=3")
+    assert "allocator.blocksize" in message
+    assert "allocator.block_size" in message
+
+
+@pytest.mark.parametrize("override", ["allocator.block_size=8", "++allocator.block_size=8"])
+def test_a_field_of_all_allocators_is_refused(override: str) -> None:
+    message = refusal(DECODE, "device=cpu", override)
+    assert "allocator=NAME" in message
+    assert "paged" in message
+
+
+def test_a_value_of_the_wrong_type_names_its_key() -> None:
+    assert "trace.seed" in refusal(DECODE, "device=cpu", "trace.seed=soon")
+
+
+def test_a_pair_that_does_not_fit_is_refused_with_the_pairs_that_do() -> None:
+    message = refusal(DECODE, "device=cpu", "allocator=paged", "kernel=sdpa")
+    assert "paged + sdpa" in message
+    assert "static + sdpa" in message
+    assert "paged + numba" in message
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 257])
+def test_a_block_size_that_cannot_be_is_refused(block_size: int) -> None:
+    assert "block_size" in refusal(DECODE, "device=cpu", "allocator=paged", f"allocator.block_size={block_size}")
+
+
+def test_a_modelled_device_needs_the_modelled_clock() -> None:
+    assert "clock=modelled" in refusal(DECODE, "device=a100-80gb")
+
+
+def test_no_experiment_named() -> None:
+    assert "experiment=NAME" in refusal("trace=sharegpt")
