@@ -28,7 +28,7 @@ def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[Leng
         bad.add(number, reason)
     total = len(table) + len(ragged)
     return found, Columns(
-        numbers=np.setdiff1d(np.arange(1, total + 1), list(ragged)),
+        numbers=np.delete(np.arange(1, total + 1), [number - 1 for number in ragged]),
         prompt=_column(table, found.prompt),
         output=_column(table, found.output),
         arrival=_column(table, found.arrival) if found.arrival in header else None,

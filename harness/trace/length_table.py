@@ -74,9 +74,9 @@ def sample(table: LengthTable, count: int, seed: int, recipe: Recipe) -> Trace:
     prompt, output = np.zeros(count, np.int64), np.zeros(count, np.int64)
     outside = np.arange(count)  # requests not yet within the bounds
     for attempt in range(_TRIES):
-        place = Stream(seed, f"places {attempt}").words(2 * count, _BIN_BITS).reshape(count, 2)[outside]
-        prompt[outside] = _inverse_cdf(table.knots, table.prompt, cell[outside] // _BINS, place[:, 0])
-        output[outside] = _inverse_cdf(table.knots, table.output, cell[outside] % _BINS, place[:, 1])
+        place = Stream(seed, f"places {attempt}").words(count, 2 * _BIN_BITS)[outside]
+        prompt[outside] = _inverse_cdf(table.knots, table.prompt, cell[outside] // _BINS, place >> _BIN_BITS)
+        output[outside] = _inverse_cdf(table.knots, table.output, cell[outside] % _BINS, place % 2**_BIN_BITS)
         outside = outside[~recipe.keeps(prompt[outside], output[outside])]
         if not len(outside):
             break
