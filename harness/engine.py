@@ -1,8 +1,8 @@
 """The serving loop: arrivals -> scheduler -> policy -> executor -> record. One loop for both clocks.
 
-Under the modelled clock it jumps: after a step that only decoded, nothing can change until a sequence ends, somebody
-arrives at an empty line, memory may run short, or the step time changes branch. All steps up to there are priced and
-recorded as one row, with the same times, decisions and sums as one by one.
+Under the modelled clock it jumps: where the head of the line does not fit, whoever runs will only decode until a
+sequence ends, somebody arrives at an empty line, memory may run short, or the step time changes branch. All steps up to
+there are priced and recorded as one row, with the same times, decisions and sums as one by one.
 """
 
 from collections.abc import Iterable
@@ -51,19 +51,14 @@ class Engine:
                 return Replay(arrivals, self._log)
 
     def _step(self, clock: Clock, next_arrival_ps: int | None) -> None:
-        start_ps = clock.now_ps
-        scheduler = self.scheduler
-        plan = scheduler.schedule(start_ps)
-        if plan.is_empty:
-            raise RuntimeError(f"nobody runs, and request {scheduler.head} waits: {scheduler.policy.usage()}")
-        usage = scheduler.policy.usage(scheduler.head)
+        """Take the step that starts now, or the whole stretch of steps up to the next event."""
+        scheduler, start_ps = self.scheduler, clock.now_ps
         waiting = scheduler.num_waiting
-        if self._modelled is not None and plan.is_steady:
+        stretch = None
+        if self._modelled is not None and scheduler.running and not scheduler.may_change_batch():
             gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
-            time, more = self._stretch(self._modelled, plan, gap_ps)
-            usage = Usage(*[a + b for a, b in zip(usage, more, strict=True)]) if more else usage
-        else:
-            time = self.executor.execute(plan)
+            stretch = self._stretch(self._modelled, gap_ps)
+        plan, time, usage = stretch or self._single(start_ps)
         clock.pass_step(time)
         scheduler.complete(plan, clock.now_ps)
         self._log.add(start_ps, plan, time, waiting, usage)
@@ -72,14 +67,28 @@ class Engine:
         for request in scheduler.finished:
             self.executor.finish(request)
 
-    def _stretch(self, executor: ModelledExecutor, plan: StepPlan, gap_ps: int | None) -> tuple[StepTime, Usage | None]:
-        """Extend a steady plan to the next event; `gap_ps` is the time to an arrival that might be admitted."""
+    def _single(self, now_ps: int) -> tuple[StepPlan, StepTime, Usage]:
+        scheduler = self.scheduler
+        plan = scheduler.schedule(now_ps)
+        if plan.is_empty:
+            raise RuntimeError(f"nobody runs, and {scheduler.head} waits: {scheduler.policy.usage(scheduler.head)}")
+        usage = scheduler.policy.usage(scheduler.head)
+        return plan, self.executor.execute(plan), usage
+
+    def _stretch(self, executor: ModelledExecutor, gap_ps: int | None) -> tuple[StepPlan, StepTime, Usage] | None:
+        """All who run decode, up to the next event; `gap_ps` is the time to an arrival that might be admitted."""
+        scheduler, policy = self.scheduler, self.scheduler.policy
+        plan = StepPlan(scheduler.running)
         run = executor.steady(plan)
-        steps = min(1 + self.scheduler.quiet_steps(plan), run.steps)
-        if gap_ps is not None and steps > 1:
+        steps = min(scheduler.steps_left(), run.steps)
+        if gap_ps is not None:
             steps = min(steps, run.steps_to(gap_ps))
-        usage = self.scheduler.stretch(plan, steps - 1) if steps > 1 else None
-        return run.take(plan.steps), usage
+        seq_ids = [r.seq_id for r in plan.decodes]
+        plan.steps = policy.quiet_steps(seq_ids, steps)
+        if plan.steps < 1:
+            return None
+        usage = policy.advance(seq_ids, plan.steps, scheduler.head)
+        return plan, run.take(plan.steps), usage
 
     @staticmethod
     def _book_stall(plan: StepPlan, stall_ps: int) -> None:

@@ -31,6 +31,15 @@ class ChunkedPrefillScheduler(Scheduler):
         self.token_budget = token_budget(config, max_tokens)
         self.max_seqs = config.max_seqs
 
+    def may_change_batch(self) -> bool:
+        """Whether a prompt is unfinished, or the head of the line fits."""
+        budget = self.token_budget - len(self.running)
+        if budget < 0 or not all([r.is_decoding for r in self.running]):
+            return True
+        if not self.waiting or not budget or len(self.running) >= self.max_seqs:
+            return False
+        return self.policy.can_admit(self.waiting[0], min(self.waiting[0].known_tokens, budget))
+
     def _fill(self, plan: StepPlan) -> None:
         budget = self._serve_running(plan, self.token_budget)
         if not plan.preempted:

@@ -48,6 +48,14 @@ class ContinuousScheduler(Scheduler):
         """The most tokens that one prefill of the request may have to take."""
         return request.prompt_tokens
 
+    def may_change_batch(self) -> bool:
+        """Whether the head of the line fits."""
+        if not self.waiting:
+            return False
+        head, running = self.waiting[0], len(self.running)
+        tokens = head.known_tokens
+        return tokens + running <= self.token_budget and running < self.max_seqs and self.policy.can_admit(head, tokens)
+
     def _admit(self, plan: StepPlan) -> None:
         """Admit in order of arrival, and stop at the first who does not fit."""
         budget = self.token_budget - len(plan.decodes)

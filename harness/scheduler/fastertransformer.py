@@ -46,8 +46,13 @@ class FasterTransformerScheduler(Scheduler):
         longest = max((r.prompt_tokens for r in self.running), default=0)
         plan.padding = sum(longest - r.prompt_tokens for r in self.running)
 
-    def _steps_left(self, requests: list[Request]) -> int:
-        return max(r.output_tokens - r.generated for r in requests)
+    def may_change_batch(self) -> bool:
+        """Nobody joins a batch that runs."""
+        return not self.running
+
+    def steps_left(self) -> int:
+        """Steps until the row with the longest output is done."""
+        return max([r.output_tokens - r.generated for r in self.running])
 
     def _retire(self, done: list[Request], now_ps: int) -> None:
         """Nobody leaves before the last row is done."""

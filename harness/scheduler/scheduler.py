@@ -1,4 +1,4 @@
-"""What every scheduling policy shares: the queues, refusal at arrival, the end of a step, and quiet stretches.
+"""What every scheduling policy shares: the queues, refusal at arrival, and the end of a step.
 
     submit --> waiting --(admitted)--> running --(last token)--> finished
        |          ^                       |
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.usage import Usage
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.step import StepPlan
 
@@ -79,25 +78,17 @@ class Scheduler(ABC):
                 chunk.request.scheduled_ps = now_ps
         return plan
 
-    def quiet_steps(self, plan: StepPlan) -> int:
-        """How many more steps like `plan` are sure to follow it, as long as nobody arrives at an empty line.
+    @abstractmethod
+    def may_change_batch(self) -> bool:
+        """Whether the next step could do more than decode for whoever runs, as long as memory lasts for that.
 
-        After a step that only decoded, whoever waits was refused. Memory and room in the batch only shrink until
-        someone finishes, so the refusal stands, and the next step decodes the same requests.
+        Memory and room in the batch only shrink while a batch decodes: a no stands until someone finishes, or
+        arrives at an empty line.
         """
-        if not plan.is_steady:
-            return 0
-        steps = self._steps_left(plan.decodes) - plan.steps
-        return self.policy.quiet_steps([r.seq_id for r in plan.decodes], steps) if steps > 0 else 0
 
-    def _steps_left(self, requests: list[Request]) -> int:
-        """Steps until the first of these decoding requests has its last token."""
-        return min([r.output_tokens - r.generated for r in requests])
-
-    def stretch(self, plan: StepPlan, steps: int) -> Usage:
-        """Add so many quiet steps to the plan. Returns the policy's usage, summed over them."""
-        plan.steps += steps
-        return self.policy.advance([r.seq_id for r in plan.decodes], steps, self.head)
+    def steps_left(self) -> int:
+        """Steps until the first of those who run leaves, if all of them decode."""
+        return min([r.output_tokens - r.generated for r in self.running])
 
     def complete(self, plan: StepPlan, now_ps: int) -> None:
         """Book what a plan that ends now has computed; whoever has its last token leaves."""

@@ -48,6 +48,12 @@ class VllmScheduler(ContinuousScheduler):
         """Requests in line, the swapped ones included: they come first."""
         return len(self.waiting) + len(self.swapped)
 
+    def may_change_batch(self) -> bool:
+        """Whether the next in line fits: swapped requests come before waiting ones."""
+        if not self.swapped:
+            return super().may_change_batch()
+        return len(self.running) < self.max_seqs and self.policy.can_swap_in(self.swapped[0].seq_id)
+
     def _longest_prefill(self, request: Request) -> int:
         """A victim is recomputed with all its output but the last token."""
         return request.prompt_tokens if self._swaps else request.final_tokens - 1
