@@ -70,7 +70,7 @@ def _resident(run: Run, system: System, model: Model, prompts: list[int], pool_b
     store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
     try:
         executor = TorchExecutor(model, store, get_kernel(system.kernel.name), seed=local.seed)
-        batch = FixedBatch(scheduler, store, executor, prompts)
+        batch = FixedBatch(scheduler, store, executor, prompts, params.steps)
         like = torch.empty(0, dtype=getattr(torch, local.dtype), device=model.device)
         warm = WarmCache(local.num_kv_heads, local.head_size, params.max_tokens, like, local.seed)
         batch.fill(warm, local.num_layers)

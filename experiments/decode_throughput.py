@@ -94,7 +94,7 @@ def _check(params: Params) -> None:
 def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Prompt lengths of the largest batch by kind, and where they come from."""
     params: Params = run.params
-    largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 1
+    largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 2
     if params.max_tokens > run.model.max_tokens:
         raise UserError(f"params.max_tokens={params.max_tokens}: {run.model.name} ends at {run.model.max_tokens}")
     lengths: dict[str, list[int]] = {}

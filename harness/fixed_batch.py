@@ -60,11 +60,13 @@ class StepRecord(NamedTuple):
 class FixedBatch:
     """A system with all its requests resident; every step decodes one token of each."""
 
-    def __init__(self, scheduler: Scheduler, store: Store, executor: TorchExecutor, prompts: Sequence[int]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, store: Store, executor: TorchExecutor, prompts: Sequence[int], steps: int
+    ) -> None:
         self.scheduler, self.policy = scheduler, scheduler.policy
         self.store, self.executor = store, executor
         self.requests = [
-            Request(i, prompt, output_tokens=scheduler.max_tokens - prompt, state=RequestState.RUNNING)
+            Request(i, prompt, output_tokens=steps + 2, state=RequestState.RUNNING)  # it never ends within `steps`
             for i, prompt in enumerate(prompts)
         ]
         self._admit()
