@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def load_checkpoint(config: ModelConfig, device: torch.device) -> Weights:
 
 def config_of_checkpoint(checkpoint: str, dtype: str = "float32", seed: int = 0) -> ModelConfig:
     """Read a model's sizes from its checkpoint. Raises UserError where it is missing, or not a model that we have."""
-    config = _config_in(find_checkpoint(checkpoint), dtype)
-    config.checkpoint, config.seed = checkpoint, seed
-    return config
+    return replace(_config_in(find_checkpoint(checkpoint), dtype), checkpoint=checkpoint, seed=seed)
 
 
 def find_checkpoint(checkpoint: str) -> Path:
@@ -50,14 +49,12 @@ def find_checkpoint(checkpoint: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as absent:
-        raise UserError(f"model.checkpoint={name}: downloading needs `pip install huggingface_hub`") from absent
+    from huggingface_hub import snapshot_download  # a dependency of datasets; half a second, for hub names alone
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as failure:  # what it documents: no network, no such model, no access, bad name
-        reason = str(failure).strip().splitlines()[0]
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise UserError(
             f"model.checkpoint={name}: neither a local folder nor to be had from the hub: {reason}"
         ) from failure
