@@ -260,6 +260,7 @@ class VAttentionPolicy(Policy):
         usage = self.usage()
         expect("live to retained", usage[:6], self._recounted())
         expect("deferred + surplus + premapped", usage.deferred + usage.surplus + usage.premapped, usage.retained)
+        expect("leaves are none or more", min(usage) >= 0, True)
         expect("sum of the leaves", usage.pool, self.pool_bytes)
 
     def _recounted(self) -> tuple[int, ...]:

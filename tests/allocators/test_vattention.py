@@ -1,0 +1,401 @@
+"""The vAttention policy: rows, growth, the order of taking back, and each switch by its counts.
+
+One layer, K and V: a slab is two page-groups. 64 KB hold 64 tokens of 1 KB.
+"""
+
+import pytest
+
+from kvarena.allocators.kv_layout import attention_layout, sliding_layout
+from kvarena.allocators.policy import IntegrityError, Map, Sequence, Unmap
+from kvarena.allocators.registry import config_class, make_policy
+from kvarena.allocators.sizes import KB
+from kvarena.allocators.usage import Usage
+from kvarena.allocators.vattention import VAttentionConfig, VAttentionPolicy
+from kvarena.errors import UserError
+
+LAYOUT = attention_layout(1, 4, 128)  # 1 KB a token in K, and in V
+SLAB = 128 * KB
+TOKENS = 64  # of one slab
+ALL_OFF = {
+    "overlap": False,
+    "deferred_reclamation": False,
+    "eager_allocation": False,
+    "reclaim_threshold": 0.0,
+    "watermark": 0.0,
+}
+
+
+def policy_of(slabs: int = 8, rows: int = 4, **switches) -> VAttentionPolicy:
+    options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": rows} | switches
+    return VAttentionPolicy(LAYOUT, slabs * SLAB, **options)
+
+
+def admit(policy: VAttentionPolicy, seq_id: int, slabs: int, final_slabs: int | None = None) -> bool:
+    """Admit a sequence that fills so many slabs; in the end it will fill `final_slabs`."""
+    prompt = slabs * TOKENS
+    return policy.admit(Sequence(seq_id, prompt, (final_slabs or slabs) * TOKENS - prompt), prompt)
+
+
+def counts(actions) -> tuple[int, int]:
+    """(maps, unmaps)."""
+    return sum(isinstance(a, Map) for a in actions), sum(isinstance(a, Unmap) for a in actions)
+
+
+def rows_mapped(policy: VAttentionPolicy, actions, before: dict[int, int] | None = None) -> dict[int, int]:
+    """Slabs by row, after `actions`."""
+    slabs = dict(before or {})
+    for action in actions:
+        slabs[action.row] = slabs.get(action.row, 0) + (1 if isinstance(action, Map) else -1)
+    return slabs
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_takes_the_page_groups_it_needs_as_one_ascending_run():
+    policy = policy_of()
+    assert policy.admit(Sequence(7, 130, 20), 130)
+    row = policy.row(7)
+    assert policy.drain() == [Map(0, row, 0, 0), Map(0, row, 1, 1), Map(0, row, 2, 2)]
+    assert policy.drain() == []
+    assert policy.mapped_bytes == 3 * SLAB
+    assert policy.tokens_until_growth(7) == 3 * TOKENS - 130
+
+
+def test_growth_maps_one_slab_when_a_page_group_is_full():
+    policy = policy_of()
+    admit(policy, 0, 1, 3)
+    policy.drain()
+    assert policy.grow(0)
+    assert counts(policy.drain()) == (1, 0)
+    assert policy.grow(0, TOKENS - 1)
+    assert policy.drain() == []
+    assert policy.grow(0, TOKENS)
+    assert counts(policy.drain()) == (1, 0)
+    assert policy.length(0) == 3 * TOKENS
+
+
+def test_refusals_change_nothing():
+    policy = policy_of(slabs=4, rows=2)
+    assert admit(policy, 0, 3)
+    usage = policy.usage()
+    assert not admit(policy, 1, 2)
+    assert not policy.grow(0, 2 * TOKENS)
+    assert policy.usage() == usage
+    assert admit(policy, 1, 1)
+    assert not policy.can_admit(Sequence(2, 1, 1), 0)  # no row is left
+    assert not policy.grow(1)
+    assert not policy.grow(0, 2000)  # past the row's end
+    policy.check_integrity()
+
+
+def test_what_can_never_fit():
+    policy = policy_of(slabs=8, watermark=0.25)
+    assert policy.fits_pool(Sequence(0, 6 * TOKENS, 0))
+    assert not policy.fits_pool(Sequence(0, 6 * TOKENS, 1))  # it could not come back, with the watermark free
+    assert not policy_of(slabs=100).fits_pool(Sequence(0, 1000, 25))  # longer than a row
+
+
+def test_the_watermark_binds_admission_only():
+    policy = policy_of(slabs=8, watermark=0.25)
+    assert admit(policy, 0, 5, 8)
+    assert not policy.can_admit(Sequence(1, 2 * TOKENS, 0), 2 * TOKENS)
+    assert policy.can_admit(Sequence(1, TOKENS, 0), TOKENS)
+    assert policy.grow(0, 3 * TOKENS)
+
+
+def test_misuse_is_an_error_of_the_caller():
+    policy = policy_of()
+    admit(policy, 0, 1)
+    with pytest.raises(ValueError, match="sequence 0 is resident"):
+        admit(policy, 0, 1)
+    for call in (policy.grow, policy.release, policy.length, policy.row):
+        with pytest.raises(KeyError):
+            call(5)
+
+
+# ---- switches --------------------------------------------------------------------------------------------------
+
+
+def test_overlap_maps_ahead_so_that_growth_finds_it_mapped():
+    for overlap, critical in ((False, 3), (True, 0)):
+        policy = policy_of(overlap=overlap)
+        admit(policy, 0, 1, 4)
+        admission = counts(policy.drain())
+        policy.look_ahead()
+        on_critical_path = in_background = 0
+        for _ in range(3 * TOKENS):
+            assert policy.grow(0)
+            on_critical_path += len(policy.drain())
+            in_background += len(policy.look_ahead())
+            policy.check_integrity()
+        assert admission == (1, 0)
+        assert on_critical_path == critical
+        assert in_background == (3 if overlap else 0)  # the first was mapped ahead of these steps, a fifth after them
+
+
+def test_without_deferred_reclamation_a_row_is_emptied_when_its_request_ends():
+    policy = policy_of()
+    admit(policy, 0, 3)
+    policy.drain()
+    policy.release(0)
+    assert counts(policy.drain()) == (0, 3)
+    assert policy.usage().free == 8 * SLAB
+
+
+def test_with_deferred_reclamation_the_next_request_inherits_the_row():
+    policy = policy_of(deferred_reclamation=True)
+    admit(policy, 0, 3)
+    row = policy.row(0)
+    policy.drain()
+    policy.release(0)
+    assert policy.drain() == []
+    assert policy.usage().deferred == 3 * SLAB
+    admit(policy, 1, 5)
+    assert policy.row(1) == row
+    assert counts(policy.drain()) == (2, 0)  # only the excess
+
+
+def test_eager_allocation_keeps_one_idle_row_ready():
+    policy = policy_of(eager_allocation=True, eager_groups=2)
+    assert counts(policy.look_ahead()) == (2, 0)
+    assert policy.look_ahead() == []
+    assert policy.usage().premapped == 2 * SLAB
+    admit(policy, 0, 2)
+    assert policy.drain() == []  # nothing on the critical path
+    assert counts(policy.look_ahead()) == (2, 0)  # another is got ready
+    assert policy.usage().premapped == 2 * SLAB
+    admit(policy, 1, 3)
+    assert counts(policy.drain()) == (1, 0)
+
+
+def test_a_row_with_enough_left_from_before_is_the_slot_without_mapping():
+    policy = policy_of(eager_allocation=True, deferred_reclamation=True)
+    admit(policy, 0, 3)
+    policy.drain()
+    policy.release(0)
+    assert policy.look_ahead() == []
+    usage = policy.usage()
+    assert (usage.premapped, usage.deferred) == (SLAB, 2 * SLAB)
+
+
+def test_below_the_threshold_idle_rows_give_back_in_the_background():
+    policy = policy_of(slabs=10, deferred_reclamation=True, reclaim_threshold=0.3)
+    admit(policy, 0, 4)
+    admit(policy, 1, 5)
+    policy.drain()
+    policy.release(0)
+    assert policy.usage().free == 1 * SLAB
+    assert counts(policy.look_ahead()) == (0, 2)
+    usage = policy.usage()
+    assert (usage.free, usage.deferred) == (3 * SLAB, 2 * SLAB)
+    assert policy.look_ahead() == []
+
+
+def test_the_slot_is_neither_filled_from_nor_emptied_for_the_threshold():
+    policy = policy_of(slabs=4, eager_allocation=True, eager_groups=1, reclaim_threshold=0.5)
+    admit(policy, 0, 1)
+    assert counts(policy.look_ahead()) == (1, 0)
+    admit(policy, 1, 2)  # a page-group of it comes from the slot, so that 1 is free: below the threshold
+    assert policy.usage().premapped == 0
+    assert policy.look_ahead() == []
+
+
+def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
+    layout = attention_layout(8, 4, 128)
+    options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": 4}
+    plain = VAttentionPolicy(layout, 8 * 1024 * KB, **options)
+    sliced = VAttentionPolicy(layout, 8 * 1024 * KB, **options, tensor_slicing=True)
+    seq = Sequence(0, 9, 0)
+    assert plain.admit(seq, 9)
+    assert sliced.admit(seq, 9)
+    assert (plain.num_slabs, sliced.num_slabs) == (8, 64)
+    assert plain.mapped_bytes == 16 * 64 * KB  # one page-group in each tensor, for 64 tokens
+    assert sliced.mapped_bytes == 2 * 2 * 64 * KB  # two page-groups of 8 tokens in two tensors
+    assert plain.usage().rounding == plain.mapped_bytes - 9 * 16 * KB
+    assert sliced.usage().rounding == sliced.mapped_bytes - 9 * 16 * KB
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def with_idle_rows(*slabs: int, **switches) -> VAttentionPolicy:
+    """A policy whose rows 0, 1, ... were left with so many slabs."""
+    policy = policy_of(sum(slabs) + 4, rows=len(slabs), deferred_reclamation=True, **switches)
+    for seq_id, count in enumerate(slabs):
+        admit(policy, 100 + seq_id, count)
+    assert [policy.row(100 + i) for i in range(len(slabs))] == list(range(len(slabs)))
+    for seq_id in range(len(slabs)):
+        policy.release(100 + seq_id)
+    policy.drain()
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("left", "needed", "row", "maps"),
+    [
+        ((4, 1, 2, 3), 2, 2, 0),  # the least full that suffices
+        ((4, 1, 2, 3), 3, 3, 0),
+        ((4, 1, 2, 3), 5, 0, 1),  # none suffices: the fullest
+        ((4, 0, 2, 3), 1, 2, 0),  # an empty row is no bargain
+        ((2, 2, 2), 2, 0, 0),  # the first of equals
+        ((2, 3, 3), 0, 1, 0),  # of unknown length: the fullest
+    ],
+)
+def test_a_request_gets_the_row_that_fits_best(left, needed, row, maps):
+    policy = with_idle_rows(*left)
+    admit(policy, 0, needed)
+    assert policy.row(0) == row
+    assert counts(policy.drain()) == (maps, 0)
+
+
+def test_memory_is_taken_back_from_idle_rows_then_surplus_then_the_slot():
+    policy = policy_of(slabs=16, rows=6, deferred_reclamation=True)
+    admit(policy, 0, 4)  # becomes an idle row of 4
+    admit(policy, 1, 5)  # its row is inherited by a short request: surplus of 3
+    admit(policy, 2, 2)
+    policy.release(1)
+    admit(policy, 3, 2)
+    policy.release(0)
+    policy.eager_allocation = True
+    slabs = rows_mapped(policy, policy.drain())
+    policy.look_ahead()  # the idle row is the slot: 1 of its 4 slabs is premapped
+    idle, surplus, other = policy._rows.slot.index, policy.row(3), policy.row(2)
+    assert slabs == {idle: 4, surplus: 5, other: 2}
+    assert policy.usage()._asdict().items() >= {"deferred": 3 * SLAB, "surplus": 3 * SLAB, "free": 5 * SLAB}.items()
+
+    assert policy.grow(2, 6 * TOKENS)  # 5 are free: 1 from the idle row
+    slabs = rows_mapped(policy, policy.drain(), slabs)
+    assert slabs == {idle: 3, surplus: 5, other: 8}
+    assert policy.grow(2, 4 * TOKENS)  # the idle row's other 2, then 2 of the surplus
+    slabs = rows_mapped(policy, policy.drain(), slabs)
+    assert slabs == {idle: 1, surplus: 3, other: 12}
+    assert policy.grow(2, 2 * TOKENS)  # the last of the surplus, then the slot
+    slabs = rows_mapped(policy, policy.drain(), slabs)
+    assert slabs == {idle: 0, surplus: 2, other: 14}
+    assert not policy.grow(2)  # only now
+    policy.check_integrity()
+
+
+def test_what_was_mapped_for_the_next_iteration_is_taken_last():
+    policy = policy_of(slabs=6, rows=4, overlap=True)
+    admit(policy, 0, 2, 4)
+    admit(policy, 1, 2, 4)
+    policy.drain()
+    assert counts(policy.look_ahead()) == (2, 0)  # both are full
+    policy.grow(0)
+    assert policy.usage().free == 0
+    assert admit(policy, 2, 1)  # at the cost of what 1 will need next
+    assert [type(a) for a in policy.drain()] == [Unmap, Map]
+    assert policy.tokens_until_growth(0) > 0
+    assert policy.tokens_until_growth(1) == 0
+    assert policy.look_ahead() == []  # 1 cannot be mapped ahead: not at the cost of others' next iteration
+    policy.check_integrity()
+
+
+# ---- the books -------------------------------------------------------------------------------------------------
+
+
+def test_every_leaf():
+    """In slabs of 64 tokens: 3.5 mapped to the end of what is final, one mapped ahead, one left by a former request."""
+    policy = policy_of(slabs=12, rows=3, deferred_reclamation=True)
+    policy.pool_bytes += 5
+    admit(policy, 9, 6)
+    admit(policy, 8, 1)
+    policy.release(9)
+    policy.release(8)
+    policy.admit(Sequence(0, 2 * TOKENS + 10, TOKENS + 12), 2 * TOKENS + 10)  # ends after 3 slabs and 22 tokens
+    policy.drain()
+    byte = SLAB // TOKENS
+    assert policy.usage() == Usage(
+        live=(2 * TOKENS + 10) * byte,
+        reserved=(TOKENS + 12) * byte,
+        rounding=(TOKENS - 22) * byte,
+        retained=3 * SLAB,
+        free=5 * SLAB,
+        remainder=5,
+        deferred=1 * SLAB,
+        surplus=2 * SLAB,
+    )
+
+
+def test_what_is_mapped_ahead_is_reserved_below_the_final_length_and_surplus_above():
+    policy = policy_of(overlap=True)
+    admit(policy, 0, 1, 2)
+    admit(policy, 1, 1, 1)
+    policy.look_ahead()
+    usage = policy.usage()
+    assert (usage.live, usage.reserved, usage.surplus) == (2 * SLAB, SLAB, SLAB)
+
+
+def test_quiet_steps_leave_nothing_to_do_in_the_background():
+    policy = policy_of(overlap=True, eager_allocation=True)
+    admit(policy, 0, 1, 4)
+    assert policy.quiet_steps([0], 100) == 0  # its mappings wait to be performed
+    policy.drain()
+    assert policy.quiet_steps([0], 100) == 0  # and what comes next is not mapped
+    policy.look_ahead()
+    assert policy.tokens_until_growth(0) == TOKENS
+    assert policy.quiet_steps([0], 100) == TOKENS - 1  # in the step after these the next slab is mapped
+    policy.advance([0], TOKENS - 1)
+    assert policy.look_ahead() == []
+    assert policy.grow(0)
+    assert counts(policy.look_ahead()) == (1, 0)
+
+
+def test_a_window_fills_its_ring_and_no_more():
+    layout = sliding_layout(1, 1, 100, 4, 128, "float16")  # a full layer, and one that sees 100 positions
+    policy = VAttentionPolicy(layout, 64 * SLAB, **ALL_OFF, page_group="64KB", max_tokens=1024, max_rows=2)
+    policy.admit(Sequence(0, 50, 900), 50)
+    assert policy.grow(0, 850)
+    mapped = [a.group for a in policy.drain()]
+    assert (mapped.count(0), mapped.count(1)) == (15, 2)
+    assert policy.usage().live == (900 + 100) * SLAB // TOKENS
+    policy.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sum_that_fails"),
+    [
+        (lambda p: p._rows.live[0].slabs[0].pop(), "slabs in rows"),
+        (lambda p: p._rows.live[0].slabs[0].append(0), "slabs in rows"),
+        (lambda p: setattr(p._rows, "free", p._rows.free - 2), "mapped [+] free"),
+        (lambda p: setattr(p._rows.live[0], "length", 700), "holds its 700 tokens"),
+        (lambda p: setattr(p, "_live_bytes", p._live_bytes + 1), "live to retained"),
+        (lambda p: setattr(p, "pool_bytes", p.pool_bytes - 1), "leaves are none or more"),
+    ],
+)
+def test_spoilt_books_are_found(spoil, sum_that_fails):
+    policy = policy_of()
+    admit(policy, 0, 2)
+    policy.check_integrity()
+    spoil(policy)
+    with pytest.raises(IntegrityError, match=sum_that_fails):
+        policy.check_integrity()
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+def test_the_registry_makes_it_from_its_config():
+    assert config_class("vattention") is VAttentionConfig
+    policy = make_policy(VAttentionConfig(page_group="128KB", overlap=False), LAYOUT, 100 * SLAB, 500)
+    assert isinstance(policy, VAttentionPolicy)
+    assert (policy.page_group_bytes, policy.overlap, policy.max_tokens) == (128 * KB, False, 500)
+    assert policy.virtual_bytes == 256 * 2 * 512 * KB  # rows of 500 KB, rounded up to page-groups
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_group": "1MB"}, r"allocator\.page_group=1MB"),
+        ({"watermark": 1.0}, r"allocator\.watermark: 1\.0 is not in \[0, 1\)"),
+        ({"reclaim_threshold": -0.1}, r"allocator\.reclaim_threshold"),
+        ({"max_rows": 0}, r"allocator\.max_rows: 0"),
+        ({"eager_groups": 0}, r"allocator\.eager_groups: 0"),
+        ({"page_group": "2MB"}, r"does not hold one page-group of 2MB in each of 2 tensors"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        policy_of(**options)
