@@ -30,9 +30,9 @@ def test_init_returns_k_then_v_of_every_layer():
 
 @pytest.mark.parametrize("switches", [{}, {"overlap": False, "eager_allocation": False}, {"tensor_slicing": True}])
 def test_algorithm_1(switches):
-    """Requests come and go; 4 long ones do not fit in 5 page-groups of every tensor, so that some are preempted."""
+    """Requests come and go; 4 long ones do not fit in 4 page-groups of every tensor, so that some are preempted."""
     rng = random.Random(0)
-    va, tensors = make(5, **switches)
+    va, tensors = make(4, **switches)
     layers = tensors if len(tensors) == 2 * N else [t[:, :, n] for t in tensors for n in range(N)]
     waiting = deque((i, rng.randrange(200, 270), rng.randrange(1, 30)) for i in range(12))  # id, prompt, output
     running: dict[int, tuple[int, int, int]] = {}
