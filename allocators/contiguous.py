@@ -9,6 +9,7 @@ from kvarena.allocators.arena import Chunk
 from kvarena.allocators.best_fit import BestFitAllocator
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.ledger import position_bytes
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.reservation import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -35,7 +36,7 @@ class ContiguousPolicy(ReservingPolicy[Chunk]):
             pool_bytes,
             max_tokens=max_tokens,
             unit_tokens=1,
-            bytes_of=lambda tokens: tokens * kv_layout.token_bytes,
+            bytes_of=position_bytes(kv_layout),
             make_arena=BestFitAllocator,
         )
         self.row_tokens = 1  # tokens from one row to the next: rows overlap

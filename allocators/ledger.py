@@ -6,6 +6,7 @@ moves one mark of one extent: k tokens at once cost what one costs.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,12 +27,17 @@ class Extent:
     capacity: int
 
 
+def position_bytes(kv_layout: KVLayout) -> Callable[[int], int]:
+    """Bytes of n positions of all layers, whatever a window lets them forget."""
+    token_bytes = kv_layout.token_bytes
+    return lambda positions: positions * token_bytes
+
+
 def resident_bytes(kv_layout: KVLayout) -> Callable[[int], int]:
     """Bytes of the K/V of a sequence as a function of its length; a window bends it."""
     if any(group.window is not None for group in kv_layout.groups):
         return kv_layout.resident_bytes
-    token_bytes = kv_layout.token_bytes
-    return lambda length: length * token_bytes
+    return position_bytes(kv_layout)
 
 
 class Ledger:
@@ -67,6 +73,19 @@ class Ledger:
             extent.length = length
             self._count(extent, 1)
         return True
+
+    def stretch(self, seq_ids: Seq[int], steps: int) -> Leaves:
+        """Move these lengths by one, `steps` times over; the sum of `leaves()` over these steps.
+
+        No length passes its final one, and a position costs the same wherever it is (no layer has a window).
+        """
+        for seq_id in seq_ids:
+            self.extents[seq_id].length += steps
+        live, reserved, over_estimate, rounding = self.leaves()
+        grown = len(seq_ids) * self._bytes_of(1)  # in each step
+        self._live += grown * steps
+        moved = grown * steps * (steps + 1) // 2
+        return steps * live + moved, steps * reserved - moved, steps * over_estimate, steps * rounding
 
     def widen(self, capacity: int) -> None:
         """Move the capacity of every extent, as a longer row joining a padded batch does."""

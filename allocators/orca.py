@@ -11,6 +11,7 @@ from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.buddy import BuddyAllocator, next_power_of_two
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.ledger import position_bytes
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.reservation import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -48,7 +49,7 @@ class OrcaPolicy(ReservingPolicy[Chunk]):
             pool_bytes,
             max_tokens=max_tokens,
             unit_tokens=block_size,
-            bytes_of=lambda tokens: tokens * kv_layout.token_bytes,
+            bytes_of=position_bytes(kv_layout),
             make_arena=lambda num_blocks: BuddyAllocator(num_blocks, max_blocks),
         )
         self.row_tokens = block_size  # tokens from one row to the next: rows overlap

@@ -9,6 +9,7 @@ from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.ledger import position_bytes
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.reservation import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -45,7 +46,7 @@ class PagedReservedPolicy(ReservingPolicy[list[int]]):
             pool_bytes,
             max_tokens=max_tokens,
             unit_tokens=block_size,
-            bytes_of=lambda tokens: tokens * kv_layout.token_bytes,
+            bytes_of=position_bytes(kv_layout),
             make_arena=FreeList,
         )
         self.num_blocks = self._arena.num_units

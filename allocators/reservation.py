@@ -12,11 +12,12 @@ units must lie (the arena).
 
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Generic
 
 from kvarena.allocators.arena import Arena, Place
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.ledger import Extent, Ledger
+from kvarena.allocators.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.policy import IntegrityError, Policy, Sequence
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
@@ -102,17 +103,22 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Positions that the sequence has been given."""
         return self._books.extents[seq_id].length
 
+    def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
+        """Grow every sequence by `steps` tokens; the sum of `usage(head)` over these steps."""
+        return self._usage(self._books.stretch(seq_ids, steps), steps, head)
+
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf. Free units are stranded where they sum to the head's promise, and yet do not hold it:
         for lying apart, or for a power of two.
         """
-        live, reserved, over_estimate, rounding = self._books.leaves()
-        arena = self._arena
-        unattached = arena.free_units * self._unit_bytes
-        remainder = self.pool_bytes - arena.num_units * self._unit_bytes
-        if head is not None and self._strands(head):
-            return Usage(live, 0, reserved, over_estimate, rounding, 0, unattached, 0, remainder)
-        return Usage(live, 0, reserved, over_estimate, rounding, 0, 0, unattached, remainder)
+        return self._usage(self._books.leaves(), 1, head)
+
+    def _usage(self, leaves: Leaves, steps: int, head: Sequence | None) -> Usage:
+        live, reserved, over_estimate, rounding = leaves
+        unattached = self._arena.free_units * self._unit_bytes * steps
+        remainder = (self.pool_bytes - self._arena.num_units * self._unit_bytes) * steps
+        stranded = unattached if head is not None and self._strands(head) else 0
+        return Usage(live, 0, reserved, over_estimate, rounding, 0, stranded, unattached - stranded, remainder)
 
     def _strands(self, head: Sequence) -> bool:
         """Whether the head of the line is refused for shape alone."""

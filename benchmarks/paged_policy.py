@@ -1,9 +1,8 @@
 """What the paged policy's bookkeeping costs, per block: allocate 32 blocks and free them, reference counts included.
 
-    ./run.sh python benchmarks/paged_policy.py
-
-CPU time of the thread; variants interleaved in one process; medians with 95 % intervals over rounds. `counting to one` is the block pool
-with a counter for every block instead of one for shared blocks only: the gain that keeps the latter.
+Prints CPU time of the thread, variants interleaved in one process, medians with 95 % intervals over rounds.
+`counting to one` is the block pool with a counter for every block instead of one for shared blocks only: what it costs
+is why it is not done.
 """
 
 import argparse

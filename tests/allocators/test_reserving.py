@@ -113,6 +113,14 @@ def test_stranded_is_what_would_suffice_in_another_shape():
         assert policy.usage(head).free == half - stranded
 
 
+def test_a_power_of_two_strands_as_well():
+    """24 blocks are free, 16 + 8. A request of 17 blocks would fit but for the chunk of 32 that it is given."""
+    policy = orca("oracle", 56 * 16 * TOKEN)
+    policy.admit(Sequence(0, 500, 12), 500)
+    assert policy.usage(Sequence(9, 271, 1)).stranded == 24 * 16 * TOKEN
+    assert policy.usage(Sequence(9, 384, 1)).stranded == 0  # 385 tokens do not fit 24 blocks in any shape
+
+
 def test_contiguous_strands_and_blocks_do_not():
     """The same three requests, the middle one gone: 100 + 100 tokens are free, in two holes or in any blocks."""
     contiguous = ContiguousPolicy(OPT_13B, 400 * TOKEN, max_tokens=2048)
