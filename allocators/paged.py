@@ -17,7 +17,7 @@ from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, Policy, Sequence, SwapIn, SwapOut
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.stretch import longest_stretch
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -73,6 +73,7 @@ class PagedPolicy(Policy):
                 f"allocator paged: a pool of {pool_bytes} bytes does not hold one block of {block_size} tokens, "
                 f"which takes {block_bytes} bytes"
             )
+        self._remainder_bytes = pool_bytes % block_bytes
         self.watermark_blocks = int(watermark * self.num_blocks)
         self._tables = BlockTables(self.num_blocks, block_size)
         self._pool = self._tables.pool
@@ -177,9 +178,11 @@ class PagedPolicy(Policy):
         return self._usage(self._tables.slots(), 1)
 
     def _usage(self, slots: tuple[int, int, int, int], steps: int) -> Usage:
-        live, reserved, rounding, free = (self._token_bytes * count for count in slots)
-        remainder = self.pool_bytes - self.num_blocks * self.block_size * self._token_bytes
-        return Usage(live, 0, reserved, 0, rounding, 0, 0, free, remainder * steps)
+        live, reserved, rounding, free = slots
+        size = self._token_bytes
+        return Usage(
+            live * size, 0, reserved * size, 0, rounding * size, 0, 0, free * size, self._remainder_bytes * steps
+        )
 
     @property
     def can_swap(self) -> bool:
@@ -209,6 +212,17 @@ class PagedPolicy(Policy):
         self._actions += map(SwapIn, swapped.cpu_blocks, table)
         self._cpu_blocks.give(swapped.cpu_blocks)
 
+    def cpu_usage(self) -> Usage:
+        """The second account: every byte of the CPU pool's blocks in one leaf."""
+        live = reserved = rounding = 0
+        for swapped in self._swapped.values():
+            capacity = len(swapped.cpu_blocks) * self.block_size
+            leaves = extent_usage(swapped.length, swapped.final, swapped.final, capacity, capacity)
+            live, reserved, rounding = live + leaves[0], reserved + leaves[1], rounding + leaves[3]
+        free = self._cpu_blocks.free_units * self.block_size
+        size = self._token_bytes
+        return Usage(live=live * size, reserved=reserved * size, rounding=rounding * size, free=free * size)
+
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""
         actions, self._actions = self._actions, []
@@ -218,5 +232,7 @@ class PagedPolicy(Policy):
         """Recount tables, references, free lists and leaves."""
         self._tables.check_integrity()
         self._cpu_blocks.check_integrity(swapped.cpu_blocks for swapped in self._swapped.values())
+        if self.cpu_usage().pool != self.num_cpu_blocks * self.block_size * self._token_bytes:
+            raise IntegrityError(f"leaves of {self.num_cpu_blocks} CPU blocks: {self.cpu_usage().leaves}")
         if (usage := self.usage()).pool != self.pool_bytes or min(usage) < 0:
             raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

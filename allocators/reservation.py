@@ -48,6 +48,7 @@ class ReservingPolicy(Policy, Generic[Place]):
                 f"allocator {self.name}: a pool of {pool_bytes} bytes does not hold one unit of {unit_tokens} tokens, "
                 f"which takes {self._unit_bytes} bytes"
             )
+        self._remainder_bytes = pool_bytes % self._unit_bytes
         self._arena = make_arena(num_units)
         self._places: dict[int, Place] = {}
         self._books = Ledger(bytes_of)
@@ -116,9 +117,9 @@ class ReservingPolicy(Policy, Generic[Place]):
     def _usage(self, leaves: Leaves, steps: int, head: Sequence | None) -> Usage:
         live, reserved, over_estimate, rounding = leaves
         unattached = self._arena.free_units * self._unit_bytes * steps
-        remainder = (self.pool_bytes - self._arena.num_units * self._unit_bytes) * steps
         stranded = unattached if head is not None and self._strands(head) else 0
-        return Usage(live, 0, reserved, over_estimate, rounding, 0, stranded, unattached - stranded, remainder)
+        free = unattached - stranded
+        return Usage(live, 0, reserved, over_estimate, rounding, 0, stranded, free, self._remainder_bytes * steps)
 
     def _strands(self, head: Sequence) -> bool:
         """Whether the head of the line is refused for shape alone."""

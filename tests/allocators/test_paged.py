@@ -5,6 +5,7 @@ import pytest
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged import PagedPolicy
 from kvarena.allocators.policy import CopyBlock, IntegrityError, Sequence, SwapIn, SwapOut
+from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 
 LAYOUT = attention_layout(2, 4, 8)
@@ -162,6 +163,7 @@ def test_swapping_moves_a_sequence_and_brings_it_back():
     policy.swap_out(0)
     assert policy.drain() == [SwapOut(0, 0), SwapOut(1, 1), SwapOut(2, 2)]
     assert policy.usage().live == 4 * TOKEN
+    assert policy.cpu_usage() == Usage(live=9 * TOKEN, reserved=3 * TOKEN)
     assert not policy.can_swap_out(1)  # the CPU pool is full
     with pytest.raises(ValueError, match="swapped out"):
         policy.admit(Sequence(0, 9, 5), 9)
@@ -173,6 +175,7 @@ def test_swapping_moves_a_sequence_and_brings_it_back():
     policy.release(2)
     policy.swap_in(0)
     assert [type(action) for action in policy.drain()] == [SwapIn] * 3
+    assert policy.cpu_usage() == Usage(free=12 * TOKEN)
     assert policy.length(0) == 9
     assert policy.can_swap_out(1)
     policy.check_integrity()
