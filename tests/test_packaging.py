@@ -54,6 +54,15 @@ def test_locks_satisfy_pyproject(locks, needs):
         assert need.specifier.contains(version), f"{pin} does not satisfy {need}"
 
 
+def test_locks_leave_room_for_every_extra():
+    """An extra installed on top of the lock must not move a pin that pyproject.toml speaks about."""
+    locked = {name: pin for lock in LOCKS for name, pin in pins(lock).items()}
+    for extra, needs in PROJECT["optional-dependencies"].items():
+        for need in map(Requirement, needs):
+            if pin := locked.get(canonicalize_name(need.name)):
+                assert need.specifier.contains(str(pin.specifier).removeprefix("==")), f"{extra}: {need}, {pin}"
+
+
 def in_subprocess(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     """Run code in the root with the package importable as run.sh makes it, and `path` ahead of it."""
     pythonpath = os.pathsep.join(map(str, [*path, ROOT / ".import"]))
