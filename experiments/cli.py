@@ -18,6 +18,7 @@ from kvarena.kernels.threads import set_compute_threads
 
 USER_ERROR, INTERRUPTED = 2, 130
 _HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c", "--version"}
+_MULTIRUN = {"-m", "--multirun"}
 
 
 def main() -> None:
@@ -50,7 +51,9 @@ def _command(arguments: list[str]) -> None:
     overrides = [a for a in arguments if not a.startswith("-")]
     experiment = registry.named(overrides)
     check_overrides(overrides, schema_of(overrides, registry.params_schema))
-    if {"-m", "--multirun"} & set(arguments):
+    if _MULTIRUN & set(arguments):
+        # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
+        sys.argv[1:] = ["--multirun", *(a for a in arguments if a not in _MULTIRUN)]
         whole = sweep.Sweep(experiment, overrides)
         _compose_and_run()
         folder, outcome = whole.finish()

@@ -28,7 +28,7 @@ from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.summary import SummaryRow, frame, read_published, row
-from kvarena.harness.trace import load_trace
+from kvarena.harness.trace import Trace, load_trace
 
 NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
@@ -65,8 +65,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
         for kind, lengths in prompts.items():
             for batch in params.batch_sizes:
-                progress.stage(f"{kind} prompts, batch {batch}")
-                key = f"{kind}-{batch}"
+                progress.stage(f"{kind}, batch {batch}")
+                key = f"{kind}-{batch}".replace(" ", "-")
                 if recorder.has_cell(key):
                     progress.advance(params.rounds)
                 cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
@@ -92,7 +92,7 @@ def _check(params: Params) -> None:
 
 
 def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Prompt lengths of the largest batch by kind, and where they come from."""
+    """Prompt lengths of the largest batch, by what they are called, and where they come from."""
     params: Params = run.params
     largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 2
     if params.max_tokens > run.model.max_tokens:
@@ -101,9 +101,10 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     notes: dict[str, Any] = {}
     for kind in params.prompts:
         if kind == "trace":
-            lengths[kind], notes = _trace_prompts(run, largest, room)
+            trace = load_trace(run.trace, params.max_tokens)
+            lengths[trace.name], notes = _trace_prompts(trace, largest, room)
         elif kind.isdecimal() and 0 < int(kind) <= room:
-            lengths[kind] = [int(kind)] * largest
+            lengths[f"{kind} tokens"] = [int(kind)] * largest
         else:
             raise UserError(
                 f'params.prompts={kind}: neither "trace" nor a number of tokens from 1 to {room}, which is what '
@@ -112,9 +113,8 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     return lengths, notes
 
 
-def _trace_prompts(run: Run, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
+def _trace_prompts(trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
     """The first prompts of the trace that leave room for what is decoded; how many did not is in the notes."""
-    trace = load_trace(run.trace, run.params.max_tokens)
     fitting = [int(p) for p in trace.prompt_tokens if p <= room]
     if len(fitting) < largest:
         raise UserError(
@@ -125,7 +125,7 @@ def _trace_prompts(run: Run, largest: int, room: int) -> tuple[list[int], dict[s
 
 def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[SummaryRow]:
     """One row per system, batch size and quantity; the intervals are over rounds."""
-    grid = itertools.product(run.params.prompts, run.params.batch_sizes, run.systems)
+    grid = itertools.product(steps.prompts.unique(), run.params.batch_sizes, run.systems)
     for kind, batch, system in grid:
         here, cell = (
             table[(table.prompts == kind) & (table.batch == batch) & (table.system == system.name)]
@@ -142,9 +142,9 @@ def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Sum
 
 def _panel(run: Run, kind: str) -> str:
     """The published panel where the run imitates Fig 8 (16K tokens each), else model and prompts."""
-    if run.imitates and kind == "16384":
+    if run.imitates and kind == "16384 tokens":
         return panel_name(run.model)
-    return f"{run.model.name} {run.trace.name if kind == 'trace' else f'{kind} tokens'}"
+    return f"{run.model.name} {kind}"
 
 
 Quantity = tuple[str, str, str, Estimate | float, str, str]
@@ -189,39 +189,42 @@ def _quantities(run: Run, steps: pd.DataFrame, cell: pd.Series) -> Iterator[Quan
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Ours, the bandwidth behind it, and the paper's Fig 8."""
+    """Ours, the bandwidth behind it and the memory under it; below, the paper's Fig 8."""
     published = read_published(PUBLISHED)
     theirs = published[(published.paper == "vattention") & (published.figure == "fig8")]
-    ours = summary[summary.quantity == "decode_throughput_vs_batch"]
-    share = summary[summary.quantity == "kv_read_share_of_streaming_read"]
-    figure, axes = plots.canvas(2, max(ours["panel"].nunique() + 1, theirs["panel"].nunique()))
+    ours = summary[summary.quantity == HEADLINE]
     device = f"{ours.device.iloc[0]}, {ours.clock.iloc[0]}"
-
-    for axis, (panel, rows) in zip(axes, ours.groupby("panel", sort=False), strict=False):
-        plots.lines(axis, rows)
-        axis.set(ylabel="decode tokens/s", title=f"this run: {panel}\n{device}", ylim=(0, None))
-        plots.batch_axis(axis, sorted(rows.x.unique()))
-    axes[0].legend(fontsize=7, frameon=False)
-    middle, rows = axes[ours["panel"].nunique()], share[share.panel == share.panel.iloc[-1]]
-    plots.lines(middle, rows)
-    middle.axhline(100, color="black", lw=0.8, ls="--")
-    middle.set(ylabel="K/V read, % of a streaming read", title=f"attention bandwidth: {rows.panel.iloc[0]}\n{device}")
-    middle.set_ylim(0, 110)
-    plots.batch_axis(middle, sorted(rows.x.unique()))
-
-    below = axes[len(axes) // 2 :]
+    columns = 1 + max(ours["panel"].nunique(), theirs["panel"].nunique())
+    figure, axes = plots.canvas(2, columns)
+    above, below = axes[:columns], axes[columns:]
+    for axis, (panel, rows) in zip(above, ours.groupby("panel", sort=False), strict=False):
+        _throughput(axis, rows, f"this run: {panel}\n{device}")
     for axis, (panel, rows) in zip(below, theirs.groupby("panel", sort=False), strict=False):
-        plots.lines(axis, rows)
-        axis.set(
-            ylabel="decode tokens/s",
-            title=f"published: vAttention Fig 8\n{panel}, 16K tokens each, A100",
-            ylim=(0, None),
-        )
-        plots.batch_axis(axis, sorted(rows.x.unique()))
-        axis.legend(fontsize=7, frameon=False)
-    _memory(below[theirs["panel"].nunique()], summary, device)
+        _throughput(axis, rows, f"published: vAttention Fig 8\n{panel}, 16K tokens each, A100")
+    _bandwidth(above[-1], summary, device)
+    _memory(below[-1], summary, device)
+    for axis in axes:
+        axis.set_visible(axis.has_data())
     figure.tight_layout()
     return figure
+
+
+def _throughput(axis: Axes, rows: pd.DataFrame, title: str) -> None:
+    plots.lines(axis, rows)
+    axis.set(ylabel="decode tokens/s", title=title, ylim=(0, None))
+    plots.batch_axis(axis, sorted(rows.x.unique()))
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _bandwidth(axis: Axes, summary: pd.DataFrame, device: str) -> None:
+    """K/V read in attention, over what the machine can read at all."""
+    rows = summary[summary.quantity == "kv_read_share_of_streaming_read"]
+    rows = rows[rows.panel == rows.panel.iloc[-1]]
+    plots.lines(axis, rows)
+    axis.axhline(100, color="black", lw=0.8, ls="--")
+    axis.set(ylabel="K/V read, % of a streaming read", title=f"attention bandwidth: {rows.panel.iloc[0]}\n{device}")
+    axis.set_ylim(0, 110)
+    plots.batch_axis(axis, sorted(rows.x.unique()))
 
 
 def _memory(axis: Axes, summary: pd.DataFrame, device: str) -> None:

@@ -9,6 +9,7 @@ The same command continues a sweep that was killed: jobs that had ended are not 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def job_folder(config: dict[str, Any]) -> Path | None:
 
 def swept_labels(configs: list[Any]) -> list[str]:
     """For each job, the values of the keys in which the jobs differ: "allocator.block_size=32"."""
-    flat = [_flatten(config) for config in configs]
+    # What a sweep sets of an allocator stands in every system that uses it: named once is enough.
+    flat = [{re.sub(r"^systems\.\d+\.", "", k): v for k, v in _flatten(config).items()} for config in configs]
     keys = dict.fromkeys(key for values in flat for key in values)
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return [", ".join(f"{key}={values[key]}" for key in differing if key in values) for values in flat]
