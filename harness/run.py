@@ -40,7 +40,11 @@ class Run:
 
     def shown_as(self, system: System) -> str:
         """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
-        return system.published if self.imitates and system.published else system.label
+        return system.published if self.imitates and system.published else system.label_with(self.kernel_of(system))
+
+    def kernel_of(self, system: System) -> str:
+        """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
+        return str(self.engine.name if self.clock == "modelled" else system.kernel.name)
 
     @property
     def device_name(self) -> str:
@@ -84,8 +88,8 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         clock=config.clock,
         device=device,
         model=model,
-        trace=typed(schemas.of("trace", config.trace.get("name")), config.trace, "trace"),
-        arrival=typed(schemas.of("arrival", config.arrival.get("name")), config.arrival, "arrival"),
+        trace=typed(schemas.of("trace"), _filled(config.trace, profile.get("trace")), "trace"),
+        arrival=typed(schemas.of("arrival"), _filled(config.arrival, profile.get("arrival")), "arrival"),
         engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
         systems=built,
         params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
@@ -97,9 +101,9 @@ def _as_config(group: str, name: str, node: DictConfig) -> Any:
     return typed(schemas.of(group, name), node, group)
 
 
-def _filled(params: DictConfig, profile: DictConfig | None) -> DictConfig:
-    """Params whose nulls are taken from the profile of the device."""
-    given = {key: value for key, value in params.items() if value is not None}
+def _filled(node: DictConfig, profile: DictConfig | None) -> DictConfig:
+    """A group whose nulls are taken from the profile of the device."""
+    given = {key: value for key, value in node.items() if value is not None}
     return OmegaConf.create({**(profile or {}), **given})
 
 

@@ -10,7 +10,7 @@ from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, names, no_such_key
 
 PAIRINGS = ("same body", "same library", "best of each")
-_KEYS = ("allocator", "kernel", "scheduler", "pairing", "published")
+_KEYS = ("allocator", "kernel", "scheduler", "pairing", "published", "variant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,16 @@ class System:
     scheduler: Any  # SchedulerConfig
     pairing: str  # what a comparison with the others of that word isolates; only "same body" isolates the layout
     published: str | None  # the paper's name for it, worn only where the run imitates that system
+    variant: str | None = None  # tells apart systems of one allocator: vattention-64KB
 
     @property
     def label(self) -> str:
         """`<allocator>/<kernel>`: what a system that imitates nobody is called."""
-        return f"{self.allocator.name}/{self.kernel.name}"
+        return self.label_with(self.kernel.name)
+
+    def label_with(self, kernel: str) -> str:
+        """The label where something else than its kernel says how long a step takes."""
+        return f"{self.variant or self.allocator.name}/{kernel}"
 
 
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:
@@ -84,5 +89,6 @@ def build(
         scheduler=as_config("scheduler", policy.name, policy),
         pairing=file.pairing,
         published=file.get("published"),
+        variant=file.get("variant"),
         **parts,
     )

@@ -1,0 +1,151 @@
+"""Replays: a workload served by the systems of a run, under either clock.
+
+    trace + arrivals -> Workload -> Requests -> Engine -> what happened to each request, and in each step
+                                                scheduler
+                                                policy
+                                                executor   modelled: a step model and a virtual clock
+                                                           measured: model, store and kernel, and the wall
+
+The clocks differ in the executor alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.registry import make_policy
+from kvarena.errors import UserError
+from kvarena.harness.action_prices import action_prices
+from kvarena.harness.config import load, typed
+from kvarena.harness.engine import Engine
+from kvarena.harness.kv_pool import kv_pool_bytes
+from kvarena.harness.model.contract import Model
+from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.request import Request
+from kvarena.harness.roofline import make_step_model
+from kvarena.harness.run import Run
+from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.step import Executor
+from kvarena.harness.systems import System
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.workload import Workload, make_workload
+
+BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted (`kv_blocks`)
+
+
+def trace_named(run: Run, name: str, path: str | None = None) -> TraceConfig:
+    """The run's own trace where it has that name, else conf/trace/<name>.yaml, read from `path` where there is one."""
+    own: TraceConfig = run.trace if run.trace.name == name else typed(TraceConfig, load("trace", name), "trace")
+    return own if own is run.trace else replace(own, path=path or own.path)
+
+
+def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
+    """The run's workload, or that of another trace or seed, with arrivals changed as named (`rate`, `duration_s`).
+
+    A trace that a table draws and its arrivals both follow the seed.
+    """
+    trace, arrivals = trace or run.trace, replace(run.arrival, **arrival)
+    if seed is not None:
+        trace, arrivals = replace(trace, seed=seed), replace(arrivals, seed=seed)
+    return make_workload(trace, arrivals, context_of(run))
+
+
+def context_of(run: Run) -> int:
+    """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to."""
+    return min(run.model.max_tokens, run.trace.max_tokens or run.model.max_tokens)
+
+
+def pool_bytes_of(run: Run, system: System) -> int:
+    """Bytes of K/V on one device: `params.pool_bytes`, else the pool that the engine's constants were fitted with,
+    else what weights and activations leave of the device.
+    """
+    given: int | None = getattr(run.params, "pool_bytes", None)
+    if given is not None:
+        return given
+    if run.clock == "measured":
+        raise UserError("params.pool_bytes: under clock=measured a replay needs the bytes of the K/V pool")
+    fitted = run.engine.constants(run.model.name, system.scheduler.name)
+    if fitted is not None and fitted.kv_blocks is not None:
+        return int(fitted.kv_blocks * BLOCK_TOKENS * run.model.shard().kv_layout().token_bytes)
+    return kv_pool_bytes(run.device, run.model) // run.model.tp
+
+
+def requests_of(workload: Workload) -> list[Request]:
+    """Fresh requests: a replay writes into them."""
+    columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_ps)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [Request(i, prompt, output, arrival_ps=at) for i, (prompt, output, at) in enumerate(rows)]
+
+
+class Replayer:
+    """Serves workloads with the systems of a run. Under the measured clock all systems share one model.
+
+    One device's share is served: the others of a tensor-parallel group do the same, at the same time.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def serve(self, system: System, workload: Workload) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Serve all requests to their end. Returns what happened to each request, and in each step (or stretch)."""
+        run = self._run
+        layout = run.model.shard().kv_layout()
+        policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
+        scheduler = make_scheduler(system.scheduler, policy, context_of(run))
+        with self._executor(system, policy) as executor:
+            done = Engine(scheduler, executor).run(requests_of(workload))
+        return _request_frame(done.requests).assign(system=system.name), done.steps.to_frame().assign(
+            system=system.name
+        )
+
+    @contextmanager
+    def _executor(self, system: System, policy: Policy) -> Iterator[Executor]:
+        run = self._run
+        if run.clock == "modelled":
+            step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+            yield ModelledExecutor(step_model, action_prices(run.device, policy))
+            return
+        from kvarena.allocators.stores import make_store
+        from kvarena.harness.torch_executor import TorchExecutor
+        from kvarena.kernels.registry import get_kernel
+
+        local = self._model.config
+        store = make_store(
+            policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, self._model.device
+        )
+        try:
+            yield TorchExecutor(self._model, store, get_kernel(system.kernel.name), seed=local.seed)
+        finally:
+            store.close()
+
+    @cached_property
+    def _model(self) -> Model:
+        from kvarena.harness.model.build import build_model
+
+        return build_model(self._run.model, self._run.device.kind)
+
+
+_REQUEST_COLUMNS = (
+    "seq_id", "prompt_tokens", "output_tokens", "arrival_ps", "scheduled_ps", "first_token_ps", "finish_ps",
+    "num_preemptions", "stall_ps", "refusal",
+)  # fmt: skip
+
+
+def _request_frame(requests: list[Request]) -> pd.DataFrame:
+    """One row per request; a refused one has no times."""
+    rows = ([getattr(r, name) for name in _REQUEST_COLUMNS] for r in requests)
+    times = {name: "Int64" for name in ("scheduled_ps", "first_token_ps", "finish_ps")}
+    return pd.DataFrame(rows, columns=list(_REQUEST_COLUMNS)).astype(times)
+
+
+def columns(run: Run, system: System) -> dict[str, str]:
+    """What every summary row says of a system of this run."""
+    return {
+        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
+        "model": run.model.name, "clock": run.clock, "device": run.device_name,
+    }  # fmt: skip
