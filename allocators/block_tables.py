@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.policy import CopyBlock, IntegrityError
-from kvarena.allocators.stretch import block_steps, blocks_taken
+from kvarena.allocators.stretch import growth
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +55,11 @@ class BlockTables:
         resident = self.residents[seq_id]
         return 0 if self._must_copy(resident) else len(resident.table) * self.block_size - resident.length
 
+    def slacks(self, seq_ids: Seq[int]) -> list[int]:
+        """Tokens that each of these sequences can write before it needs a block. There are no forks."""
+        residents, block_size = self.residents, self.block_size
+        return [len(r.table) * block_size - r.length for r in [residents[seq_id] for seq_id in seq_ids]]
+
     def add(self, seq_id: int, final: int, tokens: int) -> list[int]:
         """Give a new sequence its first blocks; returns them. The caller has checked that there are as many."""
         if seq_id in self.residents:
@@ -78,6 +83,26 @@ class BlockTables:
         if (new or length > resident.final) and seq_id not in self._forked:
             self._round(resident)
         return copy
+
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """One token for each of these sequences, in order, as long as a block is free. Returns for how many.
+
+        There are no forks, and nobody passes its final length.
+        """
+        residents, block_size, free = self.residents, self.block_size, self.pool.free_units
+        count = 0
+        for seq_id in seq_ids:
+            if not free:
+                break
+            resident = residents[seq_id]
+            if resident.length == len(resident.table) * block_size:
+                resident.table += self.pool.take(1)
+                free -= 1
+                self._round(resident)
+            resident.length += 1
+            count += 1
+        self._live += count
+        return count
 
     def fork(self, parent_id: int, child_id: int, final: int) -> None:
         """Give a new sequence all the blocks of another, to share."""
@@ -121,21 +146,23 @@ class BlockTables:
 
         There are no forks, there are blocks enough, and nobody passes its final length.
         """
-        block_size = self.block_size
+        block_size, residents, take = self.block_size, self.residents, self.pool.take
         held = (self.pool.num_units - self.pool.free_units) * steps  # blocks, summed over steps
         rounding = self._rounding * steps
         for seq_id in seq_ids:
-            resident = self.residents[seq_id]
-            slack = len(resident.table) * block_size - resident.length
-            resident.length += steps
-            if steps > slack:
-                new = blocks_taken(slack, steps, block_size)
-                held += block_steps(slack, steps, block_size)
-                resident.table += self.pool.take(new)
-                # Only the block that holds the final position has slots past it: the last one taken.
-                before = resident.rounding
-                self._round(resident)
-                rounding += (resident.rounding - before) * (steps - slack - (new - 1) * block_size)
+            resident = residents[seq_id]
+            table = resident.table
+            length = resident.length = resident.length + steps
+            missing = length - len(table) * block_size
+            if missing > 0:
+                new, new_held = growth(missing, block_size)
+                held += new_held
+                table += take(new)
+                past = len(table) * block_size - resident.final
+                if past > 0:  # only the block that holds the final position has slots past it: the last one taken
+                    resident.rounding = past
+                    self._rounding += past
+                    rounding += past * (missing - (new - 1) * block_size)
         live = steps * self._live + len(seq_ids) * (steps * (steps + 1) // 2)
         self._live += len(seq_ids) * steps
         total = self.pool.num_units * block_size * steps

@@ -25,6 +25,8 @@ class FreeList:
     def take(self, units: int) -> list[int]:
         """Units in the order in which popping them one by one would yield them. The caller has checked `fits`."""
         free = self._free
+        if units == 1:
+            return [free.pop()]
         start = len(free) - units
         taken = free[start:]
         del free[start:]

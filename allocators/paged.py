@@ -155,6 +155,10 @@ class PagedPolicy(Policy):
         """Blocks of a sequence, in the order of its positions. Not to be changed."""
         return self._tables.residents[seq_id].table
 
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """One position for each, in order, as long as a block is free."""
+        return super().grow_each(seq_ids) if self._tables.any_forked else self._tables.grow_each(seq_ids)
+
     def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
         """Steps, `limit` at most, that leave a block free, as vLLM asks before every append."""
         if self._tables.any_forked:
@@ -164,8 +168,7 @@ class PagedPolicy(Policy):
             return limit  # even if each took its first block at once
         if spare < 0:
             return 0
-        slacks = [self._tables.slack(seq_id) for seq_id in seq_ids]
-        return min(limit, longest_stretch(slacks, spare, self.block_size))
+        return min(limit, longest_stretch(self._tables.slacks(seq_ids), spare, self.block_size))
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens, new blocks included; the sum of `usage()` over these steps."""

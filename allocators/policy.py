@@ -131,6 +131,17 @@ class Policy(ABC):
         """Units (blocks) that any sequence may still take; None where growth does not draw on such a count."""
         return None
 
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """Give each of these sequences one more position, in this order, up to the first that finds no memory.
+
+        Returns how many have got theirs. Where `free_units` counts units, a sequence is given nothing unless one is
+        free, even if it needs none (vLLM's rule, PagedAttention's artifact).
+        """
+        for count, seq_id in enumerate(seq_ids):
+            if self.free_units == 0 or not self.grow(seq_id):
+                return count
+        return len(seq_ids)
+
     def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
         """How many decode steps in a row, `limit` at most, these sequences can surely take with nothing to decide.
 

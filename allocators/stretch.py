@@ -5,15 +5,10 @@ a clock can jump over many steps and still know which blocks were taken, and whe
 """
 
 
-def blocks_taken(slack: int, steps: int, block_size: int) -> int:
-    """Blocks that a sequence takes in so many steps."""
-    return max(0, -(-(steps - slack) // block_size))
-
-
-def block_steps(slack: int, steps: int, block_size: int) -> int:
-    """Over these steps, the sum of the blocks taken so far: what their memory has been held for."""
-    taken = blocks_taken(slack, steps, block_size)
-    return taken * (steps - slack) - block_size * taken * (taken - 1) // 2
+def growth(missing: int, block_size: int) -> tuple[int, int]:
+    """Blocks that a sequence takes for its last `missing` steps, and the sum over these steps of those taken so far."""
+    taken = -(-missing // block_size)
+    return taken, taken * missing - block_size * (taken * (taken - 1) // 2)
 
 
 def longest_stretch(slacks: list[int], blocks: int, block_size: int) -> int:

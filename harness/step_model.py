@@ -70,18 +70,21 @@ class StepModel:
 
     def step_ps(self, load: StepLoad) -> int:
         """Time of one step, without transfers."""
-        host = self.host_step_ps + self.host_sequence_ps * load.decodes
-        device = self._device_ps(load)
+        host, device = self._host_ps(load), self._device_ps(load)
         return max(host, device) if self.overlaps_host else host + device
 
     def steady(self, load: StepLoad) -> SteadyRun:
         """The decode steps that follow from here with the same sequences, until the greater of the two changes."""
-        first, slope = self.step_ps(load), self.context_ps * load.decodes
-        if self.overlaps_host and slope:
-            spare = self.host_step_ps + self.host_sequence_ps * load.decodes - self._device_ps(load)
-            if spare >= 0:  # the host is slower until the device has caught up
-                return SteadyRun(first, 0, spare // slope + 1)
-        return SteadyRun(first, slope, FOREVER)
+        host, device = self._host_ps(load), self._device_ps(load)
+        slope = self.context_ps * load.decodes
+        if not self.overlaps_host:
+            return SteadyRun(host + device, slope, FOREVER)
+        if device > host:
+            return SteadyRun(device, slope, FOREVER)
+        return SteadyRun(host, 0, (host - device) // slope + 1 if slope else FOREVER)
+
+    def _host_ps(self, load: StepLoad) -> int:
+        return self.host_step_ps + self.host_sequence_ps * load.decodes
 
     def _device_ps(self, load: StepLoad) -> int:
         return (

@@ -19,11 +19,11 @@ class OrcaScheduler(ContinuousScheduler):
     """First come, first served, with head-of-line blocking."""
 
     def _fill(self, plan: StepPlan) -> None:
-        for request in self.running:
-            if not self.policy.grow(request.seq_id):
-                raise UserError(
-                    f"scheduler=orca never preempts, and {self.policy.name} ran out of memory for request "
-                    f"{request.seq_id}: take an allocator that reserves, or another scheduler"
-                )
+        grown = self.policy.grow_each([r.seq_id for r in self.running])
+        if grown < len(self.running):
+            raise UserError(
+                f"scheduler=orca never preempts, and {self.policy.name} ran out of memory for request "
+                f"{self.running[grown].seq_id}: take an allocator that reserves, or another scheduler"
+            )
         plan.decodes = list(self.running)
         self._admit(plan)

@@ -68,24 +68,11 @@ class VllmScheduler(ContinuousScheduler):
 
     def _decode(self, plan: StepPlan) -> None:
         """Give each running request its next position, in order of arrival; preempt the latest while one has none."""
-        ids = [r.seq_id for r in self.running]
-        if self.policy.quiet_steps(ids, 1):  # enough for all: no need to ask one by one
-            self.policy.advance(ids, 1)
-            return
-        pending, self.running = deque(self.running), []
-        while pending:
-            request = pending.popleft()
-            while not self._grow(request):
-                victim = pending.pop() if pending else request
-                self._preempt(victim, plan)
-                if victim is request:
-                    break
-            else:
-                self.running.append(request)
-
-    def _grow(self, request: Request) -> bool:
-        """vLLM asks for a free block per sequence even where the last one has room."""
-        return self.policy.free_units != 0 and self.policy.grow(request.seq_id)
+        grown = 0
+        while grown < len(self.running):
+            grown += self.policy.grow_each([r.seq_id for r in self.running[grown:]])
+            if grown < len(self.running):
+                self._preempt(self.running.pop(), plan)
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""

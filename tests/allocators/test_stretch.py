@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.stretch import block_steps, blocks_taken, longest_stretch
+from kvarena.allocators.stretch import growth, longest_stretch
 
 BLOCK_SIZES = st.integers(1, 20)
 
@@ -22,8 +22,7 @@ def walk(slack, steps, block_size):
 @given(block_size=BLOCK_SIZES, slack=st.integers(0, 40), steps=st.integers(1, 100))
 def test_blocks_and_their_steps(block_size, slack, steps):
     held = walk(slack, steps, block_size)
-    assert blocks_taken(slack, steps, block_size) == held[-1]
-    assert block_steps(slack, steps, block_size) == sum(held)
+    assert growth(max(0, steps - slack), block_size) == (held[-1], sum(held))
 
 
 @given(block_size=BLOCK_SIZES, data=st.data(), blocks=st.integers(0, 60))
@@ -32,6 +31,6 @@ def test_the_longest_stretch_is_the_longest(block_size, data, blocks):
     steps = longest_stretch(slacks, blocks, block_size)
 
     def needed(steps):
-        return sum(blocks_taken(slack, steps, block_size) for slack in slacks)
+        return sum(growth(max(0, steps - slack), block_size)[0] for slack in slacks)
 
     assert needed(steps) <= blocks < needed(steps + 1)
