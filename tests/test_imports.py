@@ -1,6 +1,8 @@
 """Imports run downward only: kernels < allocators < harness < experiments."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,20 @@ def test_allocators_see_only_the_layout_contract_of_kernels():
         names = {name for name in imported_modules(path.read_text()) if name.startswith("kvarena.kernels.")}
         strangers = {name for name in names if not any(f"{name}.".startswith(f"{known}.") for known in LAYOUT_CONTRACT)}
         assert not strangers, f"{path}: {strangers}"
+
+
+def test_policies_and_specs_need_no_torch():
+    """A modelled replay, a configuration and a refusal must not wait for torch to load."""
+    code = (
+        "import sys\n"
+        "from kvarena.allocators.registry import ALLOCATORS, config_class\n"
+        "from kvarena.kernels.registry import kernel_names, kernel_spec\n"
+        "assert [config_class(name) for name in ALLOCATORS] and [kernel_spec(name) for name in kernel_names()]\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": str(ROOT / ".import"), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_imported_by_the_name_of_its_folder():
