@@ -32,10 +32,21 @@ GATHER_SDPA = KernelSpec(
     devices=_ANY_DEVICE,
     dtypes=_ANY_DTYPE,
 )
+FLEX = KernelSpec(
+    name="flex",
+    body="torch flex_attention",
+    library="torch",
+    layouts=frozenset({Layout.PAGED}),
+    devices=_CPU,
+    dtypes=frozenset({"float32", "bfloat16"}),
+    needs_cxx=True,
+    install_hint="install one (Debian: apt install g++) or set CXX",
+)
 
 # name -> what it can read, module, class
 CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
     "numba": (NUMBA, "kvarena.kernels.numba_attention", "NumbaAttention"),
     "sdpa": (SDPA, "kvarena.kernels.sdpa", "SDPAAttention"),
     "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.gather_sdpa", "GatherSDPAAttention"),
+    "flex": (FLEX, "kvarena.kernels.flex", "FlexAttention"),
 }

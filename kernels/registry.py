@@ -1,7 +1,9 @@
 """Kernels by name, and whether one fits. Imports no torch until a kernel is made."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import which
 from typing import TYPE_CHECKING
 
 from kvarena.errors import UserError
@@ -11,6 +13,8 @@ from kvarena.kernels.spec import KernelSpec
 
 if TYPE_CHECKING:
     from kvarena.kernels.kernel import AttentionKernel
+
+_COMPILERS = ("g++", "clang++")
 
 
 def kernel_names() -> list[str]:
@@ -37,11 +41,17 @@ def get_kernel(name: str) -> "AttentionKernel":
 
 def missing(spec: KernelSpec) -> str | None:
     """Say what the kernel needs and this environment lacks."""
-    absent = [module for module in spec.requires if find_spec(module) is None]
-    if not absent:
-        return None
     hint = f"; {spec.install_hint}" if spec.install_hint else ""
-    return f"needs {', '.join(absent)}, not installed{hint}"
+    absent = [module for module in spec.requires if find_spec(module) is None]
+    if absent:
+        return f"needs {', '.join(absent)}, not installed{hint}"
+    if spec.needs_cxx and _compiler() is None:
+        return f"needs a C++ compiler, and finds none of {', '.join(_COMPILERS)}{hint}"
+    return None
+
+
+def _compiler() -> str | None:
+    return next((found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := which(name))), None)
 
 
 def fits(

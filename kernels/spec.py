@@ -19,3 +19,4 @@ class KernelSpec:
     block_sizes: frozenset[int] | None = None  # paged only
     requires: tuple[str, ...] = ()  # importable modules it needs, beside torch
     install_hint: str = ""  # what to type where they are absent
+    needs_cxx: bool = False  # compiles C++ when it first runs
