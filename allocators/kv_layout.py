@@ -48,6 +48,11 @@ class KVLayout:
         """Bytes of one token over all tensors, before any window binds."""
         return sum(group.num_tensors * group.token_bytes for group in self.groups)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer forgets old positions."""
+        return any(group.window is not None for group in self.groups)
+
     def resident_bytes(self, length: int) -> int:
         """Bytes of K/V of a sequence of `length` tokens."""
         return sum(g.num_tensors * g.token_bytes * g.resident_tokens(length) for g in self.groups)

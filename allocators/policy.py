@@ -148,7 +148,7 @@ class Policy(ABC):
         In each of them every sequence grows by one position and finds memory, at least one unit stays free where
         `free_units` counts them, and there is no action to perform. The answer may be too small, never too large.
         """
-        if any(group.window is not None for group in self.kv_layout.groups):
+        if self.kv_layout.has_windows:
             return 0  # leaves of a ring that fills up do not change evenly
         return min([limit, *map(self.tokens_until_growth, seq_ids)])
 
@@ -157,15 +157,11 @@ class Policy(ABC):
 
         For quiet steps only. Here no sequence takes a new unit, so every leaf changes by the same amount each step.
         """
+        before = self.usage(head)
         for seq_id in seq_ids:
-            self.grow(seq_id)
-        first = self.usage(head)
-        if steps == 1:
-            return first
-        for seq_id in seq_ids:
-            self.grow(seq_id, steps - 1)
-        last = self.usage(head)
-        return Usage(*[steps * (a + b) // 2 for a, b in zip(first, last, strict=True)])
+            self.grow(seq_id, steps)
+        after = self.usage(head)
+        return Usage(*[steps * a + (b - a) * (steps + 1) // 2 for a, b in zip(before, after, strict=True)])
 
     @property
     def can_swap(self) -> bool:

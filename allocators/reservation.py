@@ -104,6 +104,17 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Positions that the sequence has been given."""
         return self._books.extents[seq_id].length
 
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """One position for each: there is room for all that were admitted."""
+        if self.kv_layout.has_windows:
+            return super().grow_each(seq_ids)
+        self._books.stretch(seq_ids, 1)
+        return len(seq_ids)
+
+    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+        """All of them: whoever was admitted has room to its end."""
+        return 0 if self.kv_layout.has_windows else limit
+
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens; the sum of `usage(head)` over these steps."""
         return self._usage(self._books.stretch(seq_ids, steps), steps, head)
