@@ -87,7 +87,7 @@ class BlockTables:
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One token for each of these sequences, in order, as long as a block is free. Returns for how many.
 
-        There are no forks, and nobody passes its final length.
+        There are no forks.
         """
         residents, block_size, free = self.residents, self.block_size, self.pool.free_units
         count = 0
@@ -95,11 +95,13 @@ class BlockTables:
             if not free:
                 break
             resident = residents[seq_id]
-            if resident.length == len(resident.table) * block_size:
+            length = resident.length = resident.length + 1
+            if length > len(resident.table) * block_size:
                 resident.table += self.pool.take(1)
                 free -= 1
                 self._round(resident)
-            resident.length += 1
+            elif length > resident.final:
+                self._round(resident)
             count += 1
         self._live += count
         return count

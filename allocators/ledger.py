@@ -74,6 +74,20 @@ class Ledger:
             self._count(extent, 1)
         return True
 
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """Move each length by one, up to the first at its capacity; returns how many. No layer has a window."""
+        count = moved = 0  # moved: those below their final length, where no other mark moves
+        for seq_id in seq_ids:
+            extent = self.extents[seq_id]
+            if extent.length < extent.final and extent.length < extent.capacity:
+                extent.length += 1
+                moved += 1
+            elif not self.grow(seq_id, 1):
+                break
+            count += 1
+        self._live += moved * self._bytes_of(1)
+        return count
+
     def stretch(self, seq_ids: Seq[int], steps: int) -> Leaves:
         """Move these lengths by one, `steps` times over; the sum of `leaves()` over these steps.
 

@@ -147,6 +147,7 @@ class Policy(ABC):
 
         In each of them every sequence grows by one position and finds memory, at least one unit stays free where
         `free_units` counts them, and there is no action to perform. The answer may be too small, never too large.
+        The caller's limit lets no sequence pass its final length (only rows of a padded batch may).
         """
         if self.kv_layout.has_windows:
             return 0  # leaves of a ring that fills up do not change evenly

@@ -105,11 +105,8 @@ class ReservingPolicy(Policy, Generic[Place]):
         return self._books.extents[seq_id].length
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
-        """One position for each: there is room for all that were admitted."""
-        if self.kv_layout.has_windows:
-            return super().grow_each(seq_ids)
-        self._books.stretch(seq_ids, 1)
-        return len(seq_ids)
+        """One position for each; there is room to the end of all that were admitted."""
+        return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
         """All of them: whoever was admitted has room to its end."""

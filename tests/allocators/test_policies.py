@@ -113,6 +113,20 @@ class Residents(RuleBasedStateMachine):
         assert (after.free, after.stranded, after.remainder) == (before.free, before.stranded, before.remainder)
 
     @precondition(lambda self: self.lengths)
+    @rule()
+    def grow_each(self) -> None:
+        """One position each, in order, up to the first that finds no memory: as asking one by one, a unit free."""
+        ids = [seq_id for seq_id, length in self.lengths.items() if length < MAX_TOKENS]
+        walked = copy.deepcopy(self.policy)
+        grown = 0
+        while grown < len(ids) and walked.free_units != 0 and walked.grow(ids[grown]):
+            grown += 1
+        assert self.policy.grow_each(ids) == grown
+        assert books(self.policy, self.lengths) == books(walked, self.lengths)
+        for seq_id in ids[:grown]:
+            self.lengths[seq_id] += 1
+
+    @precondition(lambda self: self.lengths)
     @rule(index=st.integers(0, 9))
     def release(self, index: int) -> None:
         seq_id = self.pick(index)
