@@ -11,7 +11,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import registry, show, sweep
 from kvarena.harness.config import check_overrides
 from kvarena.harness.paths import CONF
-from kvarena.harness.record import Recorder
+from kvarena.harness.record import Recorder, runs_folder
 from kvarena.harness.run import resolve
 from kvarena.harness.schemas import schema_of
 from kvarena.kernels.threads import set_compute_threads
@@ -53,7 +53,8 @@ def _command(arguments: list[str]) -> None:
     check_overrides(overrides, schema_of(overrides, registry.params_schema))
     if _MULTIRUN & set(arguments):
         # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
-        sys.argv[1:] = ["--multirun", *(a for a in arguments if a not in _MULTIRUN)]
+        rest = [a for a in arguments if a not in _MULTIRUN]
+        sys.argv[1:] = ["--multirun", *rest, f"hydra.sweep.dir={runs_folder() / '.hydra'}"]
         whole = sweep.Sweep(experiment, overrides)
         _compose_and_run()
         folder, outcome = whole.finish()
