@@ -12,7 +12,7 @@ from kvarena.allocators.usage import Usage
 from kvarena.harness.clock import Clock, ModelledClock, WallClock
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
-from kvarena.harness.scheduler.scheduler import Scheduler
+from kvarena.harness.scheduler.scheduler import Scheduler, by_arrival
 from kvarena.harness.step import Executor, StepPlan, StepTime
 from kvarena.harness.step_log import StepLog
 
@@ -23,6 +23,7 @@ class Replay:
 
     requests: list[Request]
     steps: StepLog
+    resumed_gaps_ps: list[int]  # between two tokens of one request with a preemption in between
 
 
 class Engine:
@@ -35,8 +36,8 @@ class Engine:
         self._log = StepLog()
 
     def run(self, requests: Iterable[Request]) -> Replay:
-        """Serve all requests to their end. They enter by arrival; ties in the order given."""
-        arrivals = sorted(requests, key=lambda r: r.arrival_ps)
+        """Serve all requests to their end. They enter by arrival; ties by id."""
+        arrivals = sorted(requests, key=by_arrival)
         clock: Clock = ModelledClock() if isinstance(self.executor, ModelledExecutor) else WallClock()
         scheduler, arrived = self.scheduler, 0
         while True:
@@ -48,7 +49,7 @@ class Engine:
             elif arrived < len(arrivals):
                 clock.skip_to(arrivals[arrived].arrival_ps)
             else:
-                return Replay(arrivals, self._log)
+                return Replay(arrivals, self._log, scheduler.resumed_gaps_ps)
 
     def _step(self, clock: Clock, next_arrival_ps: int | None) -> None:
         """Take the step that starts now, or the whole stretch of steps up to the next event."""

@@ -31,6 +31,7 @@ class Request(Sequence):
     scheduled_ps: int | None = None  # start of the first step it took part in
     first_token_ps: int | None = None
     finish_ps: int | None = None
+    paused_ps: int | None = None  # end of its last step, while a preemption keeps it from its next token
     num_preemptions: int = 0
     stall_ps: int = 0  # time its steps waited for the allocator: copies, swaps, driver calls
     refusal: str = ""

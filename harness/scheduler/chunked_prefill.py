@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.request import Request
 from kvarena.harness.scheduler.continuous import BatchLimits, token_budget
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import PrefillChunk, StepPlan
@@ -34,7 +34,7 @@ class ChunkedPrefillScheduler(Scheduler):
     def may_change_batch(self) -> bool:
         """Whether a prompt is unfinished, or the head of the line fits."""
         budget = self.token_budget - len(self.running)
-        if budget < 0 or not all([r.is_decoding for r in self.running]):
+        if not all([r.is_decoding for r in self.running]):
             return True
         if not self.waiting or not budget or len(self.running) >= self.max_seqs:
             return False
@@ -53,7 +53,7 @@ class ChunkedPrefillScheduler(Scheduler):
             tokens = min(request.known_tokens - request.computed, budget)
             while tokens and not self.policy.grow(request.seq_id, tokens):
                 victim = pending.pop() if pending else request
-                self._preempt(victim, plan)
+                self._evict(victim, plan)
                 if victim is request:
                     break
             else:
@@ -69,14 +69,6 @@ class ChunkedPrefillScheduler(Scheduler):
         elif tokens:
             plan.prefills.append(PrefillChunk(request, request.computed, tokens))
 
-    def _preempt(self, victim: Request, plan: StepPlan) -> None:
-        self.policy.release(victim.seq_id)
-        victim.num_preemptions += 1
-        victim.state = RequestState.WAITING
-        victim.computed = 0
-        self.waiting.appendleft(victim)
-        plan.preempted.append(victim)
-
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_seqs:
             head = self.waiting[0]
@@ -85,6 +77,5 @@ class ChunkedPrefillScheduler(Scheduler):
                 return
             budget -= tokens
             self.waiting.popleft()
-            head.state = RequestState.RUNNING
-            self.running.append(head)
+            self._join(head)
             plan.prefills.append(PrefillChunk(head, 0, tokens))

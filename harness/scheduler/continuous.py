@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import PrefillChunk, StepPlan
 
@@ -18,11 +18,15 @@ class BatchLimits:
 
 
 def token_budget(limits: BatchLimits, max_tokens: int) -> int:
-    """The budget, resolved. Raises UserError where a limit is below 1."""
+    """The budget, resolved. Raises UserError where it does not hold a token of every sequence."""
     budget = max(2560, max_tokens) if limits.token_budget is None else limits.token_budget
-    for key, value in (("token_budget", budget), ("max_seqs", limits.max_seqs)):
-        if value < 1:
-            raise UserError(f"scheduler.{key}={value}: must be at least 1")
+    if limits.max_seqs < 1:
+        raise UserError(f"scheduler.max_seqs={limits.max_seqs}: must be at least 1")
+    if budget < limits.max_seqs:
+        raise UserError(
+            f"scheduler.token_budget={budget}: must be at least scheduler.max_seqs={limits.max_seqs}, "
+            "so that everyone who runs can decode in every step"
+        )
     return budget
 
 
@@ -66,6 +70,5 @@ class ContinuousScheduler(Scheduler):
                 return
             budget -= tokens
             self.waiting.popleft()
-            head.state = RequestState.RUNNING
-            self.running.append(head)
+            self._join(head)
             plan.prefills.append(PrefillChunk(head, 0, tokens))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import PrefillChunk, StepPlan
 
@@ -40,8 +40,7 @@ class FasterTransformerScheduler(Scheduler):
     def _start_batch(self, plan: StepPlan) -> None:
         while self.waiting and self.policy.admit(self.waiting[0], self.waiting[0].prompt_tokens):
             request = self.waiting.popleft()
-            request.state = RequestState.RUNNING
-            self.running.append(request)
+            self._join(request)
             plan.prefills.append(PrefillChunk(request, 0, request.prompt_tokens))
         longest = max((r.prompt_tokens for r in self.running), default=0)
         plan.padding = sum(longest - r.prompt_tokens for r in self.running)

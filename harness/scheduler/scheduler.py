@@ -9,11 +9,17 @@ First come, first served: `running` and `waiting` are sorted by arrival, and who
 """
 
 from abc import ABC, abstractmethod
+from bisect import insort
 from collections import deque
 
 from kvarena.allocators.policy import Policy
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.step import StepPlan
+
+
+def by_arrival(request: Request) -> tuple[int, int]:
+    """What "first come" means: ties by id."""
+    return request.arrival_ps, request.seq_id
 
 
 class Scheduler(ABC):
@@ -25,6 +31,8 @@ class Scheduler(ABC):
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.finished: list[Request] = []  # by the step just completed
+        self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
+        self._now_ps = 0  # start of the step being scheduled
 
     @abstractmethod
     def _fill(self, plan: StepPlan) -> None:
@@ -70,6 +78,7 @@ class Scheduler(ABC):
     def schedule(self, now_ps: int) -> StepPlan:
         """Decide the iteration that starts now."""
         plan = StepPlan()
+        self._now_ps = now_ps
         self._fill(plan)
         plan.actions = self.policy.drain()
         plan.ahead = self.policy.look_ahead()
@@ -90,6 +99,34 @@ class Scheduler(ABC):
         """Steps until the first of those who run leaves, if all of them decode."""
         return min([r.output_tokens - r.generated for r in self.running])
 
+    def _evict(self, victim: Request, plan: StepPlan) -> None:
+        """Take all memory of a running request, and put it back into the line, to be recomputed."""
+        self.policy.release(victim.seq_id)
+        victim.computed = 0
+        victim.state = RequestState.WAITING
+        self._pause(victim)
+        place = 0  # nearly always the head: it arrived before all who were never admitted
+        while place < len(self.waiting) and by_arrival(self.waiting[place]) < by_arrival(victim):
+            place += 1
+        self.waiting.insert(place, victim)
+        plan.preempted.append(victim)
+
+    def _join(self, request: Request) -> None:
+        """Let a request run, in its place by arrival."""
+        request.state = RequestState.RUNNING
+        insort(self.running, request, key=by_arrival)
+
+    def _pause(self, victim: Request) -> None:
+        victim.num_preemptions += 1
+        if victim.paused_ps is None and victim.first_token_ps is not None:
+            victim.paused_ps = self._now_ps  # its last token came at the end of the step before
+
+    def _resume(self, request: Request, now_ps: int) -> None:
+        """Note the gap before the first token since a preemption."""
+        if request.paused_ps is not None:
+            self.resumed_gaps_ps.append(now_ps - request.paused_ps)
+            request.paused_ps = None
+
     def complete(self, plan: StepPlan, now_ps: int) -> None:
         """Book what a plan that ends now has computed; whoever has its last token leaves."""
         steps = plan.steps
@@ -106,8 +143,11 @@ class Scheduler(ABC):
                 request.generated += 1
                 if request.first_token_ps is None:
                     request.first_token_ps = now_ps
+                self._resume(request, now_ps)
                 if request.generated >= request.output_tokens:
                     done.append(request)
+        for request in plan.swapped_in:
+            self._resume(request, now_ps)
         self._retire(done, now_ps)
 
     def _retire(self, done: list[Request], now_ps: int) -> None:

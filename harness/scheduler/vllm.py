@@ -76,18 +76,14 @@ class VllmScheduler(ContinuousScheduler):
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""
-        victim.num_preemptions += 1
-        if self._swaps and self.policy.can_swap_out(victim.seq_id):
-            self.policy.swap_out(victim.seq_id)
-            victim.state = RequestState.SWAPPED
-            self.swapped.appendleft(victim)
-            plan.swapped_out.append(victim)
-        else:
-            self.policy.release(victim.seq_id)
-            victim.state = RequestState.WAITING
-            victim.computed = 0
-            self.waiting.appendleft(victim)
-            plan.preempted.append(victim)
+        if not (self._swaps and self.policy.can_swap_out(victim.seq_id)):
+            self._evict(victim, plan)
+            return
+        self.policy.swap_out(victim.seq_id)
+        victim.state = RequestState.SWAPPED
+        self._pause(victim)
+        self.swapped.appendleft(victim)
+        plan.swapped_out.append(victim)
 
     def _swap_in(self, plan: StepPlan) -> None:
         """Bring back whoever fits, in order of arrival; they decode at once."""
@@ -98,6 +94,5 @@ class VllmScheduler(ContinuousScheduler):
             self.swapped.popleft()
             self.policy.swap_in(request.seq_id)
             self.policy.grow(request.seq_id)
-            request.state = RequestState.RUNNING
-            self.running.append(request)
+            self._join(request)
             plan.swapped_in.append(request)

@@ -28,8 +28,13 @@ SYSTEMS = {
         {"preemption": "swap"},
     ),
     "paged, vllm, tight batch": ("paged", {"block_size": 1, "watermark": 0.05}, "vllm", {"max_seqs": 3}),
-    "paged, chunked prefill": ("paged", {"block_size": 4, "watermark": 0}, "chunked_prefill", {"token_budget": 7}),
-    "paged, vllm_v1": ("paged", {"block_size": 16, "watermark": 0}, "vllm_v1", {"token_budget": 64}),
+    "paged, chunked prefill": (
+        "paged",
+        {"block_size": 4, "watermark": 0},
+        "chunked_prefill",
+        {"token_budget": 7, "max_seqs": 6},
+    ),
+    "paged, vllm_v1": ("paged", {"block_size": 16, "watermark": 0}, "vllm_v1", {"token_budget": 64, "max_seqs": 64}),
     "vattention, vllm": ("vattention", {"page_group": "64KB", "max_rows": 8}, "vllm", {}),
     "vattention, sync": ("vattention", {"page_group": "128KB", "max_rows": 8, "overlap": False}, "vllm", {}),
     "static, vllm": ("static", {}, "vllm", {}),
@@ -99,6 +104,7 @@ def test_both_clocks_agree(system, model, lengths):
     walked, jumped = (replay(system, lengths, model, jump) for jump in (False, True))
     for a, b in zip(walked.requests, jumped.requests, strict=True):
         assert [getattr(a, f.name) for f in fields(a)] == [getattr(b, f.name) for f in fields(b)]
+    assert walked.resumed_gaps_ps == jumped.resumed_gaps_ps
     rows = jumped.steps.to_frame()
     pd.testing.assert_frame_equal(folded(walked.steps.to_frame(), rows), rows, check_names=False)
 
