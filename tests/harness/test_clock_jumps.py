@@ -1,6 +1,6 @@
 """The jumping clock against the token-by-token one: the same times, decisions, counts and sums, bit for bit."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvarena.allocators.kv_layout import KVLayout, attention_layout, sliding_layout
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import config_class, make_policy
+from kvarena.harness.config import load, typed
 from kvarena.harness.engine import Engine, Replay
 from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
 from kvarena.harness.request import Request, RequestState
@@ -53,7 +54,8 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 50), st.integer
 
 
 def policy_of(name: str, options: dict, layout: KVLayout, tokens: int = 200) -> Policy:
-    return make_policy(config_class(name)(name=name, **options), layout, tokens * layout.token_bytes + 5, MAX_TOKENS)
+    config = replace(typed(config_class(name), load("allocator", name), "allocator"), **options)
+    return make_policy(config, layout, tokens * layout.token_bytes + 5, MAX_TOKENS)
 
 
 def requests_of(lengths: list[tuple[int, int, int]]) -> list[Request]:

@@ -1,0 +1,64 @@
+"""Capacity: the highest rate whose latency stays within a limit, by bisection, with seeds paired across systems."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas as pd
+
+from kvarena.errors import UserError
+from kvarena.harness.statistics import Estimate, median_interval
+
+LatencyAt = Callable[[float], float]  # rate in requests/s -> latency
+
+
+class Capacity(NamedTuple):
+    """The limit lies between two rates that were tried: `rate` keeps it, `above` does not."""
+
+    rate: float
+    above: float
+
+
+def capacity(latency_at: LatencyAt, limit: float, guess: float, tolerance: float = 0.01) -> Capacity:
+    """Bracket the highest rate that keeps `limit`, to a ratio of 1 + tolerance.
+
+    Starts at `guess` and doubles or halves until the limit lies between two rates. Near the knee, latency over one
+    trace need not rise with every small step in rate; the bracket is one crossing. Raises UserError where no rate
+    within a factor of 1024 of the guess crosses it.
+    """
+    if not (guess > 0 and limit > 0 and tolerance > 0):
+        raise UserError(f"capacity: guess {guess}, limit {limit} and tolerance {tolerance} must be above 0")
+    low = high = guess
+    if latency_at(guess) <= limit:
+        while latency_at(high := 2 * high) <= limit:
+            low = _within_reach(high, guess, limit, "keeps")
+    else:
+        while latency_at(low := low / 2) > limit:
+            high = _within_reach(low, guess, limit, "breaks")
+    return _bisect(latency_at, limit, low, high, tolerance)
+
+
+def _within_reach(rate: float, guess: float, limit: float, verdict: str) -> float:
+    if not guess / 1024 < rate < guess * 1024:
+        raise UserError(f"capacity: every rate tried from {guess:g} to {rate:g}/s {verdict} the limit of {limit:g}")
+    return rate
+
+
+def _bisect(latency_at: LatencyAt, limit: float, low: float, high: float, tolerance: float) -> Capacity:
+    while high > low * (1 + tolerance):
+        middle = (low * high) ** 0.5
+        if latency_at(middle) <= limit:
+            low = middle
+        else:
+            high = middle
+    return Capacity(low, high)
+
+
+def paired_ratio(rates: pd.DataFrame, system: str, baseline: str) -> Estimate:
+    """Median and 95 % interval of system / baseline over seeds; `rates` has a row per seed, a column per system.
+
+    The same seed gives both the same requests and arrivals, so that what the traces share cancels.
+    """
+    for name in (system, baseline):
+        if name not in rates.columns:
+            raise UserError(f"capacity: no system is called {name!r}. There are: {', '.join(rates.columns)}")
+    return median_interval(rates[system] / rates[baseline])

@@ -1,0 +1,97 @@
+"""Metrics of replays small enough to work out by hand."""
+
+import numpy as np
+import pytest
+
+from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.paged import PagedPolicy
+from kvarena.errors import UserError
+from kvarena.harness.engine import Engine
+from kvarena.harness.metrics import goodput, inter_token_quantiles, latencies, makespan_s, rate_asked, summarize
+from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.request import Request
+from kvarena.harness.request_log import request_frame
+from kvarena.harness.scheduler.vllm import VllmConfig, VllmScheduler
+from kvarena.harness.step_model import StepModel
+
+S = 10**12
+LAYOUT = attention_layout(1, 1, 8)
+ONE_SECOND_STEPS = StepModel(False, S, 0, 0, 0, 0)
+
+
+def replay(requests, blocks=100, model=ONE_SECOND_STEPS, jump=True):
+    policy = PagedPolicy(LAYOUT, blocks * 4 * LAYOUT.token_bytes, max_tokens=64, block_size=4, watermark=0)
+    return Engine(VllmScheduler(policy, VllmConfig(), 64), ModelledExecutor(model), jump=jump).run(requests)
+
+
+def test_two_requests_by_hand():
+    # 0 runs in the steps that end at 1, 2, 3, 4 s; 1 arrives at 1.5 s and joins the step from 2 to 3 s.
+    done = replay([Request(0, 5, 4), Request(1, 3, 2, arrival_ps=3 * S // 2)])
+    requests, steps = request_frame(done.requests), done.steps.to_frame()
+    table = latencies(requests)
+    assert table.e2el_s.tolist() == [4, 2.5]
+    assert table.normalized_s.tolist() == [1, 1.25]
+    assert table.ttft_s.tolist() == [1, 1.5]
+    assert table.tpot_s.tolist() == [1, 1]
+    assert table.queueing_s.tolist() == [0, 0.5]
+    assert makespan_s(requests) == 4
+    assert rate_asked(requests) == pytest.approx(1 / 1.5)
+    assert goodput(requests, {"ttft_s": 1.2}) == 0.25
+    assert goodput(requests, {"ttft_s": 2, "tpot_s": 0.5}) == 0
+    summary = summarize(requests, steps, done.resumed_gaps_ps)
+    assert summary["normalized_latency_s"] == 1.125
+    assert summary["itl_p50_s"] == summary["itl_p99_s"] == 1
+    assert summary["finished"] == 2
+    assert summary["rate_reached_per_s"] == 0.5
+
+
+def test_one_token_has_no_tpot_and_keeps_any_limit_on_it():
+    requests = request_frame(replay([Request(0, 5, 1)]).requests)
+    assert latencies(requests).tpot_s.isna().all()
+    assert goodput(requests, {"tpot_s": 1e-9}) == 1
+
+
+def test_refused_requests_are_counted_and_enter_nothing_else():
+    done = replay([Request(0, 5, 4), Request(1, 60, 30), Request(2, 5, 4)])
+    summary = summarize(request_frame(done.requests), done.steps.to_frame(), [])
+    assert (summary["finished"], summary["refused"]) == (2, 1)
+    assert summary["normalized_latency_s"] == 1
+
+
+def test_unknown_limits_are_refused():
+    with pytest.raises(UserError, match=r"'latency'.*normalized_s, e2el_s, ttft_s"):
+        goodput(request_frame(replay([Request(0, 5, 4)]).requests), {"latency": 1})
+
+
+class TokenTimes(VllmScheduler):
+    """Notes when every token comes."""
+
+    def complete(self, plan, now_ps):
+        before = {r: r.generated for r in self.running}
+        super().complete(plan, now_ps)
+        for request, generated in before.items():
+            if request.generated > generated:
+                self.times.setdefault(request.seq_id, []).append(now_ps)
+
+
+def test_pooled_gaps_are_those_of_every_token():
+    """Gaps from the step log, stretches and preemptions included, against times noted token by token."""
+    lengths = [(9, 20), (3, 30), (14, 8), (5, 25), (7, 2), (1, 28), (11, 16)]
+    model = StepModel(False, S, 1000, 5 * S, 10**11, 10**9)
+    requests = [Request(i, p, n, arrival_ps=i * S) for i, (p, n) in enumerate(lengths)]
+    policy = PagedPolicy(LAYOUT, 20 * 4 * LAYOUT.token_bytes, max_tokens=64, block_size=4, watermark=0)
+    scheduler = TokenTimes(policy, VllmConfig(), 64)
+    scheduler.times = {}
+    Engine(scheduler, ModelledExecutor(model), jump=False).run(requests)
+    gaps = np.sort(np.concatenate([np.diff(times) for times in scheduler.times.values()])) / S
+    done = replay([Request(i, p, n, arrival_ps=i * S) for i, (p, n) in enumerate(lengths)], blocks=20, model=model)
+    assert sum(r.num_preemptions for r in done.requests) > 0
+    assert len(done.resumed_gaps_ps) > 0
+    for q in (0.01, 0.5, 0.9, 0.99, 1):
+        [ours] = inter_token_quantiles(done.steps.to_frame(), done.resumed_gaps_ps, [q])
+        assert ours == np.quantile(gaps, q, method="inverted_cdf")
+
+
+def test_no_gaps_at_all():
+    done = replay([Request(0, 5, 1)])
+    assert np.isnan(inter_token_quantiles(done.steps.to_frame(), [], [0.5])).all()
