@@ -19,7 +19,8 @@ from kvarena.harness.summary import COLUMNS
 
 SMALL = (
     "experiment=decode_throughput", "device=cpu", "model=tiny-llama", "params.batch_sizes=[1,3]",
-    "params.prompts=['40']", "params.max_tokens=512", "params.rounds=6", "params.steps_per_round=2", "params.warmup_steps=1",
+    "params.prompts=['40']", "params.max_tokens=512", "params.rounds=6", "params.steps_per_round=2",
+    "params.warmup_steps=1",
 )  # fmt: skip
 
 
