@@ -11,13 +11,14 @@ WORKSPACE_BYTES = GIB
 def kv_pool_bytes(device: DeviceConfig, model: ModelConfig, step_tokens: int = 2560, utilization: float = 0.95) -> int:
     """Bytes for K/V over all `model.tp` devices: what weights, activations of `step_tokens` and 1 GiB leave.
 
-    Activations are two buffers of the widest of feed-forward or QKV plus the residual, and the logits, in the
-    model's dtype. Raises UserError where nothing is left.
+    Activations are two buffers, each of the wider of the shard's QKV or feed-forward beside the residual, and the
+    logits, which every device gathers whole. Raises UserError where nothing is left.
     """
-    widest = max(3 * model.num_heads * model.head_size, model.ffn_size) // model.tp + model.hidden_size
-    activations = 2 * step_tokens * max(widest, model.vocab_size // model.tp) * DTYPE_BYTES[model.dtype]
+    shard = model.shard()
+    widest = max(3 * shard.num_heads * shard.head_size, shard.ffn_size) + model.hidden_size
+    activations = 2 * step_tokens * max(widest, model.vocab_size) * DTYPE_BYTES[model.dtype]
     usable = int(utilization * device.need("memory_gib") * GIB)
-    left = usable - model.weight_bytes // model.tp - activations - WORKSPACE_BYTES
+    left = usable - shard.weight_bytes - activations - WORKSPACE_BYTES
     if left <= 0:
         raise UserError(
             f"model={model.name} on {model.tp} x device={device.name}: weights and activations leave "
