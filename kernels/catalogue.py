@@ -4,6 +4,7 @@ from kvarena.kernels.layout import Layout
 from kvarena.kernels.spec import KernelSpec
 
 _CPU = frozenset({"cpu"})
+_CUDA = frozenset({"cuda"})
 _ANY_DEVICE = frozenset({"cpu", "cuda"})
 _ANY_DTYPE = frozenset({"float32", "bfloat16", "float16"})
 
@@ -42,6 +43,18 @@ FLEX = KernelSpec(
     needs_cxx=True,
     install_hint="install one (Debian: apt install g++) or set CXX",
 )
+TRITON = KernelSpec(
+    name="triton",
+    body="triton",
+    library="kvarena",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_ANY_DTYPE,
+    head_sizes=frozenset({16, 32, 64, 128, 256}),
+    block_sizes=frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256}),
+    requires=("triton",),
+    install_hint="torch's CUDA build brings it",
+)
 
 # name -> what it can read, module, class
 CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
@@ -49,4 +62,5 @@ CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
     "sdpa": (SDPA, "kvarena.kernels.sdpa", "SDPAAttention"),
     "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.gather_sdpa", "GatherSDPAAttention"),
     "flex": (FLEX, "kvarena.kernels.flex", "FlexAttention"),
+    "triton": (TRITON, "kvarena.kernels.triton_attention", "TritonAttention"),
 }

@@ -1,9 +1,9 @@
-"""The `numba` kernel: both layouts through one body (`attention_tile.py`), told apart by a table of offsets alone.
+"""The `numba` kernel: both layouts through one body (`attention_tile.py`), told apart by offsets alone.
 
 Decode spreads (sequence, tile of 256 tokens) over the threads, all KV heads of a tile together, so that memory is
 read in the order in which it lies; the tiles of a sequence are merged afterwards (FlashDecoding). Prefill spreads
-(sequence, 16 queries, KV head) and merges tiles as it goes. The arithmetic is the same, so a query has the same
-output whether it was decoded or prefilled.
+(sequence, 16 queries, KV head) and merges tiles as it goes. The arithmetic is the same: a query has the same output,
+bit for bit, whether it was decoded or prefilled.
 """
 
 import math
@@ -27,191 +27,170 @@ QUERIES = 16  # of one item of a prefill
 _LOG2_E = math.log2(math.e)
 
 
-@jit
-def _pack(q: Array, query0: int, queries: int, head0: int, heads: int, blocks: int, group: int) -> Array:
-    """Rows of the queries [query0, query0 + queries), by KV head, scaled, padded with zeros to blocks of 4."""
-    size = q.shape[2]
-    scale = np.float32(_LOG2_E / math.sqrt(size))
-    packed = np.zeros((heads, blocks * ROWS, size), np.float32)
-    for head in range(heads):
-        for i in range(queries):
-            for g in range(group):
-                for d in range(size):
-                    packed[head, i * group + g, d] = q[query0 + i, (head0 + head) * group + g, d] * scale
-    return packed.reshape(-1)
-
-
-@jit
-def _unpack(
-    out: Array, query0: int, queries: int, head0: int, heads: int, blocks: int, group: int, packed: Array, total: Array
-) -> None:
-    """Divide rows by their sums of weights, and put them where their queries belong."""
-    size = out.shape[2]
-    for head in range(heads):
-        for i in range(queries):
-            for g in range(group):
-                row = i * group + g
-                block = head * blocks + row // ROWS
-                inverse = np.float32(1) / total[block * LANES + row % ROWS]
-                start = (block * ROWS + row % ROWS) * size
-                for d in range(size):
-                    out[query0 + i, (head0 + head) * group + g, d] = packed[start + d] * inverse
-
-
-@jit
-def _locate(where: Addressing, sequence: int, first: int, tokens: int) -> tuple[Array, Array]:
-    """Offsets of K and of V of a tile; the last is repeated up to a multiple of 4, where it will weigh nothing."""
-    padded = (tokens + GROUP - 1) // GROUP * GROUP
-    k_at, v_at = np.empty(padded, np.int64), np.empty(padded, np.int64)
-    table = where.table[sequence]
-    fill_offsets(k_at, table, where.block_size, where.k_strides, first, tokens)
-    fill_offsets(v_at, table, where.block_size, where.v_strides, first, tokens)
-    k_at[tokens:] = k_at[tokens - 1]
-    v_at[tokens:] = v_at[tokens - 1]
-    return k_at, v_at
-
-
-@jit
-def _decode_tile(
-    item: int,
-    q: Array,
-    k: Array,
-    v: Array,
-    where: Addressing,
-    lengths: Array,
-    tile_starts: Array,
-    group: int,
-    part_out: Array,
-    part_top: Array,
-    part_total: Array,
-) -> None:
-    sequence: Any = np.searchsorted(tile_starts, item, side="right") - 1
-    first = (item - tile_starts[sequence]) * TILE
-    tokens = min(TILE, lengths[sequence] - first)
-    heads, blocks, size = q.shape[1] // group, (group + ROWS - 1) // ROWS, q.shape[2]
-    k_at, v_at = _locate(where, sequence, first, tokens)
-    rows = _pack(q, sequence, 1, 0, heads, blocks, group)
-    limits = np.full(blocks * ROWS, tokens, np.int64)
-    attend_tile(
-        rows, k, v, k_at, v_at, tokens, limits, 0, heads, blocks, size, part_out[item], part_top[item], part_total[item]
-    )
-
-
-@jit
-def _decode_sequence(
-    sequence: int, out: Array, tile_starts: Array, group: int, part_out: Array, part_top: Array, part_total: Array
-) -> None:
-    heads, blocks, size = out.shape[1] // group, (group + ROWS - 1) // ROWS, out.shape[2]
-    rows = np.zeros(part_out.shape[1], np.float32)
-    top = np.full(part_top.shape[1], MASKED, np.float32)
-    total = np.zeros(part_top.shape[1], np.float32)
-    for item in range(tile_starts[sequence], tile_starts[sequence + 1]):
-        merge(rows, top, total, part_out[item], part_top[item], part_total[item], size)
-    _unpack(out, sequence, 1, 0, heads, blocks, group, rows, total)
-
-
-@jit
-def _prefill_item(
-    item: int,
-    q: Array,
-    k: Array,
-    v: Array,
-    where: Addressing,
-    lengths: Array,
-    query_starts: Array,
-    item_starts: Array,
-    group: int,
-    out: Array,
-) -> None:
-    heads, size = q.shape[1] // group, q.shape[2]
-    sequence: Any = np.searchsorted(item_starts, item // heads, side="right") - 1
-    head, chunk = item % heads, item // heads - item_starts[sequence]
-    query0 = query_starts[sequence] + chunk * QUERIES
-    queries = min(QUERIES, query_starts[sequence + 1] - query0)
-    blocks = (queries * group + ROWS - 1) // ROWS
-    sees = lengths[sequence] - query_starts[sequence + 1] + query0 + 1  # tokens that the first query sees
-    rows = _pack(q, query0, queries, head, 1, blocks, group)
-    done, part = np.zeros(rows.size, np.float32), np.empty(rows.size, np.float32)
-    top, total = np.full(blocks * LANES, MASKED, np.float32), np.zeros(blocks * LANES, np.float32)
-    part_top, part_total = np.empty(blocks * LANES, np.float32), np.empty(blocks * LANES, np.float32)
-    for first in range(0, sees + queries - 1, TILE):
-        tokens = min(TILE, sees + queries - 1 - first)
-        limits = np.full(blocks * ROWS, tokens, np.int64)
-        for row in range(queries * group):
-            limits[row] = sees + row // group - first
-        k_at, v_at = _locate(where, sequence, first, tokens)
-        attend_tile(rows, k, v, k_at, v_at, tokens, limits, head, 1, blocks, size, part, part_top, part_total)
-        merge(done, top, total, part, part_top, part_total, size)
-    _unpack(out, query0, queries, head, 1, blocks, group, done, total)
-
-
-def _decode(
-    q: Array, k: Array, v: Array, where: Addressing, lengths: Array, tile_starts: Array, group: int, out: Array
-) -> None:
-    tiles, heads, blocks, size = tile_starts[-1], q.shape[1] // group, (group + ROWS - 1) // ROWS, q.shape[2]
-    part_out = np.empty((tiles, heads * blocks * ROWS * size), np.float32)
-    part_top = np.empty((tiles, heads * blocks * LANES), np.float32)
-    part_total = np.empty((tiles, heads * blocks * LANES), np.float32)
-    for item in numba.prange(tiles):
-        _decode_tile(item, q, k, v, where, lengths, tile_starts, group, part_out, part_top, part_total)
-    for sequence in numba.prange(lengths.size):
-        _decode_sequence(sequence, out, tile_starts, group, part_out, part_top, part_total)
-
-
-def _prefill(
-    q: Array,
-    k: Array,
-    v: Array,
-    where: Addressing,
-    lengths: Array,
-    query_starts: Array,
-    item_starts: Array,
-    group: int,
-    out: Array,
-) -> None:
-    for item in numba.prange(item_starts[-1] * (q.shape[1] // group)):
-        _prefill_item(item, q, k, v, where, lengths, query_starts, item_starts, group, out)
-
-
-_serial: tuple[Any, Any] = (jit(_decode), jit(_prefill))
-_parallel: tuple[Any, Any] = (jit(_decode, parallel=True), jit(_prefill, parallel=True))
-
-
-def _starts(counts: Array, per_item: int) -> Array:
-    """Where the items of each sequence start, if an item takes `per_item` of its `counts`: [B + 1]."""
-    return np.concatenate(([0], np.cumsum(-(-counts // per_item)))).astype(np.int64)
-
-
 class NumbaAttention(AttentionKernel):
-    """One body for both layouts, on the CPU. Lengths must be at least 1."""
+    """One body for both layouts, on the CPU. Every length must be at least 1."""
 
     spec = NUMBA
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""
-        lengths = view.lengths.numpy()
-        self._run(0, q, cache, view, out, _starts(lengths, TILE))
+        tiles = _items(view.lengths.numpy(), TILE)
+        starts = np.searchsorted(tiles[:, 0], np.arange(view.batch_size + 1))
+        _run(_decode_kernels, q, cache, view, out, tiles, starts)
 
     def prefill(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend causally with packed queries."""
         query_starts = view.query_starts.numpy()
-        self._run(1, q, cache, view, out, query_starts, _starts(np.diff(query_starts), QUERIES))
+        _run(_prefill_kernels, q, cache, view, out, _items(np.diff(query_starts), QUERIES), query_starts)
 
-    @staticmethod
-    def _run(which: int, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, *starts: Array) -> None:
-        count = threads.compute_threads()
-        entry = (_serial if count == 1 else _parallel)[which]
-        group = q.shape[1] // cache.num_kv_heads
-        rows = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape)
-        entry(
-            q.float().contiguous().numpy(),
-            flat(cache.k),
-            flat(cache.v),
-            addressing(cache, view),
-            view.lengths.numpy(),
-            *starts,
-            group,
-            rows.numpy(),
-        )
-        if rows is not out:
-            out.copy_(rows)
+
+def _items(counts: Array, size: int) -> Array:
+    """Cut each of `counts` into items of at most `size`: (sequence, where in it the item starts) [n, 2]."""
+    items = -(-counts // size)
+    sequence = np.repeat(np.arange(len(counts)), items)
+    first = np.arange(len(sequence)) - np.repeat(np.cumsum(items) - items, items)
+    return np.stack((sequence, first * size), axis=1)
+
+
+def _run(kernels: tuple[Any, Any], q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, *items: Array) -> None:
+    serial, parallel = kernels
+    kernel = serial if threads.compute_threads() == 1 else parallel
+    shape = (q.shape[0], cache.num_kv_heads, -1, q.shape[2])  # [T, H, G, D]
+    rows = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape)
+    queries, results = q.float().contiguous().view(shape).numpy(), rows.view(shape).numpy()
+    kernel(queries, flat(cache.k), flat(cache.v), addressing(cache, view), view.lengths.numpy(), *items, results)
+    if rows is not out:
+        out.copy_(rows)
+
+
+def _decode(
+    q: Array, k: Array, v: Array, where: Addressing, lengths: Array, tiles: Array, starts: Array, results: Array
+) -> None:
+    heads, blocks = q.shape[1], (q.shape[2] + ROWS - 1) // ROWS
+    out = np.empty((len(tiles), heads, blocks * ROWS, q.shape[3]), np.float32)
+    top = np.empty((len(tiles), heads, blocks, LANES), np.float32)
+    total = np.empty_like(top)
+    for i in numba.prange(len(tiles)):
+        _decode_tile(q, k, v, where, lengths, tiles[i, 0], tiles[i, 1], out[i], top[i], total[i])
+    for i in numba.prange(len(lengths)):
+        tile = slice(starts[i], starts[i + 1])
+        _join_tiles(out[tile], top[tile], total[tile], results[i : i + 1, 0:heads])
+
+
+def _prefill(
+    q: Array, k: Array, v: Array, where: Addressing, lengths: Array, chunks: Array, starts: Array, results: Array
+) -> None:
+    heads = q.shape[1]
+    for i in numba.prange(len(chunks) * heads):
+        sequence, first = chunks[i // heads]
+        query = starts[sequence] + first
+        end = min(query + QUERIES, starts[sequence + 1])
+        past = lengths[sequence] - starts[sequence + 1]
+        _prefill_chunk(q, k, v, where, sequence, i % heads, query, end, past, results)
+
+
+_decode_kernels = jit(_decode), jit(_decode, parallel=True)
+_prefill_kernels = jit(_prefill), jit(_prefill, parallel=True)
+
+
+@jit
+def _decode_tile(
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Addressing,
+    lengths: Array,
+    sequence: int,
+    first: int,  # position of the tile's first token
+    out: Array,
+    top: Array,
+    total: Array,
+) -> None:
+    tokens = min(TILE, lengths[sequence] - first)
+    rows = _pack(q[sequence : sequence + 1, 0 : q.shape[1]])
+    k_at, v_at = _locate(where, sequence, first, tokens)
+    attend_tile(rows, k, v, k_at, v_at, np.full(rows.shape[1], tokens), out, top, total)
+
+
+@jit
+def _join_tiles(tile_out: Array, tile_top: Array, tile_total: Array, results: Array) -> None:
+    out, top, total = _nothing_yet(tile_top.shape[1], tile_top.shape[2], tile_out.shape[3])
+    for tile in range(len(tile_out)):
+        merge(out, top, total, tile_out[tile], tile_top[tile], tile_total[tile])
+    _unpack(out, total, results)
+
+
+@jit
+def _prefill_chunk(
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Addressing,
+    sequence: int,
+    head: int,
+    query: int,  # queries [query, end) of the packed batch
+    end: int,
+    past: int,  # query i of the packed batch has position past + i
+    results: Array,
+) -> None:
+    group, size = q.shape[2], q.shape[3]
+    rows = _pack(q[query:end, head : head + 1])
+    out, top, total = _nothing_yet(1, rows.shape[1] // ROWS, size)
+    tile_out, tile_top, tile_total = np.empty_like(out), np.empty_like(top), np.empty_like(total)
+    for first in range(0, past + end, TILE):
+        tokens = min(TILE, past + end - first)
+        limits = np.full(rows.shape[1], tokens)
+        for row in range((end - query) * group):
+            limits[row] = past + query + row // group + 1 - first
+        k_at, v_at = _locate(where, sequence, first, tokens)
+        k_at += head * size
+        v_at += head * size
+        attend_tile(rows, k, v, k_at, v_at, limits, tile_out, tile_top, tile_total)
+        merge(out, top, total, tile_out, tile_top, tile_total)
+    _unpack(out, total, results[query:end, head : head + 1])
+
+
+@jit
+def _nothing_yet(heads: int, blocks: int, size: int) -> tuple[Array, Array, Array]:
+    """Partial softmax over no tile: out, top, total as in `attend_tile`."""
+    out = np.zeros((heads, blocks * ROWS, size), np.float32)
+    return out, np.full((heads, blocks, LANES), MASKED), np.zeros((heads, blocks, LANES), np.float32)
+
+
+@jit
+def _pack(q: Array) -> Array:
+    """Queries [n, heads, G, D] as rows [heads, n * G, D], scaled, and padded with zeros to blocks of 4."""
+    queries, heads, group, size = q.shape
+    scale = np.float32(_LOG2_E / math.sqrt(size))
+    rows = np.zeros((heads, (queries * group + ROWS - 1) // ROWS * ROWS, size), np.float32)
+    for i in range(queries):
+        for head in range(heads):
+            for g in range(group):
+                for d in range(size):
+                    rows[head, i * group + g, d] = q[i, head, g, d] * scale
+    return rows
+
+
+@jit
+def _unpack(out: Array, total: Array, results: Array) -> None:
+    """Divide rows by their sums of weights, and put them where their queries belong: [n, heads, G, D]."""
+    queries, heads, group, size = results.shape
+    for i in range(queries):
+        for head in range(heads):
+            for g in range(group):
+                row = i * group + g
+                inverse = np.float32(1) / total[head, row // ROWS, row % ROWS]
+                for d in range(size):
+                    results[i, head, g, d] = out[head, row, d] * inverse
+
+
+@jit
+def _locate(where: Addressing, sequence: int, first: int, tokens: int) -> tuple[Array, Array]:
+    """Offsets of K and of V of a tile; the last is repeated up to a multiple of 4, where it will weigh nothing."""
+    table, padded = where.table[sequence], (tokens + GROUP - 1) // GROUP * GROUP
+    k_at, v_at = np.empty(padded, np.int64), np.empty(padded, np.int64)
+    fill_offsets(k_at, table, where.block_size, where.k_strides, first, tokens)
+    fill_offsets(v_at, table, where.block_size, where.v_strides, first, tokens)
+    k_at[tokens:] = k_at[tokens - 1]
+    v_at[tokens:] = v_at[tokens - 1]
+    return k_at, v_at

@@ -45,6 +45,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 Vector = VectorType()
+_FOUR: Any = types.UniTuple(Vector, 4)  # type: ignore[no-untyped-call]
 
 
 def _constant(value: float) -> ir.Constant:
@@ -63,7 +64,7 @@ def _call(builder: Any, name: str, *operands: Any) -> Any:
 
 
 def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """Address of element `index` of a one-dimensional dense array; unchecked."""
+    """Address of element `index`, in memory order, of a dense array of any shape; unchecked."""
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
@@ -130,11 +131,26 @@ def splat(_context: Any, value: Any) -> tuple[Any, Generator]:
     """Sixteen copies of one float32."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, arguments[0], _I32(0))
-        return builder.shuffle_vector(first, undefined, _integers(0))
+        return _splat(builder, arguments[0])
 
     return Vector(types.float32), generate
+
+
+@_typed
+def broadcast4(_context: Any, array: Any, index: Any) -> tuple[Any, Generator]:
+    """Sixteen copies each of array[index], .. array[index + 3] of float32: four vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = _element(context, builder, signature.args[0], *arguments)
+        values = [builder.load(builder.gep(first, [_I32(i)])) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, [_splat(builder, value) for value in values])
+
+    return _FOUR(array, types.intp), generate
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, _integers(0))
 
 
 def _select_max(builder: Any, x: Any, y: Any) -> Any:
