@@ -202,23 +202,20 @@ class VAttentionPolicy(Policy):
         Asked again with nothing changed in between, it plans nothing.
         """
         actions: list[Action] = []
-        all_mapped = self._map_ahead(actions) if self.overlap else True
+        if self.overlap:
+            self._map_ahead(actions)
         self._rows.take_back_idle(self._threshold, actions)
-        if self.eager_allocation and all_mapped:
+        if self.eager_allocation:
             self._rows.prepare_slot(self._rows.free - self._threshold, actions)
         self._looked_ahead = True
         return actions
 
-    def _map_ahead(self, actions: list[Action]) -> bool:
-        """Map one position ahead of every sequence whose row is full; False where memory is short."""
-        all_mapped = True
+    def _map_ahead(self, actions: list[Action]) -> None:
+        """Map one position ahead of every sequence whose row is full, as far as memory lasts."""
         for row in self._rows.live.values():
-            if row.length == row.capacity < self.max_tokens:
-                if self._rows.missing(row, row.length + 1) <= self._rows.obtainable(margin=1):
-                    self._rows.extend(row, row.length + 1, actions, ahead=True)
-                else:
-                    all_mapped = False
-        return all_mapped
+            full = row.length == row.capacity < self.max_tokens
+            if full and self._rows.missing(row, row.length + 1) <= self._rows.obtainable(margin=1):
+                self._rows.extend(row, row.length + 1, actions, ahead=True)
 
     # ---- the books ---------------------------------------------------------------------------------------------
 
