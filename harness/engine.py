@@ -61,8 +61,9 @@ class Engine:
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
         clock.pass_step(time)
-        scheduler.complete(plan, clock.now_ps)
-        self._log.add(start_ps, plan, time, waiting, usage)
+        end_ps = clock.now_ps
+        scheduler.complete(plan, end_ps)
+        self._log.add(start_ps, end_ps, plan, time, waiting, usage)
         if time.stall_ps:
             self._book_stall(plan, time.stall_ps)
         for request in scheduler.finished:

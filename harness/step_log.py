@@ -11,7 +11,7 @@ from kvarena.harness.step import StepPlan, StepTime
 COLUMNS = (
     "start_ps",
     "steps",  # identical decode steps that the row stands for
-    "duration_ps",  # of all of them
+    "duration_ps",  # of all of them, on the clock: scheduling included where it takes time
     "slope_ps",  # by how much each takes longer than the one before
     "stall_ps",  # of the duration, waiting for the allocator
     "decodes",  # sequences, in every one of the steps
@@ -36,14 +36,14 @@ class StepLog:
     def __len__(self) -> int:
         return len(self._values) // len(COLUMNS)
 
-    def add(self, start_ps: int, plan: StepPlan, time: StepTime, waiting: int, usage: Usage) -> None:
-        """Record a plan that has run."""
+    def add(self, start_ps: int, end_ps: int, plan: StepPlan, time: StepTime, waiting: int, usage: Usage) -> None:
+        """Record a plan that ran from start to end."""
         prefills = plan.prefills
         self._values.extend(
             (
                 start_ps,
                 plan.steps,
-                time.duration_ps,
+                end_ps - start_ps,
                 time.slope_ps,
                 time.stall_ps,
                 len(plan.decodes),
