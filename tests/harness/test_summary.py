@@ -17,7 +17,7 @@ BASE = {
 
 
 def test_the_columns_are_the_contract() -> None:
-    assert COLUMNS == [*WHOSE.split(), *WHAT.split()]
+    assert [*WHOSE.split(), *WHAT.split()] == COLUMNS
 
 
 def test_ours_joins_the_published_value() -> None:
