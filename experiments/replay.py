@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -24,9 +24,11 @@ from kvarena.harness.action_prices import action_prices
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine import Engine
 from kvarena.harness.kv_pool import kv_pool_bytes
+from kvarena.harness.model import panel_name
 from kvarena.harness.model.contract import Model
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
+from kvarena.harness.request_log import request_frame
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
@@ -82,6 +84,14 @@ def requests_of(workload: Workload) -> list[Request]:
     return [Request(i, prompt, output, arrival_ps=at) for i, (prompt, output, at) in enumerate(rows)]
 
 
+class Served(NamedTuple):
+    """What happened to each request (`request_log.py`), and in each step or stretch of steps (`step_log.py`)."""
+
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    resumed_gaps_ps: list[int]  # as `harness/metrics.py` takes them
+
+
 class Replayer:
     """Serves workloads with the systems of a run. Under the measured clock all systems share one model.
 
@@ -91,17 +101,16 @@ class Replayer:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def serve(self, system: System, workload: Workload) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Serve all requests to their end. Returns what happened to each request, and in each step (or stretch)."""
+    def serve(self, system: System, workload: Workload) -> Served:
+        """Serve all requests to their end."""
         run = self._run
         layout = run.model.shard().kv_layout()
         policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
         scheduler = make_scheduler(system.scheduler, policy, context_of(run))
         with self._executor(system, policy) as executor:
             done = Engine(scheduler, executor).run(requests_of(workload))
-        return _request_frame(done.requests).assign(system=system.name), done.steps.to_frame().assign(
-            system=system.name
-        )
+        requests, steps = request_frame(done.requests), done.steps.to_frame()
+        return Served(requests.assign(system=system.name), steps.assign(system=system.name), done.resumed_gaps_ps)
 
     @contextmanager
     def _executor(self, system: System, policy: Policy) -> Iterator[Executor]:
@@ -130,22 +139,18 @@ class Replayer:
         return build_model(self._run.model, self._run.device.kind)
 
 
-_REQUEST_COLUMNS = (
-    "seq_id", "prompt_tokens", "output_tokens", "arrival_ps", "scheduled_ps", "first_token_ps", "finish_ps",
-    "num_preemptions", "stall_ps", "refusal",
-)  # fmt: skip
-
-
-def _request_frame(requests: list[Request]) -> pd.DataFrame:
-    """One row per request; a refused one has no times."""
-    rows = ([getattr(r, name) for name in _REQUEST_COLUMNS] for r in requests)
-    times = {name: "Int64" for name in ("scheduled_ps", "first_token_ps", "finish_ps")}
-    return pd.DataFrame(rows, columns=list(_REQUEST_COLUMNS)).astype(times)
-
-
 def columns(run: Run, system: System) -> dict[str, str]:
     """What every summary row says of a system of this run."""
     return {
         "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
         "model": run.model.name, "clock": run.clock, "device": run.device_name,
     }  # fmt: skip
+
+
+TITLES = {"sharegpt": "ShareGPT", "alpaca": "Alpaca"}  # traces as PagedAttention's figures name them
+
+
+def panel_of(run: Run, trace: str) -> str:
+    """`<model> <trace>`: the published panel where the run imitates that model, else with the model that ran."""
+    model = panel_name(run.model) if run.imitates else run.model.name
+    return f"{model} {TITLES.get(trace, trace)}"

@@ -10,9 +10,9 @@ from kvarena.harness.record import Outcome
 
 
 def outcome(done: Outcome, folder: Path) -> None:
-    """The headline quantity as systems x points, then where everything is."""
+    """The headline quantity as systems x points (or x its kinds, `quantity:kind`), then where everything is."""
     console = Console()
-    rows = done.summary[done.summary.quantity == done.headline]
+    rows = done.summary[done.summary.quantity.str.partition(":")[0] == done.headline]
     for (panel, unit), part in rows.groupby(["panel", "unit"], sort=False):
         console.print(_pivot(part, f"{panel}: {done.headline}, {unit} ({_evidence(part)})"))
     print(f"figure:  {folder / 'figure.png'}")
@@ -27,14 +27,21 @@ def _evidence(rows: pd.DataFrame) -> str:
 
 def _pivot(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    points = sorted(rows["x"].unique())
+    heads = [_point(float(x), str(quantity)) for x, quantity in zip(rows["x"], rows["quantity"], strict=True)]
+    rows = rows.assign(point=heads)
+    points = list(dict.fromkeys(rows.sort_values("x", kind="stable")["point"]))
     table.add_column("system")
-    for x in points:
-        table.add_column(f"{x:g}", justify="right")
+    for point in points:
+        table.add_column(point, justify="right")
     for system, values in rows.groupby("system", sort=False):
-        by_x = values.set_index("x")
-        table.add_row(str(system), *(_cell(by_x.loc[x]) if x in by_x.index else "-" for x in points))
+        by_point = values.set_index("point")
+        table.add_row(str(system), *(_cell(by_point.loc[p]) if p in by_point.index else "-" for p in points))
     return table
+
+
+def _point(x: float, quantity: str) -> str:
+    """What heads a column: x where there is one, else the kind, else the quantity itself."""
+    return f"{x:g}" if x == x else (quantity.partition(":")[2] or quantity).replace("_", " ")
 
 
 def _cell(row: pd.Series) -> str:
