@@ -1,0 +1,188 @@
+"""The CUDA driver: page-groups of GPU memory, through the driver's virtual memory management.
+
+    reserve   cuMemAddressReserve
+    create    cuMemCreate, once for each page-group: physical memory without an address
+    map       cuMemMap, once for each, then one cuMemSetAccess over the whole run: mapped memory starts inaccessible
+    unmap     cuMemUnmap, once over the run: its range may span several whole mappings
+    release   cuMemRelease, once for each
+    free      cuMemAddressFree
+
+None of these waits for kernels. Whoever unmaps must first wait for every kernel launched that may read the addresses
+(`allocators/kernel_fence.py`); mapping touches only addresses that no kernel reads yet, so it may run beside them.
+
+A handle of ours is the number of a page-group, ascending; the driver's own handles are opaque.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from time import perf_counter_ns
+from typing import Any
+
+from kvarena.allocators.sizes import format_bytes
+from kvarena.allocators.vmm.cuda_context import CudaContext, CudaError
+from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, OutOfPhysicalMemory
+from kvarena.errors import UserError
+
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class CudaDriver(Driver):
+    """Page-groups of one GPU's memory, multiples of the driver's granularity: 2 MB on every GPU so far."""
+
+    device = "cuda"
+
+    def __init__(self, page_group_bytes: int, ordinal: int = 0, api: Any = None) -> None:
+        """`api` stands for `cuda.bindings.driver`. Raises UserError where there is no GPU, or it has no such memory."""
+        self.ordinal = ordinal
+        self._cuda = CudaContext(ordinal, api)
+        try:
+            self._properties = _pinned_memory_of(self._cuda.api, ordinal)
+            self._access = _read_and_write(self._cuda.api, ordinal)
+            self.granularity = _granularity(self._cuda, self._properties)
+            super().__init__(page_group_bytes)
+            self._free_at_start, _ = self._cuda.free_and_total_bytes()
+        except BaseException:
+            self._cuda.release()
+            raise
+        self._handles: dict[int, Any] = {}  # number of a page-group -> the driver's handle
+        self._next_handle = 0
+        # Runs at close(), or when the last tensor over our addresses is gone; at exit the system does it.
+        self._give_back = weakref.finalize(self, _give_back, self._cuda, self._ranges, self._handles, page_group_bytes)
+        self._give_back.atexit = False
+
+    def counted_bytes(self) -> int:
+        """Bytes behind the handles that the driver gave us and has not taken back."""
+        return len(self._handles) * self.page_group_bytes
+
+    def taken_bytes(self) -> int:
+        """Memory that the GPU has lost since this driver was made, to whomever: cuMemGetInfo's view of the above."""
+        free, _ = self._cuda.free_and_total_bytes()
+        return self._free_at_start - free
+
+    def _reserve(self, num_bytes: int) -> int:
+        return int(self._call("reserve", "cuMemAddressReserve", num_bytes, 0, 0, 0))
+
+    def _create(self, count: int) -> list[int]:
+        numbers = range(self._next_handle, self._next_handle + count)
+        self._next_handle += count
+        try:
+            for number in numbers:
+                handle = self._call("create", "cuMemCreate", self.page_group_bytes, self._properties, 0)
+                self._handles[number] = handle
+        except BaseException:
+            for number in numbers:
+                if number in self._handles:
+                    self._release_one(number)
+            raise
+        return list(numbers)
+
+    def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
+        start, size, mapped = self._address(addresses, slot), self.page_group_bytes, 0
+        try:
+            for handle in handles:
+                self._call("map", "cuMemMap", start + mapped, size, 0, self._handles[handle], 0)
+                mapped += size
+            self._call("set_access", "cuMemSetAccess", start, mapped, [self._access], 1)
+        except BaseException:
+            if mapped:
+                self._call("unmap", "cuMemUnmap", start, mapped)
+            raise
+
+    def _unmap(self, addresses: AddressRange, slot: int, count: int) -> None:
+        self._call("unmap", "cuMemUnmap", self._address(addresses, slot), count * self.page_group_bytes)
+
+    def _release(self, handles: Sequence[int]) -> None:
+        """Release one by one: where one fails, those before it are gone for good, and the books say so."""
+        for done, handle in enumerate(handles):
+            try:
+                self._release_one(handle)
+            except BaseException:
+                for released in handles[:done]:
+                    del self._num_maps[released]
+                raise
+
+    def _release_one(self, handle: int) -> None:
+        self._call("release", "cuMemRelease", self._handles[handle])
+        del self._handles[handle]
+
+    def _free(self, addresses: AddressRange) -> None:
+        self._call("free", "cuMemAddressFree", addresses.base, addresses.num_slots * self.page_group_bytes)
+
+    def _close(self) -> None:
+        failed = self._give_back()
+        if failed:
+            raise DriverError(f"closing: {len(failed)} calls failed, the first of them {failed[0]}") from failed[0]
+
+    def _address(self, addresses: AddressRange, slot: int) -> int:
+        return addresses.base + slot * self.page_group_bytes
+
+    def _call(self, kind: str, function: str, *arguments: Any) -> Any:
+        """Make, count and time one call. Running out of memory is an outcome, every other failure an error."""
+        started_ns = perf_counter_ns()
+        try:
+            return self._cuda(function, *arguments)
+        except CudaError as error:
+            if error.result != _OUT_OF_MEMORY:
+                raise
+            free, total = map(format_bytes, self._cuda.free_and_total_bytes())
+            raise OutOfPhysicalMemory(f"{kind}: {error}; {free} of the GPU's {total} is free") from error
+        finally:
+            self._count(kind, started_ns)
+
+
+def _pinned_memory_of(api: Any, ordinal: int) -> Any:
+    """Properties of the memory to create: this GPU's, not to be moved."""
+    properties = api.CUmemAllocationProp()
+    properties.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = ordinal
+    return properties
+
+
+def _read_and_write(api: Any, ordinal: int) -> Any:
+    """The access that mapped memory is given: this GPU reads and writes."""
+    access = api.CUmemAccessDesc()
+    access.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    access.location.id = ordinal
+    access.flags = api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
+
+
+def _granularity(cuda: CudaContext, properties: Any) -> int:
+    """Bytes of the smallest page-group. Raises UserError where the GPU has no virtual memory management."""
+    supported = cuda.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    if not cuda("cuDeviceGetAttribute", supported, cuda.device):
+        raise UserError("device=cuda: this GPU, or the way it is shared, has no virtual memory management (cuMemMap)")
+    smallest = cuda.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return int(cuda("cuMemGetAllocationGranularity", properties, smallest))
+
+
+def _give_back(
+    cuda: CudaContext, ranges: dict[int, AddressRange], handles: dict[int, Any], page_group_bytes: int
+) -> list[CudaError]:
+    """Unmap, free, release, let go of the context. Returns what failed; the rest is given back all the same."""
+    failed: list[CudaError] = []
+
+    def attempt(function: str, *arguments: Any) -> None:
+        try:
+            cuda(function, *arguments)
+        except CudaError as error:
+            failed.append(error)
+
+    for addresses in ranges.values():
+        for slot, count in _runs(addresses.handles):
+            attempt("cuMemUnmap", addresses.base + slot * page_group_bytes, count * page_group_bytes)
+        attempt("cuMemAddressFree", addresses.base, addresses.num_slots * page_group_bytes)
+    for handle in handles.values():
+        attempt("cuMemRelease", handle)
+    handles.clear()
+    attempt("cuDevicePrimaryCtxRelease", cuda.device)
+    return failed
+
+
+def _runs(slots: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(first slot, count) of every run of neighbours."""
+    for _, run in groupby(enumerate(sorted(slots)), key=lambda pair: pair[1] - pair[0]):
+        neighbours = [slot for _, slot in run]
+        yield neighbours[0], len(neighbours)

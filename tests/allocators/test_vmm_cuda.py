@@ -1,0 +1,418 @@
+"""What only the CUDA driver does, on a recording fake: order of calls, failures at each of them, threads."""
+
+import contextlib
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from fake_cuda import RESULT, FakeCuda, FakedCudaDriver
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvarena.allocators.sizes import GB, KB, MB
+from kvarena.allocators.vmm.cuda import CudaDriver
+from kvarena.allocators.vmm.cuda_context import CudaContext, CudaError
+from kvarena.allocators.vmm.driver import DriverError, OutOfPhysicalMemory
+from kvarena.allocators.vmm.tensor import strided_tensor
+from kvarena.errors import UserError
+
+SIZE = 2 * MB
+
+
+@pytest.fixture
+def fake():
+    return FakeCuda()
+
+
+@pytest.fixture
+def driver(fake):
+    with_memory = FakedCudaDriver(SIZE, fake)
+    fake.calls.clear()
+    yield with_memory
+    with_memory.close()
+    assert fake.nothing_left
+
+
+# ---- order of calls --------------------------------------------------------------------------------------------
+
+
+def test_every_call_of_a_life_in_order(fake):
+    driver = FakedCudaDriver(SIZE, fake)
+    base, handles = driver.reserve(3 * SIZE), driver.create(2)
+    driver.map(base, SIZE, handles)
+    driver.unmap(base, SIZE, 2)
+    driver.release(handles)
+    driver.free(base)
+    driver.close()
+    assert fake.names == [
+        "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
+        "cuCtxSetCurrent", "cuDeviceGetAttribute", "cuMemGetAllocationGranularity", "cuMemGetInfo",
+        "cuMemAddressReserve", "cuMemCreate", "cuMemCreate",
+        "cuMemMap", "cuMemMap", "cuMemSetAccess",
+        "cuMemUnmap", "cuMemRelease", "cuMemRelease", "cuMemAddressFree",
+        "cuDevicePrimaryCtxRelease",
+    ]  # fmt: skip
+    assert fake.nothing_left
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+def test_a_run_is_made_accessible_and_unmapped_in_one_call_each(driver, fake, order):
+    base, handles = driver.reserve(8 * SIZE), driver.create(4)
+    fake.calls.clear()
+    driver.map(base, 2 * SIZE, [handles[i] for i in order])
+    maps, access = fake.calls[:-1], fake.calls[-1]
+    assert [call[:3] for call in maps] == [("cuMemMap", base + (2 + i) * SIZE, SIZE) for i in range(4)]
+    assert access[:3] == ("cuMemSetAccess", base + 2 * SIZE, 4 * SIZE)
+    fake.calls.clear()
+    driver.unmap(base, 3 * SIZE, 2)
+    assert fake.calls == [("cuMemUnmap", base + 3 * SIZE, 2 * SIZE)]
+    assert {kind: driver.calls[kind].calls for kind in ("map", "set_access", "unmap")} == {
+        "map": 4, "set_access": 1, "unmap": 1,
+    }  # fmt: skip
+
+
+def test_what_is_mapped_again_is_made_accessible_again(driver, fake):
+    base, [handle] = driver.reserve(SIZE), driver.create(1)
+    for _ in range(3):
+        driver.map(base, 0, [handle])
+        driver.unmap(base, 0, 1)
+    assert fake.count()["cuMemSetAccess"] == fake.count()["cuMemMap"] == 3
+
+
+def test_closing_unmaps_each_run_once_and_only_then_frees_and_releases(fake):
+    driver = FakedCudaDriver(SIZE, fake)
+    base, other, handles = driver.reserve(8 * SIZE), driver.reserve(2 * SIZE), driver.create(5)
+    driver.map(base, 5 * SIZE, handles[3:])
+    driver.map(base, 0, handles[:3])
+    driver.unmap(base, SIZE, 1)
+    driver.map(other, 0, handles[:1])  # an alias
+    fake.calls.clear()
+    driver.close()
+    sizes = [(name, *arguments[1:]) for name, *arguments in fake.calls if name in ("cuMemUnmap", "cuMemAddressFree")]
+    assert sizes == [
+        ("cuMemUnmap", SIZE), ("cuMemUnmap", SIZE), ("cuMemUnmap", 2 * SIZE), ("cuMemAddressFree", 8 * SIZE),
+        ("cuMemUnmap", SIZE), ("cuMemAddressFree", 2 * SIZE),
+    ]  # fmt: skip
+    assert fake.names[-6:] == ["cuMemRelease"] * 5 + ["cuDevicePrimaryCtxRelease"]
+    assert fake.nothing_left
+
+
+def test_a_page_group_with_an_alias_outlives_its_first_mapping(driver, fake):
+    base, [handle] = driver.reserve(2 * SIZE), driver.create(1)
+    driver.map(base, 0, [handle])
+    driver.map(base, SIZE, [handle])
+    driver.unmap(base, 0, 1)
+    with pytest.raises(ValueError, match="still mapped"):
+        driver.release([handle])
+    assert "cuMemRelease" not in fake.names
+    assert (driver.mapped_bytes, driver.counted_bytes(), fake.created_bytes) == (SIZE, SIZE, SIZE)
+    driver.unmap(base, SIZE, 1)
+    driver.release([handle])
+    assert fake.created_bytes == 0
+
+
+def test_page_groups_may_be_multiples_of_the_granularity(fake):
+    driver = FakedCudaDriver(8 * MB, fake)
+    base, handles = driver.reserve(16 * MB), driver.create(2)
+    driver.map(base, 0, handles)
+    assert fake.mapped_bytes == driver.mapped_bytes == 16 * MB
+    driver.close()
+    assert fake.nothing_left
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------
+
+
+def test_every_thread_works_in_the_primary_context_and_enters_it_once(driver, fake):
+    base, handles = driver.reserve(4 * SIZE), driver.create(4)
+    fake.calls.clear()
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        for i, handle in enumerate(handles):
+            worker.submit(driver.map, base, i * SIZE, [handle]).result()
+    assert fake.count()["cuCtxSetCurrent"] == 1
+    assert fake.mapped_bytes == 4 * SIZE
+    driver.unmap(base, 0, 4)
+    assert fake.count()["cuCtxSetCurrent"] == 1
+
+
+# ---- failures --------------------------------------------------------------------------------------------------
+
+
+def life(driver):
+    """Steps that together use every call; each leaves the driver as it can be continued."""
+    base, handles = driver.reserve(8 * SIZE), driver.create(3)
+    driver.map(base, SIZE, handles)
+    driver.map(base, 5 * SIZE, handles[1:])
+    driver.unmap(base, 5 * SIZE, 2)
+    driver.unmap(base, SIZE, 3)
+    driver.release(handles)
+    driver.free(base)
+
+
+NUM_CALLS = 1 + 3 + (3 + 1) + (2 + 1) + 1 + 1 + 3 + 1
+
+
+@pytest.mark.parametrize("result", [RESULT.CUDA_ERROR_UNKNOWN, RESULT.CUDA_ERROR_OUT_OF_MEMORY])
+@pytest.mark.parametrize("failing", range(NUM_CALLS))
+def test_whichever_call_fails_the_books_stay_the_drivers_and_nothing_leaks(fake, failing, result):
+    driver = FakedCudaDriver(SIZE, fake)
+    fake.fail(after=failing, result=result)
+    out_of_memory = result == RESULT.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(OutOfPhysicalMemory if out_of_memory else DriverError, match=result.name):
+        life(driver)
+    assert not fake.armed
+    assert driver.mapped_bytes == fake.mapped_bytes
+    assert driver.mapped_bytes + driver.pooled_bytes == driver.counted_bytes() == fake.created_bytes
+    assert all(mapping.accessible for mapping in fake.mapped.values())
+    life(driver)  # what failed left nothing in the way
+    driver.close()
+    assert fake.nothing_left
+
+
+def test_no_call_of_a_life_is_left_out(driver, fake):
+    life(driver)
+    assert len(fake.calls) == NUM_CALLS
+
+
+@pytest.mark.parametrize("function", ["cuMemMap", "cuMemSetAccess"])
+def test_a_map_that_fails_half_way_is_undone_in_one_call(driver, fake, function):
+    base, handles = driver.reserve(4 * SIZE), driver.create(4)
+    driver.map(base, 0, handles[:1])
+    before = fake.state
+    fake.calls.clear()
+    fake.fail(function, after=2 if function == "cuMemMap" else 0)
+    with pytest.raises(DriverError, match=f"{function} failed: CUDA_ERROR_UNKNOWN"):
+        driver.map(base, SIZE, handles[1:])
+    assert fake.state == before
+    done = 2 if function == "cuMemMap" else 3
+    assert fake.calls[-1] == ("cuMemUnmap", base + SIZE, done * SIZE)
+    driver.map(base, SIZE, handles[1:])
+
+
+def test_a_map_whose_first_call_fails_has_nothing_to_undo(driver, fake):
+    base, handles = driver.reserve(SIZE), driver.create(1)
+    fake.fail("cuMemMap")
+    with pytest.raises(DriverError):
+        driver.map(base, 0, handles)
+    assert "cuMemUnmap" not in fake.names
+
+
+def test_running_out_of_memory_gives_back_what_was_had(driver, fake):
+    fake.total_bytes = 5 * SIZE
+    handles = driver.create(3)
+    with pytest.raises(OutOfPhysicalMemory, match=r"create: .*CUDA_ERROR_OUT_OF_MEMORY; 0 bytes of the GPU's 10MB"):
+        driver.create(3)
+    assert fake.created_bytes == driver.counted_bytes() == driver.pooled_bytes == 3 * SIZE
+    assert len(driver.create(2)) == 2
+    driver.release(handles)
+    assert len(driver.create(3)) == 3
+
+
+def test_what_cannot_be_undone_is_counted_and_given_back_at_the_end(fake):
+    driver = FakedCudaDriver(SIZE, fake)
+    fake.fail("cuMemCreate", after=2)
+    fake.fail("cuMemRelease")
+    with pytest.raises(DriverError, match="cuMemRelease failed"):
+        driver.create(3)
+    assert driver.counted_bytes() == fake.created_bytes > 0
+    driver.create(3)
+    driver.close()
+    assert fake.nothing_left
+
+
+def test_a_release_that_fails_keeps_what_is_not_released_yet(driver, fake):
+    handles = driver.create(4)
+    fake.fail("cuMemRelease", after=2)
+    with pytest.raises(DriverError, match="cuMemRelease"):
+        driver.release(handles)
+    assert driver.pooled_bytes == driver.counted_bytes() == fake.created_bytes == 2 * SIZE
+    with pytest.raises(ValueError, match="does not exist"):
+        driver.release(handles[:1])
+    driver.release(handles[2:])
+    assert fake.created_bytes == 0
+
+
+def test_closing_gives_the_rest_back_and_says_what_failed_first(fake):
+    driver = FakedCudaDriver(SIZE, fake)
+    base, other = driver.reserve(SIZE), driver.reserve(SIZE)
+    [handle, spare] = driver.create(2)
+    driver.map(base, 0, [handle])
+    driver.map(other, 0, [spare])
+    fake.fail("cuMemUnmap")
+    with pytest.raises(DriverError, match="2 calls failed, the first of them cuMemUnmap failed: CUDA_ERROR_UNKNOWN"):
+        driver.close()  # the unmap, and so the free of that range
+    assert (list(fake.reserved), list(fake.mapped)) == ([base], [base])
+    assert fake.retained == 0
+    driver.close()
+    fake.mapped.clear()
+
+
+# ---- making a driver -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"])
+def test_without_a_gpu_it_is_the_users_mistake(fake, function):
+    fake.fail(function, result=RESULT.CUDA_ERROR_NO_DEVICE)
+    with pytest.raises(UserError, match=f"device=cuda.*{function} failed: CUDA_ERROR_NO_DEVICE"):
+        FakedCudaDriver(SIZE, fake)
+    assert fake.nothing_left
+
+
+@pytest.mark.parametrize(
+    "function", ["cuCtxSetCurrent", "cuDeviceGetAttribute", "cuMemGetAllocationGranularity", "cuMemGetInfo"]
+)
+def test_a_driver_that_cannot_be_made_lets_go_of_the_context(fake, function):
+    fake.fail(function)
+    with pytest.raises(CudaError, match=function):
+        FakedCudaDriver(SIZE, fake)
+    assert fake.nothing_left
+
+
+def test_a_gpu_without_virtual_memory_management(fake):
+    fake.supports_vmm = False
+    with pytest.raises(UserError, match="no virtual memory management"):
+        FakedCudaDriver(SIZE, fake)
+    assert fake.nothing_left
+
+
+@pytest.mark.parametrize("size", [64 * KB, 3 * MB])
+def test_the_papers_small_page_groups_need_another_driver(fake, size):
+    with pytest.raises(UserError, match=f"page_group={size} bytes: this driver maps multiples of {2 * MB} bytes"):
+        FakedCudaDriver(size, fake)
+    assert fake.nothing_left
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_real_bindings_without_a_driver_are_the_users_mistake():
+    with pytest.raises(UserError, match="device=cuda: no CUDA driver, or no GPU 0"):
+        CudaDriver(SIZE)
+
+
+def test_without_the_bindings_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(UserError, match="pip install"):
+        CudaContext()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_taken_bytes_is_what_the_gpu_says(driver, fake):
+    driver.create(3)
+    assert driver.taken_bytes() == driver.counted_bytes() == 3 * SIZE
+    stranger = FakedCudaDriver(SIZE, fake)
+    stranger.create(1)  # someone else's memory is not told apart
+    assert (driver.taken_bytes(), driver.counted_bytes()) == (4 * SIZE, 3 * SIZE)
+    stranger.close()
+
+
+def test_tensors_keep_the_memory_of_a_forgotten_driver(fake):
+    forgotten = FakedCudaDriver(SIZE, fake)
+    base = forgotten.reserve(SIZE)
+    forgotten.map(base, 0, forgotten.create(1))
+    row = strided_tensor(forgotten, base, torch.bfloat16, (SIZE // 2,), (2,))[5:10]
+    del forgotten
+    gc.collect()
+    row.fill_(1.5)
+    assert row.sum() == 7.5
+    assert not fake.nothing_left
+    del row
+    gc.collect()
+    assert fake.nothing_left
+
+
+@pytest.mark.gpu
+def test_the_gpu_loses_what_the_handles_hold():
+    driver = CudaDriver(SIZE)
+    handles = driver.create(512)
+    assert driver.counted_bytes() == GB
+    assert abs(driver.taken_bytes() - GB) <= 64 * MB  # page tables; anyone else on this GPU
+    driver.release(handles)
+    assert abs(driver.taken_bytes()) <= 64 * MB
+    driver.close()
+
+
+@pytest.mark.gpu
+def test_kernels_run_while_the_background_maps():
+    """Work in flight on mapped page-groups is not disturbed by mapping its neighbours from another thread."""
+    driver = CudaDriver(SIZE)
+    base, handles = driver.reserve(64 * SIZE), driver.create(64)
+    driver.map(base, 0, handles[:8])
+    memory = strided_tensor(driver, base, torch.float32, (64, SIZE // 4), (SIZE, 4))
+    memory[:8] = 1
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        mapping = [worker.submit(driver.map, base, slot * SIZE, [handles[slot]]) for slot in range(8, 64)]
+        sums = [memory[:8].sum() for _ in range(200)]
+        [done.result() for done in mapping]
+    memory[8:] = 2
+    assert {float(s) for s in sums} == {8 * SIZE / 4}
+    assert float(memory.sum()) == (8 + 2 * 56) * SIZE / 4
+    torch.cuda.synchronize()
+    driver.close()
+
+
+# ---- random programs -------------------------------------------------------------------------------------------
+
+
+class Program(RuleBasedStateMachine):
+    """Any calls, any of which may fail: after each, the books are the driver's, and nothing is inaccessible."""
+
+    @initialize()
+    def start(self) -> None:
+        self.fake = FakeCuda(granularity=4 * KB)
+        self.size = 4 * KB
+        self.driver = FakedCudaDriver(self.size, self.fake)
+        self.bases = [self.driver.reserve(6 * self.size) for _ in range(2)]
+
+    @rule(after=st.integers(0, 6), result=st.sampled_from([RESULT.CUDA_ERROR_UNKNOWN, RESULT.CUDA_ERROR_OUT_OF_MEMORY]))
+    def arm(self, after: int, result: object) -> None:
+        self.fake.fail(after=after, result=result)
+
+    @rule(count=st.integers(1, 12))
+    def create(self, count: int) -> None:
+        self.attempt(self.driver.create, count)
+
+    @rule(which=st.integers(0, 1), slot=st.integers(0, 5), picks=st.lists(st.integers(0, 30), min_size=1, max_size=4))
+    def map(self, which: int, slot: int, picks: list[int]) -> None:
+        handles = list(self.driver._handles)
+        if handles:
+            chosen = [handles[i % len(handles)] for i in picks]
+            self.attempt(self.driver.map, self.bases[which], slot * self.size, chosen)
+
+    @rule(which=st.integers(0, 1), slot=st.integers(0, 5), count=st.integers(1, 3))
+    def unmap(self, which: int, slot: int, count: int) -> None:
+        self.attempt(self.driver.unmap, self.bases[which], slot * self.size, count)
+
+    @precondition(lambda self: self.driver._handles)
+    @rule(picks=st.sets(st.integers(0, 30), min_size=1, max_size=4))
+    def release(self, picks: set[int]) -> None:
+        handles = list(self.driver._handles)
+        self.attempt(self.driver.release, sorted({handles[i % len(handles)] for i in picks}))
+
+    def attempt(self, call, *arguments) -> None:
+        with contextlib.suppress(ValueError, DriverError, OutOfPhysicalMemory):
+            call(*arguments)
+
+    @invariant()
+    def the_books_are_the_drivers(self) -> None:
+        if not hasattr(self, "driver"):
+            return
+        assert self.driver.mapped_bytes == self.fake.mapped_bytes
+        created = self.driver.mapped_bytes + self.driver.pooled_bytes
+        assert created == self.driver.counted_bytes() == self.fake.created_bytes
+        ours = {base + slot * self.size for base in self.bases for slot in self.driver._ranges[base].handles}
+        assert ours == set(self.fake.mapped)
+        assert all(mapping.accessible for mapping in self.fake.mapped.values())
+
+    def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.fake._failures.clear()
+            self.driver.close()
+            assert self.fake.nothing_left
+
+
+TestProgram = Program.TestCase
+TestProgram.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
