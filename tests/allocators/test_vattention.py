@@ -293,6 +293,50 @@ def test_what_was_mapped_for_the_next_iteration_is_taken_last():
     policy.check_integrity()
 
 
+def test_look_ahead_rather_gives_up_the_slot_than_what_another_row_needs_next():
+    policy = policy_of(slabs=6, rows=4, overlap=True, eager_allocation=True)
+    admit(policy, 0, 2, 4)
+    admit(policy, 1, 1, 4)
+    policy.grow(1, TOKENS - 1)
+    policy.drain()
+    policy.look_ahead()  # 0 is full: a third slab; the slot has the sixth
+    assert (policy.tokens_until_growth(0), policy.usage().premapped) == (TOKENS, SLAB)
+    policy.grow(1)
+    assert [type(a) for a in policy.look_ahead()] == [Unmap, Map]
+    assert (policy.tokens_until_growth(0), policy.tokens_until_growth(1)) == (TOKENS, TOKENS)
+    assert policy.usage().premapped == 0
+
+
+def with_surplus(policy: VAttentionPolicy, seq_id: int, slabs: int, surplus: int) -> None:
+    """Admit a sequence to a row that was left with `surplus` slabs more than it needs."""
+    admit(policy, 1000 + seq_id, slabs + surplus)
+    policy.release(1000 + seq_id)
+    admit(policy, seq_id, slabs, slabs + surplus + 1)
+
+
+def test_surplus_is_taken_from_the_latest_admitted_first():
+    policy = policy_of(slabs=7, deferred_reclamation=True)
+    with_surplus(policy, 0, 1, 2)
+    with_surplus(policy, 1, 1, 2)
+    admit(policy, 2, 1)
+    policy.drain()
+    policy.grow(2)
+    assert [(a.row, type(a)) for a in policy.drain()] == [(policy.row(1), Unmap), (policy.row(2), Map)]
+
+
+def test_inherited_surplus_goes_before_what_a_later_row_needs_next():
+    policy = policy_of(slabs=6, deferred_reclamation=True, overlap=True)
+    with_surplus(policy, 0, 1, 2)
+    admit(policy, 1, 1, 3)
+    admit(policy, 2, 1, 3)
+    policy.grow(2, 0)
+    policy.drain()
+    policy.look_ahead()  # 1 and 2 are full: one slab is free, the other comes from 0
+    assert policy.tokens_until_growth(0) == TOKENS
+    assert policy.grow(2, TOKENS + 1)  # one more than was mapped ahead
+    assert [(a.row, type(a)) for a in policy.drain()] == [(policy.row(1), Unmap), (policy.row(2), Map)]
+
+
 # ---- the books -------------------------------------------------------------------------------------------------
 
 
@@ -330,17 +374,23 @@ def test_what_is_mapped_ahead_is_reserved_below_the_final_length_and_surplus_abo
 
 def test_quiet_steps_leave_nothing_to_do_in_the_background():
     policy = policy_of(overlap=True, eager_allocation=True)
-    admit(policy, 0, 1, 4)
+    assert policy.admit(Sequence(0, 4, 200), 4)
     assert policy.quiet_steps([0], 100) == 0  # its mappings wait to be performed
     policy.drain()
-    assert policy.quiet_steps([0], 100) == 0  # and what comes next is not mapped
+    assert policy.quiet_steps([0], 100) == 0  # and no slot is ready
     policy.look_ahead()
-    assert policy.tokens_until_growth(0) == TOKENS
-    assert policy.quiet_steps([0], 100) == TOKENS - 1  # in the step after these the next slab is mapped
-    policy.advance([0], TOKENS - 1)
+    assert policy.tokens_until_growth(0) == TOKENS - 4
+    assert policy.quiet_steps([0], 100) == TOKENS - 5  # in the step after these the next slab is mapped
+    policy.advance([0], TOKENS - 5)
     assert policy.look_ahead() == []
     assert policy.grow(0)
     assert counts(policy.look_ahead()) == (1, 0)
+    assert admit(policy, 1, 1)
+    policy.drain(), policy.look_ahead()
+    assert policy.quiet_steps([0], 100) > 0
+    policy.release(1)
+    assert policy.drain()
+    assert policy.quiet_steps([0], 100) == 0  # an idle row: the background may want it
 
 
 def test_a_window_fills_its_ring_and_no_more():

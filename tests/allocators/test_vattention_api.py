@@ -22,6 +22,8 @@ def make(slabs: int, **switches) -> tuple[VAttention, list[torch.Tensor]]:
 def test_init_returns_k_then_v_of_every_layer():
     va, tensors = make(4)
     assert [tuple(t.shape) for t in tensors] == [(B, L, H, D)] * 2 * N
+    caches = [va.store.layer(n) for n in range(N)]
+    assert [t.data_ptr() for t in tensors] == [c.k.data_ptr() for c in caches] + [c.v.data_ptr() for c in caches]
     va.close()
     va, tensors = make(4, tensor_slicing=True)
     assert [tuple(t.shape) for t in tensors] == [(B, L, N, H, D)] * 2
