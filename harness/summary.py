@@ -76,7 +76,7 @@ def frame(rows: Iterable[SummaryRow]) -> pd.DataFrame:
 def read_published(folder: Path) -> pd.DataFrame:
     """The published values of both papers: columns paper, figure, panel, system, quantity, x, value, unit, reading."""
     table = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("*_figures.csv"))], ignore_index=True)
-    table["x"] = pd.to_numeric(table["x"], errors="coerce")
+    table["x"] = pd.to_numeric(table["x"], errors="coerce").map(lambda x: float(f"{x:.6g}"))  # as `row` rounds ours
     return table
 
 

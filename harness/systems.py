@@ -39,8 +39,10 @@ def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]
     """The system files that `allocator=` and `kernel=` keep.
 
     Where both are named and no listed system is that pair, the pair runs all the same. Raises UserError where
-    nothing is left.
+    nothing is left of an experiment's systems; one that compares none lists none.
     """
+    if not listed and allocator == kernel == ALL:
+        return []
     files = [_read(name) for name in listed]
     matching = [s for s in files if allocator in (ALL, s.allocator.name) and kernel in (ALL, s.kernel.name)]
     if matching:
