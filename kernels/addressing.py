@@ -18,8 +18,10 @@ class Addressing(NamedTuple):
 
     table: Array  # [B, blocks] int32
     block_size: int  # tokens
-    k_strides: tuple[int, int]  # from block to block, from token to token
-    v_strides: tuple[int, int]
+    k_block: int  # from block to block
+    k_token: int  # from token to token
+    v_block: int
+    v_token: int
 
 
 def addressing(cache: LayerCache, view: BatchView) -> Addressing:
@@ -29,7 +31,7 @@ def addressing(cache: LayerCache, view: BatchView) -> Addressing:
     else:
         assert view.rows is not None, "a view has rows or a block table"
         table = view.rows[:, None]
-    strides = [(x.stride(0), x.stride(1)) for x in (cache.k, cache.v)]
+    strides = (stride for x in (cache.k, cache.v) for stride in x.stride()[:2])
     return Addressing(table.to(torch.int32).contiguous().numpy(), cache.block_size, *strides)
 
 
@@ -42,13 +44,15 @@ def flat(x: Tensor) -> Array:
 
 
 @jit
-def fill_offsets(at: Array, table: Array, block_size: int, strides: tuple[int, int], first: int, count: int) -> None:
+def fill_offsets(
+    at: Array, table: Array, block_size: int, block_stride: int, token_stride: int, first: int, count: int
+) -> None:
     """Write to `at` the offsets of positions [first, first + count) of a sequence whose blocks are `table`."""
     done = 0
     while done < count:
         block, slot = divmod(first + done, block_size)
         run = min(block_size - slot, count - done)
-        start = table[block] * strides[0] + slot * strides[1]
+        start = table[block] * block_stride + slot * token_stride
         for i in range(run):
-            at[done + i] = start + i * strides[1]
+            at[done + i] = start + i * token_stride
         done += run

@@ -36,18 +36,27 @@ def append_torch(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchVie
 def _append_numba(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> None:
     where = addressing(cache, view)
     lengths, starts = view.lengths.numpy(), view.query_starts.numpy()
-    for new, old, strides in ((k_new, cache.k, where.k_strides), (v_new, cache.v, where.v_strides)):
-        rows = flat(new.contiguous()).reshape(new.shape[0], -1)
-        _write(rows, flat(old), where.table, where.block_size, strides, lengths, starts)
+    for new, old in ((k_new, cache.k), (v_new, cache.v)):
+        tokens = flat(new.contiguous()).reshape(len(new), -1)
+        _write(tokens, flat(old), where.table, where.block_size, old.stride(0), old.stride(1), lengths, starts)
 
 
 @jit
 def _write(
-    rows: Array, cache: Array, table: Array, block_size: int, strides: tuple[int, int], lengths: Array, starts: Array
+    tokens: Array,
+    cache: Array,
+    table: Array,
+    block_size: int,
+    block_stride: int,
+    token_stride: int,
+    lengths: Array,
+    starts: Array,
 ) -> None:
+    width = tokens.shape[1]
     for sequence in range(lengths.size):
-        first = lengths[sequence] - starts[sequence + 1] + starts[sequence]
-        for i in range(starts[sequence + 1] - starts[sequence]):
-            block, slot = divmod(first + i, block_size)
-            at = table[sequence, block] * strides[0] + slot * strides[1]
-            cache[at : at + rows.shape[1]] = rows[starts[sequence] + i]
+        past = lengths[sequence] - starts[sequence + 1]  # token i of the packed batch has position past + i
+        for i in range(starts[sequence], starts[sequence + 1]):
+            block, slot = divmod(past + i, block_size)
+            at = table[sequence, block] * block_stride + slot * token_stride
+            for j in range(width):
+                cache[at + j] = tokens[i, j]

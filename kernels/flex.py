@@ -4,6 +4,9 @@ FlexAttention sees all blocks of the cache as one long sequence of keys. Which o
 `BlockMask` whose KV blocks are the cache's blocks: those that every query of a call sees whole are listed as full,
 those at the edge as partial, and a mask drops the tokens of a partial block that lie in a query's future.
 
+What is masked still takes part, with weight zero: there must be no NaN or infinity past a sequence's length in its
+last block. (Every other kernel here leaves it out.)
+
 On a CPU torch 2.13 compiles it for fixed sizes only: with sizes left open, its C++ fails to compile as soon as a mask
 looks something up. So a decode is padded to a multiple of 64 sequences (the padding has no blocks and costs nothing)
 and a prefill runs in chunks of 128 queries; what is left to compile is one decode and one prefill per cache.

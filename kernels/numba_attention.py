@@ -189,8 +189,8 @@ def _locate(where: Addressing, sequence: int, first: int, tokens: int) -> tuple[
     """Offsets of K and of V of a tile; the last is repeated up to a multiple of 4, where it will weigh nothing."""
     table, padded = where.table[sequence], (tokens + GROUP - 1) // GROUP * GROUP
     k_at, v_at = np.empty(padded, np.int64), np.empty(padded, np.int64)
-    fill_offsets(k_at, table, where.block_size, where.k_strides, first, tokens)
-    fill_offsets(v_at, table, where.block_size, where.v_strides, first, tokens)
+    fill_offsets(k_at, table, where.block_size, where.k_block, where.k_token, first, tokens)
+    fill_offsets(v_at, table, where.block_size, where.v_block, where.v_token, first, tokens)
     k_at[tokens:] = k_at[tokens - 1]
     v_at[tokens:] = v_at[tokens - 1]
     return k_at, v_at

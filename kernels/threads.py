@@ -16,9 +16,14 @@ _SMALL_MACHINE = 2  # cores
 _threads: int | None = None
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_threads() -> int:
-    """One on a small machine, else the cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One on a small machine, else one per core."""
+    cores = usable_cores()
     return 1 if cores <= _SMALL_MACHINE else cores
 
 
