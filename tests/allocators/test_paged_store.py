@@ -104,6 +104,7 @@ def test_batches_do_what_one_after_the_other_does(actions):
     def play(steps) -> tuple[list[int], list[int]]:
         pool, swapped = list(range(8)), list(range(100, 108))
         for kind, sources, targets in steps:
+            assert len(set(targets)) == len(targets)  # which of two would win?
             out_of, into = (swapped if kind is SwapIn else pool), (swapped if kind is SwapOut else pool)
             for target, value in zip(targets, [out_of[source] for source in sources], strict=True):
                 into[target] = value

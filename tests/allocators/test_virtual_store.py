@@ -64,6 +64,17 @@ def test_a_prompt_is_one_call_per_tensor():
     store.close()
 
 
+def test_taking_back_a_run_is_one_call_per_tensor():
+    _, store = make()
+    store.apply([Map(0, 2, ordinal, 5 + ordinal) for ordinal in range(4)])
+    before = store.driver.calls["map"].calls
+    store.apply([Unmap(0, 2, 3, 8), Unmap(0, 2, 2, 7), Unmap(0, 2, 1, 6), Map(0, 3, 0, 6), Unmap(0, 2, 0, 5)])
+    assert store.driver.calls["unmap"].calls == 2 * TENSORS
+    assert store.driver.calls["map"].calls - before == TENSORS
+    assert store.physical().mapped_bytes == TENSORS * 64 * KB
+    store.close()
+
+
 def test_creating_the_pool_is_no_driver_call_of_the_run():
     policy, store = make()
     assert store.driver_calls() == (0, 0.0, 0, 0.0, 0.0)
@@ -159,6 +170,16 @@ def test_an_error_in_the_background_surfaces_at_the_next_wait_once():
     store.apply_in_background(policy.drain())
     with pytest.raises(DriverError, match="Permission denied"):
         store.view([0], [10], [1])
+    assert store.physical().mapped_bytes == 0
+    store.close()
+
+
+@pytest.mark.usefixtures("failing_fourth_map")
+def test_an_error_in_the_background_surfaces_before_more_is_sent_there():
+    _, store = make()
+    store.apply_in_background([Map(0, 0, 0, 0)])
+    with pytest.raises(DriverError, match="Permission denied"):
+        store.apply_in_background([Map(0, 1, 0, 1)])
     assert store.physical().mapped_bytes == 0
     store.close()
 
