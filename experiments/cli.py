@@ -1,4 +1,4 @@
-"""The command line: `python -m kvarena experiment=NAME [overrides]`, and `python -m kvarena kernels`."""
+"""The command line: `python -m kvarena experiment=NAME [overrides]`; `kernels` and `regression` beside it."""
 
 import sys
 from collections.abc import Callable
@@ -45,6 +45,10 @@ def _command(arguments: list[str]) -> None:
 
         print_matrix()
         return
+    if arguments[:1] == ["regression"]:
+        from kvarena.harness.regression.gate import main as judge
+
+        sys.exit(judge(arguments[1:]))
     if _HELP & set(arguments):
         _compose_and_run()
         return

@@ -1,0 +1,69 @@
+"""Counting what allocators do, from outside: whoever is not being judged pays nothing for it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from kvarena.allocators.best_fit import BestFitAllocator
+from kvarena.allocators.buddy import BuddyAllocator
+from kvarena.allocators.free_list import FreeList
+from kvarena.allocators.slabs import SlabList
+from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.step import StepPlan, StepTime
+
+# Every class that gives out units of a pool: blocks, chunks, rows, slabs. A block pool is a FreeList.
+_ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, SlabList)
+
+
+class Takes:
+    """Units that arenas have given out, and the most that one of them had out at once."""
+
+    def __init__(self) -> None:
+        self.units = 0
+        self.peak = 0
+
+    def counting(self, take: Callable[..., Any]) -> Callable[..., Any]:
+        """`take`, counted."""
+
+        def counted(arena: Any, *arguments: Any, **named: Any) -> Any:
+            before = _units_out(arena)
+            taken = take(arena, *arguments, **named)
+            after = _units_out(arena)
+            self.units += after - before
+            self.peak = max(self.peak, after)
+            return taken
+
+        return counted
+
+
+@contextmanager
+def counted_takes() -> Iterator[Takes]:
+    """Count what all arenas give out, until the end of the block."""
+    takes = Takes()
+    with ExitStack() as stack:
+        for arena in _ARENAS:
+            stack.enter_context(patch.object(arena, "take", takes.counting(arena.take)))
+        yield takes
+
+
+def _units_out(arena: Any) -> int:
+    if isinstance(arena, SlabList):
+        return arena.num_slabs - len(arena)
+    return int(arena.num_units - arena.free_units)
+
+
+class CountingExecutor(ModelledExecutor):
+    """A modelled executor that counts actions by kind, those beside the forward pass included, and admissions."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.actions: Counter[str] = Counter()
+        self.admissions = 0
+
+    def execute(self, plan: StepPlan) -> StepTime:
+        """Price and count one step. A stretch, which is not executed, has no actions and admits nobody."""
+        self.actions.update(type(action).__name__ for action in (*plan.actions, *plan.ahead))
+        self.admissions += sum(chunk.start == 0 for chunk in plan.prefills)
+        return super().execute(plan)

@@ -1,0 +1,230 @@
+"""The timed tier's suite: what a request, a step and a driver call cost on the host.
+
+It runs in two trees, always this tree's text: on the head's package and on the base's. So it imports nothing of the
+gate, and no more of the package than each benchmark needs, inside it: a base that lacks something fails that one alone.
+
+A benchmark makes its state and returns what is timed: a millisecond or a few on one thread, the same work at every
+call. Shorter than a time slice, so that of several runs one is likely not to be interrupted.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvarena.allocators.store import Store
+    from kvarena.kernels.view import BatchView
+
+Body = Callable[[], object]
+
+BLOCK = 16  # tokens
+
+
+def paged_block_by_block() -> Body:
+    """PagedPolicy: 32 blocks taken one by one and freed, reference counts included."""
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.paged import PagedPolicy
+    from kvarena.allocators.policy import Sequence
+
+    layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
+    policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
+    seq = Sequence(0, BLOCK, 31 * BLOCK)
+
+    def body() -> None:
+        for _ in range(30):
+            policy.admit(seq, BLOCK)
+            for _ in range(31):
+                policy.grow(0, BLOCK)
+            policy.release(0)
+
+    return body
+
+
+def paged_batch_step() -> Body:
+    """PagedPolicy: 64 steps of 48 sequences, one token each, with the leaves of every step."""
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.paged import PagedPolicy
+
+    layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
+    policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
+    return _decode_steps(policy, batch=48, steps=64)
+
+
+def vattention_batch_step() -> Body:
+    """VAttentionPolicy: 64 steps of 32 sequences, page-groups mapped ahead as they grow."""
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.vattention import VAttentionPolicy
+
+    layout = attention_layout(num_layers=32, num_kv_heads=4, head_size=128)
+    policy = VAttentionPolicy(layout, 4 << 30, max_tokens=4096, max_rows=64, page_group="64KB")
+    return _decode_steps(policy, batch=32, steps=64)
+
+
+def _decode_steps(policy: object, batch: int, steps: int) -> Body:
+    from kvarena.allocators.policy import Policy, Sequence
+
+    assert isinstance(policy, Policy)
+    seqs = [Sequence(i, 100 + 3 * i, steps) for i in range(batch)]
+    ids = [seq.seq_id for seq in seqs]
+
+    def body() -> None:
+        for seq in seqs:
+            assert policy.admit(seq, seq.prompt_tokens)
+        for _ in range(steps):
+            assert policy.grow_each(ids) == batch
+            policy.usage()
+            policy.drain()
+            policy.look_ahead()
+        for seq in seqs:
+            policy.release(seq.seq_id)
+
+    return body
+
+
+def replay_paged() -> Body:
+    """A modelled replay of 40 requests with PagedPolicy, some of them preempted."""
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.paged import PagedPolicy
+
+    layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
+    return _replay(lambda: PagedPolicy(layout, 300 * BLOCK * layout.token_bytes, max_tokens=2048))
+
+
+def replay_vattention() -> Body:
+    """A modelled replay of 40 requests with VAttentionPolicy."""
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.vattention import VAttentionPolicy
+
+    layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
+    pool_bytes = 300 * BLOCK * layout.token_bytes
+    return _replay(lambda: VAttentionPolicy(layout, pool_bytes, max_tokens=2048, page_group="2MB"))
+
+
+def _replay(make_policy: Callable[[], object]) -> Body:
+    from kvarena.harness.engine import Engine
+    from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
+    from kvarena.harness.request import Request
+    from kvarena.harness.scheduler.registry import config_class, make_scheduler
+    from kvarena.harness.step_model import StepModel
+
+    model = StepModel(False, 12_000_000_000, 340_000_000, 16_500_000_000, 130_000_000, 527_000)
+    prices = ActionPrices(map_ps=(3_200_000_000,), unmap_ps=(2_720_000_000,))
+
+    def body() -> None:
+        requests = [Request(i, 20 + 37 * i % 400, 10 + 53 * i % 300, arrival_ps=i * 10**11) for i in range(40)]
+        scheduler = make_scheduler(config_class("vllm")(), make_policy(), 2048)  # type: ignore[arg-type]
+        Engine(scheduler, ModelledExecutor(model, prices)).run(requests)
+
+    return body
+
+
+def decode_contiguous() -> Body:
+    """Numba kernel: one decode call over 8 rows of 512 tokens."""
+    return _decode("static")
+
+
+def decode_paged() -> Body:
+    """Numba kernel: the same through a block table."""
+    return _decode("paged")
+
+
+def _decode(allocator: str) -> Body:
+    import torch
+
+    from kvarena.kernels.registry import get_kernel
+
+    store, view = _served(allocator, batch=8, tokens=512)
+    q = torch.ones(8, 8, 64)
+    out, kernel = torch.empty_like(q), get_kernel("numba")
+    return lambda: kernel.decode(q, store.layer(0), view, out)
+
+
+def append_kv() -> Body:
+    """K and V of one decode step written into 4 layers of a paged cache, 8 sequences, 5 times."""
+    import torch
+
+    from kvarena.kernels.append import append
+
+    store, view = _served("paged", batch=8, tokens=512)
+    k = torch.ones(8, 4, 64)
+
+    def body() -> None:
+        for _ in range(5):
+            for layer in range(LAYERS):
+                append(k, k, store.layer(layer), view)
+
+    return body
+
+
+def view_paged() -> Body:
+    """Views of a growing batch of 32 sequences under block tables, 32 steps."""
+    return _views("paged")
+
+
+def view_contiguous() -> Body:
+    """Views of the same batch over rows."""
+    return _views("static")
+
+
+def _views(allocator: str) -> Body:
+    store, _ = _served(allocator, batch=32, tokens=512)
+    ids, ones = list(range(32)), [1] * 32
+
+    def body() -> None:
+        for step in range(32):
+            store.view(ids, [480 + step] * 32, ones)
+
+    return body
+
+
+LAYERS = 4
+
+
+def _served(allocator: str, batch: int, tokens: int) -> "tuple[Store, BatchView]":
+    """A store of `batch` sequences of `tokens` tokens, float32, 4 KV heads of 64, and the view of a decode step."""
+    import torch
+
+    from kvarena.allocators.kv_layout import attention_layout
+    from kvarena.allocators.policy import Sequence
+    from kvarena.allocators.registry import config_class, make_policy
+    from kvarena.allocators.stores import make_store
+    from kvarena.kernels.threads import set_compute_threads
+
+    set_compute_threads(1)
+    layout = attention_layout(LAYERS, 4, 64, "float32")
+    config = config_class(allocator)(name=allocator)
+    policy = make_policy(config, layout, (batch + 1) * tokens * layout.token_bytes, tokens)
+    for seq_id in range(batch):
+        assert policy.admit(Sequence(seq_id, tokens, 0), tokens)
+    store = make_store(policy, LAYERS, 4, 64, torch.float32)
+    return store, store.view(range(batch), [tokens] * batch, [1] * batch)
+
+
+def host_map_unmap() -> Body:
+    """Host driver: 64 page-groups of 64 KB mapped one by one, and unmapped."""
+    from kvarena.allocators.vmm.host import HostDriver
+
+    size = 64 << 10
+    driver = HostDriver(size)
+    base, handles = driver.reserve(64 * size), driver.create(64)
+
+    def body() -> None:
+        for slot, handle in enumerate(handles):
+            driver.map(base, slot * size, [handle])
+        driver.unmap(base, 0, len(handles))
+
+    return body
+
+
+BENCHMARKS: dict[str, Callable[[], Body]] = {
+    "paged policy, block by block": paged_block_by_block,
+    "paged policy, batch step": paged_batch_step,
+    "vattention policy, batch step": vattention_batch_step,
+    "modelled replay, paged": replay_paged,
+    "modelled replay, vattention": replay_vattention,
+    "decode attention, contiguous": decode_contiguous,
+    "decode attention, paged": decode_paged,
+    "append K/V, paged": append_kv,
+    "view of a batch, contiguous": view_contiguous,
+    "view of a batch, paged": view_paged,
+    "host driver, map and unmap": host_map_unmap,
+}
