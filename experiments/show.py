@@ -8,6 +8,8 @@ from rich.table import Table
 
 from kvarena.harness.record import Outcome
 
+MAX_COLUMNS = 9  # that a terminal of usual width can hold
+
 
 def outcome(done: Outcome, folder: Path) -> None:
     """The headline quantity as systems x points (or x its kinds, `quantity:kind`), then where everything is."""
@@ -27,15 +29,18 @@ def _evidence(rows: pd.DataFrame) -> str:
 
 def _pivot(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    heads = [_point(float(x), str(quantity)) for x, quantity in zip(rows["x"], rows["quantity"], strict=True)]
-    rows = rows.assign(point=heads)
+    named = [_point(float(x), str(quantity)) for x, quantity in zip(rows["x"], rows["quantity"], strict=True)]
+    rows = rows.assign(point=named)
     points = list(dict.fromkeys(rows.sort_values("x", kind="stable")["point"]))
-    table.add_column("system")
-    for point in points:
-        table.add_column(point, justify="right")
-    for system, values in rows.groupby("system", sort=False):
-        by_point = values.set_index("point")
-        table.add_row(str(system), *(_cell(by_point.loc[p]) if p in by_point.index else "-" for p in points))
+    systems = list(dict.fromkeys(rows["system"]))
+    cells = {(r["system"], r["point"]): _cell(r) for _, r in rows.iterrows()}
+    wide = len(points) > MAX_COLUMNS  # then points go down and systems across
+    heads, lines = (systems, points) if wide else (points, systems)
+    table.add_column("" if wide else "system")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for line in lines:
+        table.add_row(line, *(cells.get((head, line) if wide else (line, head), "-") for head in heads))
     return table
 
 
