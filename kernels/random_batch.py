@@ -85,9 +85,7 @@ def _rows(lengths: Sequence[int], padding: int, random: torch.Generator) -> tupl
     return _Place(len(lengths) + 1, max(lengths) + padding, rows[:, None].tolist()), rows
 
 
-def _blocks(
-    lengths: Sequence[int], block_size: int, shuffled: bool, random: torch.Generator
-) -> tuple[_Place, Tensor]:
+def _blocks(lengths: Sequence[int], block_size: int, shuffled: bool, random: torch.Generator) -> tuple[_Place, Tensor]:
     """Blocks in order or scattered; block 0, or one of them, is nobody's, and fills the tables' ends."""
     needed = [math.ceil(length / block_size) for length in lengths]
     total = sum(needed) + 1
@@ -102,7 +100,7 @@ def _blocks(
 def _placed(x: Tensor, place: _Place, lengths: Sequence[int], padding: int) -> Tensor:
     """A cache that holds the tokens x [T, H, D] of all sequences, and NaN elsewhere."""
     cache = torch.full((place.units, place.unit_tokens, *x.shape[1:]), math.nan, dtype=x.dtype, device=x.device)
-    for tokens, table in zip(x.split(list(lengths)), place.tables, strict=True):
-        for unit, run in zip(table, tokens.split(place.unit_tokens), strict=True):
+    for tokens, table in zip(torch.split(x, list(lengths)), place.tables, strict=True):
+        for unit, run in zip(table, torch.split(tokens, place.unit_tokens), strict=True):
             cache[unit, : len(run)] = run
     return cache[:, : place.unit_tokens - padding]

@@ -9,7 +9,15 @@ from kvarena.errors import UserError
 from kvarena.kernels.catalogue import TRITON
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.triton_body import attend, merge_splits
-from kvarena.kernels.triton_launch import DECODE_PROGRAMS, PREFILL_PROGRAMS, multiprocessors, split_tokens, tiles
+from kvarena.kernels.triton_launch import (
+    DECODE_PROGRAMS,
+    MOST_SPLIT_TOKENS,
+    PREFILL_PROGRAMS,
+    Tiles,
+    multiprocessors,
+    split_tokens,
+    tiles,
+)
 from kvarena.kernels.view import BatchView, LayerCache
 
 _LOG2_E = math.log2(math.e)
@@ -25,28 +33,34 @@ class TritonAttention(AttentionKernel):
 
     spec = TRITON
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Tiles | None = None, split_tokens: int | None = None) -> None:
+        """Chooses tiles and splits by call, unless a benchmark fixes them (`split_tokens`: a multiple of the tile)."""
+        self._shape, self._split_tokens = shape, split_tokens
         self._workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""
-        self._attend(q, cache, view, out, DECODE_PROGRAMS)
+        self._attend(q, cache, view, out, DECODE_PROGRAMS, MOST_SPLIT_TOKENS)
 
     def prefill(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend causally with packed queries."""
-        self._attend(q, cache, view, out, PREFILL_PROGRAMS)
+        self._attend(q, cache, view, out, PREFILL_PROGRAMS, view.max_length)
 
-    def _attend(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, per_multiprocessor: int) -> None:
+    def _attend(
+        self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, per_multiprocessor: int, most: int
+    ) -> None:
         q = q if q[0].is_contiguous() else q.contiguous()
         if not out[0].is_contiguous():
             raise UserError("kernel=triton: the heads of an output must lie densely")
         tokens, query_heads, size = q.shape
         heads = cache.num_kv_heads
         group = query_heads // heads
-        shape = tiles(size, q.element_size(), view.max_queries * group)
+        paged = view.block_table is not None
+        shape = self._shape or tiles(size, q.element_size(), view.max_queries * group, paged)
         row_tiles = -(-view.max_queries * group // shape.ROWS)
         programs = heads * row_tiles * view.batch_size
-        per_split = split_tokens(programs, view.max_length, per_multiprocessor * multiprocessors(q.device), shape.TILE)
+        wanted = per_multiprocessor * multiprocessors(q.device)
+        per_split = self._split_tokens or split_tokens(programs, view.max_length, wanted, most, shape.TILE)
         splits = -(-view.max_length // per_split)
         parts, log_total = self._partials(splits, tokens * query_heads, size, q.device) if splits > 1 else (out, None)
         table = view.block_table if view.block_table is not None else view.rows

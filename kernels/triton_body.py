@@ -12,8 +12,10 @@ and `merge_splits` joins the splits (FlashDecoding). The two layouts differ in `
 Scores are in units of log2 (`scale` holds log2(e) / sqrt(D)), so that weights are powers of two.
 """
 
-import triton
-import triton.language as tl
+# mypy: disable-error-code="untyped-decorator"
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 
 MASKED = tl.constexpr(-1e30)  # a score that weighs nothing; finite, so that masked less masked is a number
 SPLITS_AT_ONCE = tl.constexpr(16)
@@ -176,8 +178,8 @@ def attend(
         if log_total is not None:
             out_at += split.to(tl.int64) * split_stride * SIZE
         tl.store(out + out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=exists[:, None])
-    if log_total is not None:  # an empty split says so
-        weight = tl.where(total > 0, top + tl.log2(total), MASKED)
+    if log_total is not None:  # MASKED where a row sees no key of this split
+        weight = top + tl.log2(tl.maximum(total, 1e-30))
         place = split.to(tl.int64) * split_stride + token * (HEADS * GROUP) + query_head
         tl.store(log_total + place, weight, mask=exists)
 
