@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from kvarena.allocators.batch_view import make_view
+from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.resident_store import ResidentStore
@@ -38,7 +38,15 @@ class RowPolicy(Protocol):
 class ReservedStore(ResidentStore):
     """Contiguous rows over a resident pool."""
 
-    def __init__(self, policy: Policy, num_layers: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        num_layers: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
         rows: RowPolicy = policy  # type: ignore[assignment]  # a policy of contiguous rows
         self._policy = rows
@@ -47,7 +55,9 @@ class ReservedStore(ResidentStore):
         tensor_tokens = num_rows * rows.row_tokens
         last_row_end = (num_rows - 1) * rows.row_tokens + rows.max_tokens  # may lie past the tensor, and the pool
         tensor_bytes = tensor_tokens * shape.token_bytes
-        super().__init__(policy, shape, (2 * num_layers - 1) * tensor_bytes + last_row_end * shape.token_bytes)
+        addressed_bytes = (2 * num_layers - 1) * tensor_bytes + last_row_end * shape.token_bytes
+        super().__init__(policy, shape, addressed_bytes, device)
+        self._make_view = view_maker(torch.device(self.driver.device))
 
         dims = (num_rows, rows.max_tokens, num_kv_heads, head_size)  # [R, S, H, D]
         strides = (rows.row_tokens * shape.token_bytes, shape.token_bytes, *shape.head_strides)
@@ -63,4 +73,4 @@ class ReservedStore(ResidentStore):
 
     def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
         """Rows of these sequences."""
-        return make_view(lengths, num_queries, rows=[self._policy.row(seq_id) for seq_id in seq_ids])
+        return self._make_view(lengths, num_queries, rows=[self._policy.row(seq_id) for seq_id in seq_ids])

@@ -7,22 +7,26 @@ faulted in) and mapped, page tables included, before the first request.
 
 from collections.abc import Sequence
 
+import torch
+
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, Policy
 from kvarena.allocators.sizes import round_up
 from kvarena.allocators.store import DriverCalls, Physical, Store
 from kvarena.allocators.vmm.driver import Driver
-from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.drivers import granularity_of, make_driver
 
 
 class ResidentStore(Store):
     """One pool, mapped whole, and never again changed."""
 
-    def __init__(self, policy: Policy, shape: ModelShape, addressed_bytes: int) -> None:
+    def __init__(
+        self, policy: Policy, shape: ModelShape, addressed_bytes: int, device: torch.device | str = "cpu"
+    ) -> None:
         """Maps the policy's pool at `self.base`; `addressed_bytes` from there on may be spanned by tensors."""
         shape.check(policy.kv_layout)
-        pool_bytes = round_up(policy.pool_bytes, HostDriver.granularity)
-        self.driver: Driver = HostDriver(pool_bytes)
+        pool_bytes = round_up(policy.pool_bytes, granularity_of(device))
+        self.driver: Driver = make_driver(device, pool_bytes)
         try:
             self.base = self.driver.reserve(max(pool_bytes, addressed_bytes))
             self.driver.map(self.base, 0, self.driver.create(1))

@@ -8,7 +8,6 @@ from kvarena.allocators.reserved_store import ReservedStore
 from kvarena.allocators.store import Store
 from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.virtual_store import VirtualStore
-from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
 
@@ -25,10 +24,8 @@ def make_store(
     Raises UserError where the pool does not fit the machine, the policy's KV layout is one that only a modelled clock
     runs, or no driver serves the device.
     """
-    if torch.device(device).type != "cpu":
-        raise UserError(f"device={device}: there is a virtual-memory driver for cpu only")
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(policy, VAttentionPolicy):
-        return VirtualStore(policy, num_layers, num_kv_heads, head_size, resolved)
+        return VirtualStore(policy, num_layers, num_kv_heads, head_size, resolved, device=device)
     kind = PagedStore if policy.memory_layout is Layout.PAGED else ReservedStore
-    return kind(policy, num_layers, num_kv_heads, head_size, resolved)
+    return kind(policy, num_layers, num_kv_heads, head_size, resolved, device)

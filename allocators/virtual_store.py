@@ -11,20 +11,21 @@ Actions for the background run in one worker thread beside the forward pass. Who
 it, and hears there if it failed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter_ns
 
 import torch
 from torch import Tensor
 
-from kvarena.allocators.batch_view import make_view
+from kvarena.allocators.device_view import view_maker
+from kvarena.allocators.kernel_fence import kernels_so_far
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, Map, Policy, Unmap
 from kvarena.allocators.store import DriverCalls, Physical, Store
 from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.vmm.driver import CallTotals, Driver
-from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.view import BatchView, LayerCache
@@ -41,6 +42,7 @@ class VirtualStore(Store):
         head_size: int,
         dtype: torch.dtype,
         driver: Driver | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
         if not isinstance(policy, VAttentionPolicy):
@@ -52,7 +54,8 @@ class VirtualStore(Store):
         [geometry] = policy.geometries
         self._num_tensors = geometry.num_tensors
         self._row_bytes = geometry.row_bytes(policy.max_tokens)
-        self.driver = driver if driver is not None else HostDriver(self._page_group)
+        self.driver = driver if driver is not None else make_driver(device, self._page_group)
+        self._make_view = view_maker(torch.device(self.driver.device))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvarena-map")
         self._pending: Future[None] | None = None
         self._background = CallTotals()
@@ -92,18 +95,20 @@ class VirtualStore(Store):
     def apply(self, actions: Sequence[Action]) -> None:
         """Map and unmap now."""
         self._wait()
-        self._perform(actions)
+        if actions:
+            self._perform(actions, kernels_so_far(self.driver.device))
 
     def apply_in_background(self, actions: Sequence[Action]) -> None:
         """Map and unmap in the worker thread."""
         if actions:
             self._wait()
-            self._pending = self._worker.submit(self._perform_in_background, actions)
+            fence = kernels_so_far(self.driver.device)
+            self._pending = self._worker.submit(self._perform_in_background, actions, fence)
 
     def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
         """Rows of these sequences."""
         self._wait()
-        return make_view(lengths, num_queries, rows=[self._policy.row(seq_id) for seq_id in seq_ids])
+        return self._make_view(lengths, num_queries, rows=[self._policy.row(seq_id) for seq_id in seq_ids])
 
     def physical(self) -> Physical:
         """Page-groups mapped and created, beside the memfd's blocks."""
@@ -141,23 +146,24 @@ class VirtualStore(Store):
         finally:
             self._waited_ns += perf_counter_ns() - started_ns
 
-    def _perform_in_background(self, actions: Sequence[Action]) -> None:
+    def _perform_in_background(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
         before = self.driver.totals()
         try:
-            self._perform(actions)
+            self._perform(actions, fence)
         finally:
             after = self.driver.totals()
             self._background = CallTotals(
                 self._background.calls + after.calls - before.calls, self._background.ns + after.ns - before.ns
             )
 
-    def _perform(self, actions: Sequence[Action]) -> None:
+    def _perform(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
         for run in _runs(actions):
             first = run[0]
             offset = first.row * self._row_bytes + first.ordinal * self._page_group
             if isinstance(first, Map):
                 self._map([action.slab for action in run], offset)
             else:
+                fence()  # a kernel may be reading what goes
                 for base in self._bases:
                     self.driver.unmap(base, offset, len(run))
 

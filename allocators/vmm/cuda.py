@@ -9,6 +9,7 @@
 
 None of these waits for kernels. Whoever unmaps must first wait for every kernel launched that may read the addresses
 (`allocators/kernel_fence.py`); mapping touches only addresses that no kernel reads yet, so it may run beside them.
+`close` waits for all.
 
 A handle of ours is the number of a page-group, ascending; the driver's own handles are opaque.
 """
@@ -61,7 +62,7 @@ class CudaDriver(Driver):
         return self._free_at_start - free
 
     def _reserve(self, num_bytes: int) -> int:
-        return int(self._call("reserve", "cuMemAddressReserve", num_bytes, 0, 0, 0))
+        return int(self._call("reserve", "cuMemAddressReserve", num_bytes, self.granularity, 0, 0))
 
     def _create(self, count: int) -> list[int]:
         numbers = range(self._next_handle, self._next_handle + count)
@@ -131,6 +132,15 @@ class CudaDriver(Driver):
             self._count(kind, started_ns)
 
 
+def granularity_of_gpu(ordinal: int = 0, api: Any = None) -> int:
+    """Bytes of the smallest page-group of a GPU. Raises UserError like `CudaDriver`."""
+    cuda = CudaContext(ordinal, api)
+    try:
+        return _granularity(cuda, _pinned_memory_of(cuda.api, ordinal))
+    finally:
+        cuda.release()
+
+
 def _pinned_memory_of(api: Any, ordinal: int) -> Any:
     """Properties of the memory to create: this GPU's, not to be moved."""
     properties = api.CUmemAllocationProp()
@@ -150,7 +160,7 @@ def _read_and_write(api: Any, ordinal: int) -> Any:
 
 
 def _granularity(cuda: CudaContext, properties: Any) -> int:
-    """Bytes of the smallest page-group. Raises UserError where the GPU has no virtual memory management."""
+    """The granularity. Raises UserError where the GPU has no virtual memory management."""
     supported = cuda.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
     if not cuda("cuDeviceGetAttribute", supported, cuda.device):
         raise UserError("device=cuda: this GPU, or the way it is shared, has no virtual memory management (cuMemMap)")
@@ -161,7 +171,7 @@ def _granularity(cuda: CudaContext, properties: Any) -> int:
 def _give_back(
     cuda: CudaContext, ranges: dict[int, AddressRange], handles: dict[int, Any], page_group_bytes: int
 ) -> list[CudaError]:
-    """Unmap, free, release, let go of the context. Returns what failed; the rest is given back all the same."""
+    """Wait, unmap, free, release, let go of the context. Returns what failed; the rest is given back all the same."""
     failed: list[CudaError] = []
 
     def attempt(function: str, *arguments: Any) -> None:
@@ -170,6 +180,7 @@ def _give_back(
         except CudaError as error:
             failed.append(error)
 
+    attempt("cuCtxSynchronize")  # kernels may still be reading
     for addresses in ranges.values():
         for slot, count in _runs(addresses.handles):
             attempt("cuMemUnmap", addresses.base + slot * page_group_bytes, count * page_group_bytes)

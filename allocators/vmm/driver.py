@@ -54,6 +54,7 @@ class Driver(ABC):
 
     granularity: int  # bytes; a page-group is a multiple of it
     device: str  # of tensors over the addresses: "cpu" or "cuda"
+    ordinal: int = 0  # which GPU
 
     def __init__(self, page_group_bytes: int) -> None:
         if page_group_bytes <= 0 or page_group_bytes % self.granularity:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from cuda.bindings import driver as bindings
 
-from kvarena.allocators.sizes import GB, MB
+from kvarena.allocators.sizes import GB, MB, round_up
 from kvarena.allocators.vmm import libc
 from kvarena.allocators.vmm.cuda import CudaDriver
 
@@ -136,6 +136,9 @@ class FakeCuda:
         require(context == CONTEXT and self.retained > 0, RESULT.CUDA_ERROR_INVALID_CONTEXT)
         self._threads.current = context
 
+    def _cuCtxSynchronize(self):
+        self._in_context()
+
     def _cuDeviceGetAttribute(self, attribute, device):
         return (int(self.supports_vmm),)
 
@@ -149,8 +152,12 @@ class FakeCuda:
 
     def _cuMemAddressReserve(self, size, alignment, hint, flags):
         self._in_context()
-        require(size > 0 and size % self.granularity == 0 and (alignment, hint, flags) == (0, 0, 0))
-        base = libc.reserve_addresses(size)
+        require(size > 0 and size % self.granularity == 0 and alignment.bit_count() == 1 and hint == flags == 0)
+        start = libc.reserve_addresses(size + alignment)
+        base = round_up(start, alignment)
+        libc.unmap_addresses(base + size, start + alignment - base)
+        if base > start:
+            libc.unmap_addresses(start, base - start)
         self.reserved[base] = size
         return (bindings.CUdeviceptr(base),)
 

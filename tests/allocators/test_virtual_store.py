@@ -225,7 +225,7 @@ def test_a_store_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
             super().__init__(*args)
             drivers.append(self)
 
-    monkeypatch.setattr("kvarena.allocators.virtual_store.HostDriver", Recorded)
+    monkeypatch.setattr("kvarena.allocators.vmm.drivers.HostDriver", Recorded)
     monkeypatch.setattr("kvarena.allocators.vmm.host.available_bytes", lambda: MB)
     with pytest.raises(UserError):
         make()

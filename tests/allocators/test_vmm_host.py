@@ -275,6 +275,7 @@ def test_other_mappings_of_the_process_are_recounted_near_the_limit(monkeypatch)
 
 
 def test_tensors_keep_the_memory_of_a_forgotten_driver(driver):
+    gc.collect()  # what other tests left behind
     fd_count = len(os.listdir("/proc/self/fd"))
     forgotten = HostDriver(SIZE)
     base = forgotten.reserve(SIZE)

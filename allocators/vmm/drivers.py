@@ -1,0 +1,31 @@
+"""The driver of a device."""
+
+import torch
+
+from kvarena.allocators.vmm.cuda import CudaDriver, granularity_of_gpu
+from kvarena.allocators.vmm.driver import Driver
+from kvarena.allocators.vmm.host import HostDriver
+from kvarena.errors import UserError
+
+
+def make_driver(device: torch.device | str, page_group_bytes: int) -> Driver:
+    """A driver of page-groups of this size. Raises UserError where the device has none, or none of this size."""
+    device = torch.device(device)
+    if _is_cpu(device):
+        return HostDriver(page_group_bytes)
+    return CudaDriver(page_group_bytes, device.index or 0)
+
+
+def granularity_of(device: torch.device | str) -> int:
+    """Bytes of which every page-group on a device is a multiple. Raises UserError where it has no driver."""
+    device = torch.device(device)
+    return HostDriver.granularity if _is_cpu(device) else granularity_of_gpu(device.index or 0)
+
+
+def _is_cpu(device: torch.device) -> bool:
+    """Whether the host's driver serves it. Raises UserError where it is neither the CPU nor a GPU at hand."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={device}: there is a virtual-memory driver for cpu and for cuda only")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device}: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
+    return device.type == "cpu"
