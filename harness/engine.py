@@ -80,15 +80,13 @@ class Engine:
     def _stretch(self, executor: ModelledExecutor, gap_ps: int | None) -> tuple[StepPlan, StepTime, Usage] | None:
         """All who run decode, up to the next event; `gap_ps` is the time to an arrival that might be admitted."""
         scheduler, policy = self.scheduler, self.scheduler.policy
+        seq_ids = [r.seq_id for r in scheduler.running]
+        steps = policy.quiet_steps(seq_ids, scheduler.steps_left())
+        if steps < 1:
+            return None
         plan = StepPlan(scheduler.running)
         run = executor.steady(plan)
-        steps = min(scheduler.steps_left(), run.steps)
-        if gap_ps is not None:
-            steps = min(steps, run.steps_to(gap_ps))
-        seq_ids = [r.seq_id for r in plan.decodes]
-        plan.steps = policy.quiet_steps(seq_ids, steps)
-        if plan.steps < 1:
-            return None
+        plan.steps = min(steps, run.steps if gap_ps is None else min(run.steps, run.steps_to(gap_ps)))
         usage = policy.advance(seq_ids, plan.steps, scheduler.head)
         return plan, run.take(plan.steps), usage
 

@@ -133,8 +133,8 @@ class Scheduler(ABC):
         done = []
         for request in plan.decodes:
             request.computed += steps
-            request.generated += steps
-            if request.generated >= request.output_tokens:
+            generated = request.generated = request.generated + steps
+            if generated >= request.output_tokens:
                 done.append(request)
         for chunk in plan.prefills:
             request, is_last = chunk.request, chunk.is_last
@@ -157,4 +157,4 @@ class Scheduler(ABC):
             request.state = RequestState.FINISHED
             self.policy.release(request.seq_id)
         if done:
-            self.running = [r for r in self.running if r.state is RequestState.RUNNING]
+            self.running = [r for r in self.running if r.finish_ps is None]
