@@ -1,11 +1,12 @@
 """How our numba functions are compiled, and where the machine code is kept.
 
 Numba keys its cache by the file a function stands in, and misses an edit of any other file that was compiled into
-it. Ours is keyed by the text of the whole package. It lies beside the source, or where that is read-only in the
-user's cache folder, else in a temporary one; `NUMBA_CACHE_DIR` overrides it.
+it. Ours is keyed by the text of every module that has to do with numba. It lies beside the source, or where that is
+read-only in the user's cache folder, else in a temporary one; `NUMBA_CACHE_DIR` overrides it.
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,7 @@ Array = np.ndarray[Any, Any]
 
 # nogil: page-groups are mapped by another thread meanwhile.
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+_JITTED = re.compile(rb"^(from|import) (numba|llvmlite|kvarena\.kernels\.jit)", re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -28,7 +30,9 @@ def cache_folder() -> Path:
     """Folder of the machine code of this version of the package."""
     digest = hashlib.sha256()
     for source in sorted(_PACKAGE.glob("*.py")):
-        digest.update(source.read_bytes())
+        text = source.read_bytes()
+        if _JITTED.search(text):
+            digest.update(text)
     name = f"numba-{digest.hexdigest()[:16]}"
     for parent in (_PACKAGE / "__pycache__", Path.home() / ".cache" / "kvarena"):
         try:

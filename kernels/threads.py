@@ -8,9 +8,6 @@ spin on the cores that the other pool wants.
 import os
 from typing import Any
 
-import numba
-import torch
-
 _SMALL_MACHINE = 2  # cores
 
 _threads: int | None = None
@@ -34,6 +31,9 @@ def compute_threads() -> int:
 
 def set_compute_threads(threads: int | None = None) -> int:
     """Let torch and our kernels compute with this many threads (None: the default); returns the number."""
+    import numba
+    import torch
+
     global _threads
     _threads = default_threads() if threads is None else threads
     torch.set_num_threads(_threads)

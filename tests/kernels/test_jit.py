@@ -14,7 +14,8 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     source = tmp_path / "kernels"
     source.mkdir()
-    (source / "body.py").write_text("x = 1\n")
+    (source / "body.py").write_text("import numba\nx = 1\n")
+    (source / "other.py").write_text("x = 1\n")
     monkeypatch.setattr(jit, "_PACKAGE", source)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     jit.cache_folder.cache_clear()
@@ -22,12 +23,21 @@ def package(tmp_path, monkeypatch):
     jit.cache_folder.cache_clear()
 
 
-def test_an_edit_of_any_file_changes_the_folder(package):
+def test_an_edit_of_any_jitted_file_changes_the_folder(package):
     before = jit.cache_folder()
     assert before.parent == package / "__pycache__"
-    (package / "body.py").write_text("x = 2\n")
+    (package / "other.py").write_text("x = 2\n")
+    jit.cache_folder.cache_clear()
+    assert jit.cache_folder() == before
+    (package / "body.py").write_text("import numba\nx = 2\n")
     jit.cache_folder.cache_clear()
     assert jit.cache_folder() != before
+
+
+def test_every_jitted_file_is_seen():
+    """Each module that the numba kernels compile code from."""
+    jitted = {path.name for path in jit._PACKAGE.glob("*.py") if jit._JITTED.search(path.read_bytes())}
+    assert jitted >= {"simd.py", "jit.py", "attention_tile.py", "addressing.py", "numba_attention.py", "append.py"}
 
 
 def test_a_read_only_package_caches_in_the_home_folder(package):

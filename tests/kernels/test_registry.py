@@ -1,21 +1,17 @@
-"""Which pairs fit, and what is said about those that do not."""
+"""Kernels by name: which exist, which can run here, what they can read, and what is said where they cannot."""
 
 import re
 from dataclasses import replace
 from importlib import import_module
 
 import pytest
-from rich.console import Console
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import CONF
 from kvarena.kernels import registry
-from kvarena.kernels.catalogue import CATALOGUE, FLEX, NUMBA, SDPA
+from kvarena.kernels.catalogue import CATALOGUE, FLEX, NUMBA
 from kvarena.kernels.layout import Layout
-from kvarena.kernels.portability import check, matrix, render
-from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
-
-ALLOCATORS = {"static": Layout.CONTIGUOUS, "paged": Layout.PAGED, "vattention": Layout.CONTIGUOUS}
+from kvarena.kernels.registry import fits, get_kernel, missing
 
 
 def test_every_kernel_has_a_class_and_a_configuration():
@@ -61,36 +57,3 @@ def test_reasons(asked, reason):
     spec = replace(NUMBA, block_sizes=frozenset({16, 32}))
     found = fits(spec, **asked)
     assert found == reason if reason is None else re.fullmatch(reason, found)
-
-
-def test_virtually_contiguous_memory_takes_every_kernel_that_static_memory_takes():
-    """The claim of vAttention; paging costs the kernels that read rows."""
-    pairs = matrix(ALLOCATORS)
-    taken = {name: {p.kernel for p in pairs if p.allocator == name and p.reason is None} for name in ALLOCATORS}
-    assert taken["vattention"] == taken["static"] > {"sdpa"}
-    assert "sdpa" not in taken["paged"]
-
-
-def test_a_pair_that_does_not_fit_is_refused_with_the_pairs_that_do():
-    pairs = matrix(ALLOCATORS, kernels=("numba", "sdpa"))
-    check(pairs, "static", "sdpa")
-    with pytest.raises(UserError) as refused:
-        check(pairs, "paged", "sdpa")
-    assert "sdpa reads contiguous, not paged" in str(refused.value)
-    assert str(refused.value).endswith(
-        "static + numba, static + sdpa, paged + numba, vattention + numba, vattention + sdpa"
-    )
-
-
-def test_block_sizes_are_asked_of_paged_allocators():
-    assert [p.reason for p in matrix({"paged": Layout.PAGED}, ("numba",), block_sizes={"paged": 3})] == [None]
-    assert kernel_spec("sdpa") is SDPA
-
-
-def test_the_matrix_shows_every_reason():
-    console = Console(width=200, record=True)
-    console.print(render(matrix(ALLOCATORS, kernels=("numba", "sdpa", "gather_sdpa"))))
-    text = console.export_text()
-    assert text.count("yes") == 6
-    assert text.count("no: reads contiguous, not paged") == 1
-    assert text.count("no: reads paged, not contiguous") == 2
