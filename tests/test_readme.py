@@ -1,0 +1,100 @@
+"""The README's examples are code that works: an allocator in 40 lines and a kernel in 60."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.policy import Sequence
+from kvarena.allocators.stores import make_store
+from kvarena.harness.paths import ROOT
+from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.kernels.random_batch import Shapes, random_batch
+from kvarena.kernels.reference import reference_attention
+from kvarena.kernels.registry import get_kernel
+
+README = (ROOT / "README.md").read_text()
+
+
+def example(heading: str, max_lines: int) -> dict[str, Any]:
+    """Names that the Python block under a heading defines."""
+    section = README.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(code.splitlines()) <= max_lines
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def headroom() -> Any:
+    return example("Your own allocator, in 40 lines", 40)["HeadroomPolicy"]
+
+
+def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -> None:
+    layout = attention_layout(2, 2, 16, "float32")
+    policy = headroom(layout, 5000 * layout.token_bytes, max_tokens=1024, headroom=100)
+    dice, resident = random.Random(0), {}
+    for seq_id in range(300):
+        seq = Sequence(seq_id, dice.randint(1, 600), dice.randint(1, 100))
+        head = None if policy.admit(seq, seq.prompt_tokens) else seq
+        if head is None:
+            resident[seq_id] = seq
+        for other in list(resident):
+            if policy.length(other) == resident[other].final_tokens or dice.random() < 0.05:
+                policy.release(other)
+                del resident[other]
+            else:
+                room = resident[other].final_tokens - policy.length(other)
+                assert policy.grow(other, dice.randint(1, room))
+            policy.check_integrity()
+            assert policy.usage(head).pool == policy.pool_bytes
+    for seq_id in resident:
+        policy.release(seq_id)
+    usage = policy.usage()
+    assert usage.free + usage.remainder == policy.pool_bytes
+
+
+def test_the_allocator_yields_the_same_tokens_as_static_reservation(headroom: Any) -> None:
+    from kvarena.allocators.static import StaticPolicy
+    from kvarena.harness.engine import Engine
+    from kvarena.harness.model import load_preset
+    from kvarena.harness.model.build import build_model
+    from kvarena.harness.request import Request
+    from kvarena.harness.scheduler.registry import make_scheduler
+    from kvarena.harness.scheduler.vllm import VllmConfig
+
+    config = load_preset("tiny-llama")
+    model, layout = build_model(config), config.kv_layout()
+    outputs = []
+    for make in (StaticPolicy, headroom):
+        policy = make(layout, 2048 * layout.token_bytes, max_tokens=512)
+        store = make_store(policy, config.num_layers, config.num_kv_heads, config.head_size, config.dtype)
+        kept: dict[int, list[int]] = {}
+
+        class Keeping(TorchExecutor):
+            def finish(self, request: Request, kept: dict[int, list[int]] = kept) -> None:
+                kept[request.seq_id] = list(self.tokens[request.seq_id])
+
+        executor = Keeping(model, store, get_kernel("numba"))
+        requests = [Request(i, prompt, 12) for i, prompt in enumerate((5, 70, 33, 18, 64, 2))]
+        Engine(make_scheduler(VllmConfig(name="vllm"), policy, 512), executor).run(requests)
+        store.close()
+        outputs.append(kept)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 6
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 16])
+@pytest.mark.parametrize("queries", [None, [1, 7, 20]])
+def test_the_kernel_equals_the_reference(block_size: int | None, queries: list[int] | None) -> None:
+    kernel = example("Your own kernel, in 60 lines", 60)["PlainAttention"]()
+    batch = random_batch(Shapes(), [3, 40, 20], queries=queries, block_size=block_size)
+    out = torch.full_like(batch.q, float("nan"))
+    attend = kernel.decode if queries is None else kernel.prefill
+    attend(batch.q, batch.cache, batch.view, out)
+    expected = reference_attention(batch.q, batch.cache, batch.view)
+    torch.testing.assert_close(out.double(), expected.double(), rtol=1e-5, atol=1e-5)
