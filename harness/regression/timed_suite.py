@@ -81,21 +81,21 @@ def _decode_steps(policy: object, batch: int, steps: int) -> Body:
 
 
 def replay_paged() -> Body:
-    """A modelled replay of 40 requests with PagedPolicy, some of them preempted."""
+    """A modelled replay of 20 requests with PagedPolicy, some of them preempted."""
     from kvarena.allocators.kv_layout import attention_layout
     from kvarena.allocators.paged import PagedPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
-    return _replay(lambda: PagedPolicy(layout, 300 * BLOCK * layout.token_bytes, max_tokens=2048))
+    return _replay(lambda: PagedPolicy(layout, 200 * BLOCK * layout.token_bytes, max_tokens=2048))
 
 
 def replay_vattention() -> Body:
-    """A modelled replay of 40 requests with VAttentionPolicy."""
+    """A modelled replay of 20 requests with VAttentionPolicy."""
     from kvarena.allocators.kv_layout import attention_layout
     from kvarena.allocators.vattention import VAttentionPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
-    pool_bytes = 300 * BLOCK * layout.token_bytes
+    pool_bytes = 200 * BLOCK * layout.token_bytes
     return _replay(lambda: VAttentionPolicy(layout, pool_bytes, max_tokens=2048, page_group="2MB"))
 
 
@@ -110,7 +110,7 @@ def _replay(make_policy: Callable[[], object]) -> Body:
     prices = ActionPrices(map_ps=(3_200_000_000,), unmap_ps=(2_720_000_000,))
 
     def body() -> None:
-        requests = [Request(i, 20 + 37 * i % 400, 10 + 53 * i % 300, arrival_ps=i * 10**11) for i in range(40)]
+        requests = [Request(i, 20 + 37 * i % 400, 10 + 53 * i % 300, arrival_ps=i * 10**11) for i in range(20)]
         scheduler = make_scheduler(config_class("vllm")(), make_policy(), 2048)  # type: ignore[arg-type]
         Engine(scheduler, ModelledExecutor(model, prices)).run(requests)
 
@@ -118,7 +118,7 @@ def _replay(make_policy: Callable[[], object]) -> Body:
 
 
 def decode_contiguous() -> Body:
-    """Numba kernel: one decode call over 8 rows of 512 tokens."""
+    """Numba kernel: 10 decode calls over 4 rows of 128 tokens, few enough for a cache that no neighbour shares."""
     return _decode("static")
 
 
@@ -132,10 +132,15 @@ def _decode(allocator: str) -> Body:
 
     from kvarena.kernels.registry import get_kernel
 
-    store, view = _served(allocator, batch=8, tokens=512)
-    q = torch.ones(8, 8, 64)
+    store, view = _served(allocator, batch=4, tokens=128)
+    q = torch.ones(4, 8, 64)
     out, kernel = torch.empty_like(q), get_kernel("numba")
-    return lambda: kernel.decode(q, store.layer(0), view, out)
+
+    def body() -> None:
+        for _ in range(10):
+            kernel.decode(q, store.layer(0), view, out)
+
+    return body
 
 
 def append_kv() -> Body:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RUNS = 5  # per sample, which is the fastest of them: what disturbs a run only ever makes it longer
+RUNS = 10  # per sample, which is the fastest of them: what disturbs a run only ever makes it longer
 
 
 def main() -> None:
