@@ -1,0 +1,160 @@
+"""From Orca(Max) to vAttention one idea at a time: what each is worth in requests at once, and in sustained rate.
+
+    orca-max          reserves the longest sequence, in powers of two, contiguously
+      estimate        reserve what the request will really need            -> orca-oracle
+      rounding        exact sizes instead of powers of two                 -> contiguous
+      stranding       slots need not lie together                          -> paged-reserved-1
+      reservation     take slots when they are written, preempt if need be -> paged-1
+      granularity     take them in larger units, which drivers and kernels want: blocks of 16 (vLLM), page-groups
+
+Each step changes that one thing; what a step is worth depends on those before it. Every seed serves the same trace with
+every system, and what is compared is paired by seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments import plots
+from kvarena.experiments.averages import Average, averages, window
+from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
+from kvarena.harness.capacity import capacity, paired_ratio
+from kvarena.harness.metrics import latencies
+from kvarena.harness.progress import Progress
+from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.run import Run
+from kvarena.harness.statistics import median_interval
+from kvarena.harness.summary import SummaryRow, frame, row
+from kvarena.harness.systems import System
+
+NAME = "waterfall"
+HEADLINE = "mean_batched_requests"
+MEASURES = {"batch": (HEADLINE, "requests"), "capacity": ("capacity", "req/s")}
+
+
+@dataclass
+class Step:
+    """`system` is `origin` with one thing changed."""
+
+    name: str
+    origin: str
+    system: str
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/waterfall.yaml; null there means: by the profile."""
+
+    steps: list[Step] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # at least 6 give a 95 % interval
+    window_s: list[float] | None = (
+        None  # of the mean batch; null: from the first to the last step with requests waiting
+    )
+    limit_s: float | None = None  # s/token, of capacity; null: no search
+    capacity_duration_s: float = 0.0  # of the arrivals in that search
+    guess: float = 1.0  # requests/s, where the search begins
+    tolerance: float = 0.01  # ratio to which it ends
+    pool_bytes: int | None = None
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Serve every seed with every system."""
+    params: Params = run.params
+    _check(run)
+    replayer, cells = Replayer(run), []
+    with Progress(NAME, len(params.seeds) * len(run.systems)) as progress:
+        for seed in params.seeds:
+            for system in run.systems:
+                progress.stage(f"seed {seed}, {system.name}")
+                cell = recorder.cell(f"{seed}-{system.name}", partial(_cell, run, replayer, system, seed))
+                cells.append(cell["points"])
+                progress.advance()
+    points = pd.concat(cells, ignore_index=True)
+    summary = frame(_summary(run, points))
+    notes = {"workload": workload_of(run, seed=params.seeds[0]).provenance, "seeds": params.seeds}
+    return Outcome(summary, pd.DataFrame({"seed": []}), points, HEADLINE, draw(summary), notes)
+
+
+def _check(run: Run) -> None:
+    seeds = run.params.seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"params.seeds={seeds}: at least one seed, and none twice")
+    if run.arrival.rate is None:
+        raise UserError("arrival.rate: the mean batch needs a rate at which requests wait under every system")
+    known = [step.name for step in run.params.steps]
+    if len(set(known)) < len(known):
+        raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")
+
+
+def _cell(run: Run, replayer: Replayer, system: System, seed: int) -> Frames:
+    """One system under one seed: the mean batch under overload, and the capacity."""
+    params: Params = run.params
+    _, steps, _ = replayer.serve(system, workload_of(run, seed=seed))
+    batch = averages(window(steps, params.window_s)).set_index("average").batch[Average.OVER_ITERATIONS]
+    point: dict[str, Any] = {
+        "system": system.name,
+        "seed": seed,
+        "batch": batch,
+        "preempted": int(steps.preempted.sum()),
+    }
+    if params.limit_s is not None:
+
+        def latency_at(rate: float) -> float:
+            workload = workload_of(run, seed=seed, rate=rate, duration_s=params.capacity_duration_s)
+            return float(latencies(replayer.serve(system, workload).requests).normalized_s.mean())
+
+        found = capacity(latency_at, params.limit_s, params.guess, params.tolerance)
+        point["capacity"] = (found.rate * found.above) ** 0.5
+    return {"points": pd.DataFrame([point])}
+
+
+def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    evidence = "measured" if run.clock == "measured" else "predicted"
+    shared = {"experiment": NAME, "paper": "kvarena", "figure": NAME, "panel": panel_of(run, run.trace.name),
+              "evidence": evidence}  # fmt: skip
+    systems = {system.name: system for system in run.systems}
+    for measure, (quantity, unit) in MEASURES.items():
+        if measure not in points:
+            continue
+        by_seed = points.pivot(index="seed", columns="system", values=measure)
+        for name, system in systems.items():
+            names = {**shared, **columns(run, system)}
+            yield row(median_interval(by_seed[name]), quantity=quantity, unit=unit, **names)
+        for step in run.params.steps:
+            if step.system in systems and step.origin in systems:
+                names = {**shared, **columns(run, systems[step.system])}
+                ratio = paired_ratio(by_seed, step.system, step.origin)
+                yield row(ratio, quantity=f"{measure}_ratio:{step.name}", unit="ratio", **names)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """A bar for every system, and on it what it is worth over its origin."""
+    measures = [m for m, (quantity, _) in MEASURES.items() if quantity in set(summary.quantity)]
+    figure, axes = plots.canvas(1, len(measures), width=7, height=4.4)
+    device = f"{summary.panel.iloc[0]}; {summary.clock.iloc[0]}, {summary.device.iloc[0]}"
+    for axis, measure in zip(axes, measures, strict=True):
+        quantity, unit = MEASURES[measure]
+        ratios = summary[summary.quantity.str.startswith(f"{measure}_ratio:")]
+        _bars(axis, summary[summary.quantity == quantity], ratios)
+        axis.set(ylabel=f"{quantity.replace('_', ' ')}, {unit}", title=f"from Orca(Max) to vAttention\n{device}")
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
+    for x, bar in enumerate(rows.to_dict("records")):
+        value = bar["value"]
+        axis.bar(x, value, 0.7, color=plots.COLOURS.get(bar["allocator"].split("_")[0], "#666666"))
+        if bar["n"] > 5:
+            axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
+        steps = ratios[ratios.system == bar["system"]]
+        worth = [f"{q.partition(':')[2]}\nx {v:.2f}" for q, v in zip(steps.quantity, steps.value, strict=True)]
+        axis.text(x, value, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
+    axis.set_ylim(0, 1.35 * rows.value.max())
+    axis.set_xticks(range(len(rows)), [s.split("/")[0] for s in rows.system], rotation=30, ha="right", fontsize=8)
