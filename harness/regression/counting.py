@@ -1,4 +1,8 @@
-"""Counting what allocators do, from outside: whoever is not being judged pays nothing for it."""
+"""Counting what allocators do, from outside.
+
+Arenas are patched for the length of a replay: a counter of their own would cost every replay, and taking a block is
+the one thing that has to be cheap.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -1,11 +1,13 @@
 """Tier 1 of the gate: counts, their baseline, and the log that has to explain it."""
 
 import json
+import sys
 
 import pytest
 
 from kvarena.allocators.block_tables import BlockTables
 from kvarena.errors import UserError
+from kvarena.experiments import cli
 from kvarena.harness.regression import baseline, exact, gate
 from kvarena.harness.regression.forks import count_forks
 from kvarena.harness.regression.replays import run_all
@@ -202,6 +204,15 @@ def test_json_holds_one_kind_per_file(baselines, monkeypatch, tmp_path):
     [paged, _] = json.loads((tmp_path / "figures.bigger.json").read_text())
     assert paged == {"name": "sharegpt/paged: live_pct", "unit": "%", "value": 67.798848}
     assert not any("live_pct" in entry["name"] for entry in smaller)
+
+
+def test_command_line_leaves_with_the_status_of_the_gate(baselines, monkeypatch):
+    monkeypatch.setattr(gate, "run_all", lambda: changed("sharegpt/paged", steps="2176").items())
+    exact.accept(TABLE.items(), "first")
+    monkeypatch.setattr(sys, "argv", ["kvarena", "regression", "--tier", "1"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
 
 
 def test_committed_baseline_and_log_belong_together():
