@@ -1,0 +1,87 @@
+"""One workload served with blocks of several sizes: what `block_size` and `preemption` have in common.
+
+A smaller block wastes less of a sequence's last one and shares more; a larger one needs fewer table look-ups, copies
+and driver calls. A replay sees the memory, the batch and the copies. What the block size does to the attention kernel
+it sees under the measured clock alone, where the kernel runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from kvarena.allocators.usage import Usage, paper_vllm_rollup
+from kvarena.errors import UserError
+from kvarena.experiments.replay import Replayer, Served
+from kvarena.harness.metrics import summarize
+from kvarena.harness.run import Run
+from kvarena.harness.statistics import Estimate, median_interval
+from kvarena.harness.systems import System
+from kvarena.harness.workload import Workload
+
+CLAIMED_FROM = 16  # tokens: below, what smaller blocks cost is mostly the attention kernel's time
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # x of PagedAttention's Figs 18b and 19
+
+# Our own quantities at every block size, and their units; docs/metrics.md has the formulas.
+OURS = {
+    "mean_batched_requests": "requests", "last_block_waste": "%", "preemptions": "count", "ttft_p50_s": "s",
+    "tpot_p50_s": "s", "e2el_mean_s": "s", "stall_mean_s": "s", "rate_reached_per_s": "req/s",
+}  # fmt: skip
+
+
+def check_block_sizes(sizes: Sequence[int]) -> None:
+    """Raises UserError for none, for one twice, and for sizes that no block has."""
+    if not sizes or len(set(sizes)) < len(sizes) or not all(1 <= size <= 256 for size in sizes):
+        raise UserError(f"params.block_sizes={list(sizes)}: name at least one, each from 1 to 256, and none twice")
+
+
+def has_blocks(system: System) -> bool:
+    """Whether a block size means anything to the system."""
+    return hasattr(system.allocator, "block_size")
+
+
+def variants(system: System, block_sizes: Sequence[int]) -> Iterator[tuple[int | None, System]]:
+    """The system with every block size; once, as it is, where it has no blocks."""
+    if not has_blocks(system):
+        yield None, system
+        return
+    for size in block_sizes:
+        yield size, replace(system, allocator=replace(system.allocator, block_size=size))
+
+
+def warm_up(replayer: Replayer, systems: Sequence[System], workload: Workload) -> None:
+    """Serve two short requests with every system, so that kernels are compiled before anything is timed."""
+    two = replace(
+        workload,
+        prompt_tokens=workload.prompt_tokens[:2],
+        output_tokens=workload.output_tokens[:2].clip(max=4),
+        arrival_ps=workload.arrival_ps[:2] * 0,
+        conversation_ids=None,
+        hash_ids=None,
+    )
+    for system in systems:
+        replayer.serve(system, two)
+
+
+def measures(served: Served) -> dict[str, float]:
+    """Every metric of one replay, its mean batch over iterations, and the share of held memory that is empty."""
+    steps = served.steps
+    batch = float(((steps.decodes + steps.prefills) * steps.steps).sum() / steps.steps.sum())
+    kinds = paper_vllm_rollup(Usage(*steps[list(Usage._fields)].sum().tolist()))
+    held = kinds["token_states"] + kinds["last_block_waste"]
+    ours = {"mean_batched_requests": batch, "last_block_waste": 100 * kinds["last_block_waste"] / held}
+    return summarize(served.requests, steps, served.resumed_gaps_ps) | ours
+
+
+def estimate(run: Run, samples: pd.Series) -> Estimate | float:
+    """The median over measured rounds; a modelled replay has one value, and no spread."""
+    return median_interval(samples) if run.clock == "measured" else float(samples.iloc[0])
+
+
+def evidence(run: Run, block_size: float | None, kernel_cost: bool = False) -> str:
+    """What kind of evidence a modelled replay is: below CLAIMED_FROM it rests on a kernel that no block slows down,
+    or on the cost that the user gave for it.
+    """
+    if run.clock == "measured":
+        return "measured"
+    return "conditional" if kernel_cost or (block_size or CLAIMED_FROM) < CLAIMED_FROM else "predicted"
