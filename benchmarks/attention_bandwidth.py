@@ -10,6 +10,7 @@ One thread. Goal for numba, contiguous, float32, batch 64, context 2048: 0.43, b
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def calls(given: argparse.Namespace) -> tuple[Callable[[], object], dict[Line, C
         kernel = get_kernel(name)
         for arrangement, (cache, view) in make_views(given, k, v).items():
             if fits(kernel.spec, cache.layout, "cpu", given.dtype, given.head_size, given.block_size) is None:
-                lines[name, arrangement] = lambda run=kernel.decode, c=cache, w=view: run(q, c, w, out)
+                lines[name, arrangement] = partial(kernel.decode, q, cache, view, out)
     return lambda: [x.sum() for x in words], lines, 2 * k.nbytes
 
 

@@ -19,7 +19,7 @@ import numpy as np
 Function = TypeVar("Function", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-# nogil: page-groups are mapped by another thread meanwhile.
+# nogil: another thread maps page-groups meanwhile.
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 _JITTED = re.compile(rb"^(from|import) (numba|llvmlite|kvarena\.kernels\.jit)", re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent
@@ -55,9 +55,7 @@ def jit(function: Function, *, parallel: bool = False) -> Function:
     # Numba's key does not tell serial code from parallel code of one function: a folder each.
     settings.CACHE_DIR = str(Path(chosen or cache_folder()) / ("parallel" if parallel else "serial"))
     try:
-        compiled: Any = numba.njit(cache=True, nogil=True, parallel=parallel, boundscheck=False, error_model="numpy")(
-            function
-        )
+        compiled: Any = numba.njit(function, parallel=parallel, **_OPTIONS)
     finally:
         settings.CACHE_DIR = chosen
     return compiled  # type: ignore[no-any-return]
