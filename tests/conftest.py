@@ -4,9 +4,13 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+from kvarena.harness.paths import ROOT
 from kvarena.kernels.threads import set_compute_threads
 
 set_compute_threads(1)
@@ -18,3 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch sees none here"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Finds a file of the data folder beside the checkout (or in KVARENA_SHARED); skips where it is absent."""
+    folder = Path(os.environ.get("KVARENA_SHARED", ROOT.parent / "shared"))
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"{folder / name} is absent: real traces are not part of the project")
+        return folder / name
+
+    return find

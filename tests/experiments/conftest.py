@@ -1,0 +1,42 @@
+"""Running an experiment in a test: as the command line would, into a folder of the test's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvarena.experiments import registry
+from kvarena.experiments.compose import compose_run
+from kvarena.harness.record import Recorder
+from kvarena.harness.summary import COLUMNS, frame, row
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`finished("memory_waste", overrides...)` is the folder of the finished run."""
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+
+    def measure(experiment: str, *overrides: str) -> Path:
+        run = compose_run(f"experiment={experiment}", *overrides)
+        recorder = Recorder(run.experiment, run.plain())
+        folder = recorder.finish(registry.get(experiment).run(run, recorder))
+        assert (folder / "figure.png").stat().st_size > 10_000
+        return folder
+
+    return measure
+
+
+@pytest.fixture
+def summary_of(finished: Callable[..., Path]) -> Callable[..., pd.DataFrame]:
+    """`summary_of("memory_waste", overrides...)` is the run's summary, read back and held to its schema."""
+
+    def read(experiment: str, *overrides: str) -> pd.DataFrame:
+        summary = pd.read_csv(finished(experiment, *overrides) / "summary.csv")
+        assert list(summary.columns) == COLUMNS
+        assert summary.value.notna().all()
+        frame(row(r["value"], **{c: r[c] for c in COLUMNS if c not in ("value", "n", "ci_low", "ci_high")})
+              for r in summary.where(summary.notna(), None).to_dict("records"))  # fmt: skip
+        return summary
+
+    return read

@@ -1,0 +1,39 @@
+"""Granularity: blocks and page-groups of as many tokens cost as much memory."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvarena.errors import UserError
+
+SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.seeds=[0]", "params.page_groups=[2MB]")
+
+
+def test_batch_falls_and_waste_rises_with_the_unit(summary_of: Callable[..., pd.DataFrame]) -> None:
+    summary = summary_of(
+        "granularity", *SHORT, "params.block_sizes=[1,16,64,256]", "systems=[paged,vattention]",
+    )  # fmt: skip
+    batch = summary[summary.quantity == "mean_batched_requests_vs_tokens_per_unit"]
+    waste = summary[summary.quantity == "share_of_kv_memory_vs_tokens_per_unit:last_block_waste"]
+    blocks, page_groups = batch[batch.allocator == "paged"], batch[batch.allocator == "vattention"]
+    assert list(blocks.x) == [1, 16, 64, 256]
+    assert list(page_groups.x) == [204.8]  # 2 MB of one tensor, 10240 bytes a token
+    assert (np.diff(blocks.value) < 0.3).all(), "larger units, fewer requests"
+    assert blocks.value.iloc[-1] < page_groups.value.iloc[0] < blocks.value.iloc[-2], "on the same curve"
+    rising = waste[waste.allocator == "paged"].value
+    assert (np.diff(rising) > 0).all()
+    mapped = summary[summary.quantity == "units_per_step_vs_tokens_per_unit"].set_index("allocator").value
+    assert (mapped["paged"] == 0).all()
+    assert mapped["vattention"] > 0
+
+
+def test_a_system_without_units_is_refused(finished: Callable) -> None:
+    with pytest.raises(UserError, match="no unit"):
+        finished("granularity", *SHORT, "systems=[contiguous]")
+
+
+def test_a_page_group_that_no_driver_has_is_refused(finished: Callable) -> None:
+    with pytest.raises(UserError, match="page_group"):
+        finished("granularity", *SHORT[:3], "params.page_groups=[1MB]", "systems=[vattention]")

@@ -1,0 +1,66 @@
+"""Fig 2: shares that sum to the pool, an order of systems that any load keeps, and the published bars."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+
+from kvarena.allocators.usage import LEAVES
+from kvarena.experiments.memory_waste import as_drawn
+from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.summary import PUBLISHED_KEY, beside_published, read_published
+
+SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.record_every_s=5")
+RESERVING = ["Orca(Max)", "Orca(Pow2)", "Orca(Oracle)", "contiguous/vllm2023", "paged_reserved/vllm2023"]
+
+
+def test_every_share_sums_to_the_pool_under_every_average(summary_of: Callable[..., pd.DataFrame]) -> None:
+    systems = "systems=[orca-max,orca-pow2,orca-oracle,contiguous,paged-reserved,paged,vattention-2mb]"
+    summary = summary_of("memory_waste", *SHORT, systems)
+    shares = summary[summary.unit == "%"]
+    kinds = shares.quantity.str.partition(":")[0]
+    sums = shares.groupby(["system", kinds]).value.sum()
+    assert len(sums) == 7 * 9 + 2  # three roll-ups under three averages, and two bars as drawn
+    assert sums.round(6).eq(100).all()
+    leaves = shares[kinds == "leaf_share_of_kv_memory_while_waiting"]
+    assert set(leaves.quantity.str.partition(":")[2]) == set(LEAVES)
+
+    tokens = summary[summary.quantity == "share_of_kv_memory:token_states"].set_index("system").value
+    order = [*RESERVING, "vattention-2MB/vllm2023", "vLLM"]
+    assert list(tokens[order]) == sorted(tokens[order]), "each step wastes less"
+    stranded = summary[summary.quantity == "leaf_share_of_kv_memory:stranded"].set_index("system").value
+    assert (stranded[["paged_reserved/vllm2023", "vLLM"]] == 0).all()
+    assert (stranded[["Orca(Oracle)", "contiguous/vllm2023"]] > 0).all()
+    assert set(summary.panel) == {"OPT-13B ShareGPT 4 req/s for 60 s"}, "another load is not Fig 2"
+
+
+def test_the_drawn_bar_is_the_true_one_under_other_names() -> None:
+    drawn = as_drawn({"token_states": 96.0, "last_block_waste": 1.5, "free_blocks": 2.5})
+    assert drawn["reservation"] == drawn["internal_fragmentation"] == 1.25
+    assert drawn["external_fragmentation_and_others"] == 1.5
+    assert sum(drawn.values()) == 100
+
+
+def test_published_shares_within_two_points(summary_of: Callable[..., pd.DataFrame], shared: Callable) -> None:
+    lengths = shared("data/sharegpt_lengths.csv")
+    systems = "systems=[orca-max,orca-pow2,orca-oracle,paged]"
+    summary = summary_of("memory_waste", f"trace.path={lengths}", systems)
+    published = read_published(PUBLISHED)
+    published = published[(published.figure == "fig2") & (published.paper == "pagedattention")]
+    rows = beside_published(summary, published).dropna(subset=["published"])
+    assert len(rows) == len(published) == len(rows.drop_duplicates(PUBLISHED_KEY))
+    assert (rows.value - rows.published).abs().max() <= 2
+    drawn = summary[summary.quantity.str.startswith("share_of_kv_memory_as_drawn:")].set_index("quantity").value
+    assert drawn["share_of_kv_memory_as_drawn:reservation"] == pytest.approx(1.045, abs=2)
+
+
+def test_measured_the_figure_is_of_this_machine(summary_of: Callable[..., pd.DataFrame]) -> None:
+    summary = summary_of(
+        "memory_waste", "clock=measured", "device=cpu", "model=tiny-opt", "arrival.rate=200", "arrival.duration_s=0.1",
+        "trace.max_tokens=96", "params.pool_bytes=524288", "systems=[orca-max,paged]",
+    )  # fmt: skip
+    assert set(summary.clock) == {"measured"}
+    assert set(summary.evidence) == {"measured"}
+    assert set(summary.system) == {"orca_max/numba", "paged/numba"}
+    tokens = summary[summary.quantity == "share_of_kv_memory:token_states"].set_index("system").value
+    assert tokens["paged/numba"] > tokens["orca_max/numba"]
