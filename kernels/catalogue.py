@@ -7,6 +7,8 @@ _CPU = frozenset({"cpu"})
 _CUDA = frozenset({"cuda"})
 _ANY_DEVICE = frozenset({"cpu", "cuda"})
 _ANY_DTYPE = frozenset({"float32", "bfloat16", "float16"})
+_HALF = frozenset({"bfloat16", "float16"})
+_VLLM_HINT = "pip install 'kvarena[flash-attn]', or name the library's file in"
 
 NUMBA = KernelSpec(
     name="numba",
@@ -54,6 +56,82 @@ TRITON = KernelSpec(
     block_sizes=frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256}),
     requires=("triton",),
     install_hint="torch's CUDA build brings it",
+    in_graph=True,
+)
+FA3 = KernelSpec(
+    name="fa3",
+    body="FlashAttention 3",
+    library="FlashAttention 3 of vllm",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_HALF,
+    head_sizes=frozenset(range(8, 257, 8)),
+    requires=("vllm",),
+    install_hint=f"{_VLLM_HINT} KVARENA_FA3_SO",
+    library_variable="KVARENA_FA3_SO",
+    in_graph=True,
+)
+FA2 = KernelSpec(
+    name="fa2",
+    body="FlashAttention 2",
+    library="FlashAttention 2 of vllm",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_HALF,
+    head_sizes=frozenset(range(8, 257, 8)),
+    block_sizes=frozenset(range(16, 257, 16)),
+    requires=("vllm",),
+    install_hint=f"{_VLLM_HINT} KVARENA_FA2_SO",
+    library_variable="KVARENA_FA2_SO",
+    in_graph=True,
+)
+FLASH_ATTN = KernelSpec(
+    name="flash_attn",
+    body="FlashAttention 2",
+    library="flash-attn",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_HALF,
+    head_sizes=frozenset(range(8, 257, 8)),
+    block_sizes=frozenset({256}),
+    requires=("flash_attn",),
+    install_hint="pip install flash-attn --no-build-isolation (compiles CUDA for an hour, or finds a wheel)",
+    in_graph=True,
+)
+TORCH_FLASH = KernelSpec(
+    name="torch_flash",
+    body="FlashAttention 2",
+    library="torch",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_HALF,
+    head_sizes=frozenset(range(8, 257, 8)),
+    block_sizes=frozenset({256}),
+    in_graph=True,
+)
+FLASHINFER = KernelSpec(
+    name="flashinfer",
+    body="FlashInfer",
+    library="flashinfer",
+    layouts=frozenset(Layout),
+    devices=_CUDA,
+    dtypes=_HALF,
+    head_sizes=frozenset({64, 128, 256}),
+    requires=("flashinfer",),
+    install_hint="pip install 'kvarena[gpu]'; it compiles its kernels when they first run, which takes nvcc",
+)
+VLLM_PAGED = KernelSpec(
+    name="vllm_paged",
+    body="vllm paged_attention, over a copy in its own layout",
+    library="vllm",
+    layouts=frozenset({Layout.PAGED}),
+    devices=_CUDA,
+    dtypes=_ANY_DTYPE,
+    head_sizes=frozenset({32, 64, 80, 96, 112, 120, 128, 192, 256}),
+    block_sizes=frozenset({8, 16, 32}),
+    requires=("vllm",),
+    install_hint="pip install 'vllm<=0.24' (later releases have dropped it), or name its _C library in KVARENA_VLLM_SO",
+    library_variable="KVARENA_VLLM_SO",
 )
 
 # name -> what it can read, module, class
@@ -63,4 +141,10 @@ CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
     "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.gather_sdpa", "GatherSDPAAttention"),
     "flex": (FLEX, "kvarena.kernels.flex", "FlexAttention"),
     "triton": (TRITON, "kvarena.kernels.triton_attention", "TritonAttention"),
+    "fa3": (FA3, "kvarena.kernels.fa3", "FA3Attention"),
+    "fa2": (FA2, "kvarena.kernels.fa2", "FA2Attention"),
+    "flash_attn": (FLASH_ATTN, "kvarena.kernels.flash_attn", "FlashAttnAttention"),
+    "torch_flash": (TORCH_FLASH, "kvarena.kernels.torch_flash", "TorchFlashAttention"),
+    "flashinfer": (FLASHINFER, "kvarena.kernels.flashinfer", "FlashInferAttention"),
+    "vllm_paged": (VLLM_PAGED, "kvarena.kernels.vllm_paged", "VLLMPagedAttention"),
 }

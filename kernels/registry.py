@@ -43,7 +43,7 @@ def missing(spec: KernelSpec) -> str | None:
     """Say what the kernel needs and this environment lacks."""
     hint = f"; {spec.install_hint}" if spec.install_hint else ""
     absent = [module for module in spec.requires if find_spec(module) is None]
-    if absent:
+    if absent and not os.environ.get(spec.library_variable):
         return f"needs {', '.join(absent)}, not installed{hint}"
     if spec.needs_cxx and _compiler() is None:
         return f"needs a C++ compiler, and finds none of {', '.join(_COMPILERS)}{hint}"

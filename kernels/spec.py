@@ -20,3 +20,5 @@ class KernelSpec:
     requires: tuple[str, ...] = ()  # importable modules it needs, beside torch
     install_hint: str = ""  # what to type where they are absent
     needs_cxx: bool = False  # compiles C++ when it first runs
+    library_variable: str = ""  # environment variable that may name the library's file, in place of an installation
+    in_graph: bool = False  # a decode may be captured in a CUDA graph
