@@ -92,7 +92,7 @@ def start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path: Path) -> None:
     home = tmp_path / "decode_throughput"
-    slow = ("systems=[static-numba,paged-numba]", "params.rounds=30", "params.batch_sizes=[1,2,3,4,5,6,7,8]")
+    slow = ("systems=[static-numba,paged-numba]", "params.rounds=12", "params.batch_sizes=[1,2,3,4,5,6,7,8]")
     first = start(tmp_path, *slow)
     deadline = time.monotonic() + 120
     while not list(home.glob(".unfinished/*/40-tokens-1")) and time.monotonic() < deadline and first.poll() is None:
