@@ -21,13 +21,17 @@ from kvarena.experiments.block_sweep import (
     BLOCK_SIZES,
     CLAIMED_FROM,
     OURS,
+    Line,
+    block_axis,
     check_block_sizes,
     estimate,
     evidence,
     has_blocks,
-    measures,
+    hollow,
+    lines_across,
+    serve_in_turn,
     variants,
-    warm_up,
+    where,
 )
 from kvarena.experiments.replay import TITLES, Replayer, columns, trace_named, workload_of
 from kvarena.harness.engine_config import EngineConfig
@@ -92,20 +96,15 @@ def check_kernel_cost(run: Run) -> None:
 
 
 def _cell(run: Run, rate: float) -> Frames:
-    """Every system and block size on one trace, `rounds` times in turn."""
-    workload = workload_of(run, rate=rate)
-    replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *run.params.kernel_cost.values()}}
-    rows, rounds = [], 1
-    if run.clock == "measured":
-        rounds = run.params.rounds
-        warm_up(replayers[1.0], run.systems, workload)
-    for number in range(rounds):
-        for system in run.systems:
-            for size, variant in variants(system, run.params.block_sizes):
-                replayer = replayers[run.params.kernel_cost.get(size, 1.0)]
-                served = replayer.serve(variant, workload)
-                rows.append({"system": system.name, "round": number, "block_size": size, **measures(served)})
-    return {"points": pd.DataFrame(rows).astype({"block_size": float})}
+    """Every system and block size on one trace."""
+    costs = run.params.kernel_cost
+    replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *costs.values()}}
+    lines = [
+        Line(replayers[costs.get(size, 1.0)], variant, {"system": system.name, "block_size": size})
+        for system in run.systems
+        for size, variant in variants(system, run.params.block_sizes)
+    ]
+    return {"points": serve_in_turn(run, lines, workload_of(run, rate=rate))}
 
 
 def _slowed(run: Run, cost: float) -> Run:
@@ -156,19 +155,13 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _latency(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> None:
-    """Claimed points are filled; hollow ones leave out what small blocks cost the kernel. Lines: systems without."""
     ours = rows[rows.quantity == HEADLINE]
     plots.lines(axis, ours)
-    hollow = ours[ours.evidence == "conditional"]
-    axis.plot(hollow.x, hollow.value, "o", mfc="white", mec=plots.COLOURS["paged"], ms=5, zorder=3)
+    hollow(axis, ours)
     if len(published):
         axis.plot(published.x, published.value, "o", mfc="none", color="black", ms=6, label="published")
-    others = rows[rows.quantity == "normalized_latency"]
-    for number, (name, value) in enumerate(zip(others.system, others.value, strict=True)):
-        axis.axhline(value, color=plots.COLOURS["vattention"], ls=plots.DASHES[1 + number % 3], lw=1, label=name)
-    note = "\nhollow: the kernel's cost left out" if len(hollow) else ""
-    title = f"{rows.panel.iloc[0]}: {rows.model.iloc[0]}, {rows.clock.iloc[0]}, {rows.device.iloc[0]}{note}"
-    axis.set(ylabel="normalized latency, s/token", title=title, ylim=(0, None))
+    lines_across(axis, rows[rows.quantity == "normalized_latency"])
+    axis.set(ylabel="normalized latency, s/token", title=f"{rows.panel.iloc[0]}: {where(ours)}", ylim=(0, None))
     block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
 
@@ -184,9 +177,3 @@ def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     right.set_ylim(0, None)
     right.set_ylabel("requests in the mean batch", color=plots.COLOURS["paged"])
     block_axis(axis, waste.x)
-
-
-def block_axis(axis: Axes, sizes: pd.Series) -> None:
-    """A logarithmic axis of block sizes."""
-    plots.batch_axis(axis, sorted(sizes.unique()))
-    axis.set_xlabel("block size, tokens")

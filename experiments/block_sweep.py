@@ -1,17 +1,20 @@
 """One workload served with blocks of several sizes: what `block_size` and `preemption` have in common.
 
-A smaller block wastes less of a sequence's last one and shares more; a larger one needs fewer table look-ups, copies
-and driver calls. A replay sees the memory, the batch and the copies. What the block size does to the attention kernel
-it sees under the measured clock alone, where the kernel runs.
+A smaller block wastes less of a sequence's last one; a larger one needs fewer table look-ups, copies and driver calls.
+A replay sees the memory, the batch and the copies. What the block size does to the attention kernel it sees under the
+measured clock alone, where the kernel runs.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from kvarena.allocators.usage import Usage, paper_vllm_rollup
 from kvarena.errors import UserError
+from kvarena.experiments import plots
 from kvarena.experiments.replay import Replayer, Served
 from kvarena.harness.metrics import summarize
 from kvarena.harness.run import Run
@@ -27,6 +30,14 @@ OURS = {
     "mean_batched_requests": "requests", "last_block_waste": "%", "preemptions": "count", "ttft_p50_s": "s",
     "tpot_p50_s": "s", "e2el_mean_s": "s", "stall_mean_s": "s", "rate_reached_per_s": "req/s",
 }  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A system with everything set, and what its rows are told apart by."""
+
+    replayer: Replayer
+    system: System
+    columns: dict[str, Any]
 
 
 def check_block_sizes(sizes: Sequence[int]) -> None:
@@ -49,18 +60,27 @@ def variants(system: System, block_sizes: Sequence[int]) -> Iterator[tuple[int |
         yield size, replace(system, allocator=replace(system.allocator, block_size=size))
 
 
-def warm_up(replayer: Replayer, systems: Sequence[System], workload: Workload) -> None:
-    """Serve two short requests with every system, so that kernels are compiled before anything is timed."""
-    two = replace(
-        workload,
-        prompt_tokens=workload.prompt_tokens[:2],
-        output_tokens=workload.output_tokens[:2].clip(max=4),
-        arrival_ps=workload.arrival_ps[:2] * 0,
-        conversation_ids=None,
-        hash_ids=None,
-    )
-    for system in systems:
-        replayer.serve(system, two)
+def serve_in_turn(run: Run, lines: Sequence[Line], workload: Workload) -> pd.DataFrame:
+    """One row per line and round, of `measures`. The measured clock takes `params.rounds`, each line once in each."""
+    rounds = 1
+    if run.clock == "measured":
+        rounds = run.params.rounds
+        _warm_up(lines, workload)
+    rows = [
+        {"round": number, **line.columns, **measures(line.replayer.serve(line.system, workload))}
+        for number in range(rounds)
+        for line in lines
+    ]
+    return pd.DataFrame(rows).astype({"block_size": float})
+
+
+def _warm_up(lines: Sequence[Line], workload: Workload) -> None:
+    """Serve two short requests with each kind of system: kernels are compiled before anything is timed."""
+    two = Workload(
+        workload.prompt_tokens[:2], workload.output_tokens[:2].clip(max=4), workload.arrival_ps[:2] * 0
+    )  # fmt: skip
+    for line in {line.system.name: line for line in lines}.values():
+        line.replayer.serve(line.system, two)
 
 
 def measures(served: Served) -> dict[str, float]:
@@ -78,10 +98,34 @@ def estimate(run: Run, samples: pd.Series) -> Estimate | float:
     return median_interval(samples) if run.clock == "measured" else float(samples.iloc[0])
 
 
-def evidence(run: Run, block_size: float | None, kernel_cost: bool = False) -> str:
-    """What kind of evidence a modelled replay is: below CLAIMED_FROM it rests on a kernel that no block slows down,
+def evidence(run: Run, block_size: int | None, kernel_cost: bool = False) -> str:
+    """What kind of evidence a replay is: modelled below CLAIMED_FROM, it rests on a kernel that no block slows down,
     or on the cost that the user gave for it.
     """
     if run.clock == "measured":
         return "measured"
     return "conditional" if kernel_cost or (block_size or CLAIMED_FROM) < CLAIMED_FROM else "predicted"
+
+
+def block_axis(axis: Axes, sizes: pd.Series) -> None:
+    """A logarithmic axis of block sizes."""
+    plots.batch_axis(axis, sorted(sizes.unique()))
+    axis.set_xlabel("block size, tokens")
+
+
+def lines_across(axis: Axes, rows: pd.DataFrame) -> None:
+    """Systems without blocks: a line across the figure each."""
+    for number, (name, value) in enumerate(zip(rows.system, rows.value, strict=True)):
+        axis.axhline(value, color=plots.COLOURS["vattention"], ls=plots.DASHES[1 + number % 3], lw=1, label=name)
+
+
+def hollow(axis: Axes, rows: pd.DataFrame) -> None:
+    """Mark points that are not claimed: they leave out what small blocks cost the kernel."""
+    unclaimed = rows[rows.evidence == "conditional"]
+    axis.plot(unclaimed.x, unclaimed.value, "o", mfc="white", mec="black", ms=5, ls="none", zorder=3)
+
+
+def where(rows: pd.DataFrame) -> str:
+    """What a title says of its rows: model, clock, device, and what hollow points are."""
+    note = "\nhollow: the kernel's cost left out" if (rows.evidence == "conditional").any() else ""
+    return f"{rows.model.iloc[0]}, {rows.clock.iloc[0]}, {rows.device.iloc[0]}{note}"
