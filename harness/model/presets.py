@@ -1,6 +1,7 @@
 """The models of `conf/model/`: by name, and under which of the papers' names they may appear."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -30,6 +31,11 @@ def panel_name(config: ModelConfig) -> str:
     """The papers' name for this model if its sizes are the published ones, else its own: `panel` of a record."""
     if config.published_panel is None or config.name not in preset_names():
         return config.name
-    preset = load_preset(config.name)
+    preset = _as_published(config.name)
     as_published = replace(config, **{key: getattr(preset, key) for key in _NOT_SIZES})
     return config.published_panel if as_published == preset else config.name
+
+
+@cache  # asked for every row of a summary; nobody changes what it returns
+def _as_published(name: str) -> ModelConfig:
+    return load_preset(name)
