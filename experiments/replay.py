@@ -41,9 +41,9 @@ BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted (`kv_blo
 
 
 def trace_named(run: Run, name: str, path: str | None = None) -> TraceConfig:
-    """The run's own trace where it has that name, else conf/trace/<name>.yaml, read from `path` where there is one."""
+    """The run's own trace where it has that name, else conf/trace/<name>.yaml; read from `path` where there is one."""
     own: TraceConfig = run.trace if run.trace.name == name else typed(TraceConfig, load("trace", name), "trace")
-    return own if own is run.trace else replace(own, path=path or own.path)
+    return replace(own, path=path or own.path)
 
 
 def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
