@@ -79,14 +79,16 @@ class DeviceBlockTable:
 
     def _send(self, changes: Sequence[tuple[int, int, list[int]]]) -> None:
         """One buffer: where to write, as int64, and behind it what."""
-        count, width = sum(len(new) for _, _, new in changes), self._table.shape[1]
-        buffer, words = staging_buffer(3 * count, self._device)
-        where, what = words[: 2 * count].view(np.int64), words[2 * count :]
-        done = 0
+        width = self._table.shape[1]
+        where: list[int] = []
+        what: list[int] = []
         for row, first, new in changes:
             start = row * width + first
-            where[done : done + len(new)] = np.arange(start, start + len(new))
-            what[done : done + len(new)] = new
-            done += len(new)
+            where += range(start, start + len(new))
+            what += new
+        count = len(what)
+        buffer, words = staging_buffer(3 * count, self._device)
+        words[: 2 * count].view(np.int64)[:] = where
+        words[2 * count :] = what
         sent = buffer.to(self._device, non_blocking=True)
         self._table.view(-1).index_copy_(0, sent[: 2 * count].view(torch.int64), sent[2 * count :])

@@ -11,7 +11,7 @@ from kvarena.allocators.device_view import FIRST_CAPACITY, view_maker
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, CopyBlock, Policy, SwapOut
 from kvarena.allocators.resident_store import ResidentStore
-from kvarena.allocators.staging import indices_on
+from kvarena.allocators.staging import batches_of_blocks, indices_on
 from kvarena.allocators.swap_space import SwapSpace
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
@@ -80,9 +80,10 @@ class PagedStore(ResidentStore):
                 self._swapped.swap_in(sources, targets)
 
     def _copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        device = self._blocks.device
-        copies = self._blocks.index_select(1, indices_on(device, sources))
-        self._blocks.index_copy_(1, indices_on(device, targets), copies)
+        blocks = self._blocks.transpose(0, 1)  # [N, 2 * layers, P, H, D]
+        for part in batches_of_blocks(blocks, len(sources)):
+            copies = blocks.index_select(0, indices_on(blocks.device, sources[part]))
+            blocks.index_copy_(0, indices_on(blocks.device, targets[part]), copies)
 
     def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
         """Block tables of these sequences."""

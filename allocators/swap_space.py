@@ -7,15 +7,12 @@ On a GPU the pool's side is gathered (scattered) on the device, a bounded batch 
 one asynchronous copy from (to) pinned memory. All of it is in the stream of the kernels, which so wait for it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvarena.allocators.sizes import MB
-from kvarena.allocators.staging import indices_on
-
-_STAGING_BYTES = 64 * MB  # device memory that a batch of swapped blocks may take
+from kvarena.allocators.staging import batches_of_blocks, indices_on
 
 
 class SwapSpace:
@@ -33,7 +30,7 @@ class SwapSpace:
         if not self._on_gpu:
             self._space[targets] = self._pool[sources]
             return
-        for part in self._parts(len(sources)):
+        for part in batches_of_blocks(self._pool, len(sources)):
             staged = self._pool.index_select(0, indices_on(self._pool.device, sources[part])).contiguous()
             for block, target in zip(staged, targets[part], strict=True):
                 self._space[target].copy_(block, non_blocking=True)
@@ -43,13 +40,8 @@ class SwapSpace:
         if not self._on_gpu:
             self._pool[targets] = self._space[sources]
             return
-        for part in self._parts(len(sources)):
+        for part in batches_of_blocks(self._pool, len(sources)):
             staged = self._pool.new_empty((len(sources[part]), *self._pool.shape[1:]))
             for block, source in zip(staged, sources[part], strict=True):
                 block.copy_(self._space[source], non_blocking=True)
             self._pool.index_copy_(0, indices_on(self._pool.device, targets[part]), staged)
-
-    def _parts(self, count: int) -> Iterator[slice]:
-        block_bytes = self._pool[0].numel() * self._pool.dtype.itemsize
-        size = max(1, _STAGING_BYTES // block_bytes)
-        return (slice(start, start + size) for start in range(0, count, size))

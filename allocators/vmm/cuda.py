@@ -41,6 +41,8 @@ class CudaDriver(Driver):
             self._properties = _pinned_memory_of(self._cuda.api, ordinal)
             self._access = _read_and_write(self._cuda.api, ordinal)
             self.granularity = _granularity(self._cuda, self._properties)
+            if 0 < page_group_bytes < self.granularity:
+                raise UserError(_too_small(page_group_bytes, self.granularity))
             super().__init__(page_group_bytes)
             self._free_at_start, _ = self._cuda.free_and_total_bytes()
         except BaseException:
@@ -166,6 +168,14 @@ def _granularity(cuda: CudaContext, properties: Any) -> int:
         raise UserError("device=cuda: this GPU, or the way it is shared, has no virtual memory management (cuMemMap)")
     smallest = cuda.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     return int(cuda("cuMemGetAllocationGranularity", properties, smallest))
+
+
+def _too_small(page_group_bytes: int, granularity: int) -> str:
+    return (
+        f"page_group={format_bytes(page_group_bytes)}: CUDA maps multiples of {format_bytes(granularity)}. "
+        "Smaller page-groups need the patched driver of vAttention's authors; device=cpu has them for real, "
+        "clock=modelled with its latencies, and allocator.tensor_slicing=true makes large ones hold fewer tokens"
+    )
 
 
 def _give_back(

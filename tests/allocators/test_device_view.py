@@ -118,9 +118,9 @@ def test_indices(indices):
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("staging_bytes", [1, 3000, 1 << 20])
-def test_blocks_go_to_the_cpu_pool_and_come_back_elsewhere(monkeypatch, on_gpu, staging_bytes):
-    monkeypatch.setattr("kvarena.allocators.swap_space._STAGING_BYTES", staging_bytes)
+@pytest.mark.parametrize("batch_bytes", [1, 3000, 1 << 20])
+def test_blocks_go_to_the_cpu_pool_and_come_back_elsewhere(monkeypatch, on_gpu, batch_bytes):
+    monkeypatch.setattr("kvarena.allocators.staging._BATCH_BYTES", batch_bytes)
     pool = torch.randn(4, 16, 2, 3, 5)  # [2 * layers, N, P, H, D]: 480 bytes a block
     before = pool.clone()
     space = SwapSpace(8, pool)
