@@ -39,6 +39,7 @@ class Load:
     rate: float  # requests/s; arrival.rate overrides it
     duration_s: float  # arrivals before this time
     window_s: list[float] | None = None  # [from, to]; null: from the first to the last step that leaves someone waiting
+    systems: list[str] | None = None  # of the experiment's; null: all
 
     @property
     def key(self) -> str:
@@ -64,12 +65,13 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     replayer, notes = Replayer(run), {}
     cells: list[Frames] = []
     rows: list[SummaryRow] = []
-    with Progress(NAME, len(loads) * len(run.systems)) as progress:
-        for load in loads:
+    served = [(load, [s for s in run.systems if load.systems is None or s.name in load.systems]) for load in loads]
+    with Progress(NAME, sum(len(systems) for _, systems in served)) as progress:
+        for load, systems in served:
             rate = run.arrival.rate or load.rate
             workload = _workload(run, load, rate)
             notes[load.key] = {**workload.provenance, "rate_reached": workload.rate, "window_s": load.window_s}
-            for system in run.systems:
+            for system in systems:
                 progress.stage(f"{load.key} {system.name}")
                 measure = partial(_cell, run, replayer, system, workload, load)
                 cell = recorder.cell(f"{load.key}-{system.name}", measure)
