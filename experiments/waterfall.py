@@ -154,7 +154,7 @@ def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
         if bar["n"] > 5:
             axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
         steps = ratios[ratios.system == bar["system"]]
-        names = steps.quantity.str.partition(":")[2].str.replace(", ", "\n")
+        names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n")
         worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
         axis.text(x, value, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
     axis.set_ylim(0, 1.4 * rows.value.max())
