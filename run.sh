@@ -19,6 +19,8 @@ usage() {
         "  ./run.sh experiment=NAME [key=value ...]  run an experiment; Hydra's overrides and -m (multirun) pass through" \
         "  ./run.sh kernels                          print which kernel can read which allocator's memory" \
         "  ./run.sh regression [--base REV]          say whether anything got worse; --help says more" \
+        "  ./run.sh report                           write results/report.html and results/SCORECARD.md" \
+        "  ./run.sh claim=ID [key=value ...]         run what one claim of the papers needs, and judge it" \
         "  ./run.sh test [pytest arguments]          run the tests" \
         "  ./run.sh lint                             ruff and mypy" \
         "  ./run.sh lock                             write the lock files anew from what .venv holds" \

@@ -1,4 +1,6 @@
-"""The command line: `python -m kvarena experiment=NAME [overrides]`; `kernels` and `regression` beside it."""
+"""The command line: `python -m kvarena experiment=NAME [overrides]`; beside it `kernels`, `regression`, `report` and
+`claim=ID`.
+"""
 
 import sys
 from collections.abc import Callable
@@ -49,6 +51,14 @@ def _command(arguments: list[str]) -> None:
         from kvarena.harness.regression.gate import main as judge
 
         sys.exit(judge(arguments[1:]))
+    if arguments == ["report"]:
+        from kvarena.experiments.report import write_report
+
+        write_report()
+        return
+    if arguments[:1] and arguments[0].startswith("claim="):
+        _claim(arguments[0].removeprefix("claim="), arguments[1:])
+        return
     if _HELP & set(arguments):
         _compose_and_run()
         return
@@ -65,6 +75,22 @@ def _command(arguments: list[str]) -> None:
         show.outcome(outcome, folder)
     else:
         _compose_and_run()
+
+
+def _claim(claim_id: str, more: list[str]) -> None:
+    """Run what a claim needs, and judge it from that run alone."""
+    from kvarena.experiments.claim import arguments_for, judged, print_verdict
+    from kvarena.harness.scorecard.claims import claim_named
+
+    claim = claim_named(claim_id)
+    if (_HELP | _MULTIRUN) & set(more):
+        raise UserError(f"claim={claim_id}: takes overrides of its experiment, and no flags")
+    needed = arguments_for(claim)
+    if needed:
+        sys.argv[1:] = [*needed, *more]
+        print(f"{claim_id} needs: ./run.sh {' '.join(sys.argv[1:])}", file=sys.stderr)
+        _command(sys.argv[1:])
+    print_verdict(judged(claim, runs_folder() / registry.named(needed) / "latest" if needed else None))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
