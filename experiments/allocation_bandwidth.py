@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvarena.allocators.sizes import GB, MB, format_bytes, parse_bytes
+from kvarena.allocators.sizes import GB, format_bytes, parse_bytes
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.errors import UserError
 from kvarena.experiments import plots
@@ -161,8 +161,8 @@ def _bars(axis: Axes, rows: pd.DataFrame, title: str) -> None:
         offset = 0.8 * (number + 0.5) / len(panels) - 0.4
         axis.bar([names.index(name) + offset for name in bars.system], bars.value, 0.8 / len(panels), label=str(panel))
     axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", title=title)
-    axis.legend(fontsize=7, frameon=False)
+    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", title=title, ylim=(0, 1.3 * rows.value.max()))
+    axis.legend(fontsize=7, frameon=False, ncols=2)
 
 
 def _need(axis: Axes, summary: pd.DataFrame, published: pd.DataFrame) -> None:
@@ -176,7 +176,9 @@ def _need(axis: Axes, summary: pd.DataFrame, published: pd.DataFrame) -> None:
         axis.plot(line.x, line.value, "-", color=colour, label=f"{panel}, modelled")
         points = theirs[theirs.panel == panel]
         axis.plot(points.x, points.value, "o", ms=4, color=colour, label=f"{panel}, published")
-    axis.set(xlabel="batch size", ylabel=f"MB/s ({MB:,} bytes)", ylim=(0, None))
+    axis.set(
+        xlabel="batch size", ylabel="MB/s (2^20 bytes)", ylim=(0, 1.5 * max(rates.value.max(), theirs.value.max()))
+    )
     engine, device = rates.kernel.iloc[0], rates.device.iloc[0]
     axis.set_title(f"K/V that decoding needs (vAttention Fig 4)\nmodelled: engine {engine} on {device}")
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False, ncols=2)

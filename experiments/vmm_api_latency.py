@@ -134,8 +134,8 @@ def _bars(axis: Axes, rows: pd.DataFrame, title: str) -> None:
         axis.bar([kinds.index(_kind(s)) + offset for s in bars.system], bars.value, 0.8 / len(panels), label=str(panel))
     axis.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=30, ha="right", fontsize=8)
     axis.set_yscale("log")
-    axis.set(ylabel="microseconds", title=title)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.set(ylabel="microseconds", title=title, ylim=(0.5, 5 * rows.value.max()))
+    axis.legend(fontsize=7, frameon=False, ncols=len(panels))
 
 
 def _kind(system: str) -> str:
