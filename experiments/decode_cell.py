@@ -8,6 +8,7 @@ import torch
 
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
+from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.fixed_batch import FixedBatch, StepRecord, WarmCache
@@ -31,8 +32,9 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
     pool_bytes = _pool_bytes(run, len(prompts))
     batches: dict[str, FixedBatch] = {}
     try:
-        for system in run.systems:
-            batches[system.name] = _resident(run, system, model, prompts, pool_bytes)
+        with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
+            for system in run.systems:
+                batches[system.name] = _resident(run, system, model, prompts, pool_bytes)
         _same_tokens(run, batches)
         for _ in range(params.warmup_steps):
             for batch in batches.values():

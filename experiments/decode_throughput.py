@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
+from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.decode_cell import measure_cell
@@ -60,7 +61,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     device = torch.device(run.device.kind)
     prompts, trace_notes = _prompts(run)
     model = build_model(run.model, device)
-    read = StreamingRead(device)
+    with scattered_pages_held():
+        read = StreamingRead(device)
     frames: list[Frames] = []
     with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
         for kind, lengths in prompts.items():

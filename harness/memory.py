@@ -1,8 +1,8 @@
 """How much memory the machine has left, asked before it is taken."""
 
-import os
-
 import torch
+
+from kvarena.allocators.vmm.available import available_bytes as host_bytes
 
 
 def available_bytes(device: torch.device) -> int:
@@ -10,26 +10,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return min(int(line.split()[1]) * 1024, _cgroup_left())
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_left() -> int:
-    """Bytes left under a container's limit; unbounded where there is none."""
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as limit:
-            most = limit.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="utf-8") as current:
-            used = int(current.read())
-    except OSError:
-        return 1 << 62
-    return 1 << 62 if most == "max" else max(0, int(most) - used)
+    return host_bytes()
 
 
 def human(num_bytes: float) -> str:
