@@ -81,16 +81,20 @@ def build(
     `as_config(group, name, node)` turns a node into its dataclass.
     """
     parts = {}
+    published = file.get("published")
     for group in ("allocator", "kernel"):
         name = file[group].name
-        node = DictConfig(OmegaConf.merge(load(group, name), file[group], fields_set(group, overrides)))
+        as_filed = OmegaConf.merge(load(group, name), file[group])
+        node = DictConfig(OmegaConf.merge(as_filed, fields_set(group, overrides)))
         parts[group] = as_config(group, name, node)
+        if node != as_filed:
+            published = None  # the paper's system had other fields
     policy = load("scheduler", file.scheduler) if file.get("scheduler") else scheduler
     return System(
         name=file.name,
         scheduler=as_config("scheduler", policy.name, policy),
         pairing=file.pairing,
-        published=file.get("published"),
+        published=published,
         variant=file.get("variant"),
         **parts,
     )

@@ -49,7 +49,8 @@ def test_both_clocks_give_the_same_frames():
 
 def test_a_trace_is_the_runs_own_or_one_of_conf():
     run = compose_run(WASTE, "trace.path=a.csv")
-    assert trace_named(run, "sharegpt", "b.csv").path == "a.csv"
+    assert trace_named(run, "sharegpt").path == "a.csv"
+    assert trace_named(run, "sharegpt", "b.csv").path == "b.csv"
     assert trace_named(run, "alpaca", "b.csv").path == "b.csv"
     assert trace_named(run, "alpaca").path is None
 
@@ -72,3 +73,9 @@ def test_names_are_published_only_where_the_run_imitates():
     assert (sliced["system"], sliced["kernel"]) == ("vattention-sliced-2MB/vllm2023", "vllm2023")
     assert context_of(modelled) == 2048
     assert context_of(measured) == 64
+
+
+def test_a_system_with_other_fields_than_the_papers_does_not_wear_its_name():
+    for override, shown in (("16", "vLLM"), ("32", "paged/vllm2023")):
+        run = compose_run(WASTE, "allocator=paged", f"allocator.block_size={override}")
+        assert [run.shown_as(s) for s in run.systems] == [shown]
