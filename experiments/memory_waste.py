@@ -153,28 +153,28 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _fig2(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Bars in pairs where the paper has the system: ours, and hatched the published one."""
+    """Bars in pairs where the paper has the system: ours, and paler the published one."""
     kinds = ours.assign(kind=ours.quantity.str.split(":").str[1]).pivot(index="system", columns="kind", values="value")
     published = theirs.assign(kind=theirs.quantity.str.split(":").str[1])
     names = list(dict.fromkeys(ours.system))
     for x, name in enumerate(names):
         pair = published[published.system == name].set_index("kind")["value"]
         offset = -0.2 if len(pair) else 0.0
-        _bar(axis, x + offset, kinds.loc[name].dropna(), "")
+        _bar(axis, x + offset, kinds.loc[name].dropna(), 1.0)
         if len(pair):
-            _bar(axis, x + 0.2, pair, "///")
+            _bar(axis, x + 0.2, pair, 0.45)
     handles = [axis.bar(0, 0, color=colour, label=kind.replace("_", " ")) for kind, colour in KINDS.items()]
-    handles.append(axis.bar(0, 0, color="white", hatch="///", edgecolor="black", label="published"))
-    axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
+    handles.append(axis.bar(0, 0, color="black", alpha=0.3, label="paler: published"))
+    axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=3)
     axis.set_xticks(range(len(names)), [name.split("/")[0] for name in names], rotation=30, ha="right", fontsize=8)
 
 
-def _bar(axis: Axes, x: float, kinds: pd.Series, hatch: str) -> None:
+def _bar(axis: Axes, x: float, kinds: pd.Series, alpha: float) -> None:
     bottom = 0.0
     for kind, colour in KINDS.items():
         if kind in kinds.index:
             value = float(kinds[kind])
-            axis.bar(x, value, 0.36, bottom, color=colour, hatch=hatch, edgecolor="black", lw=0.4)
+            axis.bar(x, value, 0.36, bottom, color=colour, alpha=alpha, edgecolor="black", lw=0.4)
             if value > 6:
                 axis.text(x, bottom + value / 2, f"{value:.1f}", ha="center", va="center", fontsize=6)
             bottom += value
@@ -190,4 +190,4 @@ def _leaves(axis: Axes, summary: pd.DataFrame) -> None:
     table.index = table.index.str.split("/").str[0]
     shown = [leaf for leaf in LEAVES if table[leaf].max() > 0.005]
     plots.stacked_bars(axis, table, shown)
-    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
+    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=4)
