@@ -81,6 +81,16 @@ def test_a_devices_table_holds_its_batch_whatever_came_before(batches, rows, wid
             assert row[: len(blocks)] == blocks
 
 
+@pytest.mark.parametrize("larger", [[[3, 1], [7]], [[3, 1, 4, 1, 5]]])
+def test_a_table_that_has_to_move_takes_its_batch_along(larger):
+    table = DeviceBlockTable(CPU, 1, 4)
+    first = table.update([[3, 1]])
+    moved = table.update(larger)
+    assert moved.data_ptr() != first.data_ptr()
+    for row, blocks in zip(moved.tolist(), larger, strict=True):
+        assert row[: len(blocks)] == blocks
+
+
 def test_both_tables_notice_blocks_that_change_in_place():
     for table in (BlockTable(), DeviceBlockTable(CPU, 2, 8)):
         blocks = [3, 1, 4]
