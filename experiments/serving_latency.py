@@ -40,6 +40,7 @@ class Panel:
     trace: str  # of conf/trace/
     duration_s: float  # of the arrivals
     model: str | None = None  # null: the run's
+    tp: int = 1  # devices that share the model: each holds its part of every token
     device: str | None = None  # null: the run's
     batch_size: int | None = None  # of FasterTransformer; null: its own default
     fastertransformer_duration_s: float | None = None  # where it differs
@@ -83,7 +84,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 def _panel_run(run: Run, panel: Panel) -> Run:
     """The run with the panel's model, device and trace."""
     if panel.model is not None:
-        run = replace(run, model=load_preset(panel.model))
+        run = replace(run, model=load_preset(panel.model, tp=panel.tp))
     if panel.device is not None:
         run = replace(run, device=typed(of("device", panel.device), load("device", panel.device), "device"))
     trace, path = trace_named(run, panel.trace), run.params.paths.get(panel.trace)
