@@ -43,5 +43,5 @@ class Request(Sequence):
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its next step is a decode: one token in, one token out."""
-        return self.generated > 0 and self.computed == self.known_tokens - 1
+        """Whether its next step is a decode: one token in, one token out. A recomputation is a prefill to its end."""
+        return self.generated > 0 and self.computed == self.known_tokens - 1 and self.paused_ps is None

@@ -11,7 +11,7 @@ from kvarena.harness.metrics import goodput, inter_token_quantiles, latencies, m
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
 from kvarena.harness.request_log import request_frame
-from kvarena.harness.scheduler.vllm import VllmConfig, VllmScheduler
+from kvarena.harness.scheduler.registry import config_class, make_scheduler
 from kvarena.harness.step_model import StepModel
 
 S = 10**12
@@ -19,9 +19,13 @@ LAYOUT = attention_layout(1, 1, 8)
 ONE_SECOND_STEPS = StepModel(False, S, 0, 0, 0, 0)
 
 
-def replay(requests, blocks=100, model=ONE_SECOND_STEPS, jump=True):
+def scheduler_of(blocks, name="vllm", **limits):
     policy = PagedPolicy(LAYOUT, blocks * 4 * LAYOUT.token_bytes, max_tokens=64, block_size=4, watermark=0)
-    return Engine(VllmScheduler(policy, VllmConfig(), 64), ModelledExecutor(model), jump=jump).run(requests)
+    return make_scheduler(config_class(name)(name=name, **limits), policy, 64)
+
+
+def replay(requests, blocks=100, model=ONE_SECOND_STEPS):
+    return Engine(scheduler_of(blocks), ModelledExecutor(model)).run(requests)
 
 
 def test_two_requests_by_hand():
@@ -63,29 +67,38 @@ def test_unknown_limits_are_refused():
         goodput(request_frame(replay([Request(0, 5, 4)]).requests), {"latency": 1})
 
 
-class TokenTimes(VllmScheduler):
-    """Notes when every token comes."""
+def note_tokens(scheduler):
+    """Times of all tokens, by request, filled in as the replay goes on."""
+    complete, times = scheduler.complete, {}
 
-    def complete(self, plan, now_ps):
-        before = {r: r.generated for r in self.running}
-        super().complete(plan, now_ps)
+    def noting(plan, now_ps):
+        before = {r: r.generated for r in scheduler.running}
+        complete(plan, now_ps)
         for request, generated in before.items():
             if request.generated > generated:
-                self.times.setdefault(request.seq_id, []).append(now_ps)
+                times.setdefault(request.seq_id, []).append(now_ps)
+
+    scheduler.complete = noting
+    return times
 
 
-def test_pooled_gaps_are_those_of_every_token():
+@pytest.mark.parametrize(
+    ("name", "limits"), [("vllm", {}), ("chunked_prefill", {"token_budget": 9, "max_seqs": 9})], ids=["vllm", "chunked"]
+)
+def test_pooled_gaps_are_those_of_every_token(name, limits):
     """Gaps from the step log, stretches and preemptions included, against times noted token by token."""
-    lengths = [(9, 20), (3, 30), (14, 8), (5, 25), (7, 2), (1, 28), (11, 16)]
+    lengths = [(9, 20), (3, 30), (14, 8), (5, 25), (7, 2), (1, 28), (11, 16), (30, 9)] * 3
     model = StepModel(False, S, 1000, 5 * S, 10**11, 10**9)
-    requests = [Request(i, p, n, arrival_ps=i * S) for i, (p, n) in enumerate(lengths)]
-    policy = PagedPolicy(LAYOUT, 20 * 4 * LAYOUT.token_bytes, max_tokens=64, block_size=4, watermark=0)
-    scheduler = TokenTimes(policy, VllmConfig(), 64)
-    scheduler.times = {}
-    Engine(scheduler, ModelledExecutor(model), jump=False).run(requests)
-    gaps = np.sort(np.concatenate([np.diff(times) for times in scheduler.times.values()])) / S
-    done = replay([Request(i, p, n, arrival_ps=i * S) for i, (p, n) in enumerate(lengths)], blocks=20, model=model)
-    assert sum(r.num_preemptions for r in done.requests) > 0
+
+    def requests():
+        return [Request(i, p, n, arrival_ps=i * S) for i, (p, n) in enumerate(lengths)]
+
+    walking = scheduler_of(20, name, **limits)
+    times = note_tokens(walking)
+    Engine(walking, ModelledExecutor(model), jump=False).run(requests())
+    gaps = np.sort(np.concatenate([np.diff(tokens) for tokens in times.values()])) / S
+    done = Engine(scheduler_of(20, name, **limits), ModelledExecutor(model)).run(requests())
+    assert max(r.num_preemptions for r in done.requests) > 1
     assert len(done.resumed_gaps_ps) > 0
     for q in (0.01, 0.5, 0.9, 0.99, 1):
         [ours] = inter_token_quantiles(done.steps.to_frame(), done.resumed_gaps_ps, [q])

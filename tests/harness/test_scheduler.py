@@ -127,6 +127,8 @@ def test_a_victim_is_prefilled_with_its_output_and_keeps_its_count():
     assert (victim.generated, victim.computed, victim.num_preemptions) == (2, 7, 1)
     assert victim.is_decoding
     assert scheduler.resumed_gaps_ps == [2], "its tokens came at 1 and at 3"
+    assert victim.first_token_ps == 1
+    assert victim.scheduled_ps == 0
 
 
 def test_swapped_requests_come_back_before_anyone_waiting():
