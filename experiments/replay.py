@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -25,7 +25,6 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.engine import Engine
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.model import panel_name
-from kvarena.harness.model.contract import Model
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
 from kvarena.harness.request_log import request_frame
@@ -36,6 +35,9 @@ from kvarena.harness.step import Executor
 from kvarena.harness.systems import System
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.workload import Workload, make_workload
+
+if TYPE_CHECKING:  # a modelled replay needs no torch, which is half of what the process would hold
+    from kvarena.harness.model.contract import Model
 
 BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted (`kv_blocks`)
 
@@ -133,7 +135,7 @@ class Replayer:
             store.close()
 
     @cached_property
-    def _model(self) -> Model:
+    def _model(self) -> "Model":
         from kvarena.harness.model.build import build_model
 
         return build_model(self._run.model, self._run.device.kind)
