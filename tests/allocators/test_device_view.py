@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvarena.allocators.batch_table import BlockTable, DeviceBlockTable
 from kvarena.allocators.batch_view import make_view
 from kvarena.allocators.device_view import DeviceViews, view_maker
-from kvarena.allocators.staging import indices_on
+from kvarena.allocators.staging import batches_of_blocks, indices_on
 from kvarena.allocators.swap_space import SwapSpace
 
 CPU = torch.device("cpu")
@@ -125,6 +125,15 @@ def test_steady_decode_sends_only_new_blocks(monkeypatch):
 def test_indices(indices):
     sent = indices_on(CPU, indices)
     assert (sent.dtype, sent.tolist()) == (torch.int64, indices)
+
+
+@pytest.mark.parametrize(("block_bytes", "sizes"), [(480, [2, 2, 1]), (2000, [1] * 5), (100, [5])])
+def test_batches_of_blocks_are_bounded_and_take_every_block_once(monkeypatch, block_bytes, sizes):
+    monkeypatch.setattr("kvarena.allocators.staging._BATCH_BYTES", 1000)
+    blocks = torch.empty(9, block_bytes, dtype=torch.uint8)
+    taken = [list(range(5))[part] for part in batches_of_blocks(blocks, 5)]
+    assert [block for part in taken for block in part] == list(range(5))
+    assert [len(part) for part in taken] == sizes
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
