@@ -102,7 +102,7 @@ def speeds(rounds: int) -> None:
         gain = min(walking[name]) / min(jumping[name])
         print(f"{name}: {rate:,.0f} requests/s (target {target:,}; ratio {rate / target:.2f})")
         print(f"    token by token: {gain:.1f} times the time")
-    print(f"memory at its highest: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB")
+    print(f"memory at its highest: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB (target 400 MB)")
 
 
 def grid(workers: int) -> None:
