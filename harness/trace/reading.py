@@ -36,7 +36,7 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     path = Path(source).expanduser()
     bad = BadRecords(source, config.on_bad_record)
     if path.is_file():
-        origin: dict[str, Any] = {"path": str(path.resolve()), "sha256": _sha256(path)}
+        origin: dict[str, Any] = {"path": str(path), "sha256": _sha256(path)}
         columns, facts = _read_file(path, config, recipe, bad)
     elif path.exists():
         raise UserError(f"trace.path={source}: is a folder, not a file")
