@@ -129,7 +129,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     for axis, quantity, label in zip(
         axes,
         (HEADLINE, "share_of_kv_memory_vs_tokens_per_unit:last_block_waste", "units_per_step_vs_tokens_per_unit"),
-        ("mean batched requests", "% of the pool in partly filled units", "page-groups (un)mapped per tensor and step"),
+        ("mean batched requests", "% of the pool in partly filled units", "driver calls per tensor and step"),
         strict=True,
     ):
         _lines(axis, summary[summary.quantity == quantity])
