@@ -104,6 +104,14 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Positions that the sequence has been given."""
         return self._books.extents[seq_id].length
 
+    def extent(self, seq_id: int) -> Extent:
+        """The marks along a sequence's reservation, in tokens. Not to be changed."""
+        return self._books.extents[seq_id]
+
+    def place(self, seq_id: int) -> Place:
+        """The units of a sequence's reservation, as its arena names them. Not to be changed."""
+        return self._places[seq_id]
+
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each; there is room to the end of all that were admitted."""
         return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)

@@ -41,6 +41,7 @@ class Outcome:
     headline: str  # the quantity to print
     figure: Any = None  # matplotlib figure
     notes: dict[str, Any] = field(default_factory=dict)  # goes into provenance.json: calibration, trace, counts
+    files: dict[str, str] = field(default_factory=dict)  # name -> text, written beside the others
 
 
 def runs_folder() -> Path:
@@ -107,6 +108,8 @@ def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> Non
     record = provenance(config, **outcome.notes)
     (folder / "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    for name, text in outcome.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     if outcome.figure is not None:
         with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
             outcome.figure.savefig(folder / "figure.png", dpi=150, bbox_inches="tight")

@@ -1,0 +1,106 @@
+"""A film of one modelled replay: a frame for every step, with what each request holds. The pictures are made of it."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pandas as pd
+
+from kvarena.allocators.policy import Action
+from kvarena.allocators.registry import make_policy
+from kvarena.experiments.holdings import Holding, Holdings, holdings_of
+from kvarena.experiments.replay import context_of, pool_bytes_of, requests_of
+from kvarena.harness.action_prices import action_prices
+from kvarena.harness.engine import Engine
+from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
+from kvarena.harness.request import Request
+from kvarena.harness.request_log import request_frame
+from kvarena.harness.roofline import make_step_model
+from kvarena.harness.run import Run
+from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.scheduler.scheduler import Scheduler
+from kvarena.harness.step import StepPlan, StepTime
+from kvarena.harness.step_model import StepModel
+from kvarena.harness.systems import System
+from kvarena.harness.workload import Workload
+
+
+class Frame(NamedTuple):
+    """One step, after scheduling and before the forward pass. Requests by id."""
+
+    decodes: tuple[int, ...]
+    prefills: tuple[tuple[int, int], ...]  # (id, tokens)
+    preempted: tuple[int, ...]
+    swapped_out: tuple[int, ...]
+    swapped_in: tuple[int, ...]
+    actions: tuple[Action, ...]  # before the forward pass
+    ahead: tuple[Action, ...]  # beside it
+    holdings: dict[int, Holding]  # of every running request
+    idle_units: tuple[int, ...]
+
+
+@dataclass
+class Film:
+    """A replay of one system, step by step."""
+
+    system: str
+    unit_name: str
+    unit_tokens: float
+    num_units: int
+    pool_bytes: int
+    prices: ActionPrices
+    requests: list[Request] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    steps: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row per frame, as harness/step_log.py has them
+
+    @property
+    def request_table(self) -> pd.DataFrame:
+        """What happened to each request."""
+        return request_frame(self.requests).assign(system=self.system)
+
+
+class _Camera(ModelledExecutor):
+    """Prices steps, and keeps a frame of each."""
+
+    def __init__(self, model: StepModel, prices: ActionPrices, scheduler: Scheduler, holdings: Holdings) -> None:
+        super().__init__(model, prices)
+        self.frames: list[Frame] = []
+        self._scheduler, self._holdings = scheduler, holdings
+
+    def execute(self, plan: StepPlan) -> StepTime:
+        """Price the step."""
+        self._holdings.follow([*plan.actions, *plan.ahead])
+        running = self._scheduler.running
+        self.frames.append(
+            Frame(
+                decodes=tuple(r.seq_id for r in plan.decodes),
+                prefills=tuple((chunk.request.seq_id, chunk.tokens) for chunk in plan.prefills),
+                preempted=tuple(r.seq_id for r in plan.preempted),
+                swapped_out=tuple(r.seq_id for r in plan.swapped_out),
+                swapped_in=tuple(r.seq_id for r in plan.swapped_in),
+                actions=tuple(plan.actions),
+                ahead=tuple(plan.ahead),
+                holdings={r.seq_id: self._holdings.holding(r) for r in running},
+                idle_units=self._holdings.idle_units(r.seq_id for r in running),
+            )
+        )
+        return super().execute(plan)
+
+
+def film(run: Run, system: System, workload: Workload) -> Film:
+    """Replay a workload with one system under the modelled clock, step by step.
+
+    Raises UserError for an allocator whose memory cannot be told apart by request.
+    """
+    pool_bytes = pool_bytes_of(run, system)
+    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes, context_of(run))
+    scheduler = make_scheduler(system.scheduler, policy, context_of(run))
+    holdings, prices = holdings_of(policy, system.allocator), action_prices(run.device, policy)
+    camera = _Camera(
+        make_step_model(run.device, run.engine, run.model, system.scheduler.name), prices, scheduler, holdings
+    )
+    done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
+    return Film(
+        system=run.shown_as(system), unit_name=holdings.unit_name, unit_tokens=holdings.unit_tokens,
+        num_units=holdings.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
+        frames=camera.frames, steps=done.steps.to_frame(),
+    )  # fmt: skip
