@@ -12,7 +12,7 @@ from kvarena.harness.config import load, names
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.scorecard import text
 from kvarena.harness.scorecard.claims import ARITHMETIC, Claim
-from kvarena.harness.scorecard.expression import Point, evaluate
+from kvarena.harness.scorecard.expression import Point, points_of
 from kvarena.harness.scorecard.judge import Finding, judge
 from kvarena.harness.scorecard.kept_runs import KeptRun, Published, load_run
 from kvarena.harness.summary import read_published
@@ -41,18 +41,6 @@ def arguments_for(claim: Claim, on_gpu: Callable[[], bool] = has_gpu) -> list[st
         raise UserError(f"claim={claim.id}: needs the experiment {experiment}, which this version does not have")
     chosen = [f"experiment={experiment}"] + ([f"clock={clock}"] if clock in ("measured", "modelled") else [])
     return [*chosen, *_narrowed(experiment, points_of(expression))]
-
-
-def points_of(expression: str) -> list[Point]:
-    """What an expression asks `q` for."""
-    asked: dict[Point, None] = {}
-
-    def note(point: Point) -> float:
-        asked[point] = None
-        return float(len(asked))  # all different, so that no difference of two is zero
-
-    evaluate(expression, note)
-    return list(asked)
 
 
 def _narrowed(experiment: str, points: list[Point]) -> Iterator[str]:

@@ -51,9 +51,11 @@ def _command(arguments: list[str]) -> None:
         from kvarena.harness.regression.gate import main as judge
 
         sys.exit(judge(arguments[1:]))
-    if arguments == ["report"]:
+    if arguments[:1] == ["report"]:
         from kvarena.experiments.report import write_report
 
+        if len(arguments) > 1:
+            raise UserError(f"report: takes no arguments, not {' '.join(arguments[1:])}")
         write_report()
         return
     if arguments[:1] and arguments[0].startswith("claim="):

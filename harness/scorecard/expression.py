@@ -38,6 +38,18 @@ def evaluate(expression: str, look_up: Callable[[Point], float]) -> float:
     return float(eval(code, {"__builtins__": {}, **names}))
 
 
+def points_of(expression: str) -> list[Point]:
+    """What an expression asks `q` for."""
+    asked: dict[Point, None] = {}
+
+    def note(point: Point) -> float:
+        asked[point] = None
+        return float(len(asked))  # all different, so that no difference of two is zero
+
+    evaluate(expression, note)
+    return list(asked)
+
+
 @cache
 def _checked(expression: str) -> CodeType:
     """The compiled expression, once every node of it is known to be allowed."""

@@ -23,6 +23,7 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     DIRECTION = "holds in direction"
     FAILS = "does not hold"
+    UNDECIDED = "undecided"  # measured too coarsely: the interval lies on both sides
     PREDICTED = "predicted"  # the published value is withheld
     NOT_RUN = "not run"
 
@@ -112,7 +113,13 @@ def _verdict(claim: Claim, answer: Answer, settles: bool) -> Verdict:
         return Verdict.HOLDS
     if claim.direction is not None and claim.direction.met(answer.value):
         return Verdict.DIRECTION
-    return Verdict.FAILS
+    return Verdict.UNDECIDED if _may_hold(claim, answer) else Verdict.FAILS
+
+
+def _may_hold(claim: Claim, answer: Answer) -> bool:
+    """Whether the interval reaches to where the claim would hold, at least in direction."""
+    limits = claim.direction
+    return limits is not None and answer.low < limits.high and answer.high > limits.low
 
 
 def answered(claim: Claim, expression: str, run: KeptRun) -> Answer:

@@ -13,6 +13,7 @@ from kvarena.harness.paths import RESULTS
 from kvarena.harness.scorecard.expression import Point
 from kvarena.harness.summary import COLUMNS
 
+LARGE_BYTES = 400_000  # a drawing beyond this weighs more than its pixels
 _NOT_KEPT = ("runs", "published", "baselines")  # folders beside those of devices
 
 
@@ -55,8 +56,11 @@ class KeptRun:
 
     @property
     def figure(self) -> Path | None:
-        """Its picture: the drawing that scales, else the pixels."""
-        return next((p for p in (self.folder / "figure.svg", self.folder / "figure.png") if p.is_file()), None)
+        """Its picture: the drawing that scales, unless that is large, else the pixels."""
+        drawing, pixels = self.folder / "figure.svg", self.folder / "figure.png"
+        if drawing.is_file() and (drawing.stat().st_size <= LARGE_BYTES or not pixels.is_file()):
+            return drawing
+        return pixels if pixels.is_file() else None
 
     def row(self, paper: str, point: Point) -> pd.Series:
         """The one row that answers. Raises MissingPointError."""

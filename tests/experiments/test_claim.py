@@ -1,0 +1,64 @@
+"""`claim=ID`: it runs what the claim needs, no more, and judges that run."""
+
+import pytest
+
+from kvarena.errors import UserError
+from kvarena.experiments import cli
+from kvarena.experiments.claim import arguments_for
+from kvarena.harness.scorecard.claims import claim_named
+
+
+def arguments(claim_id: str, on_gpu: bool = False) -> list[str]:
+    return arguments_for(claim_named(claim_id), lambda: on_gpu)
+
+
+def test_only_the_figure_and_the_systems_that_it_asks_for():
+    assert arguments("PA-11") == [
+        "experiment=serving_latency", "clock=modelled", "params.only=[fig12a]", "systems=[orca-oracle,paged]",
+    ]  # fmt: skip
+    assert arguments("PA-01") == ["experiment=memory_waste", "clock=modelled", "systems=[orca-max]"]
+    assert arguments("PA-08") == ["experiment=memory_layout"]
+    assert arguments("PA-07") == []
+
+
+def test_a_claim_about_a_gpu_takes_its_stand_in_where_there_is_none():
+    assert arguments("VA-15") == ["experiment=decode_throughput", "clock=measured"]
+    assert "experiment=decode_throughput" in arguments("VA-15", on_gpu=True)
+    with pytest.raises(UserError, match="VA-02: is measured on a GPU, there is none here"):
+        arguments("VA-02")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
+    monkeypatch.setattr("sys.argv", ["kvarena", *given])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+def test_arithmetic_needs_no_run(monkeypatch, capsys):
+    assert command(monkeypatch, "claim=PA-07") == 0
+    printed = capsys.readouterr().out
+    assert "verdict:   holds (exactly)" in printed
+    assert "evidence:  arithmetic" in printed
+
+
+def test_from_the_command_line_to_the_verdict(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    assert command(monkeypatch, "claim=PA-06", "trace.num_requests=4", "trace.max_tokens=128") == 0
+    printed = capsys.readouterr()
+    assert "./run.sh experiment=memory_timeline systems=[paged] trace.num_requests=4" in printed.err
+    assert "verdict:   holds (below 1)" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["claim=PA-99"], "no such claim. There are: PA-01"),
+        (["claim=PA-06", "-m"], "takes overrides of its experiment, and no flags"),
+        (["claim=PA-06", "params.nothing=1"], "no such key"),
+        (["report", "now"], "report: takes no arguments"),
+    ],
+)
+def test_mistakes(monkeypatch, capsys, given, message):
+    assert command(monkeypatch, *given) == cli.USER_ERROR
+    assert message in capsys.readouterr().err
