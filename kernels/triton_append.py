@@ -9,7 +9,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kvarena.kernels.triton_body import token_offsets
+from kvarena.kernels.triton_body import locate
 from kvarena.kernels.view import BatchView, LayerCache
 
 
@@ -42,8 +42,8 @@ def write_tokens(
     length = tl.load(lengths + sequence)
     position = length - queries + i
     entries = table + sequence.to(tl.int64) * table_stride
-    k_at = token_offsets(entries, position, length, k_block_stride, k_token_stride, BLOCK_SIZE, False)
-    v_at = token_offsets(entries, position, length, v_block_stride, v_token_stride, BLOCK_SIZE, False)
+    block, slot = locate(entries, position, length, BLOCK_SIZE, False)
+    k_at, v_at = block * k_block_stride + slot * k_token_stride, block * v_block_stride + slot * v_token_stride
     element = tl.arange(0, WIDTH)
     token = (start + i).to(tl.int64)
     inside = element < ELEMENTS

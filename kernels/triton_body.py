@@ -7,7 +7,7 @@ from memory serves the whole group; a decode is the case of one query:
     program (head, tile, sequence) x split:   rows [tile * ROWS, + ROWS)   keys [split * split_tokens, + split_tokens)
 
 With one split it writes the output. With more it writes a partial output with the logarithm of its sum of weights,
-and `merge_splits` joins the splits (FlashDecoding). The two layouts differ in `token_offsets` alone.
+and `merge_splits` joins the splits (FlashDecoding). The two layouts differ in `locate` alone.
 
 Scores are in units of log2 (`scale` holds log2(e) / sqrt(D)), so that weights are powers of two.
 """
@@ -26,37 +26,30 @@ _UNALIGNED = ["lengths", "query_starts", "table"]
 
 
 @triton.jit
-def token_offsets(
-    table: tl.tensor,
-    position: tl.tensor,
-    end: tl.tensor,
-    block_stride: tl.tensor,
-    token_stride: tl.tensor,
-    BLOCK_SIZE: tl.constexpr,
-    MASK: tl.constexpr,
-) -> tl.tensor:
-    """Elements from the cache's start to positions [TILE]: the only code that tells one layout from the other.
+def locate(
+    table: tl.tensor, position: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr, MASK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Block and slot of positions [TILE]: the only code that tells one layout from the other.
 
-    `table` points to the row of a sequence (BLOCK_SIZE 0), or to its list of blocks.
+    `table` points to the row of a sequence (BLOCK_SIZE 0), which is one long block, or to its list of blocks.
     """
     if BLOCK_SIZE == 0:
-        block = tl.load(table).to(tl.int64)
-        slot = position
+        block, slot = tl.load(table), position
     else:
         if MASK:  # entries past the length are undefined
-            block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
+            block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0)
         else:
-            block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+            block = tl.load(table + position // BLOCK_SIZE)
         slot = position % BLOCK_SIZE
-    return block * block_stride + slot.to(tl.int64) * token_stride
+    return block.to(tl.int64), slot.to(tl.int64)
 
 
 @triton.jit
 def load_tile(
-    x: tl.tensor, offsets: tl.tensor, position: tl.tensor, end: tl.tensor, SIZE: tl.constexpr, MASK: tl.constexpr
+    x: tl.tensor, offset: tl.tensor, position: tl.tensor, end: tl.tensor, SIZE: tl.constexpr, MASK: tl.constexpr
 ) -> tl.tensor:
     """K or V of one head at a tile of tokens: [TILE, SIZE]; zero, and not read, at `end` and beyond."""
-    at = x + offsets[:, None] + tl.arange(0, SIZE)[None, :]
+    at = x + offset[:, None] + tl.arange(0, SIZE)[None, :]
     if MASK:
         return tl.load(at, mask=(position < end)[:, None], other=0.0)
     return tl.load(at)
@@ -90,9 +83,8 @@ def attend_tiles(
     """
     for start in range(first, end, TILE):
         position = start + tl.arange(0, TILE)
-        k_at = token_offsets(table, position, end, k_block_stride, k_token_stride, BLOCK_SIZE, MASK)
-        v_at = token_offsets(table, position, end, v_block_stride, v_token_stride, BLOCK_SIZE, MASK)
-        k_tile = load_tile(k, k_at, position, end, SIZE, MASK)
+        block, slot = locate(table, position, end, BLOCK_SIZE, MASK)
+        k_tile = load_tile(k, block * k_block_stride + slot * k_token_stride, position, end, SIZE, MASK)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale  # [ROWS, TILE]
         if MASK:
             scores = tl.where((position < end)[None, :] & (position[None, :] < sees[:, None]), scores, MASKED)
@@ -101,7 +93,7 @@ def attend_tiles(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
-        v_tile = load_tile(v, v_at, position, end, SIZE, MASK)
+        v_tile = load_tile(v, block * v_block_stride + slot * v_token_stride, position, end, SIZE, MASK)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total
 
