@@ -1,5 +1,7 @@
 """Writing the K/V of new tokens into the cache, in either layout. Callers time it apart from attention."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ def append(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> 
     """Write the last tokens of each sequence: k_new, v_new are [T, H, D], packed as the queries are."""
     if cache.k.device.type == "cpu" and cache.k.dtype in _NUMBA_DTYPES:
         _append_numba(k_new, v_new, cache, view)
+    elif cache.k.device.type == "cuda" and find_spec("triton"):
+        from kvarena.kernels.triton_append import append_triton
+
+        append_triton(k_new, v_new, cache, view)
     else:
         append_torch(k_new, v_new, cache, view)
 

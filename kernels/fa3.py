@@ -6,7 +6,8 @@ except by a prefill of more than one tile of query rows over blocks that are a m
 the two is a "same library" pair.
 
 TMA fetches a tile to its end, past the length of a sequence that is not the longest: up to 191 tokens (176 for a
-head size of 128). They weigh nothing, but where a vAttention row has no memory there, the access may fault.
+head size of 128). Two things follow. Where a vAttention row has no memory there, the access may fault. And what lies
+there must be finite: it is weighed with 0, and 0 x NaN is NaN; so fresh memory has to be cleared once.
 """
 
 import math

@@ -40,12 +40,13 @@ def random_batch(
     shuffled: bool = True,
     seed: int = 0,
     padding: int = 0,
+    filler: float = math.nan,
 ) -> Batch:
     """A batch of sequences of these lengths, whose last `queries` tokens (default: one) are asked about.
 
     Paged with a `block_size`, its blocks scattered or in order; else contiguous, `padding` tokens between two rows.
-    The values depend on the seed alone, not on the layout. NaN fills every place that holds no token, and block
-    tables point to NaN past the length.
+    The values depend on the seed alone, not on the layout. The filler stands in every place that holds no token, and
+    is what block tables point to past the length.
     """
     random = torch.Generator().manual_seed(seed)
     counts = list(queries or [1] * len(lengths))
@@ -68,7 +69,7 @@ def random_batch(
         max_length=max(lengths),
         max_queries=max(counts),
     )
-    return Batch(q, LayerCache(layout, *(_placed(x, place, lengths, padding) for x in (k, v))), view)
+    return Batch(q, LayerCache(layout, *(_placed(x, place, lengths, padding, filler) for x in (k, v))), view)
 
 
 class _Place(NamedTuple):
@@ -97,9 +98,9 @@ def _blocks(lengths: Sequence[int], block_size: int, shuffled: bool, random: tor
     return _Place(total, block_size, tables), torch.tensor(padded, dtype=torch.int32)
 
 
-def _placed(x: Tensor, place: _Place, lengths: Sequence[int], padding: int) -> Tensor:
-    """A cache that holds the tokens x [T, H, D] of all sequences, and NaN elsewhere."""
-    cache = torch.full((place.units, place.unit_tokens, *x.shape[1:]), math.nan, dtype=x.dtype, device=x.device)
+def _placed(x: Tensor, place: _Place, lengths: Sequence[int], padding: int, filler: float) -> Tensor:
+    """A cache that holds the tokens x [T, H, D] of all sequences, and the filler elsewhere."""
+    cache = torch.full((place.units, place.unit_tokens, *x.shape[1:]), filler, dtype=x.dtype, device=x.device)
     for tokens, table in zip(torch.split(x, list(lengths)), place.tables, strict=True):
         for unit, run in zip(table, torch.split(tokens, place.unit_tokens), strict=True):
             cache[unit, : len(run)] = run
