@@ -1,8 +1,8 @@
 """What becomes of a claim: its value from the runs that can settle it, and the verdict.
 
-A run settles a claim if it has the claim's clock, and was measured on a GPU where the claim needs one. Any other run
-that has a value, and a stand-in on another device, can only show the direction. A modelled run never settles what is
-to be measured: its value is shown, and the claim counts as not run.
+A value settles a claim if it has the claim's clock, and was measured on a GPU where the claim needs one. Any other
+value, and that of a stand-in on another device, can only show the direction. A modelled value never settles what is to
+be measured: it is shown, and the claim counts as not run.
 """
 
 import math
@@ -36,16 +36,21 @@ class Answer:
     low: float  # 95 % interval, NaN where the rows have none
     high: float
     evidence: str  # the kinds of evidence of its rows: exact, measured, predicted, calibrated, conditional
+    clock: str  # of its rows: one modelled row makes it modelled; empty: arithmetic
     devices: str
     run: KeptRun | None  # None: arithmetic
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it was measured on a GPU."""
+        return self.clock == "measured" and self.devices != "cpu"
 
     @property
     def source(self) -> str:
         """Clock, device and kind of evidence."""
         if self.run is None:
             return self.evidence
-        how = "modelled" if self.run.clock == "modelled" else "measured"
-        return f"{how} on {self.devices}" + ("" if self.evidence == how else f"; {self.evidence}")
+        return f"{self.clock} on {self.devices}" + ("" if self.evidence == self.clock else f"; {self.evidence}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Finding:
     def deviation(self) -> str:
         """From the published value, in the terms of the tolerance; empty where there is none."""
         published = self.claim.published
-        if self.answer is None or published is None:
+        if self.answer is None or published is None or self.claim.tolerance.kind == "below":
             return ""
         if self.claim.tolerance.kind == "abs" or published == 0:
             unit = {"%": "points", "x": ""}.get(self.claim.unit, self.claim.unit)
@@ -75,35 +80,34 @@ def judge(claim: Claim, runs: Iterable[KeptRun], published: Published) -> Findin
     """Answer a claim from the runs there are."""
     if claim.experiment == ARITHMETIC:
         value = evaluate(claim.expression, lambda point: published.value(claim.paper, point))
-        answer = Answer(value, math.nan, math.nan, "arithmetic", "", None)
+        answer = Answer(value, math.nan, math.nan, "arithmetic", "", "", None)
         return Finding(claim, _verdict(claim, answer, settles=True), answer, settled=True)
     own: list[Answer] = []
     others: list[Answer] = []
     reasons: list[str] = []
+    stand_in = claim.stand_in or ("", "")
     for run in runs:
-        if run.experiment == claim.experiment:
-            try:
-                (own if _settles(claim, run) else others).append(answered(claim, claim.expression, run))
-            except MissingPointError as error:
-                reasons.append(f"{run.name} has {error}")
-        if claim.stand_in and run.experiment == claim.stand_in[0] and run.clock == "measured" and not run.on_gpu:
-            try:
-                others.append(answered(claim, claim.stand_in[1], run))
-            except MissingPointError as error:
-                reasons.append(f"{run.name} has {error}")
+        for experiment, expression in ((claim.experiment, claim.expression), stand_in):
+            if run.experiment == experiment:
+                try:
+                    answer = answered(claim, expression, run)
+                except MissingPointError as error:
+                    reasons.append(f"{run.name} has {error}")
+                else:
+                    (own if expression == claim.expression and _settles(claim, answer) else others).append(answer)
     if own:
         return Finding(claim, _verdict(claim, own[0], settles=True), own[0], True, own[1:] + others)
-    hints = [a for a in others if claim.clock != "measured" or (a.run is not None and a.run.clock == "measured")]
+    hints = [answer for answer in others if claim.clock != "measured" or answer.clock == "measured"]
     if hints:
         rest = [a for a in others if a is not hints[0]]
         return Finding(claim, _verdict(claim, hints[0], settles=False), hints[0], False, rest)
     return Finding(claim, Verdict.NOT_RUN, others=others, reason="; ".join(reasons) or f"no run of {claim.experiment}")
 
 
-def _settles(claim: Claim, run: KeptRun) -> bool:
+def _settles(claim: Claim, answer: Answer) -> bool:
     if claim.needs_gpu:
-        return run.on_gpu
-    return claim.clock in ("any", "none", run.clock)
+        return answer.on_gpu
+    return claim.clock in ("any", "none", answer.clock)
 
 
 def _verdict(claim: Claim, answer: Answer, settles: bool) -> Verdict:
@@ -137,7 +141,8 @@ def answered(claim: Claim, expression: str, run: KeptRun) -> Answer:
     low, high = _interval(lambda find: evaluate(expression, find), used, value)
     kinds = dict.fromkeys(str(row["evidence"]) for row in used.values())
     devices = dict.fromkeys(str(row["device"]) for row in used.values())
-    return Answer(value, low, high, " and ".join(kinds), ", ".join(devices), run)
+    clock = "modelled" if "modelled" in {str(row["clock"]) for row in used.values()} else "measured"
+    return Answer(value, low, high, " and ".join(kinds), clock, ", ".join(devices), run)
 
 
 def _interval(

@@ -41,18 +41,13 @@ class KeptRun:
 
     @property
     def clock(self) -> str:
-        """measured or modelled: one run has one clock."""
-        return str(self.summary["clock"].iloc[0])
+        """measured, modelled, or both: a measured run may have modelled rows beside its own."""
+        return " and ".join(sorted(set(self.summary["clock"].astype(str))))
 
     @property
     def devices(self) -> list[str]:
         """Devices of its numbers: measured ones, or those that were modelled."""
         return list(dict.fromkeys(self.summary["device"].astype(str)))
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether its numbers were measured on a GPU."""
-        return self.clock == "measured" and self.devices != ["cpu"]
 
     @property
     def figure(self) -> Path | None:

@@ -5,7 +5,7 @@ colours and fonts from the page.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
 
@@ -14,25 +14,29 @@ from markupsafe import Markup
 
 from kvarena.harness.scorecard.figures import Compared
 
+Draw = Callable[[pd.DataFrame, str, list[str], float], str]  # points, column, labels, left edge -> SVG
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#000000")  # Okabe and Ito
 WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 640, 210, 52, 16, 20, 26
 PLOT_WIDTH, PLOT_HEIGHT = (WIDTH - LEFT - GAP - 6) / 2, HEIGHT - TOP - BOTTOM
 
 
 def pair_drawing(compared: Compared) -> Markup:
-    """A drawing for every panel: lines where there is an x, else bars."""
-    panels = compared.points.groupby("panel", sort=False)
-    return Markup("\n").join(_panel(compared, str(name), points) for name, points in panels)
+    """Lines where there is an x, a drawing for each panel; else bars, all panels in one drawing."""
+    kinds = compared.points["quantity"].str.partition(":")[2].map(lambda kind: f": {kind}" if kind else "")
+    points = compared.points.assign(label=(compared.points["system"] + kinds).str.replace("_", " "))
+    if points["x"].notna().all():
+        panels = [(f"{name}: ", rows) for name, rows in points.groupby("panel", sort=False)]
+        return Markup("\n").join(_drawing(compared, name, rows, _lines) for name, rows in panels)
+    if points["panel"].nunique() > 1:
+        points = points.assign(label=points["panel"] + ", " + points["label"])
+    return _drawing(compared, "", points, _bars)
 
 
-def _panel(compared: Compared, panel: str, points: pd.DataFrame) -> Markup:
-    labels = points["system"] + points["quantity"].str.partition(":")[2].map(lambda kind: f": {kind}" if kind else "")
-    points = points.assign(label=labels.str.replace("_", " "))
+def _drawing(compared: Compared, name: str, points: pd.DataFrame, draw: Draw) -> Markup:
     names = list(dict.fromkeys(points["label"]))
-    lined = points["x"].notna().all()
-    draw = _lines if lined else _bars
     parts = [draw(points, column, names, left) for column, left in _sides()]
-    title = f"{panel}: {compared.quantity.replace('_', ' ')}, {compared.unit}"
+    title = f"{name}{compared.quantity.replace('_', ' ')}, {compared.unit}"
     heads = "".join(
         f'<text x="{left + PLOT_WIDTH / 2:.0f}" y="12" text-anchor="middle">{head}</text>'
         for (_, left), head in zip(_sides(), ("published", _ours(compared)), strict=True)
@@ -49,7 +53,8 @@ def _panel(compared: Compared, panel: str, points: pd.DataFrame) -> Markup:
 
 
 def _ours(compared: Compared) -> str:
-    return escape(f"here, {compared.run.clock} on {', '.join(dict.fromkeys(compared.points['device']))}")
+    places = compared.points["clock"] + " on " + compared.points["device"]
+    return escape(f"here, {', '.join(dict.fromkeys(places))}")
 
 
 def _sides() -> tuple[tuple[str, float], tuple[str, float]]:

@@ -256,3 +256,25 @@ def test_folders_of_kept_runs(tmp_path):
     (tmp_path / "cpu" / "e" / "summary.csv").write_text("")
     with pytest.raises(UserError, match="cannot be read as a finished run"):
         kept_runs(tmp_path)
+
+
+def test_the_clock_is_that_of_the_rows_and_not_of_the_run():
+    """A measured run may carry modelled rows."""
+    claim = CLAIMED["VA-04"]
+    modelled = run_for(claim)
+    measured = a_row(
+        "kvarena", points_of(claim.expression)[0], 1.0, clock="measured", device="cpu", experiment=claim.experiment
+    )
+    both = KeptRun(modelled.folder, pd.concat([frame([measured]), modelled.summary], ignore_index=True))
+    finding = judge(claim, [both], THEIRS)
+    assert (finding.verdict, both.clock) == (Verdict.HOLDS, "measured and modelled")
+    assert finding.answer is not None
+    assert finding.answer.source == "modelled on a100-40gb; predicted"
+
+
+def test_a_histogram_counts_records_in_other_bins():
+    _, bins = (c for c in compare(figure_rows("fig11"), TABLE))
+    assert (bins.unit, bins.error) == ("records", 0)
+    moved = bins.points["published"].iloc[0]
+    _, emptied = compare(figure_rows("fig11", lambda v: 0.0 if v == moved else v), TABLE)
+    assert emptied.error == pytest.approx(50 * moved / bins.points["published"].sum(), rel=1e-6)
