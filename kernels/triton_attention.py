@@ -1,6 +1,7 @@
 """The `triton` kernel: our own, for both layouts, through one body (`triton_body.py`)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,15 +10,7 @@ from kvarena.errors import UserError
 from kvarena.kernels.catalogue import TRITON
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.triton_body import attend, merge_splits
-from kvarena.kernels.triton_launch import (
-    DECODE_PROGRAMS,
-    MOST_SPLIT_TOKENS,
-    PREFILL_PROGRAMS,
-    Tiles,
-    multiprocessors,
-    split_tokens,
-    tiles,
-)
+from kvarena.kernels.triton_launch import Cut, Tiles, Work, cut_decode, cut_prefill, multiprocessors, tiles
 from kvarena.kernels.view import BatchView, LayerCache
 
 _LOG2_E = math.log2(math.e)
@@ -40,66 +33,84 @@ class TritonAttention(AttentionKernel):
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""
-        self._attend(q, cache, view, out, DECODE_PROGRAMS, MOST_SPLIT_TOKENS)
+        self._attend(q, cache, view, out, cut_decode)
 
     def prefill(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend causally with packed queries."""
-        self._attend(q, cache, view, out, PREFILL_PROGRAMS, view.max_length)
+        self._attend(q, cache, view, out, cut_prefill)
 
     def _attend(
-        self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, per_multiprocessor: int, most: int
+        self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, choose: Callable[[Work, Tiles, int], Cut]
     ) -> None:
-        q = q if q[0].is_contiguous() else q.contiguous()
-        if not out[0].is_contiguous():
-            raise UserError("kernel=triton: the heads of an output must lie densely")
         tokens, query_heads, size = q.shape
-        heads = cache.num_kv_heads
-        group = query_heads // heads
-        paged = view.block_table is not None
-        shape = self._shape or tiles(size, q.element_size(), view.max_queries * group, paged)
-        row_tiles = -(-view.max_queries * group // shape.ROWS)
-        programs = heads * row_tiles * view.batch_size
-        wanted = per_multiprocessor * multiprocessors(q.device)
-        per_split = self._split_tokens or split_tokens(programs, view.max_length, wanted, most, shape.TILE)
-        splits = -(-view.max_length // per_split)
-        parts, log_total = self._partials(splits, tokens * query_heads, size, q.device) if splits > 1 else (out, None)
-        table = view.block_table if view.block_table is not None else view.rows
-        assert table is not None, "a view has rows or a block table"
-        attend[programs, splits](
-            q,
-            cache.k,
-            cache.v,
-            parts,
-            log_total,
-            view.lengths,
-            view.query_starts,
-            table,
-            table.stride(0),
-            *cache.k.stride()[:2],
-            *cache.v.stride()[:2],
-            q.stride(0),
-            out.stride(0) if splits == 1 else query_heads * size,
-            tokens * query_heads,
-            row_tiles,
-            per_split,
-            _LOG2_E / math.sqrt(size),
-            HEADS=heads,
-            GROUP=group,
-            SIZE=size,
-            BLOCK_SIZE=0 if view.block_table is None else cache.block_size,
-            **shape._asdict(),
-        )
-        if log_total is not None:
-            merge_splits[tokens * query_heads,](
-                parts, log_total, out, splits, tokens * query_heads, out.stride(0), QUERY_HEADS=query_heads, SIZE=size
-            )
+        if out.stride()[1:] != (size, 1):
+            raise UserError(f"kernel=triton: the heads of an output must lie densely; its strides are {out.stride()}")
+        if q.stride()[1:] != (size, 1):
+            q = q.contiguous()
+        group = query_heads // cache.num_kv_heads
+        work = Work(view.batch_size, cache.num_kv_heads, view.max_queries * group, view.max_length)
+        shape = self._shape or tiles(size, q.element_size(), work.rows)
+        if view.block_table is not None:
+            shape = shape.over_blocks()
+        cut = choose(work, shape, multiprocessors(q.device))
+        if self._split_tokens is not None:
+            cut = cut._replace(splits=-(-view.max_length // self._split_tokens), split_tokens=self._split_tokens)
+        if cut.splits == 1:
+            _launch(q, cache, view, out, None, shape, cut)
+        else:
+            parts, log_total = self._partials(cut.splits, tokens, query_heads, size, q.device)
+            _launch(q, cache, view, parts[0], log_total, shape, cut)
+            _merge(parts, log_total, out)
 
-    def _partials(self, splits: int, query_heads: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Buffers for [splits, T, Hq, D] and [splits, T, Hq]; never freed, since a CUDA graph may hold on to them."""
-        count = splits * query_heads
+    def _partials(
+        self, splits: int, tokens: int, query_heads: int, size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Buffers [splits, T, Hq, D] and [splits, T, Hq]; never freed, since a CUDA graph may hold on to them."""
+        count = splits * tokens * query_heads
         capacity = 1 << (count - 1).bit_length()
         key = device, capacity * (size + 1)
         if key not in self._workspaces:
             self._workspaces[key] = torch.empty(key[1], dtype=torch.float32, device=device)
-        workspace = self._workspaces[key]
-        return workspace[: count * size], workspace[capacity * size :][:count]
+        parts, logs = self._workspaces[key].split_with_sizes((capacity * size, capacity))
+        shape = splits, tokens, query_heads
+        return parts[: count * size].view(*shape, size), logs[:count].view(shape)
+
+
+def _launch(
+    q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, log_total: Tensor | None, shape: Tiles, cut: Cut
+) -> None:
+    """Run the body; `out` is the output, or the first split's part of it."""
+    table = view.block_table if view.block_table is not None else view.rows
+    assert table is not None, "a view has rows or a block table"
+    _, query_heads, size = q.shape
+    attend[cut.programs, cut.splits](
+        q,
+        cache.k,
+        cache.v,
+        out,
+        log_total,
+        view.lengths,
+        view.query_starts,
+        table,
+        table.stride(0),
+        *cache.k.stride()[:2],
+        *cache.v.stride()[:2],
+        q.stride(0),
+        out.stride(0),
+        q.shape[0] * query_heads,
+        cut.row_tiles,
+        cut.split_tokens,
+        _LOG2_E / math.sqrt(size),
+        HEADS=cache.num_kv_heads,
+        GROUP=query_heads // cache.num_kv_heads,
+        SIZE=size,
+        BLOCK_SIZE=0 if view.block_table is None else cache.block_size,
+        **shape._asdict(),
+    )
+
+
+def _merge(parts: Tensor, log_total: Tensor, out: Tensor) -> None:
+    """Join the splits of every query head."""
+    splits, tokens, query_heads, size = parts.shape
+    rows = tokens * query_heads
+    merge_splits[rows,](parts, log_total, out, splits, rows, out.stride(0), QUERY_HEADS=query_heads, SIZE=size)

@@ -24,33 +24,61 @@ class Tiles(NamedTuple):
     ROWS: int  # query rows; at least 16, which is what tensor cores take
     TILE: int  # tokens
     num_warps: int
-    num_stages: int
+    num_stages: int  # tiles of K and V under way, and the one in use
+
+    def over_blocks(self) -> "Tiles":
+        """Keep as many tiles under way: Triton's pipeline spends a stage on the block numbers of each."""
+        return self._replace(num_stages=2 * self.num_stages - 1)
 
 
-def tiles(head_size: int, item_bytes: int, rows: int, paged: bool) -> Tiles:
+def tiles(head_size: int, item_bytes: int, rows: int) -> Tiles:
     """The program for a call whose sequences bring at most `rows` query rows (queries x group)."""
     tile = max(16, min(128, K_TILE_BYTES // (head_size * item_bytes)))
     if rows <= 16:
-        shape = Tiles(16, tile, num_warps=4, num_stages=3)
-    elif item_bytes > 2:  # no tensor cores: as many registers as there are
-        shape = Tiles(32, tile, num_warps=4, num_stages=2)
-    elif rows <= 64 or head_size > 128:
-        shape = Tiles(64, min(tile, 64), num_warps=4 if head_size <= 128 else 8, num_stages=2)
-    else:
-        shape = Tiles(128, min(tile, 64), num_warps=8, num_stages=3)
-    # Triton's pipeline spends a stage on fetching block numbers ahead for each stage of K and V.
-    return shape._replace(num_stages=2 * shape.num_stages - 1) if paged else shape
+        return Tiles(16, tile, num_warps=4, num_stages=3)
+    if item_bytes > 2:  # no tensor cores: as many rows as there are registers
+        return Tiles(32, tile, num_warps=4, num_stages=2)
+    if rows <= 64 or head_size > 128:
+        return Tiles(64, min(tile, 64), num_warps=4 if head_size <= 128 else 8, num_stages=2)
+    return Tiles(128, min(tile, 64), num_warps=8, num_stages=3)
 
 
-def split_tokens(programs: int, max_length: int, wanted: int, most: int, tile: int) -> int:
-    """Tokens of one split, a multiple of `tile`.
+class Work(NamedTuple):
+    """What one call has to do."""
 
-    `programs` tiles of queries become about `wanted` programs, but no split is longer than `most` tokens, nor all
-    of them shorter than FEWEST_SPLIT_TOKENS.
-    """
-    splits = max(wanted // programs, -(-max_length // most))
-    splits = max(1, min(splits, max_length // FEWEST_SPLIT_TOKENS))
-    return -(-max_length // (splits * tile)) * tile
+    batch_size: int
+    heads: int  # KV heads
+    rows: int  # query rows (queries x group) of the sequence that brings most
+    max_length: int
+
+
+class Cut(NamedTuple):
+    """A grid of programs; the words are those of `triton_body.py`."""
+
+    row_tiles: int
+    programs: int  # row tiles of all sequences and KV heads
+    splits: int
+    split_tokens: int  # a multiple of the tile
+
+
+def cut_decode(work: Work, shape: Tiles, multiprocessors: int) -> Cut:
+    """Enough splits to fill the GPU, and none so long that the rest would wait for it."""
+    return _cut(work, shape, DECODE_PROGRAMS * multiprocessors, MOST_SPLIT_TOKENS)
+
+
+def cut_prefill(work: Work, shape: Tiles, multiprocessors: int) -> Cut:
+    """Splits only where the tiles of queries leave multiprocessors idle."""
+    return _cut(work, shape, PREFILL_PROGRAMS * multiprocessors, work.max_length)
+
+
+def _cut(work: Work, shape: Tiles, wanted: int, most_tokens: int) -> Cut:
+    """About `wanted` programs, of splits of FEWEST_SPLIT_TOKENS to `most_tokens`."""
+    row_tiles = -(-work.rows // shape.ROWS)
+    programs = row_tiles * work.batch_size * work.heads
+    splits = max(wanted // programs, -(-work.max_length // most_tokens))
+    splits = max(1, min(splits, work.max_length // FEWEST_SPLIT_TOKENS))
+    tokens = -(-work.max_length // (splits * shape.TILE)) * shape.TILE
+    return Cut(row_tiles, programs, -(-work.max_length // tokens), tokens)
 
 
 @cache

@@ -36,7 +36,8 @@ def compiled(kernel, capability, constants, types, unaligned=(), **options):
 
 
 def compiled_attend(capability, dtype="bf16", size=128, rows=DECODE, block_size=0, splits=True):
-    shape = tiles(size, BITS[dtype] // 8, rows, block_size > 0)
+    shape = tiles(size, BITS[dtype] // 8, rows)
+    shape = shape.over_blocks() if block_size else shape
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out")} | POINTERS
     types |= {"table": "*i32" if block_size else "*i64", "scale": "fp32"}
     constants = {"HEADS": 8, "GROUP": 4, "SIZE": size, "BLOCK_SIZE": block_size, "ROWS": shape.ROWS, "TILE": shape.TILE}
