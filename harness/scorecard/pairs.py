@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from kvarena.harness.scorecard.figures import Compared
+from kvarena.harness.scorecard.text import number
 
 Draw = Callable[[pd.DataFrame, str, list[str], float], str]  # points, column, labels, left edge -> SVG
 
@@ -100,9 +101,13 @@ def _frame(x: _Scale | None, y: _Scale, left: float) -> str:
     for tick in y.ticks:
         parts.append(f'<path class="grid" d="M{left:.1f} {y(tick):.1f}H{right:.1f}"/>')
         if left == LEFT:
-            parts.append(f'<text x="{left - 4}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
+            parts.append(
+                f'<text x="{left - 4}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(float(f"{tick:.3g}"))}</text>'
+            )
     for tick, anchor in zip(x.ticks if x else (), ("start", "middle", "end"), strict=False):
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="{anchor}">{tick:.4g}</text>' if x else "")
+        parts.append(
+            f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="{anchor}">{number(tick)}</text>' if x else ""
+        )
     return "".join(parts)
 
 
