@@ -115,15 +115,13 @@ def _verdict(claim: Claim, answer: Answer, settles: bool) -> Verdict:
         return Verdict.PREDICTED
     if settles and claim.tolerance.met(answer.value, claim.published):
         return Verdict.HOLDS
-    if claim.direction is not None and claim.direction.met(answer.value):
-        return Verdict.DIRECTION
-    return Verdict.UNDECIDED if _may_hold(claim, answer) else Verdict.FAILS
-
-
-def _may_hold(claim: Claim, answer: Answer) -> bool:
-    """Whether the interval reaches to where the claim would hold, at least in direction."""
-    limits = claim.direction
-    return limits is not None and answer.low < limits.high and answer.high > limits.low
+    if claim.direction is None:
+        return Verdict.FAILS
+    met = claim.direction.met(answer.value)
+    ends = [claim.direction.met(end) for end in (answer.low, answer.high) if not math.isnan(end)]
+    if any(end != met for end in ends):
+        return Verdict.UNDECIDED
+    return Verdict.DIRECTION if met else Verdict.FAILS
 
 
 def answered(claim: Claim, expression: str, run: KeptRun) -> Answer:
