@@ -117,11 +117,11 @@ def _verdict(claim: Claim, answer: Answer, settles: bool) -> Verdict:
         return Verdict.HOLDS
     if claim.direction is None:
         return Verdict.FAILS
-    met = claim.direction.met(answer.value)
-    ends = [claim.direction.met(end) for end in (answer.low, answer.high) if not math.isnan(end)]
-    if any(end != met for end in ends):
-        return Verdict.UNDECIDED
-    return Verdict.DIRECTION if met else Verdict.FAILS
+    low, high = (answer.value if math.isnan(end) else end for end in (answer.low, answer.high))
+    if claim.direction.met(low) and claim.direction.met(high):
+        return Verdict.DIRECTION
+    reached = low < claim.direction.high and high > claim.direction.low
+    return Verdict.UNDECIDED if reached else Verdict.FAILS
 
 
 def answered(claim: Claim, expression: str, run: KeptRun) -> Answer:
