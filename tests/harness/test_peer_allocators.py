@@ -100,7 +100,7 @@ def _small(allocator: str) -> dict:
 
 
 def _scheduler(name: str, memory: Policy, preemption: str | None) -> Scheduler:
-    options = {"token_budget": 64} if name == "chunked_prefill" else {}
+    options = {"token_budget": 64, "max_seqs": 64} if name == "chunked_prefill" else {}
     options |= {"preemption": preemption} if preemption else {}
     return make_scheduler(scheduler_config(name)(name=name, **options), memory, MAX_TOKENS)
 
