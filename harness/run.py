@@ -78,7 +78,8 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         raise UserError(f"threads={config.threads}: a number of threads, at least 1, or null")
     device, kind = _device(config)
     profile = config.profiles.get(kind) or OmegaConf.create()
-    kept = systems.kept(config.systems, config.allocator.name, config.kernel.name)
+    listed = config.systems or profile.get("systems") or []
+    kept = systems.kept(listed, config.allocator.name, config.kernel.name)
     built = tuple(systems.build(s, config.scheduler, overrides, _as_config) for s in kept)
     model = _model(config, profile)
     if config.clock == "measured":

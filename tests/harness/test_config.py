@@ -6,7 +6,10 @@ from hydra import compose, initialize_config_dir
 from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.config import load, names
+from kvarena.harness.fit import misfit
+from kvarena.harness.model import load_preset
 from kvarena.harness.paths import CONF
+from kvarena.harness.systems import kept
 
 DECODE = "experiment=decode_throughput"
 
@@ -21,7 +24,7 @@ def test_the_experiment_overrides_the_defaults_and_the_command_line_both() -> No
     """Pins the place of `_self_` in conf/config.yaml: last, it would silently win over the experiment."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert compose("config", [DECODE]).name == "decode_throughput"
-        assert len(compose("config", [DECODE]).systems) > 1
+        assert "cuda" in compose("config", [DECODE]).profiles
     assert [s.name for s in compose_run(DECODE, "systems=[paged-numba]").systems] == ["paged-numba"]
 
 
@@ -30,6 +33,17 @@ def test_every_experiment_composes_and_fits() -> None:
         modelled = load("experiment", name).get("clock") == "modelled"
         run = compose_run(f"experiment={name}", *([] if modelled else ["device=cpu"]))
         assert run.experiment == name
+
+
+def test_every_kind_of_device_has_systems_that_it_can_run() -> None:
+    """A GPU cannot run the CPU's kernels: the profile names its own, and they fit the profile's model there."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        profiles = compose("config", [DECODE]).profiles
+    for kind, profile in profiles.items():
+        files = kept(profile.systems, "all", "all")
+        assert len(files) > 1
+        for file in files:
+            assert misfit(file.allocator.name, file.kernel.name, load_preset(profile.model), kind) is None
 
 
 def test_null_params_come_from_the_profile_of_the_device() -> None:
