@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -88,7 +89,10 @@ def test_a_batch_that_its_pool_cannot_hold_says_what_fits(tmp_path: Path, monkey
 def start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-m", "kvarena", *SMALL, *overrides]
     environment = os.environ | {"KVARENA_RUNS": str(runs), "PYTHONPATH": str(ROOT / ".import")}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and so would whatever a test that runs in one starts.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
 
 
 def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path: Path) -> None:
