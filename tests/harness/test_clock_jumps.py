@@ -48,7 +48,7 @@ SYSTEMS = {
     "fastertransformer": ("fastertransformer", {"batch_size": 3, "max_padded_tokens": 90}, "fastertransformer", {}),
 }
 SERIAL = StepModel(False, 12_000, 340, 16_500, 1300, 7)
-OVERLAPPED = StepModel(True, 30_000, 100, 20_000, 900, 31, 3, 50, 5)  # the longer branch changes within stretches
+OVERLAPPED = StepModel(True, 23_000, 10, 20_000, 900, 31, 3, 50, 5)  # the device is slower from 95 tokens on
 PRICES = ActionPrices(copy_block_ps=77, swap_out_ps=501, swap_in_ps=499, map_ps=(9001, 9001), unmap_ps=(803, 803))
 
 HEAVY = [(1 + 7 * i % 40, 1 + 11 * i % 55, 5000 * (i % 3)) for i in range(36)]  # everyone is preempted now and then

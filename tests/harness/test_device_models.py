@@ -107,6 +107,16 @@ def test_tensor_parallelism_divides_the_work_and_adds_all_reduces():
     assert four.link_token_ps == pytest.approx(128 * 1.5 * 9216 * 2 / 300e9 * 1e12, rel=1e-6)
 
 
+def test_host_and_device_overlap_or_take_turns():
+    coefficients = {"host_step_ps": 1000, "host_sequence_ps": 10, "weights_ps": 300, "token_ps": 5, "context_ps": 2}
+    links = {"pair_ps": 3, "link_step_ps": 40, "link_token_ps": 7}
+    load = StepLoad(tokens=100, decodes=4, context=50, pairs=20)
+    host, device = 1000 + 4 * 10, 500 + 50 * 2 + 20 * 3 + 40 + 100 * 7
+    assert StepModel(overlaps_host=False, **coefficients, **links).step_ps(load) == host + device
+    assert StepModel(overlaps_host=True, **coefficients, **links).step_ps(load) == max(host, device) == device
+    assert StepModel(overlaps_host=True, **coefficients).step_ps(load) == host
+
+
 # ---- steps and stretches -------------------------------------------------------------------------------------------
 
 COEFFICIENTS = st.integers(0, 50)

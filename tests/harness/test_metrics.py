@@ -20,7 +20,10 @@ ONE_SECOND_STEPS = StepModel(False, S, 0, 0, 0, 0)
 
 
 def scheduler_of(blocks, name="vllm", **limits):
-    policy = PagedPolicy(LAYOUT, blocks * 4 * LAYOUT.token_bytes, max_tokens=64, block_size=4, watermark=0)
+    block_bytes = 4 * LAYOUT.token_bytes
+    policy = PagedPolicy(
+        LAYOUT, blocks * block_bytes, max_tokens=64, block_size=4, watermark=0, swap_bytes=20 * block_bytes
+    )
     return make_scheduler(config_class(name)(name=name, **limits), policy, 64)
 
 
@@ -56,10 +59,10 @@ def test_one_token_has_no_tpot_and_keeps_any_limit_on_it():
 
 
 def test_refused_requests_are_counted_and_enter_nothing_else():
-    done = replay([Request(0, 5, 4), Request(1, 60, 30), Request(2, 5, 4)])
+    done = replay([Request(0, 60, 30), Request(1, 5, 4, arrival_ps=S), Request(2, 5, 4, arrival_ps=S)])
     summary = summarize(request_frame(done.requests), done.steps.to_frame(), [])
     assert (summary["finished"], summary["refused"]) == (2, 1)
-    assert summary["normalized_latency_s"] == 1
+    assert (summary["normalized_latency_s"], summary["makespan_s"]) == (1, 4)
 
 
 def test_unknown_limits_are_refused():
@@ -83,7 +86,9 @@ def note_tokens(scheduler):
 
 
 @pytest.mark.parametrize(
-    ("name", "limits"), [("vllm", {}), ("chunked_prefill", {"token_budget": 9, "max_seqs": 9})], ids=["vllm", "chunked"]
+    ("name", "limits"),
+    [("vllm", {}), ("vllm", {"preemption": "swap"}), ("chunked_prefill", {"token_budget": 9, "max_seqs": 9})],
+    ids=["recomputing", "swapping", "in chunks"],
 )
 def test_pooled_gaps_are_those_of_every_token(name, limits):
     """Gaps from the step log, stretches and preemptions included, against times noted token by token."""

@@ -134,18 +134,19 @@ def test_a_victim_is_prefilled_with_its_output_and_keeps_its_count():
 def test_swapped_requests_come_back_before_anyone_waiting():
     scheduler = make("vllm", paged(6, swap_blocks=8), preemption="swap")
     _, _, third = submit(scheduler, (6, 3), (10, 4), (2, 2))
-    assert prefilled(step(scheduler)) == [(0, 0, 6), (1, 0, 10), (2, 0, 2)]
-    plan = step(scheduler)
+    assert prefilled(step(scheduler, 0)) == [(0, 0, 6), (1, 0, 10), (2, 0, 2)]
+    plan = step(scheduler, 1)
     assert decoded(plan) == [0, 1]
     assert (plan.swapped_out, plan.preempted) == ([third], [])
     assert plan.actions == [SwapOut(plan.actions[0].source, plan.actions[0].target)]
     scheduler.submit(Request(3, 2, 2, arrival_ps=3))
-    assert prefilled(step(scheduler)) == [], "someone is swapped out"
-    plan = step(scheduler)
+    assert prefilled(step(scheduler, 2)) == [], "someone is swapped out"
+    plan = step(scheduler, 3)
     assert (plan.swapped_in, decoded(plan)) == ([third], [1, 2])
     assert isinstance(plan.actions[0], SwapIn)
     assert prefilled(plan) == [(3, 0, 2)], "in the same step, now that nobody is swapped out"
     assert third.state is RequestState.FINISHED
+    assert scheduler.resumed_gaps_ps == [3], "its tokens came at 1 and at 4"
 
 
 def test_a_full_cpu_pool_means_recomputation():
