@@ -70,6 +70,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 
 def _check(run: Run) -> None:
     params: Params = run.params
+    if run.device.kind != "cpu":
+        raise UserError(f"device={run.device.name}: {NAME} knows the steps of a CPU, device=cpu, so far")
     for key in ("batch_sizes", "contexts", "prompts"):
         values = getattr(params, key)
         if len(values) < 3 or min(values) < 1 or len(set(values)) < len(values):

@@ -49,6 +49,7 @@ FITTED_ON = "a100-40gb"  # its copy_* come from Fig 19a
 SAID = {
     "fig19a": f"swaps: device.copy_* of {FITTED_ON} are fitted to this figure; recomputation: fitted to Fig 12a, so "
     f"predicted here, and shown x{DRAWN} beside the published curve, which its script draws so",
+    "copies": "modelled: one per block, layer and K or V, as the paper's; measured on a GPU: one per block",
     "fig19b": "modelled: attention reads blocks of any size equally fast; rows below 16 are conditional on that",
 }
 
@@ -137,8 +138,9 @@ def preempting(system: System, way: str, swap_bytes: str) -> System:
 
 def _named(run: Run, system: System, what: str, published: str) -> dict[str, str]:
     """Columns of a row: the published name of a way where the run imitates it, else `paged-<way>/<kernel>`."""
-    own = replace(system, published=None, variant=f"{system.allocator.name}-{what.replace(' ', '-')}")
-    return columns(run, replace(own, published=published))
+    worn = published if system.published or run.clock == "measured" else None
+    variant = f"{system.allocator.name}-{what.replace(' ', '-')}"
+    return columns(run, replace(system, published=worn, variant=variant))
 
 
 def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -148,9 +150,9 @@ def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[Summary
         for what in samples:
             kind = evidence_of_cost(run, str(what))
             common = {"experiment": NAME, "panel": panel, "x": size, "unit": "ms", "evidence": kind}
-            drawn = what == RECOMPUTE and run.imitates
-            named = _named(run, paged, str(what), AS_DRAWN if drawn else str(what))
-            yield row(estimate(run, samples[what] * (DRAWN if drawn else 1)), paper="pagedattention", figure="fig19a",
+            named = _named(run, paged, str(what), AS_DRAWN if what == RECOMPUTE else str(what))
+            drawn = DRAWN if named["system"] == AS_DRAWN else 1
+            yield row(estimate(run, drawn * samples[what]), paper="pagedattention", figure="fig19a",
                       quantity=HEADLINE, **common, **named)  # fmt: skip
             yield row(estimate(run, samples[what]), paper="kvarena", figure=NAME, quantity=f"cost_of_{what}",
                       **common, **columns(run, paged))  # fmt: skip
