@@ -75,6 +75,23 @@ def test_what_a_gpu_would_get(queries, arrange, run):
         assert_right(run(TritonAttention(), batch), batch)
 
 
+def test_many_splits_are_merged(arrange, run, kernel):
+    """More than are merged at once, the last of them with the highest scores."""
+    batch = arrange("rows", Shapes(heads=1, group=1), [300, 20])
+    batch.cache.k[:, 256:] *= 4
+    assert_right(run(kernel, batch), batch)
+
+
+def test_k_and_v_may_lie_differently(arrange, run, kernel):
+    """They are two tensors, each with strides of its own."""
+    for name in ("rows", "scattered blocks"):
+        batch = arrange(name, Shapes(heads=1), [20, 7])
+        _, size, *token = batch.cache.v.shape
+        spread = torch.full((batch.cache.v.shape[0], size + 3, *token), torch.nan)[:, :size].copy_(batch.cache.v)
+        batch = batch._replace(cache=dataclasses.replace(batch.cache, v=spread))
+        assert_right(run(kernel, batch), batch)
+
+
 def test_a_sequence_may_outgrow_the_length_of_the_launch(arrange, run, kernel):
     """A CUDA graph replays the launch of a shorter batch."""
     batch = arrange("scattered blocks", Shapes(heads=1), [45, 20], block_size=4)
