@@ -8,7 +8,7 @@ _CUDA = frozenset({"cuda"})
 _ANY_DEVICE = frozenset({"cpu", "cuda"})
 _ANY_DTYPE = frozenset({"float32", "bfloat16", "float16"})
 _HALF = frozenset({"bfloat16", "float16"})
-_VLLM_HINT = "pip install 'kvarena[flash-attn]', or name the library's file in"
+_VLLM_HINT = "pip install -e '.[flash-attn]', or name the library's file in"
 
 NUMBA = KernelSpec(
     name="numba",
@@ -118,7 +118,7 @@ FLASHINFER = KernelSpec(
     dtypes=_HALF,
     head_sizes=frozenset({64, 128, 256}),
     requires=("flashinfer",),
-    install_hint="pip install 'kvarena[gpu]'; it compiles its kernels when they first run, which takes nvcc",
+    install_hint="pip install -e '.[gpu]'; it compiles its kernels when they first run, which takes nvcc",
 )
 VLLM_PAGED = KernelSpec(
     name="vllm_paged",
@@ -130,7 +130,7 @@ VLLM_PAGED = KernelSpec(
     head_sizes=frozenset({32, 64, 80, 96, 112, 120, 128, 192, 256}),
     block_sizes=frozenset({8, 16, 32}),
     requires=("vllm",),
-    install_hint="pip install 'vllm<=0.24' (later releases have dropped it), or name its _C library in KVARENA_VLLM_SO",
+    install_hint="pip install 'vllm<0.25' (0.25 dropped it), or name its _C library in KVARENA_VLLM_SO",
     library_variable="KVARENA_VLLM_SO",
 )
 
