@@ -33,13 +33,13 @@ def leaves_someone_waiting(steps: pd.DataFrame) -> pd.Series:
 
 
 def window(steps: pd.DataFrame, bounds_s: Sequence[float] | None) -> pd.DataFrame:
-    """Rows that start within [from, to] seconds; None: from the first to the last that leaves someone waiting.
+    """Rows that start within [from, to] seconds; None: those that leave someone waiting, all where none does.
 
     A stretch of steps counts where it starts. Raises UserError for a window without steps.
     """
     if bounds_s is None:
-        waiting = steps.index[leaves_someone_waiting(steps)]
-        rows = steps.loc[waiting.min() : waiting.max()] if len(waiting) else steps
+        waiting = steps[leaves_someone_waiting(steps)]
+        rows = steps if waiting.empty else waiting
     elif len(bounds_s) != 2 or not 0 <= bounds_s[0] < bounds_s[1]:
         raise UserError(f"params.window_s={list(bounds_s)}: takes two times in seconds, [from, to]")
     else:

@@ -38,7 +38,7 @@ class Load:
     trace: str  # of conf/trace/
     rate: float  # requests/s; arrival.rate overrides it
     duration_s: float  # arrivals before this time
-    window_s: list[float] | None = None  # [from, to]; null: from the first to the last step that leaves someone waiting
+    window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
     systems: list[str] | None = None  # of the experiment's; null: all
 
     @property

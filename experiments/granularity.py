@@ -25,6 +25,7 @@ from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
+from kvarena.harness.workload import Workload
 
 NAME = "granularity"
 HEADLINE = "mean_batched_requests_vs_tokens_per_unit"
@@ -48,7 +49,7 @@ class Params:
     page_groups: list[str] = field(default_factory=list)  # of those with `vattention`
     sliced_page_groups: list[str] = field(default_factory=list)  # and with its tensor slicing
     seeds: list[int] = field(default_factory=list)  # at least 6 give a 95 % interval
-    window_s: list[float] | None = None  # null: from the first to the last step with requests waiting
+    window_s: list[float] | None = None  # null: the steps that leave someone waiting
     pool_bytes: int | None = None
 
 
@@ -61,14 +62,16 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     replayer, cells = Replayer(run), []
     with Progress(NAME, len(variants) * len(params.seeds)) as progress:
         for seed in params.seeds:
+            workload = workload_of(run, seed=seed)
             for system, tokens in variants:
                 progress.stage(f"seed {seed}, {system.name}, {tokens:g} tokens")
-                cell = recorder.cell(f"{seed}-{system.name}-{tokens:g}", partial(_cell, run, replayer, system, seed))
-                cells.append(cell["points"].assign(tokens=tokens))
+                measure = partial(_cell, run, replayer, system, workload)
+                cell = recorder.cell(f"{seed}-{system.name}-{tokens:g}", measure)
+                cells.append(cell["points"].assign(tokens=tokens, seed=seed))
                 progress.advance()
     points = pd.concat(cells, ignore_index=True)
     summary = frame(_summary(run, points))
-    notes = {"workload": workload_of(run, seed=params.seeds[0]).provenance, "assumed": ASSUMED}
+    notes = {"workload": workload.provenance, "seeds": params.seeds, "assumed": ASSUMED}
     return Outcome(summary, pd.DataFrame({"seed": []}), points, HEADLINE, draw(summary), notes)
 
 
@@ -91,13 +94,12 @@ def _variants(run: Run) -> Iterator[tuple[System, float]]:
             raise UserError(f"systems: {system.name} has no unit to change; those with blocks or page-groups have")
 
 
-def _cell(run: Run, replayer: Replayer, system: System, seed: int) -> Frames:
-    rows = window(replayer.serve(system, workload_of(run, seed=seed)).steps, run.params.window_s)
+def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
+    rows = window(replayer.serve(system, workload).steps, run.params.window_s)
     means = averages(rows)
     mean = means[means.average == Average.OVER_ITERATIONS].iloc[0]
     point = {
         "system": system.name,
-        "seed": seed,
         "batch": mean.batch,
         "partly_filled": shares(paper_vllm_rollup(usage_of(mean)))["last_block_waste"],
         "units_per_step": (rows.actions + rows.ahead).sum() / rows.steps.sum(),

@@ -41,7 +41,7 @@ ON_DEMAND = ("paged", "vattention")  # promise nothing: the paper's vLLM bar has
 class Params:
     """`params.*` of conf/experiment/memory_waste.yaml; null there means: by the profile."""
 
-    window_s: list[float] | None = None  # [from, to]; null: from the first to the last step that leaves someone waiting
+    window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
     pool_bytes: int | None = None  # null: the pool the engine ran with, else what the device has left
     record_every_s: float = 10.0  # steps.parquet sums them up by so many seconds
 

@@ -32,6 +32,7 @@ from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
+from kvarena.harness.workload import Workload
 
 NAME = "waterfall"
 HEADLINE = "mean_batched_requests"
@@ -53,9 +54,7 @@ class Params:
 
     steps: list[Step] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # at least 6 give a 95 % interval
-    window_s: list[float] | None = (
-        None  # of the mean batch; null: from the first to the last step with requests waiting
-    )
+    window_s: list[float] | None = None  # of the mean batch; null: the steps that leave someone waiting
     limit_s: float | None = None  # s/token, of capacity; null: no search
     capacity_duration_s: float = 0.0  # of the arrivals in that search
     guess: float = 1.0  # requests/s, where the search begins
@@ -70,14 +69,15 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     replayer, cells = Replayer(run), []
     with Progress(NAME, len(params.seeds) * len(run.systems)) as progress:
         for seed in params.seeds:
+            overload = workload_of(run, seed=seed)
             for system in run.systems:
                 progress.stage(f"seed {seed}, {system.name}")
-                cell = recorder.cell(f"{seed}-{system.name}", partial(_cell, run, replayer, system, seed))
-                cells.append(cell["points"])
+                measure = partial(_cell, run, replayer, system, overload, seed)
+                cells.append(recorder.cell(f"{seed}-{system.name}", measure)["points"])
                 progress.advance()
     points = pd.concat(cells, ignore_index=True)
     summary = frame(_summary(run, points))
-    notes = {"workload": workload_of(run, seed=params.seeds[0]).provenance, "seeds": params.seeds}
+    notes = {"workload": overload.provenance, "seeds": params.seeds}
     return Outcome(summary, pd.DataFrame({"seed": []}), points, HEADLINE, draw(summary), notes)
 
 
@@ -92,10 +92,10 @@ def _check(run: Run) -> None:
         raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")
 
 
-def _cell(run: Run, replayer: Replayer, system: System, seed: int) -> Frames:
+def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed: int) -> Frames:
     """One system under one seed: the mean batch under overload, and the capacity."""
     params: Params = run.params
-    _, steps, _ = replayer.serve(system, workload_of(run, seed=seed))
+    _, steps, _ = replayer.serve(system, overload)
     batch = averages(window(steps, params.window_s)).set_index("average").batch[Average.OVER_ITERATIONS]
     point: dict[str, Any] = {
         "system": system.name,

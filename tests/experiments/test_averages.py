@@ -43,7 +43,7 @@ def test_nobody_waits():
 
 def test_a_window_takes_rows_that_start_in_it():
     assert list(window(REPLAY, [1, 10]).start_ps // PS) == [1, 10]
-    assert list(window(REPLAY, None).start_ps // PS) == [1, 10]  # the first and the last that leave someone waiting
+    assert list(window(REPLAY, None).start_ps // PS) == [1, 10]  # those that leave someone waiting
     assert len(window(REPLAY.iloc[[0, 3]], None)) == 2  # nobody ever waits: all of it
 
 
