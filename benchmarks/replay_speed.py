@@ -10,6 +10,7 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 from kvarena.allocators.registry import make_policy
 from kvarena.experiments.compose import compose_run
@@ -71,19 +72,24 @@ def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
     return time.thread_time() - start
 
 
+@cache
+def grid_run(panel: str, index: int) -> Run:
+    """The run of one curve of the grid, at any rate."""
+    model, device, trace, seconds, rows, _ = GRID[panel]
+    name = SYSTEMS[index]
+    padded = ["allocator=fastertransformer", f"allocator.batch_size={rows}"]
+    return compose_run(
+        *MODELLED, f"model={model}", f"device={device}", f"trace={trace}", f"systems=[{name}]", "arrival=poisson",
+        "arrival.rate=1", f"arrival.duration_s={seconds}", *(padded if name == "fastertransformer" else []),
+    )  # fmt: skip
+
+
 def point(case: tuple[str, int, float]) -> tuple[int, float]:
     """Replay one point of the grid. Returns its requests, and CPU seconds with the workload's own."""
     panel, index, load = case
-    model, device, trace, seconds, rows, rates = GRID[panel]
-    name = SYSTEMS[index]
-    own = (f"allocator.batch_size={rows}",) if name == "fastertransformer" else ()
     start = time.thread_time()
-    run = compose_run(
-        *MODELLED, f"model={model}", f"device={device}", f"trace={trace}", f"systems=[{name}]", "arrival=poisson",
-        f"arrival.rate={rates[index] * load}", f"arrival.duration_s={seconds}",
-        *(("allocator=fastertransformer", *own) if own else ()),
-    )  # fmt: skip
-    workload = workload_of(run)
+    run = grid_run(panel, index)
+    workload = workload_of(run, rate=GRID[panel][5][index] * load)
     Replayer(run).serve(run.systems[0], workload)
     return len(workload), time.thread_time() - start
 
