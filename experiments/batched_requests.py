@@ -70,7 +70,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         for load, systems in served:
             rate = run.arrival.rate or load.rate
             workload = _workload(run, load, rate)
-            notes[load.key] = {**workload.provenance, "rate_reached": workload.rate, "window_s": load.window_s}
+            notes[load.key] = {**workload.provenance, "rate_asked": workload.rate, "window_s": load.window_s}
             for system in systems:
                 progress.stage(f"{load.key} {system.name}")
                 measure = partial(_cell, run, replayer, system, workload, load)

@@ -59,7 +59,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         pd.concat([cell[name] for cell in cells], ignore_index=True) for name in ("averages", "steps", "requests")
     )
     summary = frame(_summary(run, means))
-    notes = {"workload": workload.provenance, "rate_reached": workload.rate, "fitted": FITTED}
+    notes = {"workload": workload.provenance, "rate_asked": workload.rate, "fitted": FITTED}
     return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
 
 

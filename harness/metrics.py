@@ -10,7 +10,7 @@ All latencies count from the scheduled arrival a. n output tokens, first at t1, 
     queueing     s - a
     stall        time in which its steps waited for the allocator
 
-Refused requests are counted, and enter nothing else.
+Refused requests are counted, and enter nothing else but the rate asked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ def summarize(requests: pd.DataFrame, steps: pd.DataFrame, resumed_gaps_ps: Sequ
     """Every scalar metric of one replay, by name; the unit ends the name where it has one."""
     table = latencies(requests)
     span_s = makespan_s(requests)
-    tokens = requests.output_tokens[requests.finish_ps.notna()]
+    done = requests[requests.finish_ps.notna()]
     metrics = {"normalized_latency_s": float(table.normalized_s.mean())}
     for name in ("e2el", "ttft", "tpot", "queueing", "stall"):
         column = table[f"{name}_s"].dropna()
@@ -109,7 +109,8 @@ def summarize(requests: pd.DataFrame, steps: pd.DataFrame, resumed_gaps_ps: Sequ
         "preemptions": int(requests.num_preemptions.sum()),
         "rate_asked_per_s": rate_asked(requests),
         "rate_reached_per_s": len(table) / span_s,
-        "output_tokens_per_s": float(tokens.sum()) / span_s,
+        "output_tokens_per_s": float(done.output_tokens.sum()) / span_s,
+        "total_tokens_per_s": float((done.prompt_tokens + done.output_tokens).sum()) / span_s,
         "makespan_s": span_s,
     }
 

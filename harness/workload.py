@@ -35,7 +35,7 @@ class Workload:
 
     @property
     def rate(self) -> float:
-        """Requests per second reached between the first and the last arrival; infinite if all come at once."""
+        """Requests per second from the first to the last arrival; infinite if all come at once."""
         span_ps = int(self.arrival_ps[-1] - self.arrival_ps[0])
         return (len(self) - 1) * PS / span_ps if span_ps else float("inf")
 

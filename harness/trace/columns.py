@@ -28,15 +28,21 @@ class Columns:
 def check_columns(columns: Columns, bad: BadRecords) -> dict[str, Any]:
     """Lengths and times of the well-formed records; each malformed one goes to `bad` with its reason.
 
-    Returns record, prompt_tokens, output_tokens [n] int64, arrival_s [n] float64, conversation_id [n] (numbered as they
-    come) and hash_ids where there are.
+    Whether the records have times is for the well-formed ones to say: a malformed record with a time makes none of the
+    others malformed. Returns record, prompt_tokens, output_tokens [n] int64, arrival_s [n] float64, conversation_id [n]
+    (numbered as they come) and hash_ids where there are.
     """
     prompt, output = _number(columns.prompt), _number(columns.output)
     wrong = _wrong_length(prompt) | _wrong_length(output)
     arrival = None
     if columns.arrival is not None:
-        arrival = _seconds(columns.arrival, columns.arrival_is)
-        wrong |= ~((arrival >= 0) & (arrival < LONGEST_S))
+        arrival = _seconds(columns.arrival, columns.arrival_is, ~wrong)
+        timed = (arrival >= 0) & (arrival < LONGEST_S)
+        if (timed & ~wrong).any():
+            wrong |= ~timed
+        else:
+            wrong |= ~np.asarray(pd.Series(columns.arrival, dtype=object).isna())
+            arrival = None
     for i in np.flatnonzero(wrong):
         bad.add(int(columns.numbers[i]), _reason(columns, int(i), prompt[i], output[i]))
     kept = np.flatnonzero(~wrong)
@@ -64,11 +70,11 @@ def _wrong_length(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return ~right
 
 
-def _seconds(values: Any, unit: str) -> NDArray[np.float64]:
-    """Seconds since the trace began, NaN where a stamp cannot be read; dates count from the first."""
+def _seconds(values: Any, unit: str, counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Seconds since the trace began, NaN where a stamp cannot be read; dates count from the first of those counted."""
     if unit == "date":
         dates = pd.to_datetime(pd.Series(values), format="ISO8601", errors="coerce", utc=True)
-        nanoseconds = dates - dates.min()
+        nanoseconds = dates - dates[counted].min()
         return np.asarray(nanoseconds / pd.Timedelta(seconds=1), np.float64)
     return _number(values) / (1000 if unit == "milliseconds" else 1)
 

@@ -115,6 +115,28 @@ def test_bad_json(write, text, record, reason):
     assert set(trace.output_tokens) == {2}
 
 
+@pytest.mark.parametrize("malformed", [{"output_tokens": 0, "arrival_s": 3}, {"arrival_s": -1}, {"arrival_s": 1e9}])
+def test_a_malformed_record_with_a_time_does_not_ask_the_others_for_one(write, malformed):
+    path = write(json.dumps([GOOD, GOOD | malformed, GOOD]), "trace.json")
+    with pytest.raises(UserError, match="record 2: "):
+        load_trace(TraceConfig(path=path))
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert (len(trace), trace.provenance["malformed"], trace.arrival_s) == (2, 1, None)
+
+
+def test_a_well_formed_record_with_a_time_asks_the_others_for_one(write):
+    path = write(json.dumps([GOOD, GOOD | {"arrival_s": 3}, GOOD]), "trace.json")
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert (trace.provenance["malformed"], trace.arrival_s.tolist()) == (2, [3])
+
+
+def test_dates_count_from_the_first_well_formed_record(write):
+    rows = "1970-01-01,0,1\n2023-11-16 18:15:46,1,1\n2023-11-16 18:15:48,1,1\n"
+    path = write(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert (trace.provenance["malformed"], trace.arrival_s.tolist()) == (1, [0, 2])
+
+
 @pytest.mark.parametrize(
     ("conversations", "reason"),
     [
@@ -203,8 +225,7 @@ JSON_VALUES = st.recursive(
 )
 def test_whatever_json_holds_every_record_is_accounted_for(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("fuzz") / "trace.json"
-    # One record with a time makes the file one of timed arrivals: a record that is to survive must have one too.
-    path.write_text(json.dumps([GOOD | {"arrival_s": 0}, *records]))
+    path.write_text(json.dumps([GOOD, *records]))
     facts = load_trace(TraceConfig(path=str(path), on_bad_record="skip")).provenance
     assert facts["read"] == len(records) + 1 == facts["kept"] + facts["malformed"]
 
