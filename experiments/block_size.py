@@ -16,23 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
+from kvarena.experiments import block_sweep as blocks
 from kvarena.experiments import plots
-from kvarena.experiments.block_sweep import (
-    BLOCK_SIZES,
-    CLAIMED_FROM,
-    OURS,
-    Line,
-    block_axis,
-    check_block_sizes,
-    estimate,
-    evidence,
-    has_blocks,
-    hollow,
-    lines_across,
-    serve_in_turn,
-    variants,
-    where,
-)
 from kvarena.experiments.replay import TITLES, Replayer, columns, trace_named, workload_of
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.paths import PUBLISHED
@@ -47,7 +32,7 @@ HEADLINE = "normalized_latency_vs_block_size"
 SAID = {
     "rates": "Alpaca's 30.1 req/s is that of the paper's artifact; no script of it has ShareGPT's, 2.0 is assumed",
     "kernel": "modelled: attention reads blocks of any size equally fast, but for params.kernel_cost; so rows below "
-    f"{CLAIMED_FROM} are conditional, and show what memory alone would give",
+    f"{blocks.CLAIMED_FROM} are conditional, and show what memory alone would give",
 }
 
 
@@ -57,7 +42,7 @@ class Params:
 
     rates: dict[str, float] = field(default_factory=dict)  # trace of conf/trace/ -> requests/s
     paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
-    block_sizes: list[int] = field(default_factory=lambda: list(BLOCK_SIZES))  # tokens
+    block_sizes: list[int] = field(default_factory=lambda: list(blocks.BLOCK_SIZES))  # tokens
     pool_bytes: int | None = None  # null: the pool the engine ran with
     rounds: int = 1  # measured clock: repetitions, interleaved over block sizes; at least 6 give 95 %
     kernel_cost: dict[int, float] = field(default_factory=dict)  # modelled clock: block size -> time of attention
@@ -66,7 +51,7 @@ class Params:
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every trace with every block size."""
-    check_block_sizes(run.params.block_sizes)
+    blocks.check_block_sizes(run.params.block_sizes)
     check_kernel_cost(run)
     points: list[pd.DataFrame] = []
     workloads: dict[str, Any] = {}
@@ -100,11 +85,11 @@ def _cell(run: Run, rate: float) -> Frames:
     costs = run.params.kernel_cost
     replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *costs.values()}}
     lines = [
-        Line(replayers[costs.get(size, 1.0)], variant, {"system": system.name, "block_size": size})
+        blocks.Line(replayers[costs.get(size, 1.0)], variant, {"system": system.name, "block_size": size})
         for system in run.systems
-        for size, variant in variants(system, run.params.block_sizes)
+        for size, variant in blocks.variants(system, run.params.block_sizes)
     ]
-    return {"points": serve_in_turn(run, lines, workload_of(run, rate=rate))}
+    return {"points": blocks.serve_in_turn(run, lines, workload_of(run, rate=rate))}
 
 
 def _slowed(run: Run, cost: float) -> Run:
@@ -120,7 +105,7 @@ def _summary(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
         title = TITLES.get(trace, trace)
         panel = title if run.imitates else f"{run.model.name} {title}"
         rows = table[(table.trace == trace) & (table.system == system.name)]
-        for size in run.params.block_sizes if has_blocks(system) else [None]:
+        for size in run.params.block_sizes if blocks.has_blocks(system) else [None]:
             samples = rows[rows.block_size == size] if size else rows
             yield from _rows(run, system, size, samples, {"experiment": NAME, "panel": panel, **columns(run, system)})
 
@@ -131,13 +116,13 @@ def _rows(
     """One block size of one system; one without blocks has one point, and no x."""
     suffix = "_vs_block_size" if size else ""
     ours = {"paper": "kvarena", "figure": NAME, "x": size, **common}
-    ours["evidence"] = evidence(run, size, size in run.params.kernel_cost)
+    ours["evidence"] = blocks.evidence(run, size, size in run.params.kernel_cost)
     published = {"paper": "pagedattention", "figure": "fig18b"} if size else {}
-    latency = estimate(run, samples.normalized_latency_s)
+    latency = blocks.estimate(run, samples.normalized_latency_s)
     yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **(ours | published))
-    for name, unit in OURS.items():
+    for name, unit in blocks.OURS.items():
         if size or name != "last_block_waste":
-            yield row(estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **ours)
+            yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **ours)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -157,12 +142,12 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _latency(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> None:
     ours = rows[rows.quantity == HEADLINE]
     plots.lines(axis, ours)
-    hollow(axis, ours)
+    blocks.hollow(axis, ours)
     if len(published):
         axis.plot(published.x, published.value, "o", mfc="none", color="black", ms=6, label="published")
-    lines_across(axis, rows[rows.quantity == "normalized_latency"])
-    axis.set(ylabel="normalized latency, s/token", title=f"{rows.panel.iloc[0]}: {where(ours)}", ylim=(0, None))
-    block_axis(axis, ours.x)
+    blocks.lines_across(axis, rows[rows.quantity == "normalized_latency"])
+    axis.set(ylabel="normalized latency, s/token", title=f"{rows.panel.iloc[0]}: {blocks.where(ours)}", ylim=(0, None))
+    blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -176,4 +161,4 @@ def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     right.plot(batch.x, batch.value, "^--", color=plots.COLOURS["paged"], ms=4)
     right.set_ylim(0, None)
     right.set_ylabel("requests in the mean batch", color=plots.COLOURS["paged"])
-    block_axis(axis, waste.x)
+    blocks.block_axis(axis, waste.x)

@@ -13,23 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
+from kvarena.experiments import block_sweep as blocks
 from kvarena.experiments import plots
 from kvarena.experiments import preemption_cost as cost
-from kvarena.experiments.block_sweep import (
-    BLOCK_SIZES,
-    OURS,
-    Line,
-    block_axis,
-    check_block_sizes,
-    estimate,
-    evidence,
-    has_blocks,
-    hollow,
-    lines_across,
-    serve_in_turn,
-    variants,
-    where,
-)
 from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
 from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import PUBLISHED
@@ -59,8 +45,8 @@ class Params:
     """`params.*` of conf/experiment/preemption.yaml; null there means: by the profile."""
 
     tokens: int = 256  # of the request that is preempted, Fig 19a
-    block_sizes: list[int] = field(default_factory=lambda: list(BLOCK_SIZES))  # of Fig 19a
-    replay_block_sizes: list[int] = field(default_factory=lambda: list(BLOCK_SIZES))  # of Fig 19b
+    block_sizes: list[int] = field(default_factory=lambda: list(blocks.BLOCK_SIZES))  # of Fig 19a
+    replay_block_sizes: list[int] = field(default_factory=lambda: list(blocks.BLOCK_SIZES))  # of Fig 19b
     swap_bytes: str = "20GB"  # CPU pool of Fig 19b, where requests are swapped
     pool_bytes: int | None = None  # of Fig 19b; null: the pool the engine ran with
     victims: int = 1  # measured clock: requests that are preempted in turn, together larger than the caches
@@ -71,7 +57,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     """Both figures."""
     params: Params = run.params
     for sizes in (params.block_sizes, params.replay_block_sizes):
-        check_block_sizes(sizes)
+        blocks.check_block_sizes(sizes)
     paged = _paged(run)
     with Progress(NAME, 2) as progress:
         progress.stage(f"one request of {params.tokens} tokens")
@@ -97,7 +83,7 @@ def _paged(run: Run) -> System:
 
 def _costs(run: Run, paged: System) -> pd.DataFrame:
     """Seconds of each way by block size and round: columns block_size, and what `preemption_cost` names."""
-    sized = dict(variants(paged, run.params.block_sizes))
+    sized = dict(blocks.variants(paged, run.params.block_sizes))
     if run.clock == "modelled":
         rows = [{"block_size": b, **cost.modelled_costs(run, s, run.params.tokens)} for b, s in sized.items()]
         return pd.DataFrame(rows)
@@ -118,11 +104,11 @@ def _replays(run: Run) -> Frames:
     """The trace under each way of preemption; systems without a CPU pool recompute."""
     replayer, lines = Replayer(run), []
     for system in run.systems:
-        for size, variant in variants(system, run.params.replay_block_sizes):
+        for size, variant in blocks.variants(system, run.params.replay_block_sizes):
             for way in ways(system):
                 labels = {"system": system.name, "way": way, "block_size": size}
-                lines.append(Line(replayer, preempting(variant, way, run.params.swap_bytes), labels))
-    return {"points": serve_in_turn(run, lines, workload_of(run))}
+                lines.append(blocks.Line(replayer, preempting(variant, way, run.params.swap_bytes), labels))
+    return {"points": blocks.serve_in_turn(run, lines, workload_of(run))}
 
 
 def ways(system: System) -> tuple[str, ...]:
@@ -152,9 +138,9 @@ def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[Summary
             common = {"experiment": NAME, "panel": panel, "x": size, "unit": "ms", "evidence": kind}
             named = _named(run, paged, str(what), AS_DRAWN if what == RECOMPUTE else str(what))
             drawn = DRAWN if named["system"] == AS_DRAWN else 1
-            yield row(estimate(run, drawn * samples[what]), paper="pagedattention", figure="fig19a",
+            yield row(blocks.estimate(run, drawn * samples[what]), paper="pagedattention", figure="fig19a",
                       quantity=HEADLINE, **common, **named)  # fmt: skip
-            yield row(estimate(run, samples[what]), paper="kvarena", figure=NAME, quantity=f"cost_of_{what}",
+            yield row(blocks.estimate(run, samples[what]), paper="kvarena", figure=NAME, quantity=f"cost_of_{what}",
                       **common, **columns(run, paged))  # fmt: skip
 
 
@@ -171,16 +157,16 @@ def _replay_rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
         system = next(s for s in run.systems if s.name == name)
         swappable = len(ways(system)) > 1
         named = _named(run, system, str(way), str(way)) if swappable else columns(run, system)
-        for size in run.params.replay_block_sizes if has_blocks(system) else [None]:
+        for size in run.params.replay_block_sizes if blocks.has_blocks(system) else [None]:
             samples, suffix = (rows[rows.block_size == size], "_vs_block_size") if size else (rows, "")
-            ours = {"experiment": NAME, "panel": panel, "x": size, "evidence": evidence(run, size), **named}
+            ours = {"experiment": NAME, "panel": panel, "x": size, "evidence": blocks.evidence(run, size), **named}
             published = (
                 {"paper": "pagedattention", "figure": "fig19b"} if size else {"paper": "kvarena", "figure": NAME}
             )
-            yield row(estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
+            yield row(blocks.estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
                       unit="s/token", **published, **ours)  # fmt: skip
-            for quantity, unit in OURS.items():
-                yield row(estimate(run, samples[quantity]), paper="kvarena", figure=NAME,
+            for quantity, unit in blocks.OURS.items():
+                yield row(blocks.estimate(run, samples[quantity]), paper="kvarena", figure=NAME,
                           quantity=f"{quantity}{suffix}", unit=unit, **ours)  # fmt: skip
 
 
@@ -218,8 +204,8 @@ def _cost_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None:
         points = published[published.system == name]
         axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=5)
     circles = "; circles: published" if len(published) else ""
-    axis.set(ylabel="ms", title=f"{ours.panel.iloc[0]}{circles}\n{where(ours)}", yscale="log")
-    block_axis(axis, ours.x)
+    axis.set(ylabel="ms", title=f"{ours.panel.iloc[0]}{circles}\n{blocks.where(ours)}", yscale="log")
+    blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -230,8 +216,8 @@ def _replay_axis(axis: Axes, summary: pd.DataFrame, published: pd.DataFrame) -> 
         axis.plot(rows.x, rows.value, "o-", color=colour, ms=4, label=str(name))
         points = published[(published.system == name) & published.panel.isin(rows.panel)]
         axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=6)
-    hollow(axis, ours)
-    lines_across(axis, summary[summary.quantity == "normalized_latency"])
-    axis.set(ylabel="normalized latency, s/token", title=f"{ours.panel.iloc[0]}: {where(ours)}", ylim=(0, None))
-    block_axis(axis, ours.x)
+    blocks.hollow(axis, ours)
+    blocks.lines_across(axis, summary[summary.quantity == "normalized_latency"])
+    axis.set(ylabel="normalized latency, s/token", title=f"{ours.panel.iloc[0]}: {blocks.where(ours)}", ylim=(0, None))
+    blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
