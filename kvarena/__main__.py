@@ -1,6 +1,12 @@
 """`python -m kvarena`: the command line."""
 
-from kvarena.experiments.cli import main
+import sys
 
-if __name__ == "__main__":
+if sys.argv[1:2] == ["gpu-validation"]:  # runs where there is no Hydra, as on a borrowed machine
+    from kvarena.experiments.gpu_validation.command import main as validate
+
+    validate(sys.argv[2:])
+else:
+    from kvarena.experiments.cli import main
+
     main()

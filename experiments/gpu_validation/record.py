@@ -1,0 +1,97 @@
+"""What a case came to, as a line of `validation.jsonl`. A line is written in one piece, when its case has ended."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, Any]  # name, its unit included -> number or word
+
+
+class Result(StrEnum):
+    """How a case ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"  # a wrong result, or an error
+    FAULTED = "faulted"  # the process touched memory that is not mapped
+    TIMED_OUT = "timed out"
+    NOT_RUN = "not run"
+
+
+BAD = frozenset({Result.FAILED, Result.FAULTED, Result.TIMED_OUT})
+
+
+class FailedError(Exception):
+    """The case ran, and its result is wrong."""
+
+
+class NotRunError(Exception):
+    """The case cannot run here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record was made."""
+
+    device: str = "unknown"  # name of the GPU, or "cpu"
+    libraries: str = ""  # those whose version matters
+    commit: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case of one step."""
+
+    step: str
+    case: str
+    result: Result
+    reason: str = ""  # why it did not pass
+    values: Values = field(default_factory=dict)
+    seconds: float = 0.0
+    at: str = ""  # UTC
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from records of other cases."""
+        return self.step, self.case
+
+
+def now() -> str:
+    """The time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line: in one write, so that whoever is killed leaves whole lines."""
+    line = json.dumps(asdict(record), default=str) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [_parsed(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _parsed(line: str) -> Record:
+    fields = json.loads(line)
+    return Record(**{**fields, "result": Result(fields["result"]), "origin": Origin(**fields["origin"])})
+
+
+def latest(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """The last record of every case; a case that once ran is not hidden by a later "not run"."""
+    kept: dict[tuple[str, str], Record] = {}
+    for record in records:
+        if record.result is not Result.NOT_RUN or record.key not in kept:
+            kept[record.key] = record
+    return kept

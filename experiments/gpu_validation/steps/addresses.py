@@ -1,0 +1,156 @@
+"""Tensors over reserved addresses, and what the documentation of CUDA's virtual memory leaves open."""
+
+from collections.abc import Callable
+from contextlib import closing
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kvarena.allocators.sizes import KB, MB
+from kvarena.allocators.vmm import tensor as over
+from kvarena.allocators.vmm.dlpack import bytes_at
+from kvarena.allocators.vmm.driver import Driver
+from kvarena.allocators.vmm.drivers import make_driver
+from kvarena.allocators.vmm.tensor import strided_tensor
+from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
+from kvarena.experiments.gpu_validation.step import Context
+
+SLOTS = 8
+
+
+def cases(device: str) -> list[str]:
+    """Names of the questions."""
+    return list(_QUESTIONS)
+
+
+def run(case: str, context: Context) -> Values:
+    """Answer one of them."""
+    with closing(make_driver(context.device, 2 * MB if context.on_gpu else 64 * KB)) as driver:
+        return _QUESTIONS[case](driver, context)
+
+
+def _through_dlpack(driver: Driver, context: Context) -> Values:
+    """A tensor is made before anything is mapped, and is the memory that is mapped later."""
+    size = driver.page_group_bytes
+    base = driver.reserve(SLOTS * size)
+    start = perf_counter()
+    span = bytes_at(base, SLOTS * size, torch.device(context.device), driver)
+    taken_us = 1e6 * (perf_counter() - start)
+    driver.map(base, 2 * size, driver.create(2))
+    span[2 * size : 4 * size] = 7
+    _require(span.data_ptr() == base, "the tensor lies elsewhere")
+    _require(int(span[2 * size : 4 * size].sum(dtype=torch.int64)) == 14 * size, "other bytes were read back")
+    return {"making the tensor, us": round(taken_us, 1)}
+
+
+def _through_the_array_interface(driver: Driver, context: Context) -> Values:
+    """The other way to a tensor, for a torch that refuses DLPack."""
+    if not context.on_gpu:
+        raise NotRunError("the CUDA array interface is a GPU's")
+    size = driver.page_group_bytes
+    base = driver.reserve(size)
+    driver.map(base, 0, driver.create(1))
+    array = torch.as_tensor(over._CudaArray(driver, base, size), device="cuda")
+    _require(array.data_ptr() == base, "torch copied it")
+    return {}
+
+
+def _scattered_and_aliased(driver: Driver, context: Context) -> Values:
+    """Page-groups lie side by side in any order, move with their bytes, and can be seen at two addresses."""
+    memory, base, handles = _mapped(driver, SLOTS)
+    memory[:] = torch.arange(SLOTS, dtype=torch.int32, device=memory.device)[:, None]
+    _synchronize(context)
+    driver.unmap(base, 0, SLOTS)
+    order = [5, 2, 7, 0, 0]
+    driver.map(base, 0, [handles[i] for i in order])
+    _require(memory[: len(order), 0].tolist() == order == memory[: len(order), -1].tolist(), "bytes did not move along")
+    memory[3] = 9
+    _require(bool((memory[4] == 9).all()), "an alias shows other bytes")
+    return {"mapped bytes": driver.mapped_bytes, "counted bytes": driver.counted_bytes()}
+
+
+def _new_memory(driver: Driver, context: Context) -> Values:
+    """What fresh page-groups hold. Both answers are right; kernels that weigh it with 0 want finite numbers."""
+    memory, _, _ = _mapped(driver, 32)
+    zero = bool((memory == 0).all())
+    finite = bool(memory.view(torch.bfloat16).isfinite().all())
+    return {"zero": zero, "finite as bfloat16": finite}
+
+
+def _unmapped_at_once(driver: Driver, context: Context) -> Values:
+    """Mappings made one by one are unmapped by one call over all of them."""
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(SLOTS * size), driver.create(SLOTS)
+    for slot, handle in enumerate(handles):
+        driver.map(base, slot * size, [handle])
+    calls = driver.calls.get("unmap", (0, 0))[0]
+    driver.unmap(base, 0, SLOTS)
+    driver.release(handles)
+    _require(driver.counted_bytes() == 0, "the driver still counts memory")
+    return {"mappings": SLOTS, "calls": driver.calls["unmap"][0] - calls}
+
+
+def _beside_kernels(driver: Driver, context: Context) -> Values:
+    """Mapping does not wait for kernels that read other page-groups of the same range, nor disturb them."""
+    size, words = driver.page_group_bytes, driver.page_group_bytes // 4
+    base, handles = driver.reserve(SLOTS * size), driver.create(SLOTS)
+    memory = strided_tensor(driver, base, torch.int32, (SLOTS, words), (size, 4))
+    driver.map(base, 0, handles[:1])
+    memory[0] = 1
+    square = torch.ones(4096 if context.on_gpu else 64, 4096 if context.on_gpu else 64, device=context.device)
+    for _ in range(20):  # some tens of milliseconds of work in the queue
+        square = (square @ square).clamp(max=1)
+    total = memory[0].sum()
+    start = perf_counter()
+    driver.map(base, size, handles[1:])
+    mapped_us = 1e6 * (perf_counter() - start) / (SLOTS - 1)
+    running = context.on_gpu and not torch.cuda.current_stream().query()
+    memory[1:] = 2
+    _require(int(total) == words and int(memory[1:].sum()) == 2 * (SLOTS - 1) * words, "a kernel read other bytes")
+    return {"map, us each": round(mapped_us, 1), "kernels were still running": running}
+
+
+def _out_of_memory(driver: Driver, context: Context) -> Values:
+    """More than there is is refused, and nothing of it is kept."""
+    from kvarena.allocators.vmm.driver import OutOfPhysicalMemory
+    from kvarena.harness.memory import available_bytes
+
+    too_much = available_bytes(torch.device(context.device)) // driver.page_group_bytes + 4096
+    if not context.on_gpu:
+        too_much *= 2  # the host's driver asks first, and other processes may give memory back meanwhile
+    try:
+        driver.create(too_much)
+    except OutOfPhysicalMemory as error:
+        _require(driver.counted_bytes() == 0, "page-groups were kept")
+        return {"refused with": str(error)[:120]}
+    raise FailedError(f"{too_much} page-groups were created, more than there is")
+
+
+_QUESTIONS: dict[str, Callable[[Driver, Context], Values]] = {
+    "a tensor before anything is mapped (DLPack)": _through_dlpack,
+    "a tensor through the CUDA array interface": _through_the_array_interface,
+    "scattered page-groups, aliases": _scattered_and_aliased,
+    "what new memory holds": _new_memory,
+    "one unmap over several mappings": _unmapped_at_once,
+    "mapping beside running kernels": _beside_kernels,
+    "running out of memory": _out_of_memory,
+}
+
+
+def _mapped(driver: Driver, slots: int) -> tuple[Tensor, int, list[int]]:
+    """[slots, ints of a page-group], all mapped; its base; the handles."""
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(slots * size), driver.create(slots)
+    driver.map(base, 0, handles)
+    return strided_tensor(driver, base, torch.int32, (slots, size // 4), (size, 4)), base, handles
+
+
+def _synchronize(context: Context) -> None:
+    if context.on_gpu:
+        torch.cuda.synchronize()
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise FailedError(otherwise)

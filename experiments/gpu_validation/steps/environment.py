@@ -1,0 +1,64 @@
+"""What is here: written to environment.json, which every later record refers to."""
+
+import shutil
+import subprocess
+from typing import Any
+
+from kvarena.allocators.vmm.drivers import granularity_of
+from kvarena.errors import UserError
+from kvarena.experiments.gpu_validation.folder import Folder
+from kvarena.experiments.gpu_validation.record import FailedError, Values
+from kvarena.experiments.gpu_validation.step import Context
+from kvarena.kernels.catalogue import CATALOGUE
+from kvarena.kernels.registry import missing
+
+_ASKED = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current,ecc.mode.current"
+
+
+def cases(device: str) -> list[str]:
+    """One."""
+    return ["machine"]
+
+
+def run(case: str, context: Context) -> Values:
+    """Write environment.json. Fails where a GPU was to be validated and there is none."""
+    import torch
+
+    from kvarena.harness.provenance import git_state, libraries, machine
+
+    cuda = torch.cuda.is_available()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name().lower().replace(" ", "-") if cuda and context.on_gpu else "cpu",
+        "cuda": cuda,
+        "git": git_state(),
+        "libraries": libraries() | {"torch": torch.__version__},
+        "machine": machine(),
+        "nvidia_smi": _nvidia_smi(),
+        "granularity_bytes": _granularity(context.device),
+        "kernels": {name: missing(spec) or "present" for name, (spec, *_) in CATALOGUE.items()},
+    }
+    Folder(context.folder).write_environment(found)
+    if context.on_gpu and not cuda:
+        raise FailedError(f"no CUDA device: torch {torch.__version__} sees none here")
+    present = [name for name, state in found["kernels"].items() if state == "present"]
+    return {
+        "device": found["device"],
+        "torch": torch.__version__,
+        "page-group granularity, bytes": found["granularity_bytes"],
+        "kernels": " ".join(present),
+    }
+
+
+def _nvidia_smi() -> str | None:
+    """What NVIDIA's tool says of the first GPU; None where there is no such tool."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+
+
+def _granularity(device: str) -> int | str:
+    try:
+        return granularity_of(device)
+    except UserError as error:
+        return str(error)
