@@ -9,6 +9,7 @@ import numpy as np
 from kvarena.errors import UserError
 from kvarena.harness.arrival import PS, ArrivalConfig, check, draw_arrivals
 from kvarena.harness.seeded import Floats, Ints
+from kvarena.harness.trace.chatbot_order import chatbot_order
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.trace import Trace
@@ -60,12 +61,20 @@ def make_workload(trace: TraceConfig, arrival: ArrivalConfig, max_tokens: int | 
         times = draw_arrivals(arrival, trace.num_requests, seed)
         _check_not_empty(times, arrival)
         requests = load_trace(trace, max_tokens, len(times))
-    if arrival.process == "artifact":
+    if trace.new_conversation is not None:
+        requests = requests.take(chatbot_order(_conversations(requests), trace.new_conversation, seed))
+    elif arrival.process == "artifact":
         requests = _shuffled(requests, seed)
     facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}}
     return Workload(
         requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids
     )
+
+
+def _conversations(requests: Trace) -> Ints:
+    if requests.conversation_ids is None:
+        raise UserError(f"trace.new_conversation: {requests.source} has no conversations (conversation_id)")
+    return requests.conversation_ids
 
 
 def _shuffled(requests: Trace, seed: int) -> Trace:

@@ -24,3 +24,6 @@ class TraceConfig:
     seed: int = 0
     shuffle: bool = False  # files only: put the records into a random order before the first are taken
     keep_hash_ids: bool = False  # mooncake only: keep the ids of each prompt's blocks
+    cut_prompt: int | None = None  # longer prompts keep their last so many tokens, as a chat's history is cut
+    cut_output: int | None = None  # longer outputs end there
+    new_conversation: float | None = None  # chats only: probability that an arrival begins one (chatbot_order.py)

@@ -17,7 +17,7 @@ from kvarena.harness.trace.trace import Ints, Trace
 
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
-    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None))
+    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, new_conversation=None))
     trace = _kept(fields, recipe, max_tokens, _stamp(Path(str(config.path)).expanduser()))
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
@@ -47,7 +47,7 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
         arrival_s=clean.get("arrival_s"),
         conversation_ids=clean.get("conversation_id"),
         hash_ids=tuple(clean["hash_ids"]) if "hash_ids" in clean else None,
-    )
+    ).cut(config.cut_prompt, config.cut_output)
     kept = np.flatnonzero(recipe.keeps(trace.prompt_tokens, trace.output_tokens))
     over_long = BadRecords(trace.source, config.on_bad_record)
     fitting = _within_context(trace, kept, clean["record"], max_tokens, over_long)

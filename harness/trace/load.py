@@ -2,6 +2,7 @@
 
 from kvarena.errors import UserError
 from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.conversation_table import has_conversations, sample_conversations
 from kvarena.harness.trace.file_trace import file_trace
 from kvarena.harness.trace.given import given_lengths
 from kvarena.harness.trace.length_table import length_table, sample, table_names
@@ -24,12 +25,24 @@ def load_trace(config: TraceConfig, max_tokens: int | None = None, num_requests:
     count = config.num_requests if num_requests is None else num_requests
     if count is not None and count < 1:
         raise UserError(f"trace.num_requests={count}: must be at least 1")
+    _check_cuts(config)
     if config.path is not None:
         return file_trace(config, rule, limit, count)
     count = DEFAULT_REQUESTS if count is None else count
+    if config.table is not None and has_conversations(config.table):
+        return sample_conversations(config.table, count, config.seed, config.cut_prompt, config.cut_output, limit)
     if config.table is not None:
         return sample(length_table(config.table), count, config.seed, rule.within(limit))
     return _given(config, count, limit)
+
+
+def _check_cuts(config: TraceConfig) -> None:
+    for key in ("cut_prompt", "cut_output"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"trace.{key}={value}: must be at least 1")
+    if config.new_conversation is not None and not 0 <= config.new_conversation <= 1:
+        raise UserError(f"trace.new_conversation={config.new_conversation}: is a probability, 0 to 1")
 
 
 def _given(config: TraceConfig, count: int, limit: int | None) -> Trace:

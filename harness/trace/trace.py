@@ -44,6 +44,22 @@ class Trace:
             hash_ids=None if self.hash_ids is None else tuple(self.hash_ids[i] for i in index),
         )
 
+    def cut(self, prompt: int | None, output: int | None) -> "Trace":
+        """The same requests, longer prompts and outputs cut to so many tokens; None cuts nothing.
+
+        A cut prompt begins later: its blocks are no longer those that `hash_ids` names, which are dropped.
+        """
+        if prompt is None and output is None:
+            return self
+        longest = np.iinfo(np.int64).max
+        return replace(
+            self,
+            prompt_tokens=np.minimum(self.prompt_tokens, longest if prompt is None else prompt),
+            output_tokens=np.minimum(self.output_tokens, longest if output is None else output),
+            hash_ids=self.hash_ids if prompt is None else None,
+            provenance={**self.provenance, "cut_prompt": prompt, "cut_output": output},
+        )
+
     def noting(self, **facts: Any) -> "Trace":
         """The same requests, with more said of where they come from."""
         return replace(self, provenance={**self.provenance, **facts})
