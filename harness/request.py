@@ -1,9 +1,17 @@
-"""One request of a replay: what it asks for, how far it is, and when things happened to it."""
+"""One request of a replay: what it asks for, how far it is, and when things happened to it.
+
+A request of several sequences is several of these, one for each, in a `Group`.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from kvarena.allocators.policy import Sequence
+from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+
+if TYPE_CHECKING:
+    from kvarena.harness.group import Group
 
 
 class RequestState(StrEnum):
@@ -35,11 +43,33 @@ class Request(Sequence):
     num_preemptions: int = 0
     stall_ps: int = 0  # time its steps waited for the allocator: copies, swaps, driver calls
     refusal: str = ""
+    decoding: DecodingConfig = GREEDY  # how its tokens are chosen
+    group: "Group | None" = None  # the sequences of one request, where there are several
+
+    @property
+    def gang(self) -> list["Request"]:
+        """Whoever is admitted and preempted together with it, itself included."""
+        return [self] if self.group is None else self.group.members
+
+    @property
+    def request_id(self) -> int:
+        """The seq_id of the first of its gang, which names the request."""
+        return self.gang[0].seq_id
+
+    @property
+    def leads(self) -> bool:
+        """Whether it stands for its gang in the line."""
+        return self.group is None or self.group.first is self
 
     @property
     def known_tokens(self) -> int:
         """Tokens whose values are known: the prompt and the output so far. A (re)computation prefills them all."""
         return self.prompt_tokens + self.generated
+
+    @property
+    def admission_tokens(self) -> int:
+        """Tokens to prefill on admission: all that are known, of a group its prompt, which is written once for all."""
+        return self.known_tokens if self.group is None else self.prompt_tokens
 
     @property
     def is_decoding(self) -> bool:

@@ -6,11 +6,15 @@ the request's last known one.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvarena.allocators.policy import Action
 from kvarena.harness.request import Request
+
+if TYPE_CHECKING:
+    from kvarena.harness.group import Group
 
 
 class PrefillChunk(NamedTuple):
@@ -25,6 +29,11 @@ class PrefillChunk(NamedTuple):
         """Whether the chunk reaches the last known token, so that the step yields a new one."""
         return self.start + self.tokens >= self.request.known_tokens
 
+    @property
+    def readers(self) -> list[Request]:
+        """Whose positions the chunk writes: the whole gang's where it is of their prompt."""
+        return self.request.gang if self.start < self.request.prompt_tokens else [self.request]
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -36,7 +45,7 @@ class StepPlan:
     decodes: list[Request] = field(default_factory=list)
     prefills: list[PrefillChunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)  # to be recomputed; own no memory any more
-    swapped_out: list[Request] = field(default_factory=list)  # actions hold the block copies
+    swapped_out: list[Request] = field(default_factory=list)  # actions hold the block copies; groups member by member
     swapped_in: list[Request] = field(default_factory=list)  # each of them decodes in this step
     actions: list[Action] = field(default_factory=list)  # before the forward pass, in this order
     ahead: list[Action] = field(default_factory=list)  # beside the forward pass, for the next iteration
@@ -75,6 +84,13 @@ class Executor(ABC):
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepTime:
         """Run the iteration: actions, forward pass (with `plan.ahead` beside it), one token per sequence."""
+
+    def survivors(self, group: "Group") -> Sequence[int]:
+        """For each beam of a group, the beam that its next token continues, [n]: its own where it lives on.
+
+        Asked once after each step that gave every beam a token. Beams that nobody continues are dead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} ranks no beams")
 
     def finish(self, request: Request) -> None:  # noqa: B027
         """Hear that a request has ended and its memory is given back. Does nothing by default."""
