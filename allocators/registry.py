@@ -31,6 +31,18 @@ _POLICIES: dict[str, tuple[type[Any], type[Policy]]] = {
 ALLOCATORS = tuple(_POLICIES)
 
 
+def register(policy: type[Policy], config: type[Any]) -> None:
+    """Let `make_policy` know a policy of your own, by the `name` of its dataclass of options.
+
+    A system of it is made in code (notebooks/your_own_allocator.ipynb); to name it on the command line it needs its
+    line above and a file in conf/allocator/. Raises UserError where another policy has that name.
+    """
+    name = config().name
+    if _POLICIES.get(name, (None, policy))[1].__qualname__ != policy.__qualname__:
+        raise UserError(f"allocator {name}: there is one of that name. There are: {', '.join(ALLOCATORS)}")
+    _POLICIES[name] = (config, policy)
+
+
 def config_class(name: str) -> type[Any]:
     """The dataclass of a policy's options. Raises UserError with the names that exist."""
     return _look_up(name)[0]
