@@ -1,7 +1,7 @@
 """Blocks that sequences may share: a free list and reference counts."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.policy import IntegrityError
@@ -17,11 +17,13 @@ class BlockPool(FreeList):
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
         self._extra: dict[int, int] = {}  # block -> references beyond the first, where there are any
+        self.num_extra = 0  # their sum: blocks that sharing saves
 
-    def share(self, blocks: list[int]) -> None:
+    def share(self, blocks: Sequence[int]) -> None:
         """Let one more table hold these blocks."""
         for block in blocks:
             self._extra[block] = self._extra.get(block, 0) + 1
+        self.num_extra += len(blocks)
 
     def is_shared(self, block: int) -> bool:
         """Whether several tables hold the block."""
@@ -41,6 +43,7 @@ class BlockPool(FreeList):
             self._extra[block] = extra - 1
         elif extra == 1:
             del self._extra[block]
+        self.num_extra -= extra > 0
         return extra > 0
 
     def check_integrity(self, taken: Iterable[list[int]]) -> None:
@@ -48,5 +51,5 @@ class BlockPool(FreeList):
         references = Counter(block for table in taken for block in table)
         super().check_integrity([list(references)])
         extra = {block: count - 1 for block, count in references.items() if count > 1}
-        if extra != self._extra:
+        if extra != self._extra or sum(extra.values()) != self.num_extra:
             raise IntegrityError(f"references beyond the first, by block: {self._extra} kept, {extra} recounted")

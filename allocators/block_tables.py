@@ -5,8 +5,8 @@
     block    0      1      2      3      4      5      6      7
            |    | |####| |    | |#...| |    | |    | |    | |####|
 
-A sequence holds exactly the blocks that its length needs. Forks hold the same blocks, and the last one, where it is
-not full, is copied before one of them writes to it.
+A sequence holds exactly the blocks that its length needs. Forks share them, and a last one that is not full is copied
+before one of them writes to it: copy-on-write. A full block is never written again, so sharing it costs nothing more.
 
 Slots are counted as they are filled, so that asking where all of them are costs the same whatever the batch.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.block_pool import BlockPool
-from kvarena.allocators.policy import CopyBlock, IntegrityError
+from kvarena.allocators.policy import CopyBlock, IntegrityError, NotResidentError
 from kvarena.allocators.stretch import growth
 
 
@@ -26,7 +26,7 @@ class Resident:
     final: int  # tokens at its end
     length: int
     table: list[int]
-    rounding: int = 0  # slots of the last block past both length and final; not kept in a family of forks
+    rounding: int = 0  # slots of the last block past both length and final; 0 where others share it
 
 
 class BlockTables:
@@ -36,7 +36,7 @@ class BlockTables:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
         self.residents: dict[int, Resident] = {}
-        self._forked: dict[int, Resident] = {}  # residents that were forked, or are forks
+        self._sharers: dict[int, dict[int, Resident]] = {}  # partly filled block -> its holders, two or more
         self._live = 0  # slots filled, shared ones once
         self._rounding = 0  # sum over residents
 
@@ -60,27 +60,33 @@ class BlockTables:
         residents, block_size = self.residents, self.block_size
         return [len(r.table) * block_size - r.length for r in [residents[seq_id] for seq_id in seq_ids]]
 
-    def add(self, seq_id: int, final: int, tokens: int) -> list[int]:
-        """Give a new sequence its first blocks; returns them. The caller has checked that there are as many."""
+    def add(self, seq_id: int, final: int, tokens: int, shared: Seq[int] = ()) -> list[int]:
+        """Give a new sequence its first blocks; returns them. The caller has checked that there are as many.
+
+        The leading ones are `shared`, full blocks that others hold already.
+        """
         if seq_id in self.residents:
             raise ValueError(f"sequence {seq_id} is resident already")
-        table = self.pool.take(self.blocks_for(tokens))
+        table = self.pool.take(self.blocks_for(tokens) - len(shared))
+        if shared:
+            self.pool.share(shared)
+            table = [*shared, *table]
         resident = self.residents[seq_id] = Resident(final, tokens, table)
-        self._live += tokens
+        self._live += tokens - len(shared) * self.block_size
         self._round(resident)
         return table
 
     def grow(self, seq_id: int, tokens: int) -> CopyBlock | None:
         """Fill the last block, then take new ones. Returns the copy that must be made first, if any."""
         resident = self.residents[seq_id]
-        copy = self._copy_last_block(resident) if tokens > 0 and self._must_copy(resident) else None
+        copy = self._copy_last_block(seq_id, resident) if tokens > 0 and self._must_copy(resident) else None
         length = resident.length + tokens
         new = self.blocks_for(length) - len(resident.table)
         if new:
             resident.table += self.pool.take(new)
         resident.length = length
         self._live += tokens
-        if (new or length > resident.final) and seq_id not in self._forked:
+        if new or copy or length > resident.final:
             self._round(resident)
         return copy
 
@@ -106,22 +112,29 @@ class BlockTables:
         self._live += count
         return count
 
+    def resident(self, seq_id: int) -> Resident:
+        """A sequence by id. Raises NotResidentError where there is none."""
+        if seq_id not in self.residents:
+            raise NotResidentError(seq_id)
+        return self.residents[seq_id]
+
     def fork(self, parent_id: int, child_id: int, final: int) -> None:
         """Give a new sequence all the blocks of another, to share."""
         if child_id in self.residents:
             raise ValueError(f"sequence {child_id} is resident already")
-        parent = self.residents[parent_id]
+        parent = self.resident(parent_id)
         self.pool.share(parent.table)
-        self._rounding -= parent.rounding
-        parent.rounding = 0
         child = self.residents[child_id] = Resident(final, parent.length, parent.table.copy())
-        self._forked[parent_id] = parent
-        self._forked[child_id] = child
+        if parent.length % self.block_size:
+            self._rounding -= parent.rounding
+            parent.rounding = 0
+            self._sharers.setdefault(parent.table[-1], {parent_id: parent})[child_id] = child
 
     def remove(self, seq_id: int) -> list[int]:
         """Strike a sequence out; returns the blocks that are free now."""
         resident = self.residents.pop(seq_id)
-        self._forked.pop(seq_id, None)
+        if self._must_copy(resident):
+            self._share_no_more(seq_id, resident)
         self._rounding -= resident.rounding
         freed = self.pool.drop(resident.table)
         self._live -= len(freed) * self.block_size
@@ -131,15 +144,15 @@ class BlockTables:
 
     @property
     def any_forked(self) -> bool:
-        """Whether any resident shares blocks, or did."""
-        return bool(self._forked)
+        """Whether any sequence must copy its last block before it writes."""
+        return bool(self._sharers)
 
     def slots(self) -> tuple[int, int, int, int]:
         """Slots of the pool: live, empty but to be written, empty and past the end, in free blocks.
 
         Slots of shared blocks count once; empty ones are to be written if any of their sequences reaches them.
         """
-        rounding = self._rounding + (self._rounding_of_forks() if self._forked else 0)
+        rounding = self._rounding + (self._rounding_of_sharers() if self._sharers else 0)
         free = self.pool.free_units * self.block_size
         return self._live, self.pool.num_units * self.block_size - free - self._live - rounding, rounding, free
 
@@ -172,17 +185,24 @@ class BlockTables:
 
     def _must_copy(self, resident: Resident) -> bool:
         """Whether the next token would be written into a block that others read."""
-        if not self._forked or resident.length % self.block_size == 0:
-            return False
-        return self.pool.is_shared(resident.table[-1])
+        return bool(self._sharers and resident.table) and resident.table[-1] in self._sharers
 
-    def _copy_last_block(self, resident: Resident) -> CopyBlock:
+    def _copy_last_block(self, seq_id: int, resident: Resident) -> CopyBlock:
+        self._share_no_more(seq_id, resident)
         source = resident.table[-1]
         [target] = self.pool.take(1)
         self.pool.drop([source])
         resident.table[-1] = target
         self._live += resident.length % self.block_size
         return CopyBlock(source, target)
+
+    def _share_no_more(self, seq_id: int, resident: Resident) -> None:
+        """Leave the holders of a partly filled block. The last of them has it to itself again."""
+        holders = self._sharers[resident.table[-1]]
+        del holders[seq_id]
+        if len(holders) == 1:
+            [last] = self._sharers.pop(resident.table[-1]).values()
+            self._round(last)
 
     def _rounding_slots(self, resident: Resident) -> int:
         end = max(resident.final, resident.length)
@@ -194,14 +214,9 @@ class BlockTables:
         self._rounding += rounding - resident.rounding
         resident.rounding = rounding
 
-    def _rounding_of_forks(self) -> int:
-        """Slots past the end of every sequence that holds the block, each block once."""
-        slots: dict[int, int] = {}
-        for resident in self._forked.values():
-            if resident.table:
-                last, rounding = resident.table[-1], self._rounding_slots(resident)
-                slots[last] = min(slots.get(last, rounding), rounding)
-        return sum(slots.values())
+    def _rounding_of_sharers(self) -> int:
+        """Slots past the end of every holder of a shared block, each block once."""
+        return sum(min(map(self._rounding_slots, holders.values())) for holders in self._sharers.values())
 
     def check_integrity(self) -> None:
         """Recount references, filled slots and rounding from the tables."""
@@ -218,6 +233,18 @@ class BlockTables:
                     )
         if (live := sum(filled.values())) != self._live:
             raise IntegrityError(f"filled slots: {self._live} kept, {live} recounted")
-        alone = [resident for seq_id, resident in self.residents.items() if seq_id not in self._forked]
-        if (rounding := sum(map(self._rounding_slots, alone))) != self._rounding:
+        self._check_sharers()
+
+    def _check_sharers(self) -> None:
+        """Recount who shares a partly filled block, and the rounding of all others."""
+        holders: dict[int, dict[int, Resident]] = {}
+        rounding = 0
+        for seq_id, resident in self.residents.items():
+            if resident.length % self.block_size and self.pool.is_shared(resident.table[-1]):
+                holders.setdefault(resident.table[-1], {})[seq_id] = resident
+            else:
+                rounding += self._rounding_slots(resident)
+        if holders != self._sharers:
+            raise IntegrityError(f"holders of partly filled blocks: {self._sharers} kept, {holders} recounted")
+        if rounding != self._rounding:
             raise IntegrityError(f"slots past the end: {self._rounding} kept, {rounding} recounted")

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.block_tables import BlockTables
-from kvarena.allocators.free_list import FreeList
+from kvarena.allocators.cpu_blocks import CpuBlocks
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, Policy, Sequence, SwapIn, SwapOut
+from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.stretch import longest_stretch
-from kvarena.allocators.usage import Usage, extent_usage
+from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -33,13 +33,6 @@ class PagedConfig:
 
     def __post_init__(self) -> None:
         checked_block_size(self.block_size)
-
-
-@dataclass(slots=True, eq=False)
-class _Swapped:
-    final: int  # tokens at its end
-    length: int
-    cpu_blocks: list[int]
 
 
 class PagedPolicy(Policy):
@@ -79,8 +72,8 @@ class PagedPolicy(Policy):
         self._pool = self._tables.pool
         self._actions: list[Action] = []
         self.num_cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
-        self._cpu_blocks = FreeList(self.num_cpu_blocks)
-        self._swapped: dict[int, _Swapped] = {}
+        self._cpu_blocks = CpuBlocks(self.num_cpu_blocks, block_size)
+        self._swapped = self._cpu_blocks.swapped
 
     @property
     def free_units(self) -> int:
@@ -131,18 +124,13 @@ class PagedPolicy(Policy):
             self._actions.append(copy)
         return True
 
-    def fork(self, parent_id: int, child: Sequence) -> bool:
-        """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""
-        if child.seq_id in self._swapped:
-            raise ValueError(f"sequence {child.seq_id} is swapped out")
-        self._tables.fork(parent_id, child.seq_id, child.final_tokens)
-        return True
-
     def release(self, seq_id: int) -> None:
         """Take back the sequence's blocks, or its place in the CPU pool."""
         if seq_id in self._swapped:
-            self._cpu_blocks.give(self._swapped.pop(seq_id).cpu_blocks)
+            self._cpu_blocks.forget(seq_id)
             return
+        if seq_id not in self._tables.residents:
+            raise NotResidentError(seq_id)
         freed = self._tables.remove(seq_id)
         if self._actions:  # a copy that nobody will read
             self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
@@ -159,7 +147,7 @@ class PagedPolicy(Policy):
         """One position for each, in order, as long as a block is free."""
         return super().grow_each(seq_ids) if self._tables.any_forked else self._tables.grow_each(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
         """Steps, `limit` at most, that leave a block free, as vLLM asks before every append."""
         if self._tables.any_forked:
             return super().quiet_steps(seq_ids, limit) if self._pool.free_units else 0
@@ -187,44 +175,86 @@ class PagedPolicy(Policy):
             live * size, 0, reserved * size, 0, rounding * size, 0, 0, free * size, self._remainder_bytes * steps
         )
 
+    # ---- groups ------------------------------------------------------------------------------------------------
+
+    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+        """As `fits_pool`: a free block for each member before its last token, or, to come back from the CPU pool, one
+        beside its own and the watermark. Only the full blocks of the prompt are surely shared.
+        """
+        shared = min(seq.prompt_tokens for seq in seqs) // self.block_size
+        needed = shared + sum(self.blocks_for(seq.final_tokens - 1) - shared + 1 for seq in seqs)
+        longest = max(seq.final_tokens for seq in seqs)
+        return longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether blocks for one member are free beside the watermark: the others share them."""
+        if prefix is None:
+            return self.can_admit(seqs[0], tokens)
+        prefix_tokens = self._tables.resident(prefix).length
+        if prefix_tokens > tokens:
+            raise ValueError(f"a prefix of {prefix_tokens} tokens in a prompt of {tokens}")
+        held = prefix_tokens // self.block_size
+        return self.blocks_for(tokens) - held + self.watermark_blocks <= self._pool.free_units
+
+    def admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Give the members blocks for the same first `tokens` positions, each block once.
+
+        A prefix's full blocks are shared; its last one, where it is not full, is copied (section 4.4).
+        """
+        if not self.can_admit_group(seqs, tokens, prefix):
+            return False
+        first, *others = seqs
+        if prefix is None:
+            self.admit(first, tokens)
+        else:
+            self.fork(prefix, first)
+            self.grow(first.seq_id, tokens - self.length(prefix))
+        for seq in others:
+            self.fork(first.seq_id, seq)
+        return True
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""
+        if child.seq_id in self._swapped:
+            raise ValueError(f"sequence {child.seq_id} is swapped out")
+        self._tables.fork(parent_id, child.seq_id, child.final_tokens)
+        return True
+
+    @property
+    def shared_bytes(self) -> int:
+        """Blocks that sequences hold together, counted beyond the first time."""
+        return self._pool.num_extra * self.block_size * self._token_bytes
+
+    # ---- swapping ----------------------------------------------------------------------------------------------
+
     @property
     def can_swap(self) -> bool:
         """Whether there is a CPU pool."""
         return self.num_cpu_blocks > 0
 
-    def can_swap_out(self, seq_id: int) -> bool:
-        """Whether the CPU pool has a block for each of the sequence's."""
-        return self._cpu_blocks.fits(len(self.block_table(seq_id)))
+    def can_swap_out_group(self, seq_ids: Seq[int]) -> bool:
+        """Whether the CPU pool has a block for each of the group's."""
+        return self._cpu_blocks.fit(map(self.block_table, seq_ids))
 
-    def swap_out(self, seq_id: int) -> None:
-        """Move the sequence to the CPU pool. Blocks that it shared are copied for it alone."""
-        resident = self._tables.residents[seq_id]
-        cpu_blocks = self._cpu_blocks.take(len(resident.table))
-        self._actions += map(SwapOut, resident.table, cpu_blocks)
-        self._swapped[seq_id] = _Swapped(resident.final, resident.length, cpu_blocks)
-        self._tables.remove(seq_id)
+    def swap_out_group(self, seq_ids: Seq[int]) -> None:
+        """Move the group to the CPU pool. Blocks that it shares with others are copied for it alone."""
+        self._actions += self._cpu_blocks.swap_out({seq_id: self._tables.residents[seq_id] for seq_id in seq_ids})
+        for seq_id in seq_ids:
+            self._tables.remove(seq_id)
 
-    def can_swap_in(self, seq_id: int) -> bool:
-        """Whether its blocks and one to grow into are free beside the watermark (the rule of vLLM's artifact)."""
-        return len(self._swapped[seq_id].cpu_blocks) + 1 + self.watermark_blocks <= self._pool.free_units
+    def can_swap_in_group(self, seq_ids: Seq[int]) -> bool:
+        """Whether its blocks, and one for each member to grow into, are free beside the watermark (vLLM's artifact)."""
+        needed = self._cpu_blocks.blocks_of(seq_ids) + len(seq_ids) + self.watermark_blocks
+        return needed <= self._pool.free_units
 
-    def swap_in(self, seq_id: int) -> None:
-        """Move the sequence back from the CPU pool."""
-        swapped = self._swapped.pop(seq_id)
-        table = self._tables.add(seq_id, swapped.final, swapped.length)
-        self._actions += map(SwapIn, swapped.cpu_blocks, table)
-        self._cpu_blocks.give(swapped.cpu_blocks)
+    def swap_in_group(self, seq_ids: Seq[int]) -> None:
+        """Move the group back from the CPU pool."""
+        self._actions += self._cpu_blocks.swap_in(seq_ids, self._tables)
 
     def cpu_usage(self) -> Usage:
         """The second account: every byte of the CPU pool's blocks in one leaf."""
-        live = reserved = rounding = 0
-        for swapped in self._swapped.values():
-            capacity = len(swapped.cpu_blocks) * self.block_size
-            leaves = extent_usage(swapped.length, swapped.final, swapped.final, capacity, capacity)
-            live, reserved, rounding = live + leaves[0], reserved + leaves[1], rounding + leaves[3]
-        free = self._cpu_blocks.free_units * self.block_size
-        size = self._token_bytes
-        return Usage(live=live * size, reserved=reserved * size, rounding=rounding * size, free=free * size)
+        live, reserved, rounding, free = (slots * self._token_bytes for slots in self._cpu_blocks.slots())
+        return Usage(live=live, reserved=reserved, rounding=rounding, free=free)
 
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""
@@ -234,8 +264,6 @@ class PagedPolicy(Policy):
     def check_integrity(self) -> None:
         """Recount tables, references, free lists and leaves."""
         self._tables.check_integrity()
-        self._cpu_blocks.check_integrity(swapped.cpu_blocks for swapped in self._swapped.values())
-        if self.cpu_usage().pool != self.num_cpu_blocks * self.block_size * self._token_bytes:
-            raise IntegrityError(f"leaves of {self.num_cpu_blocks} CPU blocks: {self.cpu_usage().leaves}")
+        self._cpu_blocks.check_integrity()
         if (usage := self.usage()).pool != self.pool_bytes or min(usage) < 0:
             raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

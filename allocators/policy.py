@@ -1,16 +1,23 @@
 """The contract of an allocation policy: who owns which slot, block or page-group. Pure bookkeeping, no bytes.
 
 A policy is deterministic and imports no torch: the same object decides in a measured and in a modelled run. What has
-to be done to real memory it says as *actions*, which a store performs (`store.py`) or a device model prices.
+to be done to real memory it says as *actions* (`actions.py`), which a store performs or a device model prices.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from kvarena.allocators.actions import Action as Action
+from kvarena.allocators.actions import CopyBlock as CopyBlock
+from kvarena.allocators.actions import CopyRow as CopyRow
+from kvarena.allocators.actions import Map as Map
+from kvarena.allocators.actions import SwapIn as SwapIn
+from kvarena.allocators.actions import SwapOut as SwapOut
+from kvarena.allocators.actions import Unmap as Unmap
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.usage import Usage
+from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
 
@@ -28,50 +35,19 @@ class Sequence:
         return self.prompt_tokens + self.output_tokens
 
 
-class Map(NamedTuple):
-    """Map page-group `slab` (one page-group in every tensor of layer group `group`) as the `ordinal`-th of `row`."""
-
-    group: int
-    row: int
-    ordinal: int
-    slab: int
-
-
-class Unmap(NamedTuple):
-    """Undo a `Map`; the slab is free again."""
-
-    group: int
-    row: int
-    ordinal: int
-    slab: int
-
-
-class CopyBlock(NamedTuple):
-    """Copy a block in every tensor (copy-on-write)."""
-
-    source: int
-    target: int
-
-
-class SwapOut(NamedTuple):
-    """Copy a block of every tensor to the CPU pool; `source` is free again."""
-
-    source: int
-    target: int  # a block of the CPU pool
-
-
-class SwapIn(NamedTuple):
-    """Copy a block of every tensor back; `source`, a block of the CPU pool, is free again."""
-
-    source: int
-    target: int
-
-
-Action = Map | Unmap | CopyBlock | SwapOut | SwapIn
-
-
 class IntegrityError(AssertionError):
     """A policy's books do not add up; the message shows the sum that fails. Always a bug of ours."""
+
+
+class NotResidentError(KeyError):
+    """A sequence was named that owns no memory: it was released already, or never admitted. A bug of the caller."""
+
+    def __init__(self, seq_id: int) -> None:
+        super().__init__(seq_id)
+        self.seq_id = seq_id
+
+    def __str__(self) -> str:
+        return f"sequence {self.seq_id} is not resident: it was released or swapped out, or never admitted"
 
 
 class Policy(ABC):
@@ -142,12 +118,13 @@ class Policy(ABC):
                 return count
         return len(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
         """How many decode steps in a row, `limit` at most, these sequences can surely take with nothing to decide.
 
         In each of them every sequence grows by one position and finds memory, at least one unit stays free where
-        `free_units` counts them, and there is no action to perform. The answer may be too small, never too large.
-        The caller's limit lets no sequence pass its final length (only rows of a padded batch may).
+        `free_units` counts them, and there is no action to perform, except that `look_ahead` may map, `ahead` times
+        a step at most. The answer may be too small, never too large. The caller's limit lets no sequence pass its
+        final length (only rows of a padded batch may).
         """
         if self.kv_layout.has_windows:
             return 0  # leaves of a ring that fills up do not change evenly
@@ -156,7 +133,8 @@ class Policy(ABC):
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by one position, `steps` times over; the sum of `usage(head)` over these steps.
 
-        For quiet steps only. Here no sequence takes a new unit, so every leaf changes by the same amount each step.
+        For quiet steps only; what they map in the background is handed over by the next `look_ahead`. Here no
+        sequence takes a new unit, so every leaf changes by the same amount each step.
         """
         before = self.usage(head)
         for seq_id in seq_ids:
@@ -164,26 +142,103 @@ class Policy(ABC):
         after = self.usage(head)
         return Usage(*[steps * a + (b - a) * (steps + 1) // 2 for a, b in zip(before, after, strict=True)])
 
+    # ---- groups: sequences of one request, which share its prompt -----------------------------------------------
+    #
+    # A prompt is written once, through the first member. Where members cannot share memory, the others get copies of
+    # it, due as soon as one of them grows (or the first is released), by when it has been written.
+
+    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+        """Whether the group could ever run to its end, alone in an empty pool, its members drifting apart."""
+        return self._alone(seqs) and self.fits_pool(seqs[0])
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether `admit_group` would succeed now."""
+        return self._alone(seqs, prefix) and self.can_admit(seqs[0], tokens)
+
+    def admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Give every member memory for the same first `tokens` positions: all of them, or none.
+
+        With a registered `prefix`, the first positions are the prefix's, and only the rest is to be written.
+        """
+        return self._alone(seqs, prefix) and self.admit(seqs[0], tokens)
+
+    def grow_group(self, seq_ids: Seq[int]) -> bool:
+        """Give each of these sequences one more position: all of them, or none (and nothing has changed).
+
+        Where `free_units` counts units, as many must be free as there are sequences (vLLM's rule).
+        """
+        if self.free_units is not None and self.free_units < len(seq_ids):
+            return False
+        return all(map(self.can_grow, seq_ids)) and self.grow_each(seq_ids) == len(seq_ids)
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Make `child` a copy of a resident sequence, all of whose positions have been written (beam search).
+
+        False where memory lacks, and nothing has changed. Raises NotResidentError where the parent is not resident.
+        """
+        raise UserError(f"allocator={self.name} cannot fork a sequence")
+
+    def register_prefix(self, prefix_id: int, tokens: int) -> bool:
+        """Keep memory for a prefix that requests begin with (section 4.4), resident as `prefix_id` until released.
+
+        The caller writes it once. Raises UserError for a prefix that could never fit.
+        """
+        prefix = Sequence(prefix_id, tokens, 0)
+        if tokens < 1 or not self.fits_pool(prefix):
+            raise UserError(f"a prefix of {tokens} tokens does not fit {self.name}'s pool of {self.pool_bytes} bytes")
+        return self.admit(prefix, tokens)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What sharing saves: bytes that would be attached in addition if every sequence held its own."""
+        return 0
+
+    def _alone(self, seqs: Seq[Sequence], prefix: int | None = None) -> bool:
+        if len(seqs) != 1 or prefix is not None:
+            raise UserError(f"allocator={self.name} serves no groups of sequences")
+        return True
+
+    # ---- swapping ----------------------------------------------------------------------------------------------
+
     @property
     def can_swap(self) -> bool:
-        """Whether the policy has a CPU pool; without one the next four methods are not called."""
+        """Whether the policy has a CPU pool; without one the methods below are not called."""
         return False
 
-    def can_swap_out(self, seq_id: int) -> bool:
-        """Whether the CPU pool has room for all that the sequence owns."""
+    def can_swap_out_group(self, seq_ids: Seq[int]) -> bool:
+        """Whether the CPU pool has room for all that these sequences own."""
         raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def swap_out_group(self, seq_ids: Seq[int]) -> None:
+        """Move a group to the CPU pool, what its members share once; none is resident any more.
+
+        The copies come out of `drain`.
+        """
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def can_swap_in_group(self, seq_ids: Seq[int]) -> bool:
+        """Whether the group fits back, one position more for each included, with the watermark left."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def swap_in_group(self, seq_ids: Seq[int]) -> None:
+        """Move a group back from the CPU pool; what its members shared they share again."""
+        raise NotImplementedError(f"{self.name} has no CPU pool")
+
+    def can_swap_out(self, seq_id: int) -> bool:
+        """As `can_swap_out_group`, for a sequence alone."""
+        return self.can_swap_out_group([seq_id])
 
     def swap_out(self, seq_id: int) -> None:
-        """Move the sequence to the CPU pool; it is resident no more. The copies come out of `drain`."""
-        raise NotImplementedError(f"{self.name} has no CPU pool")
+        """As `swap_out_group`, for a sequence alone."""
+        self.swap_out_group([seq_id])
 
     def can_swap_in(self, seq_id: int) -> bool:
-        """Whether the sequence fits back, one position more included, with the watermark left."""
-        raise NotImplementedError(f"{self.name} has no CPU pool")
+        """As `can_swap_in_group`, for a sequence alone."""
+        return self.can_swap_in_group([seq_id])
 
     def swap_in(self, seq_id: int) -> None:
-        """Move the sequence back from the CPU pool. The copies come out of `drain`."""
-        raise NotImplementedError(f"{self.name} has no CPU pool")
+        """As `swap_in_group`, for a sequence alone."""
+        self.swap_in_group([seq_id])
 
     def look_ahead(self) -> list[Action]:
         """Plan, after scheduling, what the next iteration will need: actions for the background."""
