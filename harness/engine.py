@@ -19,7 +19,7 @@ from kvarena.harness.step_log import StepLog
 
 @dataclass
 class Replay:
-    """What happened to every request, in order of arrival, and in every step."""
+    """What happened to every request, in order of arrival and member by member, and in every step."""
 
     requests: list[Request]
     steps: StepLog
@@ -42,7 +42,8 @@ class Engine:
         scheduler, arrived = self.scheduler, 0
         while True:
             while arrived < len(arrivals) and arrivals[arrived].arrival_ps <= clock.now_ps:
-                scheduler.submit(arrivals[arrived])
+                if arrivals[arrived].leads:
+                    scheduler.submit(arrivals[arrived])
                 arrived += 1
             if scheduler.has_work:
                 self._step(clock, arrivals[arrived].arrival_ps if arrived < len(arrivals) else None)
@@ -56,18 +57,24 @@ class Engine:
         scheduler, start_ps = self.scheduler, clock.now_ps
         waiting = scheduler.num_waiting
         stretch = None
-        if self._modelled is not None and scheduler.running and not scheduler.may_change_batch():
+        if self._modelled is not None and self._may_jump(scheduler):
             gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
         clock.pass_step(time)
         end_ps = clock.now_ps
         scheduler.complete(plan, end_ps)
+        if scheduler.groups:
+            scheduler.rank(self.executor.survivors)
         self._log.add(start_ps, end_ps, plan, time, waiting, usage)
         if time.stall_ps:
             self._book_stall(plan, time.stall_ps)
         for request in scheduler.finished:
             self.executor.finish(request)
+
+    @staticmethod
+    def _may_jump(scheduler: Scheduler) -> bool:
+        return bool(scheduler.running) and not scheduler.ranks_beams and not scheduler.may_change_batch()
 
     def _single(self, now_ps: int) -> tuple[StepPlan, StepTime, Usage]:
         scheduler = self.scheduler

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Action, CopyBlock, Map, SwapIn, SwapOut, Unmap
+from kvarena.harness.decoding.survival import survivors
+from kvarena.harness.group import Group
 from kvarena.harness.step import Executor, StepPlan, StepTime
 from kvarena.harness.step_model import SteadyRun, StepLoad, StepModel
 
@@ -52,6 +54,11 @@ class ModelledExecutor(Executor):
         if plan.ahead:
             stall_ps += max(0, self.prices.total_ps(plan.ahead) - step_ps)
         return StepTime(step_ps + stall_ps, stall_ps)
+
+    def survivors(self, group: Group) -> tuple[int, ...]:
+        """As the group's survival model draws: from its seed, the request and the position, and nothing else."""
+        first = group.first
+        return survivors(first.decoding, first.seq_id, first.known_tokens)
 
     def steady(self, plan: StepPlan) -> SteadyRun:
         """The run of decode steps that begins with a steady plan."""

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
+from kvarena.harness.group import Group, catch_up
 from kvarena.harness.request import Request
 from kvarena.harness.scheduler.continuous import BatchLimits, token_budget
 from kvarena.harness.scheduler.scheduler import Scheduler
@@ -24,6 +25,9 @@ class ChunkedPrefillScheduler(Scheduler):
 
     Whoever runs comes first, in order of arrival; memory is given chunk by chunk; the latest arrival is preempted
     and recomputed. Nobody is admitted in a step that preempted.
+
+    A group is given memory for its whole prompt at once, so that it is admitted whole or not at all. Recomputed, it
+    feeds its prompt once, then each member's own tokens.
     """
 
     def __init__(self, policy: Policy, config: ChunkedPrefillConfig, max_tokens: int) -> None:
@@ -36,9 +40,16 @@ class ChunkedPrefillScheduler(Scheduler):
         budget = self.token_budget - len(self.running)
         if not all([r.is_decoding for r in self.running]):
             return True
-        if not self.waiting or not budget or len(self.running) >= self.max_seqs:
+        if not self.waiting or not budget:
             return False
-        return self.policy.can_admit(self.waiting[0], min(self.waiting[0].known_tokens, budget))
+        head = self.waiting[0]
+        has_room = len(self.running) + len(head.gang) <= self.max_seqs
+        return has_room and self._can_take(head, self._first_tokens(head, budget))
+
+    @staticmethod
+    def _first_tokens(head: Request, budget: int) -> int:
+        """Tokens to take memory for on admission."""
+        return min(head.known_tokens, budget) if head.group is None else head.prompt_tokens
 
     def _fill(self, plan: StepPlan) -> None:
         budget = self._serve_running(plan, self.token_budget)
@@ -50,17 +61,51 @@ class ChunkedPrefillScheduler(Scheduler):
         pending, self.running = deque(self.running), []
         while pending:
             request = pending.popleft()
+            if request.group is not None:
+                budget = self._serve_group(request.group, pending, plan, budget)
+                continue
             tokens = min(request.known_tokens - request.computed, budget)
-            while tokens and not self.policy.grow(request.seq_id, tokens):
-                victim = pending.pop() if pending else request
-                self._evict(victim, plan)
-                if victim is request:
-                    break
-            else:
+            if self._grow([(request.seq_id, tokens)], [request], pending, plan):
                 self.running.append(request)
                 self._plan_tokens(request, tokens, plan)
                 budget -= tokens
         return budget
+
+    def _serve_group(self, group: Group, pending: deque[Request], plan: StepPlan, budget: int) -> int:
+        """One position for each member, a chunk of an unfinished prompt, or of what is recomputed after it."""
+        members, first = group.members, group.first
+        for _ in members[1:]:
+            pending.popleft()
+        wanted: list[tuple[int, int]] = []  # its whole prompt was given on admission
+        chunks: list[PrefillChunk] = []
+        decodes = group.is_decoding and budget >= len(members)
+        if decodes:
+            wanted = [(member.seq_id, 1) for member in members]
+        elif group.is_decoding:
+            pass  # all wait together
+        elif first.computed < first.prompt_tokens:
+            chunks = [PrefillChunk(first, first.computed, min(first.prompt_tokens - first.computed, budget))]
+        else:
+            chunks = catch_up(group, budget)
+            wanted = [(chunk.request.seq_id, chunk.tokens) for chunk in chunks]
+        if not self._grow(wanted, members, pending, plan):
+            return budget
+        self.running += members
+        plan.decodes += members if decodes else []
+        plan.prefills += [chunk for chunk in chunks if chunk.tokens]
+        return budget - (len(members) if decodes else sum([chunk.tokens for chunk in chunks]))
+
+    def _grow(
+        self, wanted: list[tuple[int, int]], gang: list[Request], pending: deque[Request], plan: StepPlan
+    ) -> bool:
+        """Take so many positions for each of a gang, from whoever arrived last; False where that was the gang."""
+        for seq_id, tokens in wanted:
+            while tokens and not self.policy.grow(seq_id, tokens):
+                victims = self._pop_latest(pending) if pending else gang
+                self._evict(victims, plan)
+                if victims is gang:
+                    return False
+        return True
 
     @staticmethod
     def _plan_tokens(request: Request, tokens: int, plan: StepPlan) -> None:
@@ -70,11 +115,13 @@ class ChunkedPrefillScheduler(Scheduler):
             plan.prefills.append(PrefillChunk(request, request.computed, tokens))
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self.max_seqs:
+        while self.waiting and budget:
             head = self.waiting[0]
-            tokens = min(head.known_tokens, budget)
-            if not self.policy.admit(head, tokens):
+            if len(self.running) + len(head.gang) > self.max_seqs:
                 return
+            if not self._take(head, self._first_tokens(head, budget)):
+                return
+            tokens = min(head.admission_tokens, budget)
             budget -= tokens
             self.waiting.popleft()
             self._join(head)

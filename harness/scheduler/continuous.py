@@ -40,6 +40,8 @@ class ContinuousScheduler(Scheduler):
 
     def refusal(self, request: Request) -> str:
         """As of every scheduler; and whatever would have to be prefilled at once must fit the token budget."""
+        if len(request.gang) > self.max_seqs:
+            return f"request {request.seq_id}: {len(request.gang)} sequences exceed a batch of {self.max_seqs}"
         tokens = self._longest_prefill(request)
         if tokens > self.token_budget:
             return (
@@ -57,18 +59,25 @@ class ContinuousScheduler(Scheduler):
         if not self.waiting:
             return False
         head, running = self.waiting[0], len(self.running)
-        tokens = head.known_tokens
-        return tokens + running <= self.token_budget and running < self.max_seqs and self.policy.can_admit(head, tokens)
+        tokens = head.admission_tokens
+        has_room = tokens + running <= self.token_budget and running + len(head.gang) <= self.max_seqs
+        return has_room and self._can_take(head, tokens)
 
     def _admit(self, plan: StepPlan) -> None:
-        """Admit in order of arrival, and stop at the first who does not fit."""
+        """Admit in order of arrival, and stop at the first who does not fit. A prompt counts once for a group."""
         budget = self.token_budget - len(plan.decodes)
         while self.waiting:
             head = self.waiting[0]
-            tokens = head.known_tokens
-            if tokens > budget or len(self.running) >= self.max_seqs or not self.policy.admit(head, tokens):
+            tokens = head.admission_tokens
+            if tokens > budget or len(self.running) + len(head.gang) > self.max_seqs or not self._take(head, tokens):
                 return
             budget -= tokens
             self.waiting.popleft()
-            self._join(head)
+            self._enter(head)
             plan.prefills.append(PrefillChunk(head, 0, tokens))
+            if tokens < head.known_tokens:
+                return  # a group to be recomputed: its members have their own tokens to feed before anyone else comes
+
+    def _enter(self, head: Request) -> None:
+        """Let an admitted request run."""
+        self._join(head)

@@ -38,12 +38,17 @@ class FasterTransformerScheduler(Scheduler):
         plan.decodes = list(self.running)
 
     def _start_batch(self, plan: StepPlan) -> None:
-        while self.waiting and self.policy.admit(self.waiting[0], self.waiting[0].prompt_tokens):
-            request = self.waiting.popleft()
+        """Requests from the head of the line, as long as they have as many sequences as the first."""
+        width = len(self.waiting[0].gang)
+        while self.waiting and len(self.waiting[0].gang) == width:
+            request = self.waiting[0]
+            if not self._take(request, request.prompt_tokens):
+                break
+            self.waiting.popleft()
             self._join(request)
             plan.prefills.append(PrefillChunk(request, 0, request.prompt_tokens))
-        longest = max((r.prompt_tokens for r in self.running), default=0)
-        plan.padding = sum(longest - r.prompt_tokens for r in self.running)
+        prompts = [chunk.tokens for chunk in plan.prefills]
+        plan.padding = sum(max(prompts, default=0) - tokens for tokens in prompts)
 
     def may_change_batch(self) -> bool:
         """Nobody joins a batch that runs."""

@@ -11,8 +11,11 @@ First come, first served: `running` and `waiting` are sorted by arrival, and who
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from kvarena.allocators.policy import Policy
+from kvarena.harness.group import Group
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.step import StepPlan
 
@@ -31,6 +34,7 @@ class Scheduler(ABC):
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.finished: list[Request] = []  # by the step just completed
+        self.groups: list[Group] = []  # that run
         self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
         self._now_ps = 0  # start of the step being scheduled
 
@@ -39,24 +43,30 @@ class Scheduler(ABC):
         """Decide one iteration: take memory for every position that it writes."""
 
     def refusal(self, request: Request) -> str:
-        """Why a request could never run; empty where it could."""
+        """Why a request could never run; empty where it could. A group is refused as a whole."""
         if request.final_tokens > self.max_tokens:
             return (
                 f"request {request.seq_id}: prompt {request.prompt_tokens} + output {request.output_tokens} tokens "
                 f"exceed the context of {self.max_tokens}"
             )
-        if not self.policy.fits_pool(request):
+        gang = request.gang
+        if not (self.policy.fits_pool(request) if len(gang) == 1 else self.policy.group_fits_pool(gang)):
+            times = f"{len(gang)} x " if len(gang) > 1 else ""
             return (
-                f"request {request.seq_id}: {request.final_tokens} tokens can never fit {self.policy.name}'s pool "
-                f"of {self.policy.pool_bytes} bytes"
+                f"request {request.seq_id}: {times}{request.final_tokens} tokens can never fit {self.policy.name}'s "
+                f"pool of {self.policy.pool_bytes} bytes"
             )
         return ""
 
     def submit(self, request: Request) -> None:
-        """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one."""
-        request.refusal = self.refusal(request)
-        if request.refusal:
-            request.state = RequestState.REFUSED
+        """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one.
+
+        The first of a group stands for all of it.
+        """
+        refusal = self.refusal(request)
+        if refusal:
+            for member in request.gang:
+                member.refusal, member.state = refusal, RequestState.REFUSED
         else:
             self.waiting.append(request)
 
@@ -84,7 +94,8 @@ class Scheduler(ABC):
         plan.ahead = self.policy.look_ahead()
         for chunk in plan.prefills:
             if chunk.request.scheduled_ps is None:
-                chunk.request.scheduled_ps = now_ps
+                for member in chunk.readers:
+                    member.scheduled_ps = now_ps
         return plan
 
     @abstractmethod
@@ -99,22 +110,50 @@ class Scheduler(ABC):
         """Steps until the first of those who run leaves, if all of them decode."""
         return min([r.output_tokens - r.generated for r in self.running])
 
-    def _evict(self, victim: Request, plan: StepPlan) -> None:
-        """Take all memory of a running request, and put it back into the line, to be recomputed."""
-        self.policy.release(victim.seq_id)
-        victim.computed = 0
-        victim.state = RequestState.WAITING
-        self._pause(victim)
-        place = 0  # nearly always the head: it arrived before all who were never admitted
-        while place < len(self.waiting) and by_arrival(self.waiting[place]) < by_arrival(victim):
+    def _can_take(self, head: Request, tokens: int) -> bool:
+        """Whether `_take` would succeed now."""
+        if head.group is None:
+            return self.policy.can_admit(head, tokens)
+        return self.policy.can_admit_group(head.group.members, tokens)
+
+    def _take(self, head: Request, tokens: int) -> bool:
+        """Take memory for the first tokens of a request: for all of its gang, or for none."""
+        if head.group is None:
+            return self.policy.admit(head, tokens)
+        return self.policy.admit_group(head.group.members, tokens)
+
+    def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
+        """Take the latest arrival from those that run, with all its gang."""
+        gang = requests[-1].gang
+        for _ in gang:
+            requests.pop()
+        return gang
+
+    def _evict(self, gang: list[Request], plan: StepPlan) -> None:
+        """Take all memory of a running gang, and put it back into the line, to be recomputed."""
+        for victim in gang:
+            self.policy.release(victim.seq_id)
+            victim.computed = 0
+            victim.state = RequestState.WAITING
+            self._pause(victim)
+        place, first = 0, gang[0]  # nearly always the head: it arrived before all who were never admitted
+        while place < len(self.waiting) and by_arrival(self.waiting[place]) < by_arrival(first):
             place += 1
-        self.waiting.insert(place, victim)
-        plan.preempted.append(victim)
+        self.waiting.insert(place, first)
+        plan.preempted += gang
+        self._forget(first)
 
     def _join(self, request: Request) -> None:
-        """Let a request run, in its place by arrival."""
-        request.state = RequestState.RUNNING
-        insort(self.running, request, key=by_arrival)
+        """Let a request run, in its place by arrival; its gang beside it."""
+        if request.group is not None:
+            self.groups.append(request.group)
+        for member in request.gang:
+            member.state = RequestState.RUNNING
+            insort(self.running, member, key=by_arrival)
+
+    def _forget(self, first: Request) -> None:
+        if first.group in self.groups:
+            self.groups.remove(first.group)
 
     def _pause(self, victim: Request) -> None:
         victim.num_preemptions += 1
@@ -137,15 +176,16 @@ class Scheduler(ABC):
             if generated >= request.output_tokens:
                 done.append(request)
         for chunk in plan.prefills:
-            request, is_last = chunk.request, chunk.is_last
-            request.computed += chunk.tokens
-            if is_last:
-                request.generated += 1
-                if request.first_token_ps is None:
-                    request.first_token_ps = now_ps
-                self._resume(request, now_ps)
-                if request.generated >= request.output_tokens:
-                    done.append(request)
+            is_last = chunk.is_last
+            for request in chunk.readers:
+                request.computed = chunk.start + chunk.tokens
+                if is_last:
+                    request.generated += 1
+                    if request.first_token_ps is None:
+                        request.first_token_ps = now_ps
+                    self._resume(request, now_ps)
+                    if request.generated >= request.output_tokens:
+                        done.append(request)
         for request in plan.swapped_in:
             self._resume(request, now_ps)
         self._retire(done, now_ps)
@@ -158,3 +198,25 @@ class Scheduler(ABC):
             self.policy.release(request.seq_id)
         if done:
             self.running = [r for r in self.running if r.finish_ps is None]
+            self.groups = [group for group in self.groups if group.first.finish_ps is None]
+
+    @property
+    def ranks_beams(self) -> bool:
+        """Whether beams run, so that after every step some may die."""
+        return bool(self.groups) and any([group.first.decoding.is_beam for group in self.groups])
+
+    def rank(self, survivors: Callable[[Group], Seq[int]]) -> None:
+        """Let dead beams go, and fork those that live on in their place; to be called after `complete`.
+
+        Whoever dies gives back as much as its successor takes, so a fork finds memory.
+        """
+        for group in self.groups:
+            if not group.needs_ranking:
+                continue
+            group.ranked = group.first.generated
+            moves = [(parent, seat) for seat, parent in enumerate(survivors(group)) if parent != seat]
+            for _, seat in moves:
+                self.policy.release(group.members[seat].seq_id)
+            for parent, seat in moves:
+                if not self.policy.fork(group.members[parent].seq_id, group.members[seat]):
+                    raise RuntimeError(f"{self.policy.name} has no room for a beam where one has just died")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
+from kvarena.harness.group import Group, catch_up, split_gangs
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.continuous import BatchLimits, ContinuousScheduler
 from kvarena.harness.step import StepPlan
@@ -25,6 +26,9 @@ class VllmScheduler(ContinuousScheduler):
 
     Swapped requests come back strictly before anyone waiting is admitted, and nobody is admitted in a step that
     preempted: a victim for recomputation stands at the head of the line again.
+
+    A group is swapped. Where there is no CPU pool, or it is full, vLLM gives up; here the group is recomputed: its
+    prompt once, in the step that admits it, then each member's own tokens, while nobody else is admitted.
     """
 
     def __init__(self, policy: Policy, config: VllmConfig, max_tokens: int) -> None:
@@ -36,12 +40,13 @@ class VllmScheduler(ContinuousScheduler):
                 f"scheduler.preemption=swap: {policy.name} has no CPU pool (allocator.swap_bytes > 0 gives one)"
             )
         self.swapped: deque[Request] = deque()
-        self._swaps = config.preemption == "swap"  # every request is one sequence: auto means recompute
+        self._swaps_from = {"swap": 1, "auto": 2, "recompute": max_tokens}[config.preemption]  # sequences of a gang
+        self._behind: Group | None = None  # has its prompt back, and feeds its members' own tokens; runs after that
 
     @property
     def has_work(self) -> bool:
         """Whether anyone runs, waits or is swapped out."""
-        return bool(self.running or self.waiting or self.swapped)
+        return bool(self.running or self.waiting or self.swapped or self._behind)
 
     @property
     def num_waiting(self) -> int:
@@ -50,49 +55,96 @@ class VllmScheduler(ContinuousScheduler):
 
     def may_change_batch(self) -> bool:
         """Whether the next in line fits: swapped requests come before waiting ones."""
-        if not self.swapped:
-            return super().may_change_batch()
-        return len(self.running) < self.max_seqs and self.policy.can_swap_in(self.swapped[0].seq_id)
+        if self._behind is not None:
+            return True
+        return self._may_swap_in() if self.swapped else super().may_change_batch()
+
+    def _may_swap_in(self) -> bool:
+        gang = self.swapped[0].gang
+        has_room = self._behind is None and len(self.running) + len(gang) <= self.max_seqs
+        return has_room and self.policy.can_swap_in_group([member.seq_id for member in gang])
 
     def _longest_prefill(self, request: Request) -> int:
-        """A victim is recomputed with all its output but the last token."""
-        return request.prompt_tokens if self._swaps else request.final_tokens - 1
+        """A victim is recomputed with all its output but the last token; a group's outputs may be cut."""
+        whole = request.group is None and self._swaps_from > 1
+        return request.final_tokens - 1 if whole else request.prompt_tokens
 
     def _fill(self, plan: StepPlan) -> None:
         self._decode(plan)
         if not plan.swapped_out:
             self._swap_in(plan)
         plan.decodes = list(self.running)
-        if not self.swapped and not plan.preempted:
+        if self._behind is not None:
+            self._catch_up(self._behind, plan)
+        elif not self.swapped and not plan.preempted:
             self._admit(plan)
 
     def _decode(self, plan: StepPlan) -> None:
         """Give each running request its next position, in order of arrival; preempt the latest while one has none."""
         grown = 0
         while grown < len(self.running):
-            grown += self.policy.grow_each([r.seq_id for r in self.running[grown:]])
+            grown += self._grow(self.running[grown:])
             if grown < len(self.running):
-                self._preempt(self.running.pop(), plan)
+                self._preempt_latest(plan)
 
-    def _preempt(self, victim: Request, plan: StepPlan) -> None:
-        """Evict a request whole: to the CPU pool where it swaps and there is room, else to be recomputed."""
-        if not (self._swaps and self.policy.can_swap_out(victim.seq_id)):
-            self._evict(victim, plan)
+    def _grow(self, requests: list[Request]) -> int:
+        """Give each of these its next position, gang by gang. Returns how many have got it."""
+        units = self.policy.free_units
+        if not self.groups or (units is not None and units >= len(requests)):
+            return self.policy.grow_each([r.seq_id for r in requests])
+        grown = 0
+        for gang in split_gangs(requests):
+            if not self.policy.grow_group([r.seq_id for r in gang]):
+                break
+            grown += len(gang)
+        return grown
+
+    def _preempt_latest(self, plan: StepPlan) -> None:
+        """Evict a gang whole: to the CPU pool where it swaps and there is room, else to be recomputed."""
+        if self._behind is not None:
+            self._evict_behind(self._behind, plan)
             return
-        self.policy.swap_out(victim.seq_id)
-        victim.state = RequestState.SWAPPED
-        self._pause(victim)
-        self.swapped.appendleft(victim)
-        plan.swapped_out.append(victim)
+        gang = self._pop_latest(self.running)
+        seq_ids = [victim.seq_id for victim in gang]
+        swaps = len(gang) >= self._swaps_from and self.policy.can_swap
+        if not (swaps and self.policy.can_swap_out_group(seq_ids)):
+            self._evict(gang, plan)
+            return
+        self.policy.swap_out_group(seq_ids)
+        for victim in gang:
+            victim.state = RequestState.SWAPPED
+            self._pause(victim)
+        self._forget(gang[0])
+        self.swapped.appendleft(gang[0])
+        plan.swapped_out += gang
 
     def _swap_in(self, plan: StepPlan) -> None:
         """Bring back whoever fits, in order of arrival; they decode at once."""
-        while self.swapped and len(self.running) < self.max_seqs:
-            request = self.swapped[0]
-            if not self.policy.can_swap_in(request.seq_id):
-                return
-            self.swapped.popleft()
-            self.policy.swap_in(request.seq_id)
-            self.policy.grow(request.seq_id)
-            self._join(request)
-            plan.swapped_in.append(request)
+        while self.swapped and self._may_swap_in():
+            first = self.swapped.popleft()
+            seq_ids = [member.seq_id for member in first.gang]
+            self.policy.swap_in_group(seq_ids)
+            self.policy.grow_each(seq_ids)
+            self._join(first)
+            plan.swapped_in += first.gang
+
+    def _enter(self, head: Request) -> None:
+        if head.group is not None and head.generated:
+            self._behind = head.group
+        else:
+            super()._enter(head)
+
+    def _catch_up(self, group: Group, plan: StepPlan) -> None:
+        """Feed what the members of a recomputed group had generated; in the step that feeds the last, it runs again."""
+        chunks = catch_up(group, self.token_budget - len(plan.decodes))
+        if not all([self.policy.grow(chunk.request.seq_id, chunk.tokens) for chunk in chunks]):
+            self._evict_behind(group, plan)
+            return
+        plan.prefills += chunks
+        if chunks[-1].is_last:
+            self._behind = None
+            self._join(group.first)
+
+    def _evict_behind(self, group: Group, plan: StepPlan) -> None:
+        self._behind = None
+        self._evict(group.members, plan)
