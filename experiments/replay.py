@@ -22,11 +22,14 @@ from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.config import load, typed
+from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine import Engine
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.model import panel_name
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
+from kvarena.harness.request_list import check_width, make_requests
 from kvarena.harness.request_log import request_frame
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
@@ -79,11 +82,14 @@ def pool_bytes_of(run: Run, system: System) -> int:
     return kv_pool_bytes(run.device, run.model) // run.model.tp
 
 
-def requests_of(workload: Workload) -> list[Request]:
-    """Fresh requests: a replay writes into them."""
-    columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_ps)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [Request(i, prompt, output, arrival_ps=at) for i, (prompt, output, at) in enumerate(rows)]
+def requests_of(workload: Workload, run: Run | None = None, decoding: DecodingConfig | None = None) -> list[Request]:
+    """Fresh requests: a replay writes into them. Decoded as asked for, else as the run says, else greedily."""
+    if run is None:
+        return make_requests(workload, [decoding or GREEDY] * len(workload))
+    mix = run.trace.mix if decoding is None else None
+    ways = decodings(decoding or run.decoding, mix, len(workload), run.trace.seed)
+    check_width(ways, run.model.vocab_size)
+    return make_requests(workload, ways)
 
 
 class Served(NamedTuple):
@@ -103,14 +109,14 @@ class Replayer:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def serve(self, system: System, workload: Workload) -> Served:
-        """Serve all requests to their end."""
+    def serve(self, system: System, workload: Workload, decoding: DecodingConfig | None = None) -> Served:
+        """Serve all requests to their end, decoded as asked for, else as the run says."""
         run = self._run
         layout = run.model.shard().kv_layout()
         policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
         scheduler = make_scheduler(system.scheduler, policy, context_of(run))
         with self._executor(system, policy) as executor:
-            done = Engine(scheduler, executor).run(requests_of(workload))
+            done = Engine(scheduler, executor).run(requests_of(workload, run, decoding))
         requests, steps = request_frame(done.requests), done.steps.to_frame()
         return Served(requests.assign(system=system.name), steps.assign(system=system.name), done.resumed_gaps_ps)
 

@@ -19,7 +19,9 @@ from kvarena.harness.paths import CONF
 ALL = "all"  # allocator=all, kernel=all: whatever the experiment's systems use
 AUTO = "auto"  # model=auto, device=auto: whatever the machine suggests
 CLOCKS = ("measured", "modelled")
-GROUPS = ("experiment", "model", "trace", "arrival", "scheduler", "engine", "device", "allocator", "kernel")
+GROUPS = (
+    "experiment", "model", "trace", "arrival", "decoding", "scheduler", "engine", "device", "allocator", "kernel",
+)  # fmt: skip
 PLAIN_KEYS = ("clock", "threads", "systems")  # keys of config.yaml that are no group
 
 

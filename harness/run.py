@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from kvarena.errors import UserError
 from kvarena.harness import schemas, systems
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, load, names, no_such_key, typed
+from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.fit import check_fit
 from kvarena.harness.model import ModelConfig, panel_name
 from kvarena.harness.systems import System
@@ -30,6 +31,7 @@ class Run:
     engine: Any  # EngineConfig
     systems: tuple[System, ...]
     params: Any  # the experiment's Params
+    decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
 
     @property
@@ -93,6 +95,7 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         arrival=typed(schemas.of("arrival"), _filled(config.arrival, profile.get("arrival")), "arrival"),
         engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
         systems=built,
+        decoding=typed(DecodingConfig, _filled(config.decoding, profile.get("decoding")), "decoding"),
         params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
         threads=config.threads,
     )

@@ -30,6 +30,10 @@ def of(group: str, name: str | None = None) -> type:
             from kvarena.harness.arrival import ArrivalConfig
 
             return ArrivalConfig
+        case "decoding":
+            from kvarena.harness.decoding.config import DecodingConfig
+
+            return DecodingConfig
         case "scheduler":
             from kvarena.harness.scheduler.registry import config_class as scheduler_config
 

@@ -22,6 +22,7 @@ class TraceConfig:
     num_requests: int | None = None  # null: as many as arrive, else the whole file, 1000 without one
     max_tokens: int | None = None  # longest prompt + output allowed; null: the model's context
     seed: int = 0
+    mix: dict[str, float] | None = None  # shares of requests by method of decoding (decoding/mix.py); null: all alike
     shuffle: bool = False  # files only: put the records into a random order before the first are taken
     keep_hash_ids: bool = False  # mooncake only: keep the ids of each prompt's blocks
     cut_prompt: int | None = None  # longer prompts keep their last so many tokens, as a chat's history is cut

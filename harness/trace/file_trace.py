@@ -17,7 +17,7 @@ from kvarena.harness.trace.trace import Ints, Trace
 
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
-    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, new_conversation=None))
+    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
     trace = _kept(fields, recipe, max_tokens, _stamp(Path(str(config.path)).expanduser()))
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
