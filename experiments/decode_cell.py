@@ -1,11 +1,12 @@
 """One cell of `decode_throughput`: every system at one batch size, checked against each other, then interleaved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
 import torch
 
+from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vmm.fragments import scattered_pages_held
@@ -34,8 +35,8 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
     try:
         with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
             for system in run.systems:
-                batches[system.name] = _resident(run, system, model, prompts, pool_bytes)
-        _same_tokens(run, batches)
+                batches[system.name] = resident(run, system, model, prompts, pool_bytes)
+        same_tokens(run, batches)
         for _ in range(params.warmup_steps):
             for batch in batches.values():
                 batch.step()
@@ -64,10 +65,19 @@ def _pool_bytes(run: Run, batch: int) -> int:
     return pool
 
 
-def _resident(run: Run, system: System, model: Model, prompts: list[int], pool_bytes: int) -> FixedBatch:
+def resident(
+    run: Run,
+    system: System,
+    model: Model,
+    prompts: list[int],
+    pool_bytes: int,
+    prime: Callable[[Policy], None] = lambda policy: None,
+) -> FixedBatch:
+    """A system with its batch in memory; `prime` sees the empty policy first."""
     params = run.params
     local = model.config
     policy = make_policy(system.allocator, local.kv_layout(), pool_bytes, params.max_tokens)
+    prime(policy)
     scheduler = make_scheduler(system.scheduler, policy, params.max_tokens)
     store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
     try:
@@ -82,7 +92,7 @@ def _resident(run: Run, system: System, model: Model, prompts: list[int], pool_b
     return batch
 
 
-def _same_tokens(run: Run, batches: dict[str, FixedBatch]) -> None:
+def same_tokens(run: Run, batches: dict[str, FixedBatch]) -> None:
     """Correctness before time: every system yields the first one's logits, bit for bit where the body is the same."""
     for _ in range(run.params.check_steps):
         reference: torch.Tensor | None = None

@@ -1,0 +1,100 @@
+"""One batch of `allocation_overlap`, decoded in memory that is mapped in three ways, step by step in turn."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+import pandas as pd
+
+from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.vmm.fragments import scattered_pages_held
+from kvarena.errors import UserError
+from kvarena.experiments.decode_cell import resident, same_tokens
+from kvarena.harness.fixed_batch import FixedBatch
+from kvarena.harness.model.contract import Model
+from kvarena.harness.record import Frames
+from kvarena.harness.run import Run
+from kvarena.harness.systems import System
+
+
+class Way(StrEnum):
+    """When page-groups are mapped."""
+
+    SYNC = "sync"  # in front of the iteration that needs them
+    OVERLAPPED = "overlapped"  # beside the iteration before it
+    PREMAPPED = "premapped"  # at the start
+
+
+def system_in(way: Way, system: System) -> System:
+    """The system with one switch changed. Nothing else maps: no slot is kept ready, no row gives back."""
+    plain = replace(
+        system.allocator, overlap=way is Way.OVERLAPPED, eager_allocation=False, reclaim_threshold=0, watermark=0
+    )
+    return replace(system, name=way.value, variant=f"vattention-{way}", published=way.value, allocator=plain)
+
+
+def the_system(run: Run) -> System:
+    """The run's only system. Raises UserError where there are others, or it cannot map ahead."""
+    if len(run.systems) != 1 or not hasattr(run.systems[0].allocator, "overlap"):
+        raise UserError(
+            f"systems={[s.name for s in run.systems]}: {run.experiment} takes one system with allocator vattention, "
+            "and maps its page-groups in several ways"
+        )
+    return run.systems[0]
+
+
+def measure(run: Run, model: Model) -> Frames:
+    """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
+    params = run.params
+    prompts = params.prompts()
+    pool_bytes = len(prompts) * model.config.kv_layout().resident_bytes(params.max_tokens)
+    batches: dict[str, FixedBatch] = {}
+    try:
+        with scattered_pages_held():
+            for way in Way:
+                system = system_in(way, the_system(run))
+                batches[way] = resident(run, system, model, prompts, pool_bytes, _prime(way, params, len(prompts)))
+        same_tokens(run, batches)
+        for batch in batches.values():
+            for _ in range(params.warmup_steps):
+                batch.step()
+        before = {way: batch.store.driver_calls() for way, batch in batches.items()}
+        steps = pd.DataFrame(_in_turn(batches, params.iterations))
+        calls = [_calls(way, before[way], batch) for way, batch in batches.items()]
+        return {"steps": steps, "calls": pd.DataFrame(calls)}
+    finally:
+        for batch in batches.values():
+            batch.close()
+
+
+def _prime(way: Way, params: Any, rows: int) -> Callable[[Policy], None]:
+    """Premapped rows are inherited (section 6.1.2) from sequences that were as long as any can become."""
+
+    def inherit(policy: Policy) -> None:
+        if way is Way.PREMAPPED:
+            for i in range(rows):
+                policy.admit(Sequence(i, params.max_tokens, 0), params.max_tokens)
+            for i in range(rows):
+                policy.release(i)
+
+    return inherit
+
+
+def _in_turn(batches: dict[str, FixedBatch], iterations: int) -> Iterator[dict[str, Any]]:
+    """One step of each; every iteration begins with another, so that none always follows the same neighbour."""
+    ways = list(batches)
+    for iteration in range(iterations):
+        turn = iteration % len(ways)
+        for way in ways[turn:] + ways[:turn]:
+            record = batches[way].step()
+            yield {
+                "way": way, "iteration": iteration, "latency_ms": 1e3 * record.step_s, "batch": record.batch,
+                "stall_ms": 1e3 * record.actions_s, "actions": record.actions, "ahead": record.ahead,
+            }  # fmt: skip
+
+
+def _calls(way: str, before: Any, batch: FixedBatch) -> dict[str, Any]:
+    batch.policy.check_integrity()
+    after = batch.store.driver_calls()
+    return {"way": way, **{key: value - getattr(before, key) for key, value in after._asdict().items()}}

@@ -1,0 +1,67 @@
+"""Fig 12 under the modelled clock: one replay for each way of mapping, its decode-only iterations one by one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from kvarena.experiments.overlap_cell import Way, system_in, the_system
+from kvarena.experiments.replay import Replayer
+from kvarena.harness.record import Frames
+from kvarena.harness.run import Run
+from kvarena.harness.step_model import PS_PER_S
+from kvarena.harness.workload import Workload
+
+_PS_PER_MS = PS_PER_S // 1000
+
+
+def replayed(run: Run) -> Frames:
+    """As `overlap_cell.measure`. A driver call counts once for each tensor, on each of the model's GPUs alike."""
+    steps, calls = [], []
+    model = replace(run.model, tp=run.params.tp, max_tokens=max(run.model.max_tokens, run.params.max_tokens))
+    run = replace(run, model=model)
+    for way in Way:
+        priced = free_of_driver_calls(run) if way is Way.PREMAPPED else run
+        system = system_in(way, the_system(run))
+        system = replace(system, scheduler=replace(system.scheduler, max_seqs=run.params.max_batch))
+        decoding = decode_only(Replayer(priced).serve(system, workload(run)).steps, run.params.iterations)
+        steps.append(decoding.assign(way=way.value))
+        tensors = 0 if way is Way.PREMAPPED else sum(g.num_tensors for g in run.model.shard().kv_layout().groups)
+        totals = {"critical": tensors * decoding.actions.sum(), "background": tensors * decoding.ahead.sum()}
+        calls.append({"way": way.value, **totals})
+    return {"steps": pd.concat(steps, ignore_index=True), "calls": pd.DataFrame(calls)}
+
+
+def workload(run: Run) -> Workload:
+    """All requests at the start."""
+    params = run.params
+    draw = np.random.default_rng(run.model.seed)
+    prompts, outputs = (
+        draw.integers(low, high + 1, params.requests) for low, high in (params.replay_prompts, params.replay_outputs)
+    )
+    return Workload(prompts, outputs, np.zeros(params.requests, np.int64))
+
+
+def free_of_driver_calls(run: Run) -> Run:
+    """The run on a device where mapping takes no time."""
+    device = run.device
+    free = {"map_us": dict.fromkeys(device.map_us, 0.0), "unmap_us": dict.fromkeys(device.unmap_us, 0.0)}
+    return replace(run, device=replace(device, **free))
+
+
+def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The first `count` iterations without a prompt token, one a row; the log keeps stretches of them."""
+    rows = steps[(steps.prefills == 0) & (steps.decodes > 0)]
+    number = np.concatenate([np.arange(k) for k in rows.steps]) if len(rows) else np.empty(0, int)
+    first = rows.duration_ps / rows.steps - rows.slope_ps * (rows.steps - 1) / 2
+    each = rows.index.repeat(rows.steps)
+    expanded = pd.DataFrame(
+        {
+            "latency_ms": (first[each].to_numpy() + number * rows.slope_ps[each].to_numpy()) / _PS_PER_MS,
+            "batch": rows.decodes[each].to_numpy(),
+            "stall_ms": rows.stall_ps[each].to_numpy() / _PS_PER_MS,
+            "actions": rows.actions[each].to_numpy(),
+            "ahead": rows.ahead[each].to_numpy(),
+        }
+    ).iloc[:count]
+    return expanded.assign(iteration=range(len(expanded)))
