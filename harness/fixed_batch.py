@@ -1,5 +1,6 @@
 """One system decoding one fixed batch on real memory: what a cell of `decode_throughput` interleaves."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class StepRecord(NamedTuple):
     schedule_s: float  # scheduler and policy, the booking of the result included
     actions_s: float  # actions on the critical path, the wait for background ones included
     view_s: float  # building the view of the batch
-    append_s: float
+    append_s: float  # NaN where the step was one CUDA graph
     attention_s: float
     batch: int
     kv_tokens: int  # positions the attention reads
@@ -109,8 +110,8 @@ class FixedBatch:
             schedule_s=planned - start + end - executed,
             actions_s=phases["actions"],
             view_s=phases["view"],
-            append_s=phases["append"],
-            attention_s=phases["attention"],
+            append_s=phases.get("append", math.nan),
+            attention_s=phases.get("attention", math.nan),
             batch=len(self.requests),
             kv_tokens=sum(r.computed for r in self.requests),
             growths=growths + sum(isinstance(action, Map) for action in plan.ahead),

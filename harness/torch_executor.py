@@ -1,13 +1,16 @@
 """The measured clock: a step is a forward pass of a real model over a real KV cache."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvarena.allocators.staging import indices_on
 from kvarena.allocators.store import Store
+from kvarena.harness.decode_graphs import DecodeGraphs
 from kvarena.harness.model.contract import Attend, Model
 from kvarena.harness.request import Request
 from kvarena.harness.step import Executor, StepPlan, StepTime
@@ -16,20 +19,31 @@ from kvarena.kernels.append import append
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.view import BatchView
 
+Phase = Callable[[str], AbstractContextManager[None]]  # times a region
+
+
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 class TorchExecutor(Executor):
     """Runs plans on one model, one store and one kernel; decodes greedily.
 
-    `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`.
+    `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`. A step that
+    was replayed as a graph has no append or attention of its own.
     """
 
-    def __init__(self, model: Model, store: Store, kernel: AttentionKernel, seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, store: Store, kernel: AttentionKernel, seed: int = 0, cuda_graphs: bool = False
+    ) -> None:
+        """`cuda_graphs`: steps that only decode are captured. Raises UserError where the kernel cannot be."""
         self.model, self.store, self.kernel = model, store, kernel
         self.tokens: dict[int, list[int]] = {}  # seq_id -> known tokens, prompt and output
         self.phases: dict[str, float] = {}
         self.logits: Tensor | None = None  # [B, V] of the last step, decodes first
         self._seed = seed
         self._watch = Stopwatch(model.device)
+        self._graphs = DecodeGraphs(kernel, model.device) if cuda_graphs else None
 
     def execute(self, plan: StepPlan) -> StepTime:
         """Run one iteration and feed every finished row its next token."""
@@ -73,21 +87,24 @@ class TorchExecutor(Executor):
 
     def _forward(self, plan: StepPlan, views: tuple[BatchView | None, BatchView | None]) -> Tensor:
         fed = [self.known(r)[r.computed] for r in plan.decodes]
+        decode, prefill = views
+        if self._graphs is not None and decode is not None and prefill is None:
+            return self._graphs.run(self._decode_step, fed, decode, self.store.layer(0))
         positions = [r.computed for r in plan.decodes]
-        ends = list(range(1, len(fed) + 1))  # one past each sequence's last token in the packed batch
+        last = list(range(len(fed)))  # of each sequence, in the packed batch
         for request, start, count in plan.prefills:
             fed += self.known(request)[start : start + count]
             positions += range(start, start + count)
-            ends.append(len(fed))
-        device = self.model.device
-        return self.model.forward(
-            torch.tensor(fed, device=device),
-            torch.tensor(positions, device=device),
-            self._attend(len(plan.decodes), *views),
-            torch.tensor(ends, device=device) - 1,
-        )
+            last.append(len(fed) - 1)
+        sent = indices_on(self.model.device, [*fed, *positions, *last])  # one copy, which nobody waits for
+        tokens, at, logits_at = sent.split_with_sizes([len(fed), len(fed), len(last)])
+        return self.model.forward(tokens, at, self._attend(len(plan.decodes), *views, self._watch.phase), logits_at)
 
-    def _attend(self, num_decodes: int, decode: BatchView | None, prefill: BatchView | None) -> Attend:
+    def _decode_step(self, tokens: Tensor, positions: Tensor, view: BatchView, logits_at: Tensor) -> Tensor:
+        """A step that only decodes, with nothing that a graph cannot hold."""
+        return self.model.forward(tokens, positions, self._attend(len(tokens), view, None, _untimed), logits_at)
+
+    def _attend(self, num_decodes: int, decode: BatchView | None, prefill: BatchView | None, phase: Phase) -> Attend:
         """Decodes come first in a packed batch, prefills after them; each part has its own view and kernel."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,9 +114,9 @@ class TorchExecutor(Executor):
                 (prefill, slice(num_decodes, None), self.kernel.prefill),
             ):
                 if view is not None:
-                    with self._watch.phase("append"):
+                    with phase("append"):
                         append(k[rows], v[rows], cache, view)
-                    with self._watch.phase("attention"):
+                    with phase("attention"):
                         attention(q[rows], cache, view, out[rows])
             return out
 
