@@ -61,12 +61,13 @@ class Engine:
             gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
+        shared_bytes = scheduler.policy.shared_bytes * plan.steps  # a stretch shares nothing anew
         clock.pass_step(time)
         end_ps = clock.now_ps
         scheduler.complete(plan, end_ps)
         if scheduler.groups:
             scheduler.rank(self.executor.survivors)
-        self._log.add(start_ps, end_ps, plan, time, waiting, usage)
+        self._log.add(start_ps, end_ps, plan, time, waiting, usage, shared_bytes)
         if time.stall_ps:
             self._book_stall(plan, time.stall_ps)
         for request in scheduler.finished:

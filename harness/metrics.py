@@ -10,7 +10,8 @@ All latencies count from the scheduled arrival a. n output tokens, first at t1, 
     queueing     s - a
     stall        time in which its steps waited for the allocator
 
-Refused requests are counted, and enter nothing else but the rate asked.
+Refused requests are counted, and enter nothing else but the rate asked. A request of several sequences enters
+latencies once for each sequence, and counts and rates of requests once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def inter_token_quantiles(
 
 
 def goodput(requests: pd.DataFrame, limits: Mapping[str, float]) -> float:
-    """Requests per second of makespan that keep every limit, e.g. {"ttft_s": 2, "tpot_s": 0.2}.
+    """Sequences per second of makespan that keep every limit, e.g. {"ttft_s": 2, "tpot_s": 0.2}.
 
     A request of one output token has no TPOT, and keeps any limit on it. Raises UserError for an unknown name.
     """
@@ -90,11 +91,29 @@ def goodput(requests: pd.DataFrame, limits: Mapping[str, float]) -> float:
     return float(good.sum()) / makespan_s(requests)
 
 
+def once_each(requests: pd.DataFrame) -> pd.DataFrame:
+    """One row for each request: the first of its sequences."""
+    return requests.drop_duplicates("request_id") if "request_id" in requests else requests
+
+
+def memory_saving(steps: pd.DataFrame) -> float:
+    """1 - 1 / mean over time of logical bytes over physical ones (PagedAttention's Fig 15); 0 where nothing is shared.
+
+    Physical bytes are those attached to sequences; logical ones count what is shared once for each that holds it.
+    """
+    attached = steps[["live", "reserved", "over_estimate", "rounding"]].sum(axis=1)
+    held = steps[attached > 0]
+    ratio = 1 + held.shared_bytes / attached[attached > 0]
+    return float(1 - 1 / np.average(ratio, weights=held.duration_ps)) if len(held) else float("nan")
+
+
 def summarize(requests: pd.DataFrame, steps: pd.DataFrame, resumed_gaps_ps: Sequence[int]) -> dict[str, float]:
     """Every scalar metric of one replay, by name; the unit ends the name where it has one."""
     table = latencies(requests)
     span_s = makespan_s(requests)
+    arrived = once_each(requests)
     done = requests[requests.finish_ps.notna()]
+    served = once_each(done)
     metrics = {"normalized_latency_s": float(table.normalized_s.mean())}
     for name in ("e2el", "ttft", "tpot", "queueing", "stall"):
         column = table[f"{name}_s"].dropna()
@@ -104,13 +123,13 @@ def summarize(requests: pd.DataFrame, steps: pd.DataFrame, resumed_gaps_ps: Sequ
     return metrics | {
         "itl_p50_s": float(itl_p50_s),
         "itl_p99_s": float(itl_p99_s),
-        "finished": len(table),
-        "refused": int((requests.refusal != "").sum()),
-        "preemptions": int(requests.num_preemptions.sum()),
-        "rate_asked_per_s": rate_asked(requests),
-        "rate_reached_per_s": len(table) / span_s,
+        "finished": len(served),
+        "refused": int((arrived.refusal != "").sum()),
+        "preemptions": int(arrived.num_preemptions.sum()),
+        "rate_asked_per_s": rate_asked(arrived),
+        "rate_reached_per_s": len(served) / span_s,
         "output_tokens_per_s": float(done.output_tokens.sum()) / span_s,
-        "total_tokens_per_s": float((done.prompt_tokens + done.output_tokens).sum()) / span_s,
+        "total_tokens_per_s": float(served.prompt_tokens.sum() + done.output_tokens.sum()) / span_s,
         "makespan_s": span_s,
     }
 

@@ -1,4 +1,4 @@
-"""One row per request, as a frame."""
+"""One row per request, as a frame; a request of several sequences has a row for each, of one `request_id`."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import pandas as pd
 
 from kvarena.harness.request import Request
 
-COUNTS = ("seq_id", "prompt_tokens", "output_tokens", "arrival_ps", "num_preemptions", "stall_ps")
+COUNTS = ("seq_id", "request_id", "prompt_tokens", "output_tokens", "arrival_ps", "num_preemptions", "stall_ps")
 TIMES = ("scheduled_ps", "first_token_ps", "finish_ps")  # missing where it never came to that
 
 

@@ -23,6 +23,7 @@ COLUMNS = (
     "actions",  # of the allocator, before the step
     "ahead",  # beside it
     "waiting",  # requests in line when the row starts
+    "shared_bytes",  # what sequences hold together, counted beyond the first time; summed over the steps
     *Usage._fields,  # bytes, summed over the steps; taken after scheduling, before the forward pass
 )
 
@@ -36,8 +37,17 @@ class StepLog:
     def __len__(self) -> int:
         return len(self._values) // len(COLUMNS)
 
-    def add(self, start_ps: int, end_ps: int, plan: StepPlan, time: StepTime, waiting: int, usage: Usage) -> None:
-        """Record a plan that ran from start to end."""
+    def add(
+        self,
+        start_ps: int,
+        end_ps: int,
+        plan: StepPlan,
+        time: StepTime,
+        waiting: int,
+        usage: Usage,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Record a plan that ran from start to end. `usage` and `shared_bytes` are sums over its steps."""
         prefills = plan.prefills
         self._values.extend(
             (
@@ -55,6 +65,7 @@ class StepLog:
                 len(plan.actions),
                 len(plan.ahead),
                 waiting,
+                shared_bytes,
                 *usage,
             )
         )
