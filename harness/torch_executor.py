@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvarena.allocators.staging import indices_on
 from kvarena.allocators.store import Store
 from kvarena.harness.decode_graphs import DecodeGraphs
+from kvarena.harness.decoding.decoder import Decoder
+from kvarena.harness.group import Group
 from kvarena.harness.model.contract import Attend, Model
 from kvarena.harness.request import Request
 from kvarena.harness.step import Executor, StepPlan, StepTime
@@ -27,7 +28,7 @@ def _untimed(_: str) -> AbstractContextManager[None]:
 
 
 class TorchExecutor(Executor):
-    """Runs plans on one model, one store and one kernel; decodes greedily.
+    """Runs plans on one model, one store and one kernel; `tokens` are the known ones, by seq_id.
 
     `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`. A step that
     was replayed as a graph has no append or attention of its own.
@@ -38,10 +39,10 @@ class TorchExecutor(Executor):
     ) -> None:
         """`cuda_graphs`: steps that only decode are captured. Raises UserError where the kernel cannot be."""
         self.model, self.store, self.kernel = model, store, kernel
-        self.tokens: dict[int, list[int]] = {}  # seq_id -> known tokens, prompt and output
         self.phases: dict[str, float] = {}
         self.logits: Tensor | None = None  # [B, V] of the last step, decodes first
-        self._seed = seed
+        self._decoder = Decoder(model.config.vocab_size, seed)
+        self.tokens = self._decoder.tokens
         self._watch = Stopwatch(model.device)
         self._graphs = DecodeGraphs(kernel, model.device) if cuda_graphs else None
 
@@ -54,7 +55,7 @@ class TorchExecutor(Executor):
         self.store.apply_in_background(plan.ahead)
         viewed = time.perf_counter_ns()
         self.logits = self._forward(plan, views)
-        self._deliver(plan, self.logits)
+        self._decoder.deliver(plan, self.logits)
         end = time.perf_counter_ns()
         self._watch.add("actions", (applied - start) / 1e9)
         self._watch.add("view", (viewed - applied) / 1e9)
@@ -64,14 +65,15 @@ class TorchExecutor(Executor):
 
     def finish(self, request: Request) -> None:
         """Forget the tokens of a finished request."""
-        self.tokens.pop(request.seq_id, None)
+        self._decoder.finish(request)
+
+    def survivors(self, group: Group) -> Sequence[int]:
+        """As the model's own scores ranked the beams."""
+        return self._decoder.survivors(group)
 
     def known(self, request: Request) -> list[int]:
         """Known tokens of a request; its prompt is drawn from the seed and its id, so every system sees the same."""
-        if request.seq_id not in self.tokens:
-            rng = np.random.default_rng([self._seed, request.seq_id])
-            self.tokens[request.seq_id] = rng.integers(0, self.model.config.vocab_size, request.prompt_tokens).tolist()
-        return self.tokens[request.seq_id]
+        return self._decoder.known(request)
 
     def _views(self, plan: StepPlan) -> tuple[BatchView | None, BatchView | None]:
         """Where decodes and prefills find their K/V; None where there are none."""
@@ -121,11 +123,3 @@ class TorchExecutor(Executor):
             return out
 
         return attend
-
-    def _deliver(self, plan: StepPlan, logits: Tensor) -> None:
-        """Give every sequence whose last known token was fed its next one; a chunk of a prompt yields none."""
-        yields = [True] * len(plan.decodes) + [chunk.is_last for chunk in plan.prefills]
-        requests: Sequence[Request] = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
-        for request, token, ready in zip(requests, logits.argmax(-1).tolist(), yields, strict=True):
-            if ready:
-                self.known(request).append(token)
