@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvarena.errors import UserError
+from kvarena.harness.attention_cost import AttentionCost, HostTime
 
 
 @dataclass
@@ -28,7 +29,13 @@ class EngineConfig:
     weights_efficiency: float = 1.0  # share of the device's bandwidth that reading weights reaches
     kv_efficiency: float = 1.0  # and that attention reaches, reading K/V
     flop_efficiency: float = 1.0  # share of the device's arithmetic
+    cuda_graphs: bool = False  # measured on a GPU: steps that only decode are replayed as CUDA graphs
     fitted: dict[str, FittedStep] = field(default_factory=dict)  # "model" or "model/scheduler" -> constants
+    hosts: dict[int, HostTime] = field(
+        default_factory=dict
+    )  # tensor-parallel degree -> host work, in place of the above
+    attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies
+    fitted_to: list[str] = field(default_factory=list)  # published systems whose curves gave the constants
 
     def __post_init__(self) -> None:
         """Refuse efficiencies that no kernel has."""
@@ -39,3 +46,23 @@ class EngineConfig:
     def constants(self, model: str, scheduler: str) -> FittedStep | None:
         """Constants fitted for the model, those for the pair of model and scheduler first."""
         return self.fitted.get(f"{model}/{scheduler}") or self.fitted.get(model)
+
+    def host(self, tp: int) -> HostTime:
+        """Host work of a step on `tp` devices. Raises UserError where it is known for others only."""
+        if not self.hosts:
+            return HostTime(self.host_step_us, self.host_sequence_us, 0.0)
+        if tp not in self.hosts:
+            known = ", ".join(str(degree) for degree in self.hosts)
+            raise UserError(f"model.tp={tp}: engine={self.name} knows the host's work for {known}")
+        return self.hosts[tp]
+
+    def attention_cost(self, kernel: str | None) -> AttentionCost:
+        """What attention costs with `kernel` ("library/layout"); one cost for all where the engine tells none apart."""
+        if not self.attention:
+            return AttentionCost(self.kv_efficiency, self.flop_efficiency)
+        if kernel not in self.attention:
+            raise UserError(
+                f"engine={self.name} has no attention cost for {kernel}. There are: {', '.join(self.attention)}; "
+                "engine=lean tells no kernels apart"
+            )
+        return self.attention[kernel]

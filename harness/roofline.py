@@ -1,17 +1,21 @@
 """Step models for a pair of engine and model: fitted constants where there are any, else the device's limits."""
 
+from kvarena.allocators.registry import memory_layout
 from kvarena.errors import UserError
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig, FittedStep
 from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
 from kvarena.harness.step_model import PS_PER_S, StepModel
+from kvarena.harness.systems import System
 
 _PS_PER_MS = PS_PER_S // 1000
 _PS_PER_US = PS_PER_S // 10**6
 
 
-def make_step_model(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, scheduler: str) -> StepModel:
-    """The step model of `model` served by `engine` on `model.tp` devices.
+def make_step_model(
+    device: DeviceConfig, engine: EngineConfig, model: ModelConfig, scheduler: str, attention: str | None = None
+) -> StepModel:
+    """The step model of `model` served by `engine` on `model.tp` devices; `attention` is `attention_key`'s.
 
     Fitted constants belong to the device that they were fitted on: they hold whatever `device` says. Raises
     UserError where a device lacks a number, or the engine has fitted constants, but none for this model.
@@ -24,7 +28,7 @@ def make_step_model(device: DeviceConfig, engine: EngineConfig, model: ModelConf
             f"engine={engine.name} has no constants for model={model.name} under scheduler={scheduler}. "
             f"There are: {', '.join(sorted(engine.fitted))}; engine=lean computes them for any model"
         )
-    return roofline(device, engine, model)
+    return roofline(device, engine, model, attention)
 
 
 def _fitted_model(fitted: FittedStep, overlaps_host: bool) -> StepModel:
@@ -38,25 +42,33 @@ def _fitted_model(fitted: FittedStep, overlaps_host: bool) -> StepModel:
     )
 
 
-def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig) -> StepModel:
+def attention_key(system: System) -> str:
+    """The kernel and the layout it reads, as engines tell costs of attention apart: fa2/paged, fa2/contiguous."""
+    return f"{system.kernel.name}/{memory_layout(system.allocator.name).value}"
+
+
+def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, attention: str | None = None) -> StepModel:
     """What memory and arithmetic of `model.tp` devices allow, at the engine's efficiencies.
 
     A token costs two operations per parameter; a (query, key) pair four per element of every query head.
     """
+    host, cost = engine.host(model.tp), engine.attention_cost(attention)
     byte_ps = PS_PER_S / (device.need("bandwidth_gb_per_s") * 1e9 * model.tp)
-    flop_ps = PS_PER_S / (device.need("tflop_per_s") * 1e12 * model.tp * engine.flop_efficiency)
+    flop_ps = PS_PER_S / (device.need("tflop_per_s") * 1e12 * model.tp)
     pair_flops = 4 * model.num_heads * model.head_size * model.num_layers
+    reads = model.num_heads // model.num_kv_heads if cost.reads_per_head else 1
     link_step_ps, link_token_ps = _all_reduces(device, model) if model.tp > 1 else (0, 0)
     return StepModel(
         overlaps_host=engine.overlaps_host,
-        host_step_ps=round(engine.host_step_us * _PS_PER_US),
-        host_sequence_ps=round(engine.host_sequence_us * _PS_PER_US),
+        host_step_ps=round((host.step_us + cost.step_us) * _PS_PER_US),
+        host_sequence_ps=round(host.sequence_us * _PS_PER_US),
         weights_ps=round(model.step_parameters() * DTYPE_BYTES[model.dtype] * byte_ps / engine.weights_efficiency),
-        token_ps=round(2 * model.step_parameters() * flop_ps),
-        context_ps=round(model.kv_layout().token_bytes * byte_ps / engine.kv_efficiency),
-        pair_ps=round(pair_flops * flop_ps),
+        token_ps=round(2 * model.step_parameters() * flop_ps / engine.flop_efficiency),
+        context_ps=round(model.kv_layout().token_bytes * reads * byte_ps / cost.read_efficiency),
+        pair_ps=round(pair_flops * flop_ps / cost.flop_efficiency),
         link_step_ps=link_step_ps,
-        link_token_ps=link_token_ps,
+        link_token_ps=link_token_ps + round(model.num_layers * cost.append_ns * _PS_PER_US / 1000),
+        launch_ps=round(model.num_layers * host.layer_us * _PS_PER_US),
     )
 
 

@@ -2,7 +2,7 @@
 
     host    = host_step + host_sequence x decodes
     device  = max(weights, token x tokens) + context x K/V tokens read + pair x prefill pairs + link
-    step    = max(host, device)  where the engine overlaps them, else host + device
+    step    = max(host, launch, device)  where the engine overlaps them, else host + max(launch, device)
 
 In a stretch of decode steps every sequence gets longer by one each step, so `device` grows by context x decodes.
 """
@@ -67,24 +67,25 @@ class StepModel:
     pair_ps: int = 0  # attention arithmetic of one (query, key) pair over all layers
     link_step_ps: int = 0  # between devices, per step
     link_token_ps: int = 0  # and per token
+    launch_ps: int = 0  # host: launching a step's kernels, while the device runs those before
 
     def step_ps(self, load: StepLoad) -> int:
         """Time of one step, without transfers."""
-        host, device = self._host_ps(load), self._device_ps(load)
-        return max(host, device) if self.overlaps_host else host + device
+        serial, least = self._host_ps(load)
+        return serial + max(least, self._device_ps(load))
 
     def steady(self, load: StepLoad) -> SteadyRun:
-        """The decode steps that follow from here with the same sequences, until the greater of the two changes."""
-        host, device = self._host_ps(load), self._device_ps(load)
-        slope = self.context_ps * load.decodes
-        if not self.overlaps_host:
-            return SteadyRun(host + device, slope, FOREVER)
-        if device > host:
-            return SteadyRun(device, slope, FOREVER)
-        return SteadyRun(host, 0, (host - device) // slope + 1 if slope else FOREVER)
+        """The decode steps that follow from here with the same sequences, until the device outlasts the host."""
+        serial, least = self._host_ps(load)
+        device, slope = self._device_ps(load), self.context_ps * load.decodes
+        if device > least or not slope:
+            return SteadyRun(serial + max(least, device), slope, FOREVER)
+        return SteadyRun(serial + least, 0, (least - device) // slope + 1)
 
-    def _host_ps(self, load: StepLoad) -> int:
-        return self.host_step_ps + self.host_sequence_ps * load.decodes
+    def _host_ps(self, load: StepLoad) -> tuple[int, int]:
+        """Host time that adds up with the device's, and that which runs beside it."""
+        host = self.host_step_ps + self.host_sequence_ps * load.decodes
+        return (0, max(host, self.launch_ps)) if self.overlaps_host else (host, self.launch_ps)
 
     def _device_ps(self, load: StepLoad) -> int:
         return (
