@@ -28,6 +28,7 @@ from kvarena.harness.engine import Engine
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.model import panel_name
 from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
 from kvarena.harness.request_list import check_width, make_requests
 from kvarena.harness.request_log import request_frame
@@ -82,14 +83,16 @@ def pool_bytes_of(run: Run, system: System) -> int:
     return kv_pool_bytes(run.device, run.model) // run.model.tp
 
 
-def requests_of(workload: Workload, run: Run | None = None, decoding: DecodingConfig | None = None) -> list[Request]:
+def requests_of(
+    workload: Workload, run: Run | None = None, decoding: DecodingConfig | None = None, prefix: Prefix | None = None
+) -> list[Request]:
     """Fresh requests: a replay writes into them. Decoded as asked for, else as the run says, else greedily."""
     if run is None:
-        return make_requests(workload, [decoding or GREEDY] * len(workload))
+        return make_requests(workload, [decoding or GREEDY] * len(workload), prefix)
     mix = run.trace.mix if decoding is None else None
     ways = decodings(decoding or run.decoding, mix, len(workload), run.trace.seed)
     check_width(ways, run.model.vocab_size)
-    return make_requests(workload, ways)
+    return make_requests(workload, ways, prefix)
 
 
 class Served(NamedTuple):
@@ -109,14 +112,26 @@ class Replayer:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def serve(self, system: System, workload: Workload, decoding: DecodingConfig | None = None) -> Served:
-        """Serve all requests to their end, decoded as asked for, else as the run says."""
+    def serve(
+        self,
+        system: System,
+        workload: Workload,
+        decoding: DecodingConfig | None = None,
+        prefix: Prefix | None = None,
+        share_prefix: bool = True,
+    ) -> Served:
+        """Serve all requests to their end, decoded as asked for, else as the run says.
+
+        All prompts begin with `prefix`, which is kept resident and shared, or fed with every prompt.
+        """
         run = self._run
         layout = run.model.shard().kv_layout()
         policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
         scheduler = make_scheduler(system.scheduler, policy, context_of(run))
         with self._executor(system, policy) as executor:
-            done = Engine(scheduler, executor).run(requests_of(workload, run, decoding))
+            kept = [prefix] if prefix is not None and share_prefix else []
+            engine = Engine(scheduler, executor, prefixes=kept)
+            done = engine.run(requests_of(workload, run, decoding, prefix))
         requests, steps = request_frame(done.requests), done.steps.to_frame()
         return Served(requests.assign(system=system.name), steps.assign(system=system.name), done.resumed_gaps_ps)
 
@@ -136,7 +151,8 @@ class Replayer:
             policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, self._model.device
         )
         try:
-            yield TorchExecutor(self._model, store, get_kernel(system.kernel.name), seed=local.seed)
+            kernel = get_kernel(system.kernel.name)
+            yield TorchExecutor(self._model, store, kernel, local.seed, run.engine.cuda_graphs)
         finally:
             store.close()
 

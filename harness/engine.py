@@ -8,12 +8,14 @@ there are priced and recorded as one row, with the same times, decisions and sum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvarena.allocators.policy import Policy
 from kvarena.allocators.usage import Usage
 from kvarena.harness.clock import Clock, ModelledClock, WallClock
 from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler, by_arrival
-from kvarena.harness.step import Executor, StepPlan, StepTime
+from kvarena.harness.step import Executor, PrefillChunk, StepPlan, StepTime
 from kvarena.harness.step_log import StepLog
 
 
@@ -26,14 +28,26 @@ class Replay:
     resumed_gaps_ps: list[int]  # between two tokens of one request with a preemption in between
 
 
+def plan_of_prefix(prefix: Prefix, policy: Policy) -> StepPlan:
+    """The step that writes a prefix, as if it were a prompt."""
+    provider = Request(prefix.prefix_id, prefix.tokens, 0, prefix=prefix)
+    return StepPlan(prefills=[PrefillChunk(provider, 0, prefix.tokens)], actions=policy.drain())
+
+
 class Engine:
     """Serves one trace. `jump=False` walks a modelled clock step by step, which gives the same and takes longer."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, *, jump: bool = True) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, *, jump: bool = True, prefixes: Iterable[Prefix] = ()
+    ) -> None:
+        """Keeps the prefixes resident, and has them written. Raises UserError where they find no room."""
         self.scheduler = scheduler
         self.executor = executor
         self._modelled = executor if isinstance(executor, ModelledExecutor) and jump else None
         self._log = StepLog()
+        for prefix in prefixes:
+            scheduler.keep_prefix(prefix)
+            executor.execute(plan_of_prefix(prefix, scheduler.policy))
 
     def run(self, requests: Iterable[Request]) -> Replay:
         """Serve all requests to their end. They enter by arrival; ties by id."""

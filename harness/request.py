@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvarena.allocators.policy import Sequence
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.prefix import Prefix
 
 if TYPE_CHECKING:
     from kvarena.harness.group import Group
@@ -45,6 +46,7 @@ class Request(Sequence):
     refusal: str = ""
     decoding: DecodingConfig = GREEDY  # how its tokens are chosen
     group: "Group | None" = None  # the sequences of one request, where there are several
+    prefix: Prefix | None = None  # what its prompt begins with, where others' do too
 
     @property
     def gang(self) -> list["Request"]:

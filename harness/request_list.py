@@ -5,18 +5,29 @@ from collections.abc import Sequence
 from kvarena.errors import UserError
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.group import Group
+from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
 from kvarena.harness.workload import Workload
 
 
-def make_requests(workload: Workload, decodings: Sequence[DecodingConfig]) -> list[Request]:
-    """One for each sequence, in order of arrival; those of one request have consecutive ids and are a group."""
+def make_requests(
+    workload: Workload, decodings: Sequence[DecodingConfig], prefix: Prefix | None = None
+) -> list[Request]:
+    """One for each sequence, in order of arrival; those of one request have consecutive ids and are a group.
+
+    All prompts begin with `prefix`. Raises UserError for one that does not reach past it.
+    """
+    if prefix is not None and len(workload):
+        prefix.check(int(workload.prompt_tokens.min()))
     columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_ps)
     rows = zip(*(column.tolist() for column in columns), decodings, strict=True)
     requests: list[Request] = []
     for prompt, output, at, decoding in rows:
         first = len(requests)
-        gang = [Request(first + i, prompt, output, arrival_ps=at, decoding=decoding) for i in range(decoding.n)]
+        gang = [
+            Request(first + i, prompt, output, arrival_ps=at, decoding=decoding, prefix=prefix)
+            for i in range(decoding.n)
+        ]
         if len(gang) > 1:
             Group(gang)
         requests += gang

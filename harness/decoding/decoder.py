@@ -28,11 +28,22 @@ class Decoder:
         self._sources: dict[int, tuple[int, ...]] = {}  # request_id -> which beam each one continues, since last asked
 
     def known(self, request: Request) -> list[int]:
-        """Known tokens; a prompt is drawn from the seed and the request's id, so every system sees the same."""
+        """Known tokens; a prompt is drawn from the seed and the request's id, so every system sees the same.
+
+        What begins with one prefix has the tokens of that prefix.
+        """
         if request.seq_id not in self.tokens:
-            rng = np.random.default_rng([self._seed, request.request_id])
-            self.tokens[request.seq_id] = rng.integers(0, self._vocab_size, request.prompt_tokens).tolist()
+            prompt = self._drawn(request.request_id, request.prompt_tokens)
+            if request.prefix is not None:
+                prompt[: request.prefix.tokens] = self._drawn(request.prefix.prefix_id, request.prefix.tokens)
+            self.tokens[request.seq_id] = prompt
         return self.tokens[request.seq_id]
+
+    def _drawn(self, name: int, count: int) -> list[int]:
+        """Tokens of a request's prompt, or of a prefix, whose ids are negative."""
+        key = [self._seed, name] if name >= 0 else [self._seed, -name, 1]
+        drawn: list[int] = np.random.default_rng(key).integers(0, self._vocab_size, count).tolist()
+        return drawn
 
     def deliver(self, plan: StepPlan, logits: Tensor) -> None:
         """Give every sequence whose last known token was fed its next one; a chunk of a prompt yields none.

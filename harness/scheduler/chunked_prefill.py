@@ -46,10 +46,9 @@ class ChunkedPrefillScheduler(Scheduler):
         has_room = len(self.running) + len(head.gang) <= self.max_seqs
         return has_room and self._can_take(head, self._first_tokens(head, budget))
 
-    @staticmethod
-    def _first_tokens(head: Request, budget: int) -> int:
+    def _first_tokens(self, head: Request, budget: int) -> int:
         """Tokens to take memory for on admission."""
-        return min(head.known_tokens, budget) if head.group is None else head.prompt_tokens
+        return min(head.known_tokens, self._held(head) + budget) if head.group is None else head.prompt_tokens
 
     def _fill(self, plan: StepPlan) -> None:
         budget = self._serve_running(plan, self.token_budget)
@@ -121,8 +120,9 @@ class ChunkedPrefillScheduler(Scheduler):
                 return
             if not self._take(head, self._first_tokens(head, budget)):
                 return
-            tokens = min(head.admission_tokens, budget)
+            held = self._held(head)
+            tokens = min(head.admission_tokens - held, budget)
             budget -= tokens
             self.waiting.popleft()
             self._join(head)
-            plan.prefills.append(PrefillChunk(head, 0, tokens))
+            plan.prefills.append(PrefillChunk(head, held, tokens))

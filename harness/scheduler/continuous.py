@@ -42,7 +42,7 @@ class ContinuousScheduler(Scheduler):
         """As of every scheduler; and whatever would have to be prefilled at once must fit the token budget."""
         if len(request.gang) > self.max_seqs:
             return f"request {request.seq_id}: {len(request.gang)} sequences exceed a batch of {self.max_seqs}"
-        tokens = self._longest_prefill(request)
+        tokens = self._longest_prefill(request) - self._held(request)
         if tokens > self.token_budget:
             return (
                 f"request {request.seq_id}: {tokens} tokens to prefill in one step exceed the token budget "
@@ -60,7 +60,9 @@ class ContinuousScheduler(Scheduler):
             return False
         head, running = self.waiting[0], len(self.running)
         tokens = head.admission_tokens
-        has_room = tokens + running <= self.token_budget and running + len(head.gang) <= self.max_seqs
+        has_room = (
+            tokens - self._held(head) + running <= self.token_budget and running + len(head.gang) <= self.max_seqs
+        )
         return has_room and self._can_take(head, tokens)
 
     def _admit(self, plan: StepPlan) -> None:
@@ -68,13 +70,14 @@ class ContinuousScheduler(Scheduler):
         budget = self.token_budget - len(plan.decodes)
         while self.waiting:
             head = self.waiting[0]
-            tokens = head.admission_tokens
-            if tokens > budget or len(self.running) + len(head.gang) > self.max_seqs or not self._take(head, tokens):
+            tokens, held = head.admission_tokens, self._held(head)
+            fits = tokens - held <= budget and len(self.running) + len(head.gang) <= self.max_seqs
+            if not (fits and self._take(head, tokens)):
                 return
-            budget -= tokens
+            budget -= tokens - held
             self.waiting.popleft()
             self._enter(head)
-            plan.prefills.append(PrefillChunk(head, 0, tokens))
+            plan.prefills.append(PrefillChunk(head, held, tokens - held))
             if tokens < head.known_tokens:
                 return  # a group to be recomputed: its members have their own tokens to feed before anyone else comes
 

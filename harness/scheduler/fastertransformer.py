@@ -46,7 +46,8 @@ class FasterTransformerScheduler(Scheduler):
                 break
             self.waiting.popleft()
             self._join(request)
-            plan.prefills.append(PrefillChunk(request, 0, request.prompt_tokens))
+            held = self._held(request)
+            plan.prefills.append(PrefillChunk(request, held, request.prompt_tokens - held))
         prompts = [chunk.tokens for chunk in plan.prefills]
         plan.padding = sum(max(prompts, default=0) - tokens for tokens in prompts)
 

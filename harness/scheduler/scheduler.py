@@ -15,7 +15,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from kvarena.allocators.policy import Policy
+from kvarena.errors import UserError
 from kvarena.harness.group import Group
+from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.step import StepPlan
 
@@ -36,6 +38,7 @@ class Scheduler(ABC):
         self.finished: list[Request] = []  # by the step just completed
         self.groups: list[Group] = []  # that run
         self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
+        self._prefixes: set[Prefix] = set()  # resident
         self._now_ps = 0  # start of the step being scheduled
 
     @abstractmethod
@@ -110,17 +113,37 @@ class Scheduler(ABC):
         """Steps until the first of those who run leaves, if all of them decode."""
         return min([r.output_tokens - r.generated for r in self.running])
 
+    def keep_prefix(self, prefix: Prefix) -> None:
+        """Have a prefix resident from now on; requests that name it share it.
+
+        Raises UserError where the context or the pool does not hold it.
+        """
+        if prefix.tokens > self.max_tokens:
+            raise UserError(f"a prefix of {prefix.tokens} tokens exceeds the context of {self.max_tokens}")
+        if not self.policy.register_prefix(prefix.prefix_id, prefix.tokens):
+            raise UserError(f"a prefix of {prefix.tokens} tokens finds no room beside what {self.policy.name} holds")
+        self._prefixes.add(prefix)
+
+    def _shared_prefix(self, head: Request) -> int | None:
+        return head.prefix.prefix_id if head.prefix is not None and head.prefix in self._prefixes else None
+
+    def _held(self, head: Request) -> int:
+        """Leading tokens of a request that its prefix holds already: they are not fed again."""
+        return head.prefix.tokens if head.prefix is not None and head.prefix in self._prefixes else 0
+
     def _can_take(self, head: Request, tokens: int) -> bool:
         """Whether `_take` would succeed now."""
-        if head.group is None:
+        prefix = self._shared_prefix(head)
+        if head.group is None and prefix is None:
             return self.policy.can_admit(head, tokens)
-        return self.policy.can_admit_group(head.group.members, tokens)
+        return self.policy.can_admit_group(head.gang, tokens, prefix)
 
     def _take(self, head: Request, tokens: int) -> bool:
         """Take memory for the first tokens of a request: for all of its gang, or for none."""
-        if head.group is None:
+        prefix = self._shared_prefix(head)
+        if head.group is None and prefix is None:
             return self.policy.admit(head, tokens)
-        return self.policy.admit_group(head.group.members, tokens)
+        return self.policy.admit_group(head.gang, tokens, prefix)
 
     def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
         """Take the latest arrival from those that run, with all its gang."""
