@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from kvarena.allocators.usage import LEAVES
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
-from kvarena.experiments import plots
+from kvarena.experiments import decode_modelled, plots
 from kvarena.experiments.decode_cell import measure_cell
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.model import panel_name
@@ -47,6 +47,7 @@ class Params:
     check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
     rounds: int = 0  # interleaved repetitions, the samples of every interval; at least 6 give 95 %
     steps_per_round: int = 0
+    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
 
     @property
     def steps(self) -> int:
@@ -58,6 +59,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     """Measure every batch size and summarise."""
     params: Params = run.params
     _check(params)
+    if run.clock == "modelled":
+        return decode_modelled.run_modelled(run, recorder)
     device = torch.device(run.device.kind)
     prompts, trace_notes = _prompts(run)
     model = build_model(run.model, device)
@@ -192,6 +195,8 @@ def _quantities(run: Run, steps: pd.DataFrame, cell: pd.Series) -> Iterator[Quan
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Ours, the bandwidth behind it and the memory under it; below, the paper's Fig 8."""
+    if set(summary.clock) == {"modelled"}:
+        return decode_modelled.draw(summary)
     published = read_published(PUBLISHED)
     theirs = published[(published.paper == "vattention") & (published.figure == "fig8")]
     ours = summary[summary.quantity == HEADLINE]
