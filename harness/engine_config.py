@@ -34,6 +34,7 @@ class EngineConfig:
     hosts: dict[int, HostTime] = field(
         default_factory=dict
     )  # tensor-parallel degree -> host work, in place of the above
+    calibrated_on: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # figure -> panel -> x of its points
     attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies
     fitted_to: list[str] = field(default_factory=list)  # published systems whose curves gave the constants
 
@@ -66,3 +67,8 @@ class EngineConfig:
                 "engine=lean tells no kernels apart"
             )
         return self.attention[kernel]
+
+    def evidence(self, figure: str, panel: str, x: float | None = None) -> str:
+        """`calibrated` for the points of a published figure that the constants were fitted on, else `predicted`."""
+        fitted = self.calibrated_on.get(figure, {}).get(panel, ())
+        return "calibrated" if x is not None and float(x) in fitted else "predicted"
