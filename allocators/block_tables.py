@@ -86,7 +86,7 @@ class BlockTables:
             resident.table += self.pool.take(new)
         resident.length = length
         self._live += tokens
-        if new or copy or length > resident.final:
+        if tokens and (new or copy or length > resident.final):
             self._round(resident)
         return copy
 

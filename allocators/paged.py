@@ -187,7 +187,10 @@ class PagedPolicy(Policy):
         return longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
 
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
-        """Whether blocks for one member are free beside the watermark: the others share them."""
+        """Whether blocks for one member are free beside the watermark: the others share them.
+
+        A prefix's full blocks are shared too; its last one, where it is not full, is copied (section 4.4).
+        """
         if prefix is None:
             return self.can_admit(seqs[0], tokens)
         prefix_tokens = self._tables.resident(prefix).length
@@ -195,23 +198,6 @@ class PagedPolicy(Policy):
             raise ValueError(f"a prefix of {prefix_tokens} tokens in a prompt of {tokens}")
         held = prefix_tokens // self.block_size
         return self.blocks_for(tokens) - held + self.watermark_blocks <= self._pool.free_units
-
-    def admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
-        """Give the members blocks for the same first `tokens` positions, each block once.
-
-        A prefix's full blocks are shared; its last one, where it is not full, is copied (section 4.4).
-        """
-        if not self.can_admit_group(seqs, tokens, prefix):
-            return False
-        first, *others = seqs
-        if prefix is None:
-            self.admit(first, tokens)
-        else:
-            self.fork(prefix, first)
-            self.grow(first.seq_id, tokens - self.length(prefix))
-        for seq in others:
-            self.fork(first.seq_id, seq)
-        return True
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
         """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""

@@ -3,8 +3,10 @@
 No paper has it. Beside `contiguous` it shows what contiguity costs; beside `paged`, what reserving ahead costs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvarena.allocators.actions import CopyBlock
 from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.free_list import FreeList
@@ -53,6 +55,13 @@ class PagedReservedPolicy(ReservingPolicy[list[int]]):
 
     def _bound(self, seq: Sequence) -> int:
         return self._bound_of(seq)
+
+    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyBlock]:
+        used = -(-tokens // self.block_size)
+        return map(CopyBlock, self._places[source_id][:used], self._places[target_id][:used])
+
+    def _targets(self, seq_id: int) -> Iterable[int]:
+        return self._places[seq_id]
 
     def block_table(self, seq_id: int) -> list[int]:
         """Blocks of a sequence, in the order of its positions. Not to be changed."""

@@ -160,7 +160,17 @@ class Policy(ABC):
 
         With a registered `prefix`, the first positions are the prefix's, and only the rest is to be written.
         """
-        return self._alone(seqs, prefix) and self.admit(seqs[0], tokens)
+        if not self.can_admit_group(seqs, tokens, prefix):
+            return False
+        first, *others = seqs
+        if prefix is None:
+            self.admit(first, tokens)
+        else:
+            self.fork(prefix, first)
+            self.grow(first.seq_id, tokens - self.length(prefix))
+        for seq in others:
+            self.fork(first.seq_id, seq)
+        return True
 
     def grow_group(self, seq_ids: Seq[int]) -> bool:
         """Give each of these sequences one more position: all of them, or none (and nothing has changed).

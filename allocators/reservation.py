@@ -11,14 +11,16 @@ units must lie (the arena).
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Generic
 
+from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
+from kvarena.allocators.due_copies import DueCopies
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Leaves, Ledger
-from kvarena.allocators.policy import IntegrityError, Policy, Sequence
+from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 
@@ -49,13 +51,19 @@ class ReservingPolicy(Policy, Generic[Place]):
                 f"which takes {self._unit_bytes} bytes"
             )
         self._remainder_bytes = pool_bytes % self._unit_bytes
+        self._make_arena = make_arena
         self._arena = make_arena(num_units)
         self._places: dict[int, Place] = {}
         self._books = Ledger(bytes_of)
+        self._due = DueCopies(self._copies)
 
     @abstractmethod
     def _bound(self, seq: Sequence) -> int:
         """Tokens promised to a sequence."""
+
+    @abstractmethod
+    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[Action]:
+        """How the first `tokens` positions of one sequence come to lie in the memory of another."""
 
     def _units(self, seq: Sequence) -> int:
         """Units that cover the bound."""
@@ -82,6 +90,41 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._books.add(seq.seq_id, extent)
         return True
 
+    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+        """Whether a reservation for each member fits an empty pool."""
+        if len(seqs) == 1:
+            return self.fits_pool(seqs[0])
+        fits = all(seq.final_tokens <= self.max_tokens for seq in seqs)
+        return fits and self._holds(self._make_arena(self._arena.num_units), seqs)
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether a reservation for each member can be placed now, all of them side by side."""
+        if len(seqs) == 1:
+            return self.can_admit(seqs[0], tokens)
+        fits = all(tokens <= self._units(seq) * self._unit_tokens for seq in seqs)
+        return fits and self._holds(self._arena, seqs)
+
+    def _holds(self, arena: Arena[Place], seqs: Seq[Sequence]) -> bool:
+        """Whether all reservations can be placed: tried, and given back in reverse, which leaves no trace."""
+        places: list[Place] = []
+        for units in map(self._units, seqs):
+            if not arena.fits(units):
+                break
+            places.append(arena.take(units))
+        for place in reversed(places):
+            arena.give(place)
+        return len(places) == len(seqs)
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Reserve for the child's whole life; what the parent holds is copied. False where nothing can be placed."""
+        if parent_id not in self._places:
+            raise NotResidentError(parent_id)
+        tokens = self._books.extents[parent_id].length
+        if not self.admit(child, tokens):
+            return False
+        self._due.owe(parent_id, child.seq_id, tokens)
+        return True
+
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens left in the reservation, which never gets another unit."""
         extent = self._books.extents[seq_id]
@@ -93,12 +136,21 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the reservation."""
+        self._due.pay(seq_id)
         return self._books.grow(seq_id, tokens)
 
     def release(self, seq_id: int) -> None:
         """Give the reservation back."""
+        if seq_id not in self._places:
+            raise NotResidentError(seq_id)
+        self._due.leave(seq_id)
+        self._due.cancel(self._targets(seq_id))
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
+
+    @abstractmethod
+    def _targets(self, seq_id: int) -> Iterable[int]:
+        """What copies into the sequence's memory name as their targets."""
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -114,15 +166,22 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each; there is room to the end of all that were admitted."""
+        if self._due:
+            for seq_id in seq_ids:
+                self._due.pay(seq_id)
         return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
         """All of them: whoever was admitted has room to its end."""
-        return 0 if self.kv_layout.has_windows else limit
+        return 0 if self.kv_layout.has_windows or self._due or self._due.actions else limit
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens; the sum of `usage(head)` over these steps."""
         return self._usage(self._books.stretch(seq_ids, steps), steps, head)
+
+    def drain(self) -> list[Action]:
+        """Hand over the copies of prompts that members of a group are owed."""
+        return self._due.drain()
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf. Free units are stranded where they sum to the head's promise, and yet do not hold it:

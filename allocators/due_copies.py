@@ -1,0 +1,61 @@
+"""Copies that are owed to a sequence whose memory is its own, because what it copies has yet to be written.
+
+    admit a group    the prompt is going to be written, once, in the memory of the first member
+    ... a step ...   it is written
+    a member grows   it is copied to that member, before the step in which the member first writes and reads
+    the first goes   it is copied to whoever has not got it yet, before its memory is given to somebody else
+
+What a parent writes after the fork lies behind what is owed, so its own growth changes nothing.
+"""
+
+from collections.abc import Callable, Iterable
+
+from kvarena.allocators.actions import Action, CopyBlock, CopyRow
+from kvarena.allocators.kv_layout import KVLayout
+
+
+class DueCopies:
+    """Who owes whom how many positions. `copies(parent, child, tokens)` says how they are copied."""
+
+    def __init__(self, copies: Callable[[int, int, int], Iterable[Action]]) -> None:
+        self._copies = copies
+        self._owed: dict[int, tuple[int, int]] = {}  # child -> parent, tokens
+        self.actions: list[Action] = []  # to be handed over: copies that are not due any more
+
+    def __bool__(self) -> bool:
+        return bool(self._owed)
+
+    def owe(self, parent_id: int, child_id: int, tokens: int) -> None:
+        """Note that the child needs the parent's first positions. What the parent is owed itself comes first."""
+        self.pay(parent_id)
+        if tokens:
+            self._owed[child_id] = (parent_id, tokens)
+
+    def pay(self, child_id: int) -> None:
+        """Copy now what the sequence is owed, if anything."""
+        if child_id in self._owed:
+            parent_id, tokens = self._owed.pop(child_id)
+            self.actions += self._copies(parent_id, child_id, tokens)
+
+    def leave(self, seq_id: int) -> None:
+        """A sequence is about to go: it pays its debts, and is owed nothing any more."""
+        self._owed.pop(seq_id, None)
+        for child_id in [child_id for child_id, (parent_id, _) in self._owed.items() if parent_id == seq_id]:
+            self.pay(child_id)
+
+    def cancel(self, targets: Iterable[int]) -> None:
+        """Drop copies into rows (or blocks) that nobody will read."""
+        if self.actions:
+            gone = set(targets)
+            self.actions = [a for a in self.actions if not (isinstance(a, CopyRow | CopyBlock) and a.target in gone)]
+
+    def drain(self) -> list[Action]:
+        """Hand over, once, the copies to be made, in this order."""
+        actions, self.actions = self.actions, []
+        return actions
+
+
+def row_copies(kv_layout: KVLayout, source: int, target: int, tokens: int) -> Iterable[CopyRow]:
+    """Copies of the first `tokens` positions of a row; of a window only what is remembered of them."""
+    for index, group in enumerate(kv_layout.groups):
+        yield CopyRow(index, source, target, 0, group.resident_tokens(tokens) * group.token_bytes)
