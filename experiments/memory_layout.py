@@ -140,33 +140,38 @@ def _fig1_layout(run: Run) -> Iterator[SummaryRow]:
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 1: the device's memory, then memory and throughput by batch size; Table 1 and Fig 3 as a table."""
+    """Fig 1: the device's memory, then memory and throughput by batch size; Table 1 and Fig 3 as a table.
+
+    Of a measured run there are the middle two.
+    """
     theirs = read_published(PUBLISHED)
     theirs = theirs[theirs.paper == "pagedattention"]
-    device = f"{summary.clock.iloc[0]}, {summary.device.iloc[-1]}"
-    figure, axes = plots.canvas(1, 4, width=5)
-    for axis, quantity, label in (
-        (axes[1], "memory_vs_batch", "memory, GB"),
-        (axes[2], "throughput_vs_batch", "tokens/s"),
-    ):
-        ours = summary[summary.quantity == quantity]
-        plots.lines(axis, ours)
-        if set(ours.figure) == {"fig1"}:
-            _dots(axis, theirs[(theirs.figure == "fig1") & (theirs.quantity == quantity)])
-        axis.set(xlabel="batch size", ylabel=label, title=f"PagedAttention Fig 1, right\n{device}")
-        axis.legend(fontsize=7, frameon=False)
-    _shares(axes[0], summary, theirs)
-    _printed(axes[3], summary, theirs)
+    by_batch = (("memory_vs_batch", "memory, GB"), ("throughput_vs_batch", "tokens/s"))
+    modelled = "table1" in set(summary.figure)
+    figure, axes = plots.canvas(1, 4 if modelled else 2, width=5)
+    for axis, (quantity, label) in zip(axes[1:3] if modelled else axes, by_batch, strict=True):
+        _by_batch(axis, summary[summary.quantity == quantity], theirs)
+        axis.set_ylabel(label)
+    if modelled:
+        _shares(axes[0], summary, theirs)
+        _printed(axes[3], summary, theirs)
     figure.tight_layout()
     return figure
+
+
+def _by_batch(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    plots.lines(axis, ours)
+    if set(ours.figure) == {"fig1"}:
+        _dots(axis, theirs[(theirs.figure == "fig1") & (theirs.quantity == ours.quantity.iloc[0])])
+    where = f"{ours.model.iloc[0]}, {ours.clock.iloc[0]}, {ours.device.iloc[0]}"
+    axis.set(xlabel="batch size", title=f"PagedAttention Fig 1, right\n{where}")
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _printed(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """Table 1 and Fig 3, whose numbers the paper prints."""
     axis.set_axis_off()
     rows = beside_published(summary[summary.figure.isin(["table1", "fig3"])], theirs)
-    if rows.empty:
-        return
     names = rows.panel.where(rows.figure == "table1", rows.system) + ": " + rows.quantity.str.replace("_", " ")
     cells = [
         [n, f"{v:,.5g} {u}", f"{p:,g}"] for n, v, u, p in zip(names, rows.value, rows.unit, rows.published, strict=True)
@@ -185,11 +190,8 @@ def _dots(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _shares(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Fig 1, left, as bars; under the measured clock there is no such panel."""
+    """Fig 1, left, as bars."""
     ours = summary[summary.quantity.str.startswith("share_of_gpu_memory:")]
-    if ours.empty:
-        axis.set_axis_off()
-        return
     theirs = theirs[theirs.quantity.str.startswith("share_of_gpu_memory:")]
     for x, (rows, colour) in enumerate(((ours, "#0072B2"), (theirs, "#BBBBBB"))):
         bottom = 0.0
