@@ -81,7 +81,8 @@ def resident(
     scheduler = make_scheduler(system.scheduler, policy, params.max_tokens)
     store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
     try:
-        executor = TorchExecutor(model, store, get_kernel(system.kernel.name), seed=local.seed)
+        kernel = get_kernel(system.kernel.name)
+        executor = TorchExecutor(model, store, kernel, local.seed, run.engine.cuda_graphs)
         batch = FixedBatch(scheduler, store, executor, prompts, params.steps)
         like = torch.empty(0, dtype=getattr(torch, local.dtype), device=model.device)
         warm = WarmCache(local.num_kv_heads, local.head_size, params.max_tokens, like, local.seed)

@@ -64,8 +64,12 @@ def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = N
 
 
 def context_of(run: Run) -> int:
-    """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to."""
-    return min(run.model.max_tokens, run.trace.max_tokens or run.model.max_tokens)
+    """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
+
+    `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
+    """
+    context = getattr(run.params, "context", None) or run.model.max_tokens
+    return min(context, run.trace.max_tokens or context)
 
 
 def pool_bytes_of(run: Run, system: System) -> int:
