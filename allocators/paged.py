@@ -199,6 +199,15 @@ class PagedPolicy(Policy):
         held = prefix_tokens // self.block_size
         return self.blocks_for(tokens) - held + self.watermark_blocks <= self._pool.free_units
 
+    def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
+        """Whether blocks are free beside the watermark for the prompt, shared where full, and for each member its own
+        and one to grow into, as when it is swapped in.
+        """
+        shared = tokens // self.block_size
+        apart = len(seqs) * (self.blocks_for(tokens + own) - shared + 1)
+        held = 0 if prefix is None else self._tables.resident(prefix).length // self.block_size
+        return shared + apart - held + self.watermark_blocks <= self._pool.free_units
+
     def fork(self, parent_id: int, child: Sequence) -> bool:
         """Make `child` a copy of a resident sequence. It shares every block, so that this never runs out."""
         if child.seq_id in self._swapped:

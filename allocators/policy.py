@@ -172,6 +172,14 @@ class Policy(ABC):
             self.fork(first.seq_id, seq)
         return True
 
+    def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
+        """Whether a group that was preempted finds memory for its prompt and for `own` more positions of each member.
+
+        They are grown in a later step, once the prompt is written again. A yes may turn out too early: then the group
+        is preempted again. Where the group is alone in the pool the answer is yes.
+        """
+        return self.can_admit_group(seqs, tokens, prefix)
+
     def grow_group(self, seq_ids: Seq[int]) -> bool:
         """Give each of these sequences one more position: all of them, or none (and nothing has changed).
 

@@ -136,14 +136,19 @@ class Scheduler(ABC):
         prefix = self._shared_prefix(head)
         if head.group is None and prefix is None:
             return self.policy.can_admit(head, tokens)
-        return self.policy.can_admit_group(head.gang, tokens, prefix)
+        return self._may_return(head, tokens, prefix) and self.policy.can_admit_group(head.gang, tokens, prefix)
+
+    def _may_return(self, head: Request, tokens: int, prefix: int | None) -> bool:
+        """Whether a preempted group finds room for its members' own tokens too; else it would be preempted again."""
+        own = head.generated if head.group is not None else 0
+        return not own or self.policy.can_readmit_group(head.gang, tokens, own, prefix)
 
     def _take(self, head: Request, tokens: int) -> bool:
         """Take memory for the first tokens of a request: for all of its gang, or for none."""
         prefix = self._shared_prefix(head)
         if head.group is None and prefix is None:
             return self.policy.admit(head, tokens)
-        return self.policy.admit_group(head.gang, tokens, prefix)
+        return self._may_return(head, tokens, prefix) and self.policy.admit_group(head.gang, tokens, prefix)
 
     def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
         """Take the latest arrival from those that run, with all its gang."""
