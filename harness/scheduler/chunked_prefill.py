@@ -13,11 +13,12 @@ from kvarena.harness.step import PrefillChunk, StepPlan
 
 @dataclass
 class ChunkedPrefillConfig(BatchLimits):
-    """conf/scheduler/chunked_prefill.yaml, and vllm_v1.yaml."""
+    """conf/scheduler/chunked_prefill.yaml, sarathi.yaml and vllm_v1.yaml."""
 
     name: str = "chunked_prefill"
     token_budget: int | None = 512
     max_seqs: int = 128
+    whole_prompts: bool = False  # admission takes memory for the whole prompt (Sarathi-Serve), else chunk by chunk
 
 
 class ChunkedPrefillScheduler(Scheduler):
@@ -34,6 +35,7 @@ class ChunkedPrefillScheduler(Scheduler):
         super().__init__(policy, max_tokens)
         self.token_budget = token_budget(config, max_tokens)
         self.max_seqs = config.max_seqs
+        self.whole_prompts = config.whole_prompts
 
     def may_change_batch(self) -> bool:
         """Whether a prompt is unfinished, or the head of the line fits."""
@@ -48,7 +50,9 @@ class ChunkedPrefillScheduler(Scheduler):
 
     def _first_tokens(self, head: Request, budget: int) -> int:
         """Tokens to take memory for on admission."""
-        return min(head.known_tokens, self._held(head) + budget) if head.group is None else head.prompt_tokens
+        if head.group is not None:
+            return head.prompt_tokens
+        return head.known_tokens if self.whole_prompts else min(head.known_tokens, self._held(head) + budget)
 
     def _fill(self, plan: StepPlan) -> None:
         budget = self._serve_running(plan, self.token_budget)
@@ -64,7 +68,8 @@ class ChunkedPrefillScheduler(Scheduler):
                 budget = self._serve_group(request.group, pending, plan, budget)
                 continue
             tokens = min(request.known_tokens - request.computed, budget)
-            if self._grow([(request.seq_id, tokens)], [request], pending, plan):
+            given = self.whole_prompts and not request.is_decoding  # on admission
+            if given or self._grow([(request.seq_id, tokens)], [request], pending, plan):
                 self.running.append(request)
                 self._plan_tokens(request, tokens, plan)
                 budget -= tokens

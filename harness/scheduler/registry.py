@@ -10,12 +10,13 @@ from kvarena.harness.scheduler.orca import OrcaConfig, OrcaScheduler
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.scheduler.vllm import VllmConfig, VllmScheduler
 
-# name -> dataclass of its options, class; vllm_v1 is a preset of chunked prefill (conf/scheduler/vllm_v1.yaml)
+# name -> dataclass of its options, class; vllm_v1 and sarathi are presets of chunked prefill (conf/scheduler/)
 _SCHEDULERS: dict[str, tuple[type[Any], type[Any]]] = {
     "vllm": (VllmConfig, VllmScheduler),
     "orca": (OrcaConfig, OrcaScheduler),
     "fastertransformer": (FasterTransformerConfig, FasterTransformerScheduler),
     "chunked_prefill": (ChunkedPrefillConfig, ChunkedPrefillScheduler),
+    "sarathi": (ChunkedPrefillConfig, ChunkedPrefillScheduler),
     "vllm_v1": (ChunkedPrefillConfig, ChunkedPrefillScheduler),
 }
 
