@@ -37,7 +37,9 @@ class RowGeometry:
 
     def slabs_for(self, length: int) -> int:
         """Slabs that hold a sequence of `length` tokens."""
-        return -(-self.resident_bytes(length) // self.page_group)
+        if self.window is not None:
+            length = min(length, self.window)
+        return -(-self.token_stride * length // self.page_group)
 
     def tokens_in(self, slabs: int, max_tokens: int) -> int:
         """Longest sequence, up to `max_tokens`, that so many slabs hold; a complete ring holds any."""

@@ -20,6 +20,7 @@ from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import resident_bytes
 from kvarena.allocators.page_groups import checked_page_group, row_geometries
 from kvarena.allocators.policy import Action, Policy, Sequence
+from kvarena.allocators.row_growth import Held, RowGrowth
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.virtual_row import Row
@@ -89,10 +90,13 @@ class VAttentionPolicy(Policy):
         self._watermark = int(watermark * page_groups)
         self._threshold = int(reclaim_threshold * page_groups)
         self._actions: list[Action] = []
+        self._ahead: list[Action] = []  # by `advance`, for `look_ahead` to hand over
         self._looked_ahead = False  # nothing was mapped, taken or given back since
         self._live_bytes = 0
         self._bytes_of = resident_bytes(kv_layout)
-        self._token_bytes = None if any(g.window for g in kv_layout.groups) else kv_layout.token_bytes
+        self._token_bytes = kv_layout.token_bytes
+        self._growth = RowGrowth(self._rows, self._threshold)
+        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
 
     def _page_groups_of_pool(self) -> int:
         """Page-groups that can be used: with one layer group, whole slabs."""
@@ -145,10 +149,7 @@ class VAttentionPolicy(Policy):
         crosses = length > row.enough_until or length > row.final
         if crosses and not self._can_lengthen(row, length):
             return False
-        if self._token_bytes is None:
-            self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
-        else:
-            self._live_bytes += tokens * self._token_bytes
+        self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
         row.length = length
         if crosses:
             self._rows.settle(row)
@@ -177,11 +178,40 @@ class VAttentionPolicy(Policy):
         row = self._rows.live[seq_id]
         return row.capacity - row.length
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int) -> int:
-        """With overlap a row is extended in the step before it would overflow, so that one is not quiet."""
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
+        """Steps, `limit` at most. With overlap a row is extended in the step before it would overflow; where that
+        must not be (`ahead` = 0), this step is not quiet.
+        """
         if self._actions or not self._looked_ahead:
             return 0
-        return max(0, super().quiet_steps(seq_ids, limit + self.overlap) - self.overlap)
+        if not (self._closed_form and ahead):
+            return max(0, super().quiet_steps(seq_ids, limit + self.overlap) - self.overlap)
+        return self._growth.quiet_steps(seq_ids, limit, ahead)
+
+    def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
+        """Grow every sequence by `steps` tokens, mapped ahead; the sum of `usage()` over these steps."""
+        if not self._closed_form:
+            return super().advance(seq_ids, steps, head)
+        live, grown = self._live_bytes, len(seq_ids) * self._token_bytes  # in each step
+        self._live_bytes += grown * steps
+        held = self._growth.advance(seq_ids, steps, self._ahead)
+        return self._usage(steps * live + grown * (steps * (steps + 1) // 2), held, steps)
+
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """One position for each, in order, up to the first that finds no memory."""
+        if self.kv_layout.has_windows:
+            return super().grow_each(seq_ids)
+        live, count, within = self._rows.live, 0, 0  # within what their lengths need already
+        for seq_id in seq_ids:
+            row = live[seq_id]
+            if row.length < row.enough_until and row.length < row.final:
+                row.length += 1
+                within += 1
+            elif not self.grow(seq_id):
+                break
+            count += 1
+        self._live_bytes += within * self._token_bytes
+        return count
 
     def _can_lengthen(self, row: Row, length: int) -> bool:
         if length > self.max_tokens:
@@ -201,7 +231,7 @@ class VAttentionPolicy(Policy):
 
         Asked again with nothing changed in between, it plans nothing.
         """
-        actions: list[Action] = []
+        actions, self._ahead = self._ahead, []
         if self.overlap:
             self._map_ahead(actions)
         self._rows.take_back_idle(self._threshold, actions)
@@ -213,9 +243,10 @@ class VAttentionPolicy(Policy):
     def _map_ahead(self, actions: list[Action]) -> None:
         """Map one position ahead of every sequence whose row is full, as far as memory lasts."""
         for row in self._rows.live.values():
-            full = row.length == row.capacity < self.max_tokens
-            if full and self._rows.missing(row, row.length + 1) <= self._rows.obtainable(margin=1):
-                self._rows.extend(row, row.length + 1, actions, ahead=True)
+            if row.length == row.capacity < self.max_tokens:
+                missing = self._rows.missing(row, row.length + 1)
+                if missing <= self._rows.free or missing <= self._rows.obtainable(margin=1):
+                    self._rows.extend(row, row.length + 1, actions, ahead=True)
 
     # ---- the books ---------------------------------------------------------------------------------------------
 
@@ -235,20 +266,27 @@ class VAttentionPolicy(Policy):
         return self.max_rows * sum(g.num_tensors * g.row_bytes(self.max_tokens) for g in self.geometries)
 
     def usage(self, head: Sequence | None = None) -> Usage:
-        """Every byte in one leaf. Nothing is promised, so nothing is over-estimated."""
-        size, sums = self.page_group_bytes, self._rows.sums
-        deferred, premapped = self._rows.deferred * size, self._rows.premapped * size
-        surplus = sums.mapped * size - sums.rounded
+        """Every byte in one leaf."""
+        sums = self._rows.sums
+        return self._usage(self._live_bytes, Held(*sums[1:], self._rows.deferred), 1)
+
+    def _usage(self, live: int, held: Held, steps: int) -> Usage:
+        """Leaves, summed over steps. Nothing is promised, so nothing is over-estimated."""
+        size, rows = self.page_group_bytes, self._rows
+        mapped, covered, rounded, deferred = held
+        premapped = rows.premapped * steps
+        free = rows.total * steps - mapped - deferred - premapped
+        surplus = mapped * size - rounded
         return Usage(
-            live=self._live_bytes,
-            reserved=sums.covered - self._live_bytes,
-            rounding=sums.rounded - sums.covered,
-            retained=deferred + surplus + premapped,
-            free=self._rows.free * size,
-            remainder=self.pool_bytes - self._rows.total * size,
-            deferred=deferred,
+            live=live,
+            reserved=covered - live,
+            rounding=rounded - covered,
+            retained=(deferred + premapped) * size + surplus,
+            free=free * size,
+            remainder=(self.pool_bytes - rows.total * size) * steps,
+            deferred=deferred * size,
             surplus=surplus,
-            premapped=premapped,
+            premapped=premapped * size,
         )
 
     def check_integrity(self) -> None:

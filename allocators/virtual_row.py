@@ -16,6 +16,15 @@ class Marks(NamedTuple):
     covered: int = 0  # bytes mapped below its final length
     rounded: int = 0  # bytes mapped up to the end of the page-group that its final length ends in
 
+    def replaced(self, before: "Marks", after: "Marks") -> "Marks":
+        """These sums, after one of the marks in them has changed."""
+        return Marks(
+            self.needed - before.needed + after.needed,
+            self.mapped - before.mapped + after.mapped,
+            self.covered - before.covered + after.covered,
+            self.rounded - before.rounded + after.rounded,
+        )
+
 
 NOTHING = Marks()
 
@@ -39,18 +48,20 @@ class Row:
 
     def settle(self, geometries: Sequence[RowGeometry], max_tokens: int) -> None:
         """Recompute what follows from slabs, length and final length."""
-        self.final = max(self.final, self.length)
-        self.capacity = self.enough_until = max_tokens
-        self.surplus = needed = covered = rounded = 0
+        length = self.length
+        final = self.final = max(self.final, length)
+        capacity = enough_until = max_tokens
+        surplus = needed = covered = rounded = 0
         for g, slabs in zip(geometries, self.slabs, strict=True):
-            mapped_bytes = len(slabs) * g.page_group
-            slabs_needed = g.slabs_for(self.length)
+            mapped, slabs_needed = len(slabs), g.slabs_for(length)
             needed += g.num_tensors * slabs_needed
-            self.surplus += g.num_tensors * max(0, len(slabs) - slabs_needed)
-            covered += g.num_tensors * min(g.resident_bytes(self.final), mapped_bytes)
-            rounded += g.num_tensors * min(g.slabs_for(self.final) * g.page_group, mapped_bytes)
-            self.capacity = min(self.capacity, g.tokens_in(len(slabs), max_tokens))
-            self.enough_until = min(self.enough_until, g.tokens_in(slabs_needed, max_tokens))
+            surplus += g.num_tensors * max(0, mapped - slabs_needed)
+            end = g.slabs_for(final)
+            covered += g.num_tensors * (mapped * g.page_group if mapped < end else g.resident_bytes(final))
+            rounded += g.num_tensors * g.page_group * min(end, mapped)
+            capacity = min(capacity, g.tokens_in(mapped, max_tokens))
+            enough_until = min(enough_until, g.tokens_in(slabs_needed, max_tokens))
+        self.capacity, self.enough_until, self.surplus = capacity, enough_until, surplus
         self.marks = Marks(needed, self.mapped, covered, rounded)
 
 

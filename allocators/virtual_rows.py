@@ -14,7 +14,7 @@ from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.policy import Action, IntegrityError, Map, Unmap
 from kvarena.allocators.slabs import SlabList
 from kvarena.allocators.usage import extent_usage
-from kvarena.allocators.virtual_row import NOTHING, IdleRows, Marks, Row
+from kvarena.allocators.virtual_row import NOTHING, IdleRows, Row
 
 
 class VirtualRows:
@@ -70,11 +70,15 @@ class VirtualRows:
 
     def obtainable(self, margin: int) -> int:
         """Page-groups that are free, or could be if live rows kept only what `margin` more tokens each need."""
-        surplus = 0
-        for row in self._with_surplus.values():
-            for slabs, keep, g in zip(row.slabs, self._slabs_for(row.length + margin), self.geometries, strict=True):
-                surplus += g.num_tensors * max(0, len(slabs) - keep)
+        surplus = sum([self._surplus(row, margin) for row in self._with_surplus.values()])
         return self.total - self.sums.mapped + surplus
+
+    def _surplus(self, row: Row, margin: int) -> int:
+        """Page-groups that a row has beyond what `margin`, 0 or 1, more tokens need."""
+        if not margin or row.length < row.enough_until:
+            return row.surplus
+        keep = self._slabs_for(row.length + 1)
+        return self._page_groups([max(0, len(slabs) - n) for slabs, n in zip(row.slabs, keep, strict=True)])
 
     # ---- who lives where ---------------------------------------------------------------------------------------
 
@@ -94,16 +98,16 @@ class VirtualRows:
         """Let the sequence's row go idle, with all that is mapped in it."""
         row = self.live.pop(seq_id)
         self._with_surplus.pop(row.index, None)
-        self._add(row.marks, -1)
+        self.sums = self.sums.replaced(row.marks, NOTHING)
         row.seq_id, row.length, row.final, row.marks = None, 0, 0, NOTHING
         self._idle.add(row)
         return row
 
     def settle(self, row: Row) -> None:
         """Bring the sums up to date after a live row has changed."""
-        self._add(row.marks, -1)
+        before = row.marks
         row.settle(self.geometries, self.max_tokens)
-        self._add(row.marks, 1)
+        self.sums = self.sums.replaced(before, row.marks)
         if row.surplus:
             self._with_surplus[row.index] = row
         else:
@@ -120,9 +124,13 @@ class VirtualRows:
         if missing == 0:
             return False
         self._take_back(missing, actions, margins=(1,) if ahead else (1, 0))
-        self._attach(row, [g.slabs_for(length) for g in self.geometries], actions)
-        self.settle(row)
+        self.map(row, length, actions)
         return True
+
+    def map(self, row: Row, length: int, actions: list[Action]) -> None:
+        """Map what a live row lacks for `length` tokens from what is free."""
+        self._attach(row, self._slabs_for(length), actions)
+        self.settle(row)
 
     def prepare_slot(self, spare: int, actions: list[Action]) -> None:
         """Keep the fullest idle row ready, if `spare` page-groups suffice for what it lacks."""
@@ -158,9 +166,12 @@ class VirtualRows:
         for margin in margins:
             if self.free >= wanted:
                 return
-            for row in sorted(self._with_surplus.values(), key=lambda row: -row.admitted):
+            with_surplus = [row for row in self._with_surplus.values() if self._surplus(row, margin)]
+            for row in sorted(with_surplus, key=lambda row: -row.admitted):
                 self._trim(row, self._slabs_for(row.length + margin), wanted, actions)
                 self.settle(row)
+                if self.free >= wanted:
+                    return
         if self.free < wanted and self.slot is not None:
             slot, self.slot = self.slot, None
             self.trim_idle(slot, wanted, actions)
@@ -195,9 +206,6 @@ class VirtualRows:
 
     def _page_groups(self, slabs: Seq[int]) -> int:
         return sum(n * g.num_tensors for n, g in zip(slabs, self.geometries, strict=True))
-
-    def _add(self, marks: Marks, sign: int) -> None:
-        self.sums = Marks(*[total + sign * mark for total, mark in zip(self.sums, marks, strict=True)])
 
     # ---- recounting --------------------------------------------------------------------------------------------
 

@@ -103,13 +103,15 @@ class Engine:
         """All who run decode, up to the next event; `gap_ps` is the time to an arrival that might be admitted."""
         scheduler, policy = self.scheduler, self.scheduler.policy
         seq_ids = [r.seq_id for r in scheduler.running]
-        steps = policy.quiet_steps(seq_ids, scheduler.steps_left())
-        if steps < 1:
-            return None
         plan = StepPlan(scheduler.running)
         run = executor.steady(plan)
+        ahead = executor.hidden_maps(run.first_ps)
+        steps = policy.quiet_steps(seq_ids, scheduler.steps_left(), ahead)
+        if steps < 1:
+            return None
         plan.steps = min(steps, run.steps if gap_ps is None else min(run.steps, run.steps_to(gap_ps)))
         usage = policy.advance(seq_ids, plan.steps, scheduler.head)
+        plan.ahead = policy.look_ahead()
         return plan, run.take(plan.steps), usage
 
     @staticmethod

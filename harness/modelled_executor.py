@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvarena.allocators.policy import Action, CopyBlock, Map, SwapIn, SwapOut, Unmap
+from kvarena.allocators.policy import Action, CopyBlock, CopyRow, Map, SwapIn, SwapOut, Unmap
 from kvarena.harness.decoding.survival import survivors
 from kvarena.harness.group import Group
 from kvarena.harness.step import Executor, StepPlan, StepTime
-from kvarena.harness.step_model import SteadyRun, StepLoad, StepModel
+from kvarena.harness.step_model import FOREVER, SteadyRun, StepLoad, StepModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class ActionPrices:
     swap_in_ps: int = 0
     map_ps: tuple[int, ...] = ()
     unmap_ps: tuple[int, ...] = ()
+    copy_row_fs: tuple[int, ...] = ()  # femtoseconds of one byte of a row, in every tensor of the layer group
 
     def total_ps(self, actions: Sequence[Action]) -> int:
         """Time of these actions, one after the other."""
@@ -32,6 +33,8 @@ class ActionPrices:
                 return self.unmap_ps[action.group]
             case CopyBlock():
                 return self.copy_block_ps
+            case CopyRow():
+                return (action.stop - action.start) * self.copy_row_fs[action.group] // 1000
             case SwapOut():
                 return self.swap_out_ps
             case SwapIn():
@@ -44,6 +47,7 @@ class ModelledExecutor(Executor):
     def __init__(self, model: StepModel, prices: ActionPrices | None = None) -> None:
         self.model = model
         self.prices = prices or ActionPrices()
+        self._moved_ps = max(self.prices.map_ps, default=0) + max(self.prices.unmap_ps, default=0)
 
     def execute(self, plan: StepPlan) -> StepTime:
         """The step, the actions before it, and what of the background work outlasts the step."""
@@ -54,6 +58,10 @@ class ModelledExecutor(Executor):
         if plan.ahead:
             stall_ps += max(0, self.prices.total_ps(plan.ahead) - step_ps)
         return StepTime(step_ps + stall_ps, stall_ps)
+
+    def hidden_maps(self, step_ps: int) -> int:
+        """How many slabs can be unmapped elsewhere and mapped beside a step of that length, and not make it longer."""
+        return step_ps // self._moved_ps if self._moved_ps else FOREVER
 
     def survivors(self, group: Group) -> tuple[int, ...]:
         """As the group's survival model draws: from its seed, the request and the position, and nothing else."""
