@@ -5,7 +5,8 @@
     premapped    all at the start: what is left when mapping costs nothing
 
 Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay requests with
-the lengths of the paper's trace. Of what mapping costs, overlap hides
+the lengths of the paper's trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one
+after the other, as processes do that wait for one lock of the driver. Of what mapping costs, overlap hides
 
     hidden share = 1 - (T_overlapped - T_premapped) / (T_sync - T_premapped)
 
@@ -25,7 +26,8 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.overlap_cell import Way, measure, system_in, the_system
+from kvarena.experiments.mapping import the_system
+from kvarena.experiments.overlap_cell import Way, measure, system_in
 from kvarena.experiments.overlap_replay import replayed
 from kvarena.harness.model import panel_name
 from kvarena.harness.paths import PUBLISHED
@@ -37,7 +39,7 @@ from kvarena.harness.summary import SummaryRow, frame, read_published, row
 
 NAME = "allocation_overlap"
 HEADLINE = "decode_iteration_latency_p99"
-COLOURS = {Way.SYNC: "#D55E00", Way.OVERLAPPED: "#009E73", Way.PREMAPPED: "#666666"}
+COLOURS = dict(zip(Way, ("#D55E00", "#009E73", "#666666", "#E69F00"), strict=True))
 
 
 @dataclass
@@ -118,7 +120,7 @@ def _cells(run: Run) -> Iterator[Any]:
 def _summary(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
     params: Params = run.params
     table = events(steps)
-    for way in Way:
+    for way in map(Way, steps.way.unique()):
         own = steps[steps.way == way]
         latencies = own.groupby("round").latency_ms
         spikes = latencies.apply(lambda ms: int((ms > ms.median() + params.spike_ms).sum()))
@@ -161,7 +163,7 @@ def _columns(run: Run, way: Way) -> dict[str, Any]:
         "experiment": NAME, "panel": panel_name(run.model) if run.imitates else run.model.name,
         "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
         "model": run.model.name, "clock": run.clock, "device": run.device_name,
-        "evidence": "measured" if run.clock == "measured" else "predicted",
+        "evidence": "measured" if run.clock == "measured" else "conditional" if way is Way.IN_TURN else "predicted",
     }  # fmt: skip
 
 
@@ -187,38 +189,41 @@ def hidden_share(table: pd.DataFrame, resamples: int = 2000) -> Estimate:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Latency over iterations, one panel for each way; P50, P99 and the longest, ours and the published."""
-    figure, axes = plots.canvas(1, 4, width=4.2)
     series = summary[summary.quantity == "decode_iteration_latency_vs_iteration"]
+    series = series.assign(way=series.system.map(_way_of))
+    figure, axes = plots.canvas(1, 1 + series.way.nunique(), width=4)
     limit = 1.05 * series.value.max()
-    for axis, way in zip(axes, Way, strict=False):
-        rows = series[series.system.map(_way_of) == way]
+    for axis, (way, rows) in zip(axes, series.groupby("way", sort=False), strict=False):
         axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[way])
         axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, limit))
         axis.set_title(f"{way}\n{rows.panel.iloc[0]}; {rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
     theirs = read_published(PUBLISHED)
     theirs = theirs[theirs.figure == "fig12"]
     ours = summary[summary.figure == "fig12"]
-    _tails(axes[3], ours, theirs if set(ours.panel) & set(theirs.panel) else theirs.iloc[:0])
+    _tails(axes[-1], ours, theirs if set(ours.panel) & set(theirs.panel) else theirs.iloc[:0])
     figure.tight_layout()
     return figure
 
 
 def _way_of(system: str) -> Way:
-    return next(way for way in Way if way.value in system)
+    return next(way for way in reversed(Way) if way.value in system)
 
 
 def _tails(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """Bars of P50, P99 and the longest; dots are the published values."""
     marks = ("p50", "p99", "max")
-    for number, way in enumerate(Way):
+    ways = list(dict.fromkeys(ours.system.map(_way_of)))
+    for number, way in enumerate(ways):
+        places = [i + 0.8 * ((number + 0.5) / len(ways) - 0.5) for i in range(len(marks))]
         for rows, published in ((ours, False), (theirs, True)):
             here = rows[rows.system.map(_way_of) == way].set_index("quantity").value
             values = [here.get(f"decode_iteration_latency_{mark}", np.nan) for mark in marks]
-            places = [i + 0.27 * (number - 1) for i in range(len(marks))]
             if published:
-                axis.plot(places, values, "k_", ms=12, mew=2, label="published" if number == 0 else None)
+                label = "published" if number == 0 and len(theirs) else None
+                axis.plot(places, values, "k_", ms=12, mew=2, label=label)
             else:
-                axis.bar(places, values, 0.25, color=COLOURS[way], label=str(way))
+                axis.bar(places, values, 0.75 / len(ways), color=COLOURS[way], label=str(way))
     axis.set_xticks(range(len(marks)), ["P50", "P99", "longest"])
-    axis.set(ylabel="ms", title="latency of an iteration", ylim=(0, None))
-    axis.legend(fontsize=7, frameon=False)
+    top = 1.4 * max([*ours[ours.unit == "ms"].value, *theirs[theirs.unit == "ms"].value])
+    axis.set(ylabel="ms", title="latency of an iteration", ylim=(0, top))
+    axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")

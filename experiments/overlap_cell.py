@@ -9,8 +9,8 @@ import pandas as pd
 
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.vmm.fragments import scattered_pages_held
-from kvarena.errors import UserError
 from kvarena.experiments.decode_cell import resident, same_tokens
+from kvarena.experiments.mapping import the_system
 from kvarena.harness.fixed_batch import FixedBatch
 from kvarena.harness.model.contract import Model
 from kvarena.harness.record import Frames
@@ -24,6 +24,10 @@ class Way(StrEnum):
     SYNC = "sync"  # in front of the iteration that needs them
     OVERLAPPED = "overlapped"  # beside the iteration before it
     PREMAPPED = "premapped"  # at the start
+    IN_TURN = "sync, GPUs in turn"  # as sync, the driver serving one GPU at a time; modelled clock only
+
+
+MEASURED = (Way.SYNC, Way.OVERLAPPED, Way.PREMAPPED)
 
 
 def system_in(way: Way, system: System) -> System:
@@ -34,16 +38,6 @@ def system_in(way: Way, system: System) -> System:
     return replace(system, name=way.value, variant=f"vattention-{way}", published=way.value, allocator=plain)
 
 
-def the_system(run: Run) -> System:
-    """The run's only system. Raises UserError where there are others, or it cannot map ahead."""
-    if len(run.systems) != 1 or not hasattr(run.systems[0].allocator, "overlap"):
-        raise UserError(
-            f"systems={[s.name for s in run.systems]}: {run.experiment} takes one system with allocator vattention, "
-            "and maps its page-groups in several ways"
-        )
-    return run.systems[0]
-
-
 def measure(run: Run, model: Model) -> Frames:
     """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
     params = run.params
@@ -52,7 +46,7 @@ def measure(run: Run, model: Model) -> Frames:
     batches: dict[str, FixedBatch] = {}
     try:
         with scattered_pages_held():
-            for way in Way:
+            for way in MEASURED:
                 system = system_in(way, the_system(run))
                 batches[way] = resident(run, system, model, prompts, pool_bytes, _prime(way, params, len(prompts)))
         same_tokens(run, batches)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from kvarena.experiments.overlap_cell import Way, system_in, the_system
+from kvarena.experiments.mapping import on_gpus, the_system, with_driver_calls
+from kvarena.experiments.overlap_cell import Way, system_in
 from kvarena.experiments.replay import Replayer
 from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
@@ -18,15 +19,16 @@ _PS_PER_MS = PS_PER_S // 1000
 def replayed(run: Run) -> Frames:
     """As `overlap_cell.measure`. A driver call counts once for each tensor, on each of the model's GPUs alike."""
     steps, calls = [], []
-    model = replace(run.model, tp=run.params.tp, max_tokens=max(run.model.max_tokens, run.params.max_tokens))
-    run = replace(run, model=model)
+    run = on_gpus(run, run.params.tp, run.params.max_tokens)
     for way in Way:
-        priced = free_of_driver_calls(run) if way is Way.PREMAPPED else run
+        priced = with_driver_calls(run, {Way.PREMAPPED: 0, Way.IN_TURN: run.model.tp}.get(way, 1))
         system = system_in(way, the_system(run))
         system = replace(system, scheduler=replace(system.scheduler, max_seqs=run.params.max_batch))
         decoding = decode_only(Replayer(priced).serve(system, workload(run)).steps, run.params.iterations)
+        if way is Way.PREMAPPED:
+            decoding = decoding.assign(actions=0)
         steps.append(decoding.assign(way=way.value))
-        tensors = 0 if way is Way.PREMAPPED else sum(g.num_tensors for g in run.model.shard().kv_layout().groups)
+        tensors = sum(g.num_tensors for g in run.model.shard().kv_layout().groups)
         totals = {"critical": tensors * decoding.actions.sum(), "background": tensors * decoding.ahead.sum()}
         calls.append({"way": way.value, **totals})
     return {"steps": pd.concat(steps, ignore_index=True), "calls": pd.DataFrame(calls)}
@@ -40,13 +42,6 @@ def workload(run: Run) -> Workload:
         draw.integers(low, high + 1, params.requests) for low, high in (params.replay_prompts, params.replay_outputs)
     )
     return Workload(prompts, outputs, np.zeros(params.requests, np.int64))
-
-
-def free_of_driver_calls(run: Run) -> Run:
-    """The run on a device where mapping takes no time."""
-    device = run.device
-    free = {"map_us": dict.fromkeys(device.map_us, 0.0), "unmap_us": dict.fromkeys(device.unmap_us, 0.0)}
-    return replace(run, device=replace(device, **free))
 
 
 def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:
