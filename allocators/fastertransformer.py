@@ -115,7 +115,7 @@ class FasterTransformerPolicy(Policy):
         self._open = False
         return True
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
         extents = map(self._books.extents.__getitem__, seq_ids)
         until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]

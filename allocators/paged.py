@@ -147,11 +147,11 @@ class PagedPolicy(Policy):
         """One position for each, in order, as long as a block is free."""
         return super().grow_each(seq_ids) if self._tables.any_forked else self._tables.grow_each(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
-        """Steps, `limit` at most, that leave a block free, as vLLM asks before every append."""
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
+        """Steps, `limit` at most, that leave as many blocks free as vLLM asks for before an append."""
+        spare = self._pool.free_units - margin
         if self._tables.any_forked:
-            return super().quiet_steps(seq_ids, limit) if self._pool.free_units else 0
-        spare = self._pool.free_units - 1
+            return super().quiet_steps(seq_ids, limit) if spare >= 0 else 0
         if len(seq_ids) * self.blocks_for(limit) <= spare:
             return limit  # even if each took its first block at once
         if spare < 0:

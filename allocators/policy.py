@@ -118,13 +118,13 @@ class Policy(ABC):
                 return count
         return len(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """How many decode steps in a row, `limit` at most, these sequences can surely take with nothing to decide.
 
-        In each of them every sequence grows by one position and finds memory, at least one unit stays free where
-        `free_units` counts them, and there is no action to perform, except that `look_ahead` may map, `ahead` times
-        a step at most. The answer may be too small, never too large. The caller's limit lets no sequence pass its
-        final length (only rows of a padded batch may).
+        In each of them every sequence grows by one position and finds memory, at least `margin` units stay free where
+        `free_units` counts them (a gang asks for one for each of its sequences), and there is no action to perform,
+        except that `look_ahead` may map, `ahead` times a step at most. The answer may be too small, never too large.
+        The caller's limit lets no sequence pass its final length (only rows of a padded batch may).
         """
         if self.kv_layout.has_windows:
             return 0  # leaves of a ring that fills up do not change evenly

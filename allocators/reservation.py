@@ -171,7 +171,7 @@ class ReservingPolicy(Policy, Generic[Place]):
                 self._due.pay(seq_id)
         return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """All of them: whoever was admitted has room to its end."""
         return 0 if self.kv_layout.has_windows or self._due or self._due.actions else limit
 

@@ -178,7 +178,7 @@ class VAttentionPolicy(Policy):
         row = self._rows.live[seq_id]
         return row.capacity - row.length
 
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0) -> int:
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """Steps, `limit` at most. With overlap a row is extended in the step before it would overflow; where that
         must not be (`ahead` = 0), this step is not quiet.
         """

@@ -106,7 +106,7 @@ class Engine:
         plan = StepPlan(scheduler.running)
         run = executor.steady(plan)
         ahead = executor.hidden_maps(run.first_ps)
-        steps = policy.quiet_steps(seq_ids, scheduler.steps_left(), ahead)
+        steps = policy.quiet_steps(seq_ids, scheduler.steps_left(), ahead, scheduler.largest_gang)
         if steps < 1:
             return None
         plan.steps = min(steps, run.steps if gap_ps is None else min(run.steps, run.steps_to(gap_ps)))

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from kvarena.allocators.policy import Policy
+from kvarena.allocators.policy import Policy, Sequence
 from kvarena.errors import UserError
 from kvarena.harness.group import Group
 from kvarena.harness.prefix import Prefix
@@ -53,13 +53,20 @@ class Scheduler(ABC):
                 f"exceed the context of {self.max_tokens}"
             )
         gang = request.gang
-        if not (self.policy.fits_pool(request) if len(gang) == 1 else self.policy.group_fits_pool(gang)):
+        if not self._fits_pool(gang):
             times = f"{len(gang)} x " if len(gang) > 1 else ""
             return (
                 f"request {request.seq_id}: {times}{request.final_tokens} tokens can never fit {self.policy.name}'s "
                 f"pool of {self.policy.pool_bytes} bytes"
             )
         return ""
+
+    def _fits_pool(self, gang: list[Request]) -> bool:
+        """Whether it could run alone, beside the prefixes."""
+        if len(gang) == 1 and not self._prefixes:
+            return self.policy.fits_pool(gang[0])
+        kept = [Sequence(prefix.prefix_id, prefix.tokens, 0) for prefix in self._prefixes]
+        return self.policy.group_fits_pool([*gang, *kept])
 
     def submit(self, request: Request) -> None:
         """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one.
@@ -227,6 +234,11 @@ class Scheduler(ABC):
         if done:
             self.running = [r for r in self.running if r.finish_ps is None]
             self.groups = [group for group in self.groups if group.first.finish_ps is None]
+
+    @property
+    def largest_gang(self) -> int:
+        """Sequences of the largest gang that runs."""
+        return max([len(group.members) for group in self.groups], default=1)
 
     @property
     def ranks_beams(self) -> bool:
