@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvarena.allocators.policy import Action, CopyBlock, SwapIn, SwapOut
+from kvarena.allocators.actions import Action, CopyBlock, SwapIn, SwapOut
 
 Copy = CopyBlock | SwapOut | SwapIn
 

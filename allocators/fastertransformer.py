@@ -11,12 +11,15 @@ The batch is open until it first grows or loses a row, and is given back as a wh
 end of the batch; what is written past its final length is padding too.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from kvarena.allocators.actions import Action, CopyRow
+from kvarena.allocators.due_copies import DueCopies, row_copies
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Ledger, resident_bytes
-from kvarena.allocators.policy import IntegrityError, Policy, Sequence
+from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
@@ -57,6 +60,7 @@ class FasterTransformerPolicy(Policy):
         self._max_padded_tokens = max_padded_tokens
         self._bytes_of = resident_bytes(kv_layout)
         self._books = Ledger(self._bytes_of)
+        self._due = DueCopies(self._copies)
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -78,10 +82,15 @@ class FasterTransformerPolicy(Policy):
         """Whether the batch is open, has a row left, and would be neither too wide nor too large."""
         if not self._open or len(self._rows) == self._batch_size or tokens > seq.final_tokens:
             return False
-        width = max(self._prompt, seq.prompt_tokens) + max(self._output, seq.output_tokens)
-        return (not self._rows or width <= self._max_padded_tokens) and (
-            (len(self._rows) + 1) * self._bytes_of(width) <= self.pool_bytes
-        )
+        return self._has_room([seq])
+
+    def _has_room(self, seqs: Seq[Sequence]) -> bool:
+        """Whether the batch would be neither too wide nor too large with these rows."""
+        prompt = max(self._prompt, *(seq.prompt_tokens for seq in seqs))
+        width = prompt + max(self._output, *(seq.output_tokens for seq in seqs))
+        rows = len(self._rows) + len(seqs)
+        narrow = not self._rows or width <= self._max_padded_tokens
+        return narrow and rows <= self._batch_size and rows * self._bytes_of(width) <= self.pool_bytes
 
     def admit(self, seq: Sequence, tokens: int) -> bool:
         """Add a row to the batch; all rows become as wide as this one needs."""
@@ -97,6 +106,41 @@ class FasterTransformerPolicy(Policy):
         self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
         return True
 
+    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+        """Whether the group fits the context, and as a batch of its own the pool."""
+        longest = max(seq.prompt_tokens for seq in seqs) + max(seq.output_tokens for seq in seqs)
+        return longest <= self.max_tokens and (
+            len(seqs) <= self._batch_size and len(seqs) * self._bytes_of(longest) <= self.pool_bytes
+        )
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether the batch is open, and takes a row for each member."""
+        return self._open and all(tokens <= seq.final_tokens for seq in seqs) and self._has_room(seqs)
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Copy a row: to a further row of an open batch, to the row of somebody who has left a closed one."""
+        if parent_id not in self._lengths:
+            raise NotResidentError(parent_id)
+        tokens = self._lengths[parent_id]
+        if not (self.admit(child, tokens) if self._open else self._inherit_row(child, tokens)):
+            return False
+        self._due.owe(parent_id, child.seq_id, tokens)
+        return True
+
+    def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
+        if seq.seq_id in self._lengths:
+            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        left = next((i for i in (seq.seq_id, *self._rows) if i in self._rows and i not in self._lengths), None)
+        if left is None or seq.final_tokens > self.width:
+            return False
+        self._rows[seq.seq_id] = self._rows.pop(left)
+        self._lengths[seq.seq_id] = tokens
+        self._books.add(seq.seq_id, Extent(min(tokens, seq.final_tokens), seq.final_tokens, seq.final_tokens, self.width))
+        return True
+
+    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
+        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
+
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens left in the row, which never gets wider once it has grown."""
         return self.width - self._lengths[seq_id]
@@ -109,23 +153,30 @@ class FasterTransformerPolicy(Policy):
         """Fill `tokens` more positions of the row. From now on nobody joins the batch."""
         if not self.can_grow(seq_id, tokens):
             return False
+        self._open = False  # from here on it is known where rows begin
+        self._due.pay(seq_id)
         extent = self._books.extents[seq_id]
         self._lengths[seq_id] += tokens
         self._books.grow(seq_id, min(self._lengths[seq_id], extent.final) - extent.length)
-        self._open = False
         return True
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
+        if self._due or self._due.actions:
+            return 0
         extents = map(self._books.extents.__getitem__, seq_ids)
         until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]
         return min([super().quiet_steps(seq_ids, limit), *until_padding])
 
     def release(self, seq_id: int) -> None:
         """Leave the batch. Its memory stays attached until the last row has left."""
+        if seq_id not in self._lengths:
+            raise NotResidentError(seq_id)
+        self._open = False
+        self._due.leave(seq_id)
+        self._due.cancel([self.row(seq_id)])
         self._books.remove(seq_id)
         del self._lengths[seq_id]
-        self._open = False
         if not self._books.extents:
             self._start_batch()
 
@@ -138,6 +189,10 @@ class FasterTransformerPolicy(Policy):
         if seq_id not in self._lengths:
             raise KeyError(seq_id)
         return self._rows[seq_id] * self.width
+
+    def drain(self) -> list[Action]:
+        """Hand over the copies of prompts that members of a group are owed."""
+        return self._due.drain()
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf: padding is rounding, rows that have left are deferred."""

@@ -7,11 +7,11 @@ import torch
 
 from kvarena.allocators.batch_table import BlockTable, DeviceBlockTable
 from kvarena.allocators.block_copies import batches
+from kvarena.allocators.byte_copies import ByteCopies, Run
 from kvarena.allocators.device_view import FIRST_CAPACITY, view_maker
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, CopyBlock, Policy, SwapOut
 from kvarena.allocators.resident_store import ResidentStore
-from kvarena.allocators.staging import batches_of_blocks, indices_on
 from kvarena.allocators.swap_space import SwapSpace
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
@@ -55,6 +55,8 @@ class PagedStore(ResidentStore):
         self._layers = [
             LayerCache(Layout.PAGED, self._blocks[2 * n], self._blocks[2 * n + 1]) for n in range(num_layers)
         ]
+        self._block_bytes = block_bytes
+        self._copy = ByteCopies([self.base + i * tensor_bytes for i in range(2 * num_layers)], self._blocks.device)
         self._swapped = SwapSpace(getattr(policy, "num_cpu_blocks", 0), self._blocks)
         self._make_view = view_maker(self._blocks.device)
         self._decode_table, self._prefill_table = self._make_table(), self._make_table()
@@ -73,17 +75,12 @@ class PagedStore(ResidentStore):
         """Copy and swap blocks, in all layers at once."""
         for kind, sources, targets in batches(actions):
             if kind is CopyBlock:
-                self._copy(sources, targets)
+                size = self._block_bytes
+                self._copy([Run(s * size, t * size, size) for s, t in zip(sources, targets, strict=True)])
             elif kind is SwapOut:
                 self._swapped.swap_out(sources, targets)
             else:
                 self._swapped.swap_in(sources, targets)
-
-    def _copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        blocks = self._blocks.transpose(0, 1)  # [N, 2 * layers, P, H, D]
-        for part in batches_of_blocks(blocks, len(sources)):
-            copies = blocks.index_select(0, indices_on(blocks.device, sources[part]))
-            blocks.index_copy_(0, indices_on(blocks.device, targets[part]), copies)
 
     def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
         """Block tables of these sequences."""

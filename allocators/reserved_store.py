@@ -15,9 +15,10 @@ from typing import Protocol
 
 import torch
 
+from kvarena.allocators.byte_copies import ByteCopies, row_run
 from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.model_shape import ModelShape
-from kvarena.allocators.policy import Policy
+from kvarena.allocators.policy import Action, Policy
 from kvarena.allocators.resident_store import ResidentStore
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
@@ -66,6 +67,15 @@ class ReservedStore(ResidentStore):
             for i in range(2 * num_layers)
         ]
         self._layers = [LayerCache(Layout.CONTIGUOUS, k, v) for k, v in zip(tensors[::2], tensors[1::2], strict=True)]
+
+        bases = [self.base + i * tensor_bytes for i in range(2 * num_layers)]
+        self._copy = ByteCopies(bases, torch.device(self.driver.device))
+        self._row_bytes = rows.row_tokens * shape.token_bytes
+
+    def apply(self, actions: Sequence[Action]) -> None:
+        """Copy rows, in all layers at once."""
+        if actions:
+            self._copy([row_run(action, self._row_bytes) for action in actions])
 
     def layer(self, layer: int) -> LayerCache:
         """K and V of one layer."""

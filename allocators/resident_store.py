@@ -34,11 +34,6 @@ class ResidentStore(Store):
             self.driver.close()
             raise
 
-    def apply(self, actions: Sequence[Action]) -> None:
-        """Nothing is ever mapped or copied."""
-        if actions:
-            raise ValueError(f"{type(self).__name__} performs no {type(actions[0]).__name__}")
-
     def apply_in_background(self, actions: Sequence[Action]) -> None:
         """Nothing to do in the background."""
         self.apply(actions)

@@ -58,9 +58,9 @@ def test_the_last_row_ends_within_the_pool_where_its_sequence_does():
 
 
 @pytest.mark.parametrize("action", [Map(0, 0, 0, 0), CopyBlock(0, 1)])
-def test_there_is_nothing_to_do(action):
+def test_only_rows_are_copied(action):
     store = store_of(StaticPolicy(LAYOUT, 64 * KB, max_tokens=40))
-    with pytest.raises(ValueError, match="ReservedStore performs no"):
+    with pytest.raises(ValueError, match="is not a copy of a row"):
         store.apply([action])
     assert store.driver_calls() == (0, 0.0, 0, 0.0, 0.0)
     store.close()

@@ -1,0 +1,52 @@
+"""Many copies in host memory as one call: a compiled loop over the C library's memcpy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
+
+Loop = Callable[[Array, Array, Array, Array], None]
+
+_POINTER, _SIZE, _BOOL = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(1)
+
+
+@intrinsic
+def _memcpy(typing: Any, target: Any, source: Any, size: Any) -> Any:
+    """LLVM's memcpy, which becomes the library's: addresses and size are int64, and ranges may not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source, size = arguments
+        kind = ir.FunctionType(ir.VoidType(), [_POINTER, _POINTER, _SIZE, _BOOL])
+        name = "llvm.memcpy.p0i8.p0i8.i64"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        pointers = [builder.inttoptr(address, _POINTER) for address in (target, source)]
+        builder.call(function, [*pointers, size, ir.Constant(_BOOL, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def copy_runs(bases: Array, targets: Array, sources: Array, sizes: Array) -> None:
+    """Copy sizes[i] bytes from base + sources[i] to base + targets[i], for every i in order, in every tensor."""
+    for i in range(len(sizes)):
+        for base in bases:
+            _memcpy(base + targets[i], base + sources[i], sizes[i])  # type: ignore[call-arg]  # without `typing`
+
+
+def compiled_copies() -> Loop:
+    """`copy_runs` as machine code, from numba's cache where there is a folder to keep it."""
+    signature = "void(int64[::1], int64[::1], int64[::1], int64[::1])"
+    for cache in (True, False):
+        try:
+            compiled: Loop = numba.njit(signature, nogil=True, boundscheck=False, cache=cache)(copy_runs)
+            return compiled
+        except RuntimeError:  # no folder can be written
+            if not cache:
+                raise
+    raise AssertionError

@@ -1,0 +1,73 @@
+"""Many copies on a GPU as one launch, of a kernel that is given addresses.
+
+The addresses may be a paged pool's or a virtual tensor's. Sizes and offsets are multiples of the word.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from kvarena.allocators.staging import staging_buffer
+
+WORD_BYTES = 4  # the smallest K/V of a token is a multiple of it
+PIECE_BYTES = 16 * 1024  # that a program copies: 16 bytes a thread, eight at a time
+
+Runs = Sequence[tuple[int, int, int]]  # source, target, size in bytes
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs", "bases"])
+def copy_pieces(
+    runs: tl.tensor,  # [3, N] int64: sources, targets, sizes; offsets in bytes
+    bases: tl.tensor,  # [T] int64: addresses
+    count: tl.tensor,  # N
+    PIECE: tl.constexpr,  # words
+    ALIGNED: tl.constexpr,  # bytes that divide every address and size
+) -> None:
+    """Copy one piece of one run in one tensor: program (piece, run, tensor)."""
+    piece, run = tl.program_id(0), tl.program_id(1)
+    base = tl.load(bases + tl.program_id(2))
+    words = tl.load(runs + 2 * count + run) // 4
+    first = piece * PIECE
+    if first >= words:
+        return
+    source = tl.multiple_of(base + tl.load(runs + run), ALIGNED).to(tl.pointer_type(tl.int32))
+    target = tl.multiple_of(base + tl.load(runs + count + run), ALIGNED).to(tl.pointer_type(tl.int32))
+    word = first + tl.arange(0, PIECE)
+    inside = word < words
+    tl.store(target + word, tl.load(source + word, mask=inside), mask=inside)
+
+
+class TritonCopies:
+    """Copies in tensors of one GPU that begin at `bases`."""
+
+    def __init__(self, bases: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._bases = torch.tensor(bases, dtype=torch.int64, device=device)
+        self._aligned = WORD_BYTES if any(base % 16 for base in bases) else 16
+
+    def __call__(self, runs: Runs) -> None:
+        """Copy runs that do not touch each other. The host does not wait."""
+        count = len(runs)
+        longest = max(size for _, _, size in runs)
+        odd = any(number % 16 for run in runs for number in run)
+        pieces = -(-longest // PIECE_BYTES)
+        copy_pieces[pieces, count, len(self._bases)](
+            self._send(runs),
+            self._bases,
+            count,
+            PIECE=PIECE_BYTES // WORD_BYTES,
+            ALIGNED=WORD_BYTES if odd else self._aligned,
+            num_warps=8,
+        )
+
+    def _send(self, runs: Runs) -> Tensor:
+        """[3, N] on the device, through pinned memory."""
+        buffer, words = staging_buffer(6 * len(runs), self._device)
+        words.view(np.int64).reshape(3, len(runs))[:] = np.array(runs, dtype=np.int64).T
+        return buffer.to(self._device, non_blocking=True).view(torch.int64)
