@@ -1,0 +1,161 @@
+"""Groups in the serving loop: the same tokens whatever shares, copies, preempts or swaps, and the same decisions under
+both clocks.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from kvarena.allocators.actions import CopyBlock, CopyRow
+from kvarena.allocators.registry import config_class, make_policy
+from kvarena.allocators.stores import make_store
+from kvarena.harness.config import load, typed
+from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.engine import Engine
+from kvarena.harness.group import Group
+from kvarena.harness.model import ModelConfig
+from kvarena.harness.model.build import build_model
+from kvarena.harness.modelled_executor import ModelledExecutor
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.scheduler.registry import config_class as scheduler_class
+from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.step import StepTime
+from kvarena.harness.step_model import StepModel
+from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.kernels.registry import get_kernel
+
+CONFIG = typed(ModelConfig, load("model", "tiny-llama"), "model")
+LAYOUT = CONFIG.kv_layout()
+MAX_TOKENS = 64
+SAMPLES, PAIR, BEAM = DecodingConfig("parallel", 3), DecodingConfig("parallel", 2, seed=7), DecodingConfig("beam", 3)
+SAMPLE = DecodingConfig("parallel", 1)
+LOAD = [  # prompt, output, decoding
+    (23, 14, BEAM), (7, 20, GREEDY), (16, 9, SAMPLES), (3, 25, PAIR), (31, 12, BEAM), (12, 18, SAMPLE),
+    (17, 5, SAMPLES), (26, 12, BEAM), (5, 1, PAIR), (9, 23, GREEDY), (20, 11, SAMPLES), (8, 1, BEAM),
+]  # fmt: skip
+SWAP_BYTES = 600 * LAYOUT.token_bytes
+CHUNKS = {"token_budget": 16, "max_seqs": 16}
+SYSTEMS = {
+    "recomputing": ("paged", {"block_size": 4}, "vllm", {"preemption": "recompute"}, 200),
+    "swapping": ("paged", {"block_size": 4, "swap_bytes": SWAP_BYTES}, "vllm", {}, 200),
+    "in chunks": ("paged", {"block_size": 4, "watermark": 0}, "chunked_prefill", CHUNKS, 140),
+    "copying blocks": ("paged_reserved", {"block_size": 4}, "orca", {}, 500),
+    "copying chunks": ("orca_oracle", {"block_size": 4}, "orca", {}, 500),
+    "copying extents": ("contiguous", {}, "orca", {}, 500),
+    "copying rows": ("static", {}, "vllm", {}, 640),
+    "padded batches": ("fastertransformer", {"batch_size": 6}, "fastertransformer", {}, 640),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(CONFIG, "cpu")
+
+
+class Keeper(TorchExecutor):
+    """Keeps what finished sequences said, and who lived on."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.finished, self.lived_on = {}, []
+
+    def finish(self, request):
+        self.finished[request.seq_id] = self.known(request)[request.prompt_tokens :]
+        super().finish(request)
+
+    def survivors(self, group):
+        self.lived_on.append(super().survivors(group))
+        return self.lived_on[-1]
+
+
+class Scripted(ModelledExecutor):
+    """Takes, step by step, the times it is told, and lets those live on."""
+
+    def __init__(self, durations_ps, survivors):
+        super().__init__(StepModel(False, 1, 0, 0, 0, 0))
+        self._durations_ps, self._survivors = iter(durations_ps), iter(survivors)
+
+    def execute(self, plan):
+        return StepTime(next(self._durations_ps))
+
+    def survivors(self, group):
+        return next(self._survivors)
+
+
+def requests_of(load, gap_ps):
+    requests = []
+    for i, (prompt, output, decoding) in enumerate(load):
+        first = len(requests)
+        gang = [Request(first + j, prompt, output, arrival_ps=i * gap_ps, decoding=decoding) for j in range(decoding.n)]
+        if len(gang) > 1:
+            Group(gang)
+        requests += gang
+    return requests
+
+
+def serve(system, executor_of, gap_ps=10**9):
+    """Serve LOAD. Returns the replay, its decisions and the executor."""
+    allocator, options, name, limits, tokens = SYSTEMS[system]
+    config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
+    policy = make_policy(config, LAYOUT, tokens * LAYOUT.token_bytes, MAX_TOKENS)
+    scheduler = make_scheduler(scheduler_class(name)(name=name, **limits), policy, MAX_TOKENS)
+    decisions, schedule, rank = [], scheduler.schedule, scheduler.rank
+
+    def noted(now_ps):
+        plan = schedule(now_ps)
+        policy.check_integrity()
+        ids = [[r.seq_id for r in part] for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in)]
+        chunks = [(chunk.request.seq_id, chunk.start, chunk.tokens) for chunk in plan.prefills]
+        decisions.append((*ids, chunks, plan.actions, plan.ahead))
+        return plan
+
+    def checked(survivors):
+        rank(survivors)
+        policy.check_integrity()
+
+    scheduler.schedule, scheduler.rank = noted, checked
+    executor = executor_of(policy)
+    done = Engine(scheduler, executor, jump=False).run(requests_of(LOAD, gap_ps))
+    assert policy.usage().live == 0, "a finished replay leaks nothing"
+    return done, decisions, executor
+
+
+def measured(system, model, **load):
+    def executor_of(policy):
+        store = make_store(policy, CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_size, CONFIG.dtype)
+        return Keeper(model, store, get_kernel("numba"))
+
+    done, decisions, executor = serve(system, executor_of, **load)
+    executor.store.close()
+    return done, decisions, executor
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_same_step_times_and_survivors_give_the_same_decisions(system, model):
+    done, decisions, executor = measured(system, model)
+    rows = done.steps.to_frame()
+    replayed, again, _ = serve(system, lambda policy: Scripted(rows.duration_ps.tolist(), executor.lived_on))
+    assert again == decisions
+    assert [r.finish_ps for r in replayed.requests] == [r.finish_ps for r in done.requests]
+    assert all(r.state is RequestState.FINISHED for r in done.requests)
+
+
+def test_every_path_through_memory_yields_the_same_tokens(model):
+    said, preempted, copies = {}, {}, {}
+    for system in SYSTEMS:
+        _, decisions, executor = measured(system, model, gap_ps=0)
+        said[system] = executor.finished
+        preempted[system] = sum(len(d[1]) for d in decisions), sum(len(d[2]) for d in decisions)
+        copies[system] = sum(isinstance(a, CopyBlock | CopyRow) for d in decisions for a in d[5])
+    groups = {r.seq_id for r in requests_of(LOAD, 0) if r.group}
+    assert preempted["recomputing"][0] > 0
+    assert preempted["swapping"][1] > 0
+    assert preempted["in chunks"][0] > 0
+    for system in SYSTEMS:
+        assert said[system].keys() == said["copying rows"].keys(), system
+        for seq_id, tokens in said["copying rows"].items():
+            mine = said[system][seq_id]
+            if system == "padded batches":
+                mine = mine[: len(tokens)]  # what a row says after its end is padding
+            assert mine == tokens, (system, seq_id, seq_id in groups)
+        assert copies[system] > 0, system
