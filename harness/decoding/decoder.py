@@ -53,7 +53,8 @@ class Decoder:
         yielding: dict[int, tuple[Request, list[int]]] = {}  # request_id -> one of its gang, its rows
         likeliest = logits.argmax(-1).tolist()
         for row, request in _yielding(plan):
-            if request.decoding.name == "greedy":
+            is_padding = request.generated >= request.output_tokens  # of a row that goes on to the end of its batch
+            if request.decoding.name == "greedy" or is_padding:
                 self.known(request).append(likeliest[row])
             else:
                 yielding.setdefault(request.request_id, (request, []))[1].append(row)
