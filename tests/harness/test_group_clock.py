@@ -71,6 +71,7 @@ def replay(system, shapes, *, jump, prefix=None):
         policy.check_integrity()
         for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in, scheduler.running):
             check_whole(part)
+        assert all(policy.length(r.seq_id) == r.computed + plan.steps for r in plan.decodes), "one position for each"
         complete(plan, now_ps)
         policy.check_integrity()
 
