@@ -167,6 +167,8 @@ def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
                   quantity=f"prefill_time_{size}_prompt", **_columns(run, way))  # fmt: skip
         yield row(_estimate(own.prefill_s / plain), quantity=HEADLINE, unit="ratio", **mine)
         yield row(_estimate(1e3 * own.mapping_s), quantity="mapping_time", unit="ms", **mine)
+        rest = own.prefill_s - own.mapping_s
+        yield row(_estimate(100 * own.mapping_s / rest), quantity="mapping_time_over_rest", unit="%", **mine)
         yield row(float(own.slabs.iloc[0]), quantity="page_groups_per_tensor", unit="count",
                   **{**mine, "evidence": "exact"})  # fmt: skip
 
