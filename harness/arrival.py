@@ -1,6 +1,7 @@
 """When requests arrive: processes by name, times in integer picoseconds, never rescaled to reach a rate exactly."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ LONGEST_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
 class ArrivalConfig:
     """What a user may say of arrivals; the files of conf/arrival/ are instances."""
 
-    process: str = "poisson"  # poisson, gamma, constant, artifact; recorded and all_at_once draw nothing
+    process: str = "poisson"  # poisson, gamma, constant, artifact, sarathi; recorded and all_at_once draw nothing
     rate: float | None = None  # requests/s
     burstiness: float = 1.0  # gamma only: shape of the gaps; 1 is Poisson, below 1 is burstier
     duration_s: float | None = None  # arrivals before this time; null: one for each request of the trace
@@ -25,7 +26,7 @@ class ArrivalConfig:
     quantum_s: float = 0.01  # artifact only: arrivals fall on multiples of this
 
 
-DRAWN = ("poisson", "gamma", "constant", "artifact")
+DRAWN = ("poisson", "gamma", "constant", "artifact", "sarathi")
 UNDRAWN = ("recorded", "all_at_once")
 
 
@@ -81,6 +82,8 @@ def _gaps(config: ArrivalConfig, seed: int) -> Callable[[int], Floats]:
     """A function that draws the next n gaps, in seconds."""
     rate, shape, stream = config.rate, config.burstiness, Stream(seed, "arrivals")
     assert rate is not None
+    if config.process == "sarathi":
+        return _sarathi_gaps(rate, random.Random(seed))
     if config.process == "poisson" or shape == 1:
         return lambda count: stream.exponentials(count) / rate
 
@@ -93,6 +96,14 @@ def _gaps(config: ArrivalConfig, seed: int) -> Callable[[int], Floats]:
         return np.asarray(np.rint(gaps * 1e6) / 1e6, np.float64)
 
     return gamma
+
+
+def _sarathi_gaps(rate: float, generator: random.Random) -> Callable[[int], Floats]:
+    """Sarathi-Serve's generator, which vAttention's evaluation uses: exponential gaps, none above 3 / rate.
+
+    So 5 % more requests arrive than were asked for. That it draws from Python's generator is our reading.
+    """
+    return lambda count: np.array([min(3.0, -math.log(1.0 - generator.random())) / rate for _ in range(count)])
 
 
 def _renewal(gaps: Callable[[int], Floats], rate: float, num_requests: int | None, duration_s: float | None) -> Ints:
