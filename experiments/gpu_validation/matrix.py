@@ -36,7 +36,7 @@ def kept_records(results: Path = RESULTS) -> list[Record]:
 
 def of_all_steps(records: Iterable[Record]) -> str:
     """Tables of every step and case there is; those without a record say "not run"."""
-    found = {key: record for key, record in latest(records).items() if record.origin.device != "cpu"}
+    found = latest(record for record in records if record.origin.device != "cpu")
     return "\n".join(
         f"### {step.name}\n\n{step.about[0].upper()}{step.about[1:]}.\n\n{_HEADER}"
         + "".join(_line(case, found.get((step.name, case))) for case in step.cases("cuda"))

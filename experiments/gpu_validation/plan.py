@@ -10,6 +10,14 @@ STEPS = (
     Step("edge", "whether a kernel touches memory past the mapped end of a row", 70, 30),
     Step("kernels", "every kernel against float64 on fresh random inputs: rows, blocks in order, shuffled", 150, 90),
     Step("bandwidth", "a read-only reduction, a copy, a matrix product", 40, 20),
+    Step("latencies", "vAttention Tables 3 and 9", 80, 60),
+    Step("sweep", "GB/s of decode attention by batch and context, beside the reduction", 90, 30),
+    Step("decode", "decode throughput, one kernel over static, paged and vAttention memory", 120, 90),
+    Step("prefill", "prefill throughput", 60, 60),
+    Step("overlap", "mapping beside the forward pass, and without", 60, 60),
+    Step("replay", "a small trace served end to end: every allocator yields the same tokens", 60, 30),
+    Step("graphs", "decode steps captured in CUDA graphs", 90, 60),
+    Step("models", "the papers' models, their weights drawn on the device", 60, 30),
 )
 
 

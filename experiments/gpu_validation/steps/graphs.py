@@ -1,0 +1,64 @@
+"""Decode steps captured in CUDA graphs: each kernel alone, and the whole forward pass of every allocator.
+
+Tokens could not say whether a replay is right: a graph cuts the attention's work for a longer longest sequence, so its
+sums round otherwise, and a random model's tokens soon differ for that alone. So every step is run both ways.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
+from kvarena.experiments.gpu_validation.step import Context
+from kvarena.experiments.gpu_validation.steps.driver_contract import run_tests
+from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, Keeper, make_model, serve
+from kvarena.harness.decode_graphs import DecodeGraphs
+from kvarena.harness.paths import ROOT
+from kvarena.harness.step import StepPlan
+from kvarena.kernels.view import BatchView
+
+KERNELS_ALONE = "kernels alone"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest logit
+
+
+def cases(device: str) -> list[str]:
+    """The allocators, then the tests of the kernels alone."""
+    return [*ALLOCATORS, KERNELS_ALONE]
+
+
+def run(case: str, context: Context) -> Values:
+    """Serve a small trace; in every decode step a replayed graph must give the step's own logits."""
+    if case == KERNELS_ALONE:
+        if not context.on_gpu:
+            raise NotRunError("there are no CUDA graphs on a CPU")
+        return run_tests(ROOT / "tests" / "kernels" / "test_gpu_adapters_on_gpu.py", ["-k", "captured"], context)
+    made: list[BothWays] = []
+
+    def make(*given: Any) -> Keeper:
+        made.append(BothWays(*given))
+        return made[0]
+
+    model = make_model(context)
+    serve(model, case, context, 1.25, make)
+    gap, graphs, replays = made[0].gap, len(made[0].graphs), made[0].replays
+    if not gap <= TOLERANCE[model.config.dtype]:
+        raise FailedError(f"a replayed step is off by {gap:.2e} of its largest logit")
+    return {"largest gap of a logit": float(f"{gap:.2e}"), "graphs": graphs, "replays": replays}
+
+
+class BothWays(Keeper):
+    """Runs every decode step as it is, and as a graph: writing the same K/V twice changes nothing."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.graphs = DecodeGraphs(self.kernel, self.model.device)
+        self.gap, self.replays = 0.0, 0
+
+    def _forward(self, plan: StepPlan, views: tuple[BatchView | None, BatchView | None]) -> Tensor:
+        plain = super()._forward(plan, views)
+        if views[0] is not None and views[1] is None:
+            fed = [self.known(request)[request.computed] for request in plan.decodes]
+            replayed = self.graphs.run(self._decode_step, fed, views[0], self.store.layer(0))
+            self.gap = max(self.gap, float((replayed - plain).abs().max() / plain.abs().max()))
+            self.replays += 1
+        return plain

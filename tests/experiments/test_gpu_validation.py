@@ -1,0 +1,248 @@
+"""gpu-validation: whatever happens to a child, every case has a record and the rest goes on."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass, replace
+
+import pytest
+
+from kvarena.errors import UserError
+from kvarena.experiments.gpu_validation import command, matrix
+from kvarena.experiments.gpu_validation.child import START_ANOTHER
+from kvarena.experiments.gpu_validation.folder import LARGE_BYTES, Folder
+from kvarena.experiments.gpu_validation.plan import STEPS, step_named
+from kvarena.experiments.gpu_validation.record import Origin, Record, Result, append, latest, read
+from kvarena.experiments.gpu_validation.session import Session
+from kvarena.experiments.gpu_validation.step import Step
+from kvarena.experiments.gpu_validation.steps.experiment_run import _complaint
+from kvarena.harness.paths import ROOT
+
+CHILD = f"""
+import os, signal, sys, time
+from pathlib import Path
+from kvarena.experiments.gpu_validation.record import Record, Result, append
+folder, *cases = sys.argv[1:]
+for case in cases:
+    if case == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
+    if case == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if case == "hang": time.sleep(60)
+    if case == "exit": sys.exit("no such library")
+    result = Result.FAULTED if case == "fault" else Result.PASSED
+    append(Path(folder) / "validation.jsonl", Record("step", case, result))
+    if case == "fault": sys.exit({START_ANOTHER})
+"""
+
+
+@dataclass(frozen=True)
+class FakeStep(Step):
+    names: tuple[str, ...] = ()
+
+    def cases(self, device):
+        return list(self.names)
+
+
+def fake(*names, limit_s=60.0, case_limit_s=20.0):
+    return FakeStep("step", "about", limit_s, case_limit_s, names=names)
+
+
+def fake_command(step, device, folder, scratch, cases):
+    return [sys.executable, "-c", CHILD, str(folder.path), *cases]
+
+
+def session(path, device="cpu", budget_s=60.0, cuda=True):
+    folder = Folder(path)
+    folder.write_environment(
+        {"device": "a-gpu", "cuda": cuda, "libraries": {"torch": "2"}, "git": {"commit": "c" * 40}}
+    )
+    return Session(folder, device, path / "scratch", budget_s, fake_command)
+
+
+def outcomes(records):
+    return [(record.case, record.result) for record in records]
+
+
+# ---- a session -------------------------------------------------------------------------------------------------
+
+
+def test_whatever_ends_a_child_the_rest_goes_on(tmp_path):
+    names = ("a", "segfault", "b", "fault", "c", "exit", "killed", "d")
+    records = session(tmp_path).run([fake(*names)])
+    assert outcomes(records) == [
+        ("a", "passed"), ("segfault", "faulted"), ("b", "passed"), ("fault", "faulted"), ("c", "passed"),
+        ("exit", "failed"), ("killed", "failed"), ("d", "passed"),
+    ]  # fmt: skip
+    reasons = {record.case: record.reason for record in records}
+    assert reasons["segfault"] == "the process died of SIGSEGV"
+    assert reasons["exit"] == "the process ended with 1: no such library"
+    assert records == read(tmp_path / "validation.jsonl")
+    assert records[1].origin == Origin("a-gpu", "torch 2", "c" * 12)
+
+
+def test_a_case_that_hangs_is_killed_and_the_rest_goes_on(tmp_path):
+    records = session(tmp_path).run([fake("a", "hang", "b", case_limit_s=2.0)])
+    assert outcomes(records) == [("a", "passed"), ("hang", "timed out"), ("b", "passed")]
+    assert records[1].reason == "took longer than 2 s"
+    assert 2 <= records[1].seconds < 20
+
+
+@pytest.mark.parametrize("which", ["step", "session"])
+def test_time_is_limited(tmp_path, which, monkeypatch):
+    monkeypatch.setattr("kvarena.experiments.gpu_validation.session.LEAST_S", 1.0)
+    limits = {"limit_s": 4.0} if which == "step" else {}
+    records = session(tmp_path, budget_s=60.0 if which == "step" else 4.0).run([fake("a", "hang", "b", **limits)])
+    assert outcomes(records) == [("a", "passed"), ("hang", "timed out"), ("b", "not run")]
+    assert records[2].reason == f"the {which}'s time was used up"
+
+
+def test_what_has_passed_is_not_run_again(tmp_path):
+    session(tmp_path).run([fake("a", "fault")])
+    assert outcomes(session(tmp_path).run([fake("a", "fault", "b")])) == [("fault", "faulted"), ("b", "passed")]
+
+
+def test_without_a_gpu_nothing_runs_and_everything_is_recorded(tmp_path):
+    records = session(tmp_path, "cuda", cuda=False).run([fake("a", "b")])
+    assert [(record.result, record.reason) for record in records] == [("not run", "no CUDA device")] * 2
+
+
+# ---- its folder ------------------------------------------------------------------------------------------------
+
+
+def test_few_flat_files_and_the_runs(tmp_path):
+    runs = tmp_path / "scratch" / "runs"
+    (runs / "decode").mkdir(parents=True)
+    (runs / "decode" / "summary.csv").write_text("kept\n")
+    (runs / "decode" / "steps.parquet").write_bytes(bytes(LARGE_BYTES + 1))
+    (runs / ".unfinished").write_text("")
+    out = tmp_path / "out"
+    out.mkdir()
+    folder = Folder(out)
+    folder.write_environment({})
+    Session(folder, "cpu", tmp_path / "scratch", 60.0, fake_command).run([fake("a")])
+    files = {"validation.jsonl", "matrix.md", "log.txt", "environment.json", "kept.tar.xz"}
+    assert {path.name for path in out.iterdir()} == files
+    with tarfile.open(out / "kept.tar.xz") as tar:
+        assert tar.getnames() == ["decode/summary.csv"]
+    folder.unpack(tmp_path / "again")
+    assert (tmp_path / "again" / "runs" / "decode" / "summary.csv").read_text() == "kept\n"
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    record = Record(
+        "kernels", "a | b", Result.FAILED, "off", {"gap": 0.5}, 1.5, "2026-11-22", Origin("gpu", "torch", "c")
+    )
+    append(tmp_path / "r.jsonl", record)
+    assert read(tmp_path / "r.jsonl") == [record]
+    assert "| a \\| b | gpu | torch | c | 2026-11-22 | failed: off (gap = 0.5) |" in matrix.written([record])
+
+
+def test_the_latest_record_counts_unless_it_was_not_run():
+    passed, not_run = Record("s", "c", Result.PASSED), Record("s", "c", Result.NOT_RUN)
+    failed = Record("s", "c", Result.FAILED)
+    assert latest([passed, not_run]) == {("s", "c"): passed}
+    assert latest([not_run, passed, failed]) == {("s", "c"): failed}
+    assert latest([not_run]) == {("s", "c"): not_run}
+
+
+# ---- the page --------------------------------------------------------------------------------------------------
+
+
+def test_docs_show_every_case_of_every_step_as_kept_records_have_it():
+    page = matrix.DOCS.read_text()
+    assert matrix.with_tables(page, matrix.of_all_steps(matrix.kept_records())) == page
+
+
+def test_tables_take_kept_records_and_no_rehearsal():
+    step = step_named("bandwidth")
+    case = step.cases("cuda")[0]
+    real = Record(step.name, case, Result.PASSED, values={"GB/s": 4000.0}, at="2026-11-22T10:00", origin=Origin("h200"))
+    tables = matrix.of_all_steps([real, replace(real, values={"GB/s": 1.0}, origin=Origin("cpu"))])
+    assert f"| {case} | h200 | - | - | 2026-11-22 | passed (GB/s = 4000.0) |" in tables
+    assert tables.count("not run") == sum(len(step.cases("cuda")) for step in STEPS) - 1
+
+
+def test_a_page_without_marks_is_refused():
+    with pytest.raises(UserError, match="between which the tables stand"):
+        matrix.with_tables("# GPU\n", "")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out DIR says where"),
+        (["--out", "x", "--only", "kernel"], "no such step. There are: environment, "),
+        (["--out", __file__], "that is a file"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(arguments)
+    assert left.value.code == command.USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_list_names_every_case(capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(["--list"])
+    shown = capsys.readouterr().out
+    assert left.value.code == command.ALL_PASSED
+    assert all(case in shown for step in STEPS for case in step.cases("cuda"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_cases_are_told_apart(device):
+    for step in STEPS:
+        names = step.cases(device)
+        assert names
+        assert len(set(names)) == len(names)
+
+
+def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch):
+    """The real children, with the CPU's kernels and the host's driver."""
+    steps = ["addresses", "edge", "kernels", "graphs"]
+    with pytest.raises(SystemExit) as left:
+        command.main(["--out", str(tmp_path), "--device", "cpu", *(f"--only={step}" for step in steps)])
+    records = read(tmp_path / "validation.jsonl")
+    assert left.value.code == command.ALL_PASSED
+    assert [record for record in records if record.result is Result.NOT_RUN and "GPU" not in record.reason] == [
+        record for record in records if record.case == "kernels alone"
+    ]
+    assert [record.key for record in records] == [
+        (step, case) for step in ["environment", *steps] for case in step_named(step).cases("cpu")
+    ]
+    assert all(record.origin.device == "cpu" for record in records[1:])
+    assert json.loads((tmp_path / "environment.json").read_text())["kernels"]["numba"] == "present"
+
+
+READER = """
+import sys, torch
+from pathlib import Path
+from kvarena.allocators.vmm.host import HostDriver
+from kvarena.experiments.gpu_validation.step import Context
+from kvarena.experiments.gpu_validation.steps.edge import at_the_edge
+batch = at_the_edge(HostDriver(65536), Context("cpu", Path(), Path()), more=int(sys.argv[1]), prefill=False)
+length = int(batch.view.lengths[1])
+print(float(batch.cache.k[1, :length + int(sys.argv[2])].sum()))
+"""
+
+
+@pytest.mark.parametrize(("more", "past", "faults"), [(0, 0, False), (0, 1, True), (1, 1, False)])
+def test_one_token_past_the_edge_is_a_fault(more, past, faults):
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(more), str(past)],
+        env={"PYTHONPATH": str(ROOT / ".import"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode == -11) == faults, done.stderr
+    assert faults or done.returncode == 0, done.stderr
+
+
+def test_the_line_that_says_what_went_wrong():
+    assert _complaint("warming up\nerror: no pool\nresults: none\n") == "error: no pool"
+    assert _complaint("Traceback\nValueError: no\n\n") == "ValueError: no"
+    assert _complaint("") == ""
