@@ -1,0 +1,235 @@
+"""Which kernels run over which allocator's memory, unchanged (vAttention Table 1, Fig 16), and how long paging lagged.
+
+Every kernel that is installed here runs over every allocator whose layout it reads: prompts are appended to real memory
+and prefilled, a token is added to each and decoded, and both outputs are held to attention in float64. A kernel without
+block tables is one that PagedAttention cannot use until somebody rewrites it; the *lag* is how long that took
+(`results/published/kernel_releases.csv`, with sources).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy, memory_layout
+from kvarena.allocators.stores import make_store
+from kvarena.errors import UserError
+from kvarena.experiments import plots
+from kvarena.experiments.attention_time import TOLERANCE
+from kvarena.experiments.driver_calls import check_counts
+from kvarena.harness.config import load, typed
+from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.progress import Progress
+from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.request import Request
+from kvarena.harness.run import Run
+from kvarena.harness.summary import SummaryRow, frame, row
+from kvarena.kernels.append import append
+from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.reference import reference_attention
+from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec, missing
+
+NAME = "portability"
+HEADLINE = "share_of_contiguous_kernels_that_run"
+RELEASES = PUBLISHED / "kernel_releases.csv"
+USUAL_BLOCK = 16
+OUTCOMES = ("reads another layout", "not here", "fails", "passes")  # in the figure's order of colours
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/portability.yaml; null there means: by the profile."""
+
+    prompts: list[int] = field(default_factory=list)  # tokens of each sequence
+    max_tokens: int = 0
+    pool_bytes: int = 0
+    page_group: str = ""  # of vattention
+
+
+class Pair(NamedTuple):
+    """One cell of the matrix."""
+
+    allocator: str
+    kernel: str
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Try every pair."""
+    params: Params = run.params
+    _check(params)
+    pairs = [Pair(allocator, kernel) for allocator in ALLOCATORS for kernel in kernel_names()]
+    with Progress(NAME, 1) as progress:
+        cell = recorder.cell("pairs", lambda: _matrix(run, pairs))["pairs"]
+        progress.advance()
+    summary = frame(_summary(run, cell))
+    return Outcome(summary, pd.DataFrame({"kernel": []}), cell, HEADLINE, draw(summary))
+
+
+def _check(params: Params) -> None:
+    check_counts(params, "max_tokens", "pool_bytes")
+    if not params.prompts or min(params.prompts) < 1 or max(params.prompts) >= params.max_tokens:
+        raise UserError(
+            f"params.prompts={params.prompts}: lengths from 1 to {params.max_tokens - 1}, which leaves room for a token"
+        )
+
+
+def _matrix(run: Run, pairs: Sequence[Pair]) -> Frames:
+    rows = []
+    for pair in pairs:
+        outcome, gap, why = _outcome(run, pair)
+        rows.append({**pair._asdict(), "outcome": outcome, "gap": gap, "why": why})
+    return {"pairs": pd.DataFrame(rows)}
+
+
+def _outcome(run: Run, pair: Pair) -> tuple[str, float, str]:
+    """How a pair ends, its largest difference from float64 over the largest output, and why it was not tried."""
+    spec, layout = kernel_spec(pair.kernel), memory_layout(pair.allocator)
+    if reason := fits(spec, layout):
+        return "reads another layout", float("nan"), reason
+    model = run.model
+    if reason := missing(spec) or fits(spec, layout, run.device.kind, model.dtype, model.head_size):
+        return "not here", float("nan"), reason
+    try:
+        gap = _largest_gap(run, pair, get_kernel(pair.kernel))
+    except Exception as error:  # whatever a library raises is the answer
+        return "fails", float("nan"), f"{type(error).__name__}: {error}"
+    return ("passes" if gap <= TOLERANCE[model.dtype] else "fails"), gap, ""
+
+
+def _largest_gap(run: Run, pair: Pair, kernel: AttentionKernel) -> float:
+    """Prefill prompts and decode one token of each over the allocator's memory; the gap of the worse."""
+    params, local = run.params, run.model
+    policy = make_policy(_allocator(run, pair), local.kv_layout(), params.pool_bytes, params.max_tokens)
+    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, run.device.kind)
+    generator = torch.Generator().manual_seed(local.seed)
+    try:
+        ids = range(len(params.prompts))
+        for i, tokens in zip(ids, params.prompts, strict=True):
+            if not policy.admit(Request(i, tokens, 1), tokens):
+                raise UserError(f"params.pool_bytes={params.pool_bytes}: {pair.allocator} has no room for the prompts")
+        gaps = [_gap(run, kernel, store, policy, params.prompts, params.prompts, generator)]
+        for i in ids:
+            policy.grow(i)
+        gaps.append(_gap(run, kernel, store, policy, [n + 1 for n in params.prompts], [1] * len(ids), generator))
+        return max(gaps)
+    finally:
+        store.close()
+
+
+def _gap(
+    run: Run, kernel: AttentionKernel, store: Any, policy: Any, lengths: Sequence[int], queries: Sequence[int],
+    generator: torch.Generator,
+) -> float:  # fmt: skip
+    """Append as many tokens as there are queries, attend, and compare."""
+    local, cache = run.model, store.layer(run.model.num_layers - 1)
+    store.apply(policy.drain())
+    view = store.view(range(len(lengths)), lengths, queries)
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(sum(queries), heads, local.head_size, generator=generator).to(cache.k)
+
+    append(draw(local.num_kv_heads), draw(local.num_kv_heads), cache, view)
+    q = draw(local.num_heads)
+    out = torch.full_like(q, float("nan"))
+    (kernel.decode if view.is_decode else kernel.prefill)(q, cache, view, out)
+    expected = reference_attention(q, cache, view)
+    return float(((out.double().cpu() - expected).abs().max() / expected.abs().max()).nan_to_num(float("inf")))
+
+
+def _allocator(run: Run, pair: Pair) -> Any:
+    """The allocator as configured, with a block size that the kernel reads and the page-group of this run."""
+    config = typed(config_class(pair.allocator), load("allocator", pair.allocator), "allocator")
+    if hasattr(config, "page_group"):
+        return replace(config, page_group=run.params.page_group, max_rows=len(run.params.prompts) + 1)
+    sizes = kernel_spec(pair.kernel).block_sizes
+    if hasattr(config, "block_size") and sizes is not None and USUAL_BLOCK not in sizes:
+        return replace(config, block_size=min(sizes))
+    return config
+
+
+def _summary(run: Run, pairs: pd.DataFrame) -> Iterator[SummaryRow]:
+    common = {"experiment": NAME, "model": run.model.name, "clock": run.clock, "device": run.device_name}
+    ours = {**common, "paper": "kvarena", "figure": NAME, "panel": "pairs"}
+    for pair in pairs.itertuples():
+        columns = {**ours, "system": f"{pair.allocator}/{pair.kernel}", "allocator": pair.allocator,
+                   "kernel": pair.kernel}  # fmt: skip
+        yield row(OUTCOMES.index(pair.outcome), quantity="outcome", unit=", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES)),
+                  evidence="measured", **columns)  # fmt: skip
+        reads = fits(kernel_spec(str(pair.kernel)), memory_layout(str(pair.allocator))) is None
+        yield row(reads, quantity="layout_fits", unit="yes or no", evidence="exact", **columns)
+    passing = pairs[pairs.outcome == "passes"].groupby("allocator").kernel.apply(set)
+    contiguous = passing.get("static", set())
+    if not contiguous:
+        raise UserError(f"device={run.device_name}: no kernel that reads rows runs here; ./run.sh kernels says why")
+    for allocator in ("vattention", "paged"):
+        share = 100 * len(contiguous & passing.get(allocator, set())) / len(contiguous)
+        yield row(share, paper="vattention", figure=NAME, panel="kernels", system=allocator, allocator=allocator,
+                  kernel="-", quantity=HEADLINE, unit="%", evidence="measured", **common)  # fmt: skip
+    for allocator in ("vattention", "paged"):
+        yield row(_catalogue_share(allocator), panel="catalogue", system=allocator, allocator=allocator, kernel="-",
+                  quantity="share_of_contiguous_kernels_that_fit", unit="%", evidence="exact", paper="kvarena",
+                  figure=NAME, **common)  # fmt: skip
+    for release in read_releases().itertuples():
+        yield row(release.lag_months, panel="lag", system=release.library, allocator="-", kernel="-", paper="kvarena",
+                  figure=NAME, quantity="months_from_contiguous_to_paged", unit="months", evidence="exact",
+                  **common)  # fmt: skip
+
+
+def _catalogue_share(allocator: str) -> float:
+    """Of the kernels of the catalogue that read rows, installed or not, those that read this allocator's memory."""
+    specs = [kernel_spec(name) for name in kernel_names()]
+    rows = [spec for spec in specs if Layout.CONTIGUOUS in spec.layouts]
+    return 100 * sum(memory_layout(allocator) in spec.layouts for spec in rows) / len(rows)
+
+
+def read_releases() -> pd.DataFrame:
+    """Libraries and the months in which they first read contiguous and paged K/V; `lag_months` between them."""
+    table = pd.read_csv(RELEASES)
+    months = [pd.PeriodIndex(table[key], freq="M") for key in ("contiguous", "paged")]
+    return table.assign(lag_months=[int(p.ordinal - c.ordinal) for c, p in zip(*months, strict=True)])
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """The matrix of what ran here, and the lag of paged support by library."""
+    figure, axes = plots.canvas(1, 2, width=6.5, height=4)
+    _draw_matrix(axes[0], summary[summary.quantity == "outcome"])
+    _draw_lag(axes[1], read_releases())
+    figure.tight_layout()
+    return figure
+
+
+def _draw_matrix(axis: Axes, rows: pd.DataFrame) -> None:
+    table = rows.pivot(index="allocator", columns="kernel", values="value")
+    table = table.loc[list(dict.fromkeys(rows.allocator)), list(dict.fromkeys(rows.kernel))]
+    colours = dict(zip(OUTCOMES, ("#EEEEEE", "#CFE3F2", "#D55E00", "#009E73"), strict=True))
+    for y, (_, line) in enumerate(table.iterrows()):
+        for x, value in enumerate(line):
+            axis.barh(y, 0.9, 0.9, x - 0.45, color=colours[OUTCOMES[int(value)]])
+    for outcome, colour in colours.items():
+        axis.bar(0, 0, color=colour, label=outcome)
+    axis.set_xticks(range(table.shape[1]), list(table.columns), rotation=40, ha="right", fontsize=8)
+    axis.set_yticks(range(len(table)), list(table.index), fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    axis.set_title(f"kernels over allocators: {rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.28))
+
+
+def _draw_lag(axis: Axes, table: pd.DataFrame) -> None:
+    starts = pd.PeriodIndex(table.contiguous, freq="M").to_timestamp()
+    ends = pd.PeriodIndex(table.paged, freq="M").to_timestamp()
+    for y, (start, end, months) in enumerate(zip(starts, ends, table.lag_months, strict=True)):
+        axis.plot([start, end], [y, y], color="#999999", lw=2, zorder=1)
+        axis.annotate(f"{months}", (start + (end - start) / 2, y - 0.12), fontsize=8, ha="center")
+    axis.scatter(starts, range(len(table)), color=plots.COLOURS["vattention"], label="contiguous", zorder=2)
+    axis.scatter(ends, range(len(table)), color=plots.COLOURS["paged"], marker="s", label="paged", zorder=2)
+    axis.set_yticks(range(len(table)), list(table.library), fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.invert_yaxis()
+    axis.set_title("first release that reads contiguous and paged K/V; months between", fontsize=9)
+    axis.legend(fontsize=7, frameon=False)
