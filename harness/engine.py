@@ -75,7 +75,7 @@ class Engine:
             gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
-        shared_bytes = scheduler.policy.shared_bytes * plan.steps  # a stretch shares nothing anew
+        shared_bytes = scheduler.policy.shared_bytes * plan.steps if scheduler.may_share else 0
         clock.pass_step(time)
         end_ps = clock.now_ps
         scheduler.complete(plan, end_ps)

@@ -54,6 +54,11 @@ class Request(Sequence):
         return [self] if self.group is None else self.group.members
 
     @property
+    def width(self) -> int:
+        """Sequences of its gang."""
+        return 1 if self.group is None else len(self.group.members)
+
+    @property
     def request_id(self) -> int:
         """The seq_id of the first of its gang, which names the request."""
         return self.gang[0].seq_id

@@ -45,7 +45,7 @@ class ChunkedPrefillScheduler(Scheduler):
         if not self.waiting or not budget:
             return False
         head = self.waiting[0]
-        has_room = len(self.running) + len(head.gang) <= self.max_seqs
+        has_room = len(self.running) + head.width <= self.max_seqs
         return has_room and self._can_take(head, self._first_tokens(head, budget))
 
     def _first_tokens(self, head: Request, budget: int) -> int:
@@ -69,7 +69,10 @@ class ChunkedPrefillScheduler(Scheduler):
                 continue
             tokens = min(request.known_tokens - request.computed, budget)
             given = self.whole_prompts and not request.is_decoding  # on admission
-            if given or self._grow([(request.seq_id, tokens)], [request], pending, plan):
+            while tokens and not (given or self.policy.grow(request.seq_id, tokens)):
+                if self._evict_latest(pending, [request], plan):
+                    break
+            else:
                 self.running.append(request)
                 self._plan_tokens(request, tokens, plan)
                 budget -= tokens
@@ -92,24 +95,20 @@ class ChunkedPrefillScheduler(Scheduler):
         else:
             chunks = catch_up(group, budget)
             wanted = [(chunk.request.seq_id, chunk.tokens) for chunk in chunks]
-        if not self._grow(wanted, members, pending, plan):
-            return budget
+        for seq_id, tokens in wanted:
+            while not self.policy.grow(seq_id, tokens):
+                if self._evict_latest(pending, members, plan):
+                    return budget
         self.running += members
         plan.decodes += members if decodes else []
         plan.prefills += [chunk for chunk in chunks if chunk.tokens]
         return budget - (len(members) if decodes else sum([chunk.tokens for chunk in chunks]))
 
-    def _grow(
-        self, wanted: list[tuple[int, int]], gang: list[Request], pending: deque[Request], plan: StepPlan
-    ) -> bool:
-        """Take so many positions for each of a gang, from whoever arrived last; False where that was the gang."""
-        for seq_id, tokens in wanted:
-            while tokens and not self.policy.grow(seq_id, tokens):
-                victims = self._pop_latest(pending) if pending else gang
-                self._evict(victims, plan)
-                if victims is gang:
-                    return False
-        return True
+    def _evict_latest(self, pending: deque[Request], gang: list[Request], plan: StepPlan) -> bool:
+        """Preempt whoever arrived last of those who have yet to be served; says whether that was the gang itself."""
+        victims = self._pop_latest(pending) if pending else gang
+        self._evict(victims, plan)
+        return victims is gang
 
     @staticmethod
     def _plan_tokens(request: Request, tokens: int, plan: StepPlan) -> None:
@@ -121,7 +120,7 @@ class ChunkedPrefillScheduler(Scheduler):
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and budget:
             head = self.waiting[0]
-            if len(self.running) + len(head.gang) > self.max_seqs:
+            if len(self.running) + head.width > self.max_seqs:
                 return
             if not self._take(head, self._first_tokens(head, budget)):
                 return

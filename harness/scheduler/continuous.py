@@ -40,8 +40,8 @@ class ContinuousScheduler(Scheduler):
 
     def refusal(self, request: Request) -> str:
         """As of every scheduler; and whatever would have to be prefilled at once must fit the token budget."""
-        if len(request.gang) > self.max_seqs:
-            return f"request {request.seq_id}: {len(request.gang)} sequences exceed a batch of {self.max_seqs}"
+        if request.width > self.max_seqs:
+            return f"request {request.seq_id}: {request.width} sequences exceed a batch of {self.max_seqs}"
         tokens = self._longest_prefill(request) - self._held(request)
         if tokens > self.token_budget:
             return (
@@ -59,11 +59,10 @@ class ContinuousScheduler(Scheduler):
         if not self.waiting:
             return False
         head, running = self.waiting[0], len(self.running)
+        if running + head.width > self.max_seqs:
+            return False
         tokens = head.admission_tokens
-        has_room = (
-            tokens - self._held(head) + running <= self.token_budget and running + len(head.gang) <= self.max_seqs
-        )
-        return has_room and self._can_take(head, tokens)
+        return tokens - self._held(head) + running <= self.token_budget and self._can_take(head, tokens)
 
     def _admit(self, plan: StepPlan) -> None:
         """Admit in order of arrival, and stop at the first who does not fit. A prompt counts once for a group."""
@@ -71,7 +70,7 @@ class ContinuousScheduler(Scheduler):
         while self.waiting:
             head = self.waiting[0]
             tokens, held = head.admission_tokens, self._held(head)
-            fits = tokens - held <= budget and len(self.running) + len(head.gang) <= self.max_seqs
+            fits = tokens - held <= budget and len(self.running) + head.width <= self.max_seqs
             if not (fits and self._take(head, tokens)):
                 return
             budget -= tokens - held

@@ -39,8 +39,8 @@ class FasterTransformerScheduler(Scheduler):
 
     def _start_batch(self, plan: StepPlan) -> None:
         """Requests from the head of the line, as long as they have as many sequences as the first."""
-        width = len(self.waiting[0].gang)
-        while self.waiting and len(self.waiting[0].gang) == width:
+        width = self.waiting[0].width
+        while self.waiting and self.waiting[0].width == width:
             request = self.waiting[0]
             if not self._take(request, request.prompt_tokens):
                 break

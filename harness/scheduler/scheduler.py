@@ -136,13 +136,15 @@ class Scheduler(ABC):
 
     def _held(self, head: Request) -> int:
         """Leading tokens of a request that its prefix holds already: they are not fed again."""
+        if not self._prefixes:
+            return 0
         return head.prefix.tokens if head.prefix is not None and head.prefix in self._prefixes else 0
 
     def _can_take(self, head: Request, tokens: int) -> bool:
         """Whether `_take` would succeed now."""
-        prefix = self._shared_prefix(head)
-        if head.group is None and prefix is None:
+        if head.group is None and not self._prefixes:
             return self.policy.can_admit(head, tokens)
+        prefix = self._shared_prefix(head)
         return self._may_return(head, tokens, prefix) and self.policy.can_admit_group(head.gang, tokens, prefix)
 
     def _may_return(self, head: Request, tokens: int, prefix: int | None) -> bool:
@@ -152,9 +154,9 @@ class Scheduler(ABC):
 
     def _take(self, head: Request, tokens: int) -> bool:
         """Take memory for the first tokens of a request: for all of its gang, or for none."""
-        prefix = self._shared_prefix(head)
-        if head.group is None and prefix is None:
+        if head.group is None and not self._prefixes:
             return self.policy.admit(head, tokens)
+        prefix = self._shared_prefix(head)
         return self._may_return(head, tokens, prefix) and self.policy.admit_group(head.gang, tokens, prefix)
 
     def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
@@ -238,7 +240,12 @@ class Scheduler(ABC):
     @property
     def largest_gang(self) -> int:
         """Sequences of the largest gang that runs."""
-        return max([len(group.members) for group in self.groups], default=1)
+        return max([len(group.members) for group in self.groups]) if self.groups else 1
+
+    @property
+    def may_share(self) -> bool:
+        """Whether sequences that run may share memory."""
+        return bool(self.groups or self._prefixes)
 
     @property
     def ranks_beams(self) -> bool:

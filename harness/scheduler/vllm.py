@@ -89,8 +89,7 @@ class VllmScheduler(ContinuousScheduler):
 
     def _grow(self, requests: list[Request]) -> int:
         """Give each of these its next position, gang by gang. Returns how many have got it."""
-        units = self.policy.free_units
-        if not self.groups or (units is not None and units >= len(requests)):
+        if not self.groups or (self.policy.free_units or 0) >= len(requests):
             return self.policy.grow_each([r.seq_id for r in requests])
         grown = 0
         for gang in split_gangs(requests):
