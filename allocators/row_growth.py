@@ -62,20 +62,18 @@ class RowGrowth:
         for seq_id in seq_ids:
             row = rows.live[seq_id]
             length = row.length + steps
-            if row.capacity <= length:
-                place, final, end = len(row.slabs[0]), g.resident_bytes(row.final), g.slabs_for(row.final)
-                for step in self._steps_that_map(row, length):
-                    mapped[step] += 1
-                    left = steps - step + 1
-                    covered += left * max(0, min(g.page_group, final - place * g.page_group))
-                    rounded += left * g.page_group * (place < end)
-                    place += 1
-            elif length <= row.enough_until:
+            if length < row.capacity and length <= row.enough_until:
                 row.length = length
                 continue
+            taken = self._steps_that_map(row, length)
+            for place, step in enumerate(taken, len(row.slabs[0])):
+                mapped[step] += 1
+                left = steps - step + 1
+                covered += left * min(g.page_group, max(0, g.resident_bytes(row.final) - place * g.page_group))
+                rounded += left * (g.page_group if place < g.slabs_for(row.final) else 0)
+            rows.take_back_idle(len(taken) * g.num_tensors, actions)
             row.length = length
-            if not rows.extend(row, min(length + 1, rows.max_tokens), actions):
-                rows.settle(row)
+            rows.map(row, length + 1, actions)
         rows.take_back_idle(self._threshold, actions)
         slab_steps = sum([slabs * (steps - step + 1) for step, slabs in mapped.items()])
         return Held(

@@ -233,20 +233,12 @@ class VAttentionPolicy(Policy):
         """
         actions, self._ahead = self._ahead, []
         if self.overlap:
-            self._map_ahead(actions)
+            self._rows.map_ahead(actions)
         self._rows.take_back_idle(self._threshold, actions)
         if self.eager_allocation:
             self._rows.prepare_slot(self._rows.free - self._threshold, actions)
         self._looked_ahead = True
         return actions
-
-    def _map_ahead(self, actions: list[Action]) -> None:
-        """Map one position ahead of every sequence whose row is full, as far as memory lasts."""
-        for row in self._rows.live.values():
-            if row.length == row.capacity < self.max_tokens:
-                missing = self._rows.missing(row, row.length + 1)
-                if missing <= self._rows.free or missing <= self._rows.obtainable(margin=1):
-                    self._rows.extend(row, row.length + 1, actions, ahead=True)
 
     # ---- the books ---------------------------------------------------------------------------------------------
 

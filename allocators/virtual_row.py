@@ -44,6 +44,7 @@ class Row:
     capacity: int = 0  # tokens that fit what is mapped
     enough_until: int = 0  # tokens that fit what `length` needs
     surplus: int = 0  # page-groups that `length` does not need
+    surplus_ahead: int = 0  # of these, what one token more than `enough_until` would not need
     marks: Marks = NOTHING
 
     def settle(self, geometries: Sequence[RowGeometry], max_tokens: int) -> None:
@@ -53,16 +54,25 @@ class Row:
         capacity = enough_until = max_tokens
         surplus = needed = covered = rounded = 0
         for g, slabs in zip(geometries, self.slabs, strict=True):
-            mapped, slabs_needed = len(slabs), g.slabs_for(length)
-            needed += g.num_tensors * slabs_needed
-            surplus += g.num_tensors * max(0, mapped - slabs_needed)
+            tensors, mapped, slabs_needed = g.num_tensors, len(slabs), g.slabs_for(length)
+            needed += tensors * slabs_needed
+            if mapped > slabs_needed:
+                surplus += tensors * (mapped - slabs_needed)
             end = g.slabs_for(final)
-            covered += g.num_tensors * (mapped * g.page_group if mapped < end else g.resident_bytes(final))
-            rounded += g.num_tensors * g.page_group * min(end, mapped)
+            covered += tensors * (mapped * g.page_group if mapped < end else g.resident_bytes(final))
+            rounded += tensors * g.page_group * min(end, mapped)
             capacity = min(capacity, g.tokens_in(mapped, max_tokens))
             enough_until = min(enough_until, g.tokens_in(slabs_needed, max_tokens))
         self.capacity, self.enough_until, self.surplus = capacity, enough_until, surplus
+        self.surplus_ahead = self._beyond(geometries, min(enough_until + 1, max_tokens)) if surplus else 0
         self.marks = Marks(needed, self.mapped, covered, rounded)
+
+    def _beyond(self, geometries: Sequence[RowGeometry], length: int) -> int:
+        """Page-groups mapped that `length` tokens do not need."""
+        beyond = 0
+        for g, slabs in zip(geometries, self.slabs, strict=True):
+            beyond += g.num_tensors * max(0, len(slabs) - g.slabs_for(length))
+        return beyond
 
 
 class IdleRows:

@@ -66,7 +66,10 @@ class VirtualRows:
 
     def missing(self, row: Row, length: int) -> int:
         """Page-groups that the row lacks for `length` tokens."""
-        return self._lacking(row, [g.slabs_for(length) for g in self.geometries])
+        missing = 0
+        for slabs, g in zip(row.slabs, self.geometries, strict=True):
+            missing += g.num_tensors * max(0, g.slabs_for(length) - len(slabs))
+        return missing
 
     def obtainable(self, margin: int) -> int:
         """Page-groups that are free, or could be if live rows kept only what `margin` more tokens each need."""
@@ -75,10 +78,7 @@ class VirtualRows:
 
     def _surplus(self, row: Row, margin: int) -> int:
         """Page-groups that a row has beyond what `margin`, 0 or 1, more tokens need."""
-        if not margin or row.length < row.enough_until:
-            return row.surplus
-        keep = self._slabs_for(row.length + 1)
-        return self._page_groups([max(0, len(slabs) - n) for slabs, n in zip(row.slabs, keep, strict=True)])
+        return row.surplus_ahead if margin and row.length == row.enough_until else row.surplus
 
     # ---- who lives where ---------------------------------------------------------------------------------------
 
@@ -115,17 +115,32 @@ class VirtualRows:
 
     # ---- mapping and taking back -------------------------------------------------------------------------------
 
-    def extend(self, row: Row, length: int, actions: list[Action], ahead: bool = False) -> bool:
-        """Map what a live row lacks for `length` tokens, if anything; the caller knows that memory suffices.
-
-        `ahead`: it is for the next iteration, so what others were mapped for theirs is not touched.
-        """
+    def extend(self, row: Row, length: int, actions: list[Action]) -> bool:
+        """Map what a live row lacks for `length` tokens, if anything; the caller knows that memory suffices."""
         missing = self.missing(row, length)
         if missing == 0:
             return False
-        self._take_back(missing, actions, margins=(1,) if ahead else (1, 0))
+        self._take_back(missing, actions, margins=(1, 0))
         self.map(row, length, actions)
         return True
+
+    def map_ahead(self, actions: list[Action]) -> None:
+        """Map one token ahead of every live row that is full, in order of admission, as far as memory lasts.
+
+        What others were mapped for their next iteration is not touched.
+        """
+        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
+        missing = [self.missing(row, row.length + 1) for row in full]
+        wanted = sum(missing)
+        if wanted > self.free and wanted > (left := self.obtainable(margin=1)):
+            wanted, rows, full = 0, full, []
+            for row, lacking in zip(rows, missing, strict=True):
+                if lacking <= left - wanted:
+                    full.append(row)
+                    wanted += lacking
+        self._take_back(wanted, actions, margins=(1,))
+        for row in full:
+            self.map(row, row.length + 1, actions)
 
     def map(self, row: Row, length: int, actions: list[Action]) -> None:
         """Map what a live row lacks for `length` tokens from what is free."""
