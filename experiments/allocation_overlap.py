@@ -194,7 +194,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     figure, axes = plots.canvas(1, 1 + series.way.nunique(), width=4)
     limit = 1.05 * series.value.max()
     for axis, (way, rows) in zip(axes, series.groupby("way", sort=False), strict=False):
-        axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[way])
+        axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
         axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, limit))
         axis.set_title(f"{way}\n{rows.panel.iloc[0]}; {rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
     theirs = read_published(PUBLISHED)

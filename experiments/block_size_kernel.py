@@ -141,10 +141,10 @@ def _calls(run: Run, equal: WorkingSet, line: Line, batch: int, device: torch.de
 
 def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
-        by_size = dict(list(cell.groupby("block_size")))
+        by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
         usual = by_size[USUAL_BLOCK].set_index("round").call_s
         for size, part in by_size.items():
-            columns = _columns(run, str(kernel), str(tables), int(size))
+            columns = _columns(run, str(kernel), str(tables), size)
             ours = {**columns, "paper": "kvarena", "figure": NAME, "x": batch}
             times = part.set_index("round").call_s
             if size != USUAL_BLOCK:

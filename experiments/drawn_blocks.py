@@ -30,7 +30,7 @@ class DrawnBlocks:
         self._cache = LayerCache(Layout.PAGED, k, v)
         needed = math.ceil(context / block_size)
         table = torch.randint(num_blocks, (batch, needed), generator=generator, dtype=torch.int32)
-        self.distinct_bytes = len(table.unique()) * 2 * k[0].numel() * k.element_size()
+        self.distinct_bytes = len(set(table.flatten().tolist())) * 2 * k[0].numel() * k.element_size()
         self._q = torch.randn(batch, model.num_heads, model.head_size, generator=generator).to(k)
         self._view = BatchView(
             lengths=torch.full((batch,), context, dtype=torch.int32, device=device),

@@ -129,15 +129,16 @@ def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame) -> Iterator[Su
 def _kernel_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     small, large = page_groups_of(run.params.compared)
     names = "_over_".join(run.params.compared)
-    for (kernel, phase, batch, context), cell in samples.groupby(["kernel", "phase", "batch", "context"], sort=False):
+    for (kernel, *_), cell in samples.groupby(["kernel", *Point._fields], sort=False):
         seconds = cell.pivot(index="round", columns="page_group", values="call_s")
-        point = Point(str(phase), int(batch), int(context))
-        axis = "context" if phase == "prefill" else "batch"
-        label = str(kernel) if phase == "prefill" else f"{kernel} decode {context}"
+        first = cell.iloc[0]
+        point = Point(str(first.phase), int(first.batch), int(first.context))
+        axis = "context" if point.phase == "prefill" else "batch"
+        suffix = "" if point.phase == "prefill" else f" {point.context}"
         yield row(
             median_interval(seconds[small] / seconds[large]), experiment=NAME, paper="vattention", figure="fig14",
             panel=panel_name(run.model) if run.imitates else run.model.name, x=point.x, unit="ratio",
-            system=f"{kernel} prefill" if phase == "prefill" else label, allocator="vattention", kernel=str(kernel),
+            system=f"{kernel} {point.phase}{suffix}", allocator="vattention", kernel=str(kernel),
             model=run.model.name, quantity=f"kernel_time_{names}_vs_{axis}", clock=run.clock, device=run.device_name,
             evidence="measured",
         )  # fmt: skip
@@ -155,7 +156,8 @@ def draw(summary: pd.DataFrame) -> Figure:
         theirs = read_published(PUBLISHED)
         theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "fig14")]
         for axis, phase in zip(axes[len(panels) :], ("context", "batch"), strict=True):
-            _kernel_lines(axis, *(t[t.quantity.str.endswith(phase)] for t in (kernels, theirs)), phase)
+            ours, published = (table[table.quantity.str.endswith(phase)] for table in (kernels, theirs))
+            _kernel_lines(axis, ours, published, phase)
     figure.tight_layout()
     return figure
 

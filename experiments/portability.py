@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy, memory_layout
@@ -158,8 +159,8 @@ def _summary(run: Run, pairs: pd.DataFrame) -> Iterator[SummaryRow]:
     for pair in pairs.itertuples():
         columns = {**ours, "system": f"{pair.allocator}/{pair.kernel}", "allocator": pair.allocator,
                    "kernel": pair.kernel}  # fmt: skip
-        yield row(OUTCOMES.index(pair.outcome), quantity="outcome", unit=", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES)),
-                  evidence="measured", **columns)  # fmt: skip
+        codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
+        yield row(OUTCOMES.index(str(pair.outcome)), quantity="outcome", unit=codes, evidence="measured", **columns)
         reads = fits(kernel_spec(str(pair.kernel)), memory_layout(str(pair.allocator))) is None
         yield row(reads, quantity="layout_fits", unit="yes or no", evidence="exact", **columns)
     passing = pairs[pairs.outcome == "passes"].groupby("allocator").kernel.apply(set)
@@ -174,8 +175,9 @@ def _summary(run: Run, pairs: pd.DataFrame) -> Iterator[SummaryRow]:
         yield row(_catalogue_share(allocator), panel="catalogue", system=allocator, allocator=allocator, kernel="-",
                   quantity="share_of_contiguous_kernels_that_fit", unit="%", evidence="exact", paper="kvarena",
                   figure=NAME, **common)  # fmt: skip
-    for release in read_releases().itertuples():
-        yield row(release.lag_months, panel="lag", system=release.library, allocator="-", kernel="-", paper="kvarena",
+    releases = read_releases()
+    for library, months in zip(releases.library, releases.lag_months, strict=True):
+        yield row(months, panel="lag", system=library, allocator="-", kernel="-", paper="kvarena",
                   figure=NAME, quantity="months_from_contiguous_to_paged", unit="months", evidence="exact",
                   **common)  # fmt: skip
 
@@ -221,13 +223,14 @@ def _draw_matrix(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _draw_lag(axis: Axes, table: pd.DataFrame) -> None:
-    starts = pd.PeriodIndex(table.contiguous, freq="M").to_timestamp()
-    ends = pd.PeriodIndex(table.paged, freq="M").to_timestamp()
-    for y, (start, end, months) in enumerate(zip(starts, ends, table.lag_months, strict=True)):
-        axis.plot([start, end], [y, y], color="#999999", lw=2, zorder=1)
-        axis.annotate(f"{months}", (start + (end - start) / 2, y - 0.12), fontsize=8, ha="center")
+    months = (pd.PeriodIndex(table[key], freq="M") for key in ("contiguous", "paged"))
+    starts, ends = (date2num([month.to_timestamp() for month in each]) for each in months)
+    for y, (start, end, lag) in enumerate(zip(starts, ends, table.lag_months, strict=True)):
+        axis.hlines(y, start, end, color="#999999", lw=2, zorder=1)
+        axis.annotate(f"{lag}", ((start + end) / 2, y - 0.12), fontsize=8, ha="center")
     axis.scatter(starts, range(len(table)), color=plots.COLOURS["vattention"], label="contiguous", zorder=2)
     axis.scatter(ends, range(len(table)), color=plots.COLOURS["paged"], marker="s", label="paged", zorder=2)
+    axis.xaxis_date()
     axis.set_yticks(range(len(table)), list(table.library), fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.invert_yaxis()
