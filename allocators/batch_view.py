@@ -23,7 +23,7 @@ def make_view(
     return BatchView(
         lengths=_tensor(lengths, np.int32),
         query_starts=_decode_starts(len(lengths)) if max_queries == 1 else _starts(num_queries),
-        rows=None if rows is None else _tensor(rows, np.int64),
+        rows=None if rows is None else _tensor(rows, np.int32),
         block_table=block_table,
         max_length=max(lengths),
         max_queries=max_queries,

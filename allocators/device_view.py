@@ -1,6 +1,6 @@
 """Views of batches on a GPU: the small tensors lie at fixed addresses, and one asynchronous copy a step fills them.
 
-    words of 4 bytes    | rows, 2 x C | lengths, C | query_starts, C + 1 |      for batches of up to C sequences
+    int32    | rows, C | lengths, C | query_starts, C + 1 |      for batches of up to C sequences
 
 Fixed, so that a CUDA graph that was captured over a view reads the next step's numbers when it is replayed. There are
 two sets, one for decodes and one for prefills: a view holds until the store makes the next one of its kind. The copy
@@ -10,7 +10,6 @@ and the kernels are in one stream, so nothing is overwritten that a kernel of th
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +29,10 @@ class ViewBuffers:
 
     def _allocate(self, capacity: int) -> None:
         self._capacity = capacity
-        self._words = torch.zeros(4 * capacity + 1, dtype=torch.int32, device=self._device)
-        self.rows = self._words[: 2 * capacity].view(torch.int64)
-        self.lengths = self._words[2 * capacity : 3 * capacity]
-        self.query_starts = self._words[3 * capacity :]
+        self._words = torch.zeros(3 * capacity + 1, dtype=torch.int32, device=self._device)
+        self.rows = self._words[:capacity]
+        self.lengths = self._words[capacity : 2 * capacity]
+        self.query_starts = self._words[2 * capacity :]
 
     def fill(self, lengths: Sequence[int], num_queries: Sequence[int], rows: Sequence[int] | None) -> None:
         """Send the numbers of a batch; the host does not wait for them to arrive."""
@@ -41,11 +40,11 @@ class ViewBuffers:
         if batch > self._capacity:
             self._allocate(max(batch, 2 * self._capacity))
         capacity = self._capacity
-        buffer, words = staging_buffer(4 * capacity + 1, self._device)
+        buffer, words = staging_buffer(3 * capacity + 1, self._device)
         if rows is not None:
-            words[: 2 * batch].view(np.int64)[:] = rows
-        words[2 * capacity : 2 * capacity + batch] = lengths
-        words[3 * capacity : 3 * capacity + batch + 1] = [0, *accumulate(num_queries)]
+            words[:batch] = rows
+        words[capacity : capacity + batch] = lengths
+        words[2 * capacity : 2 * capacity + batch + 1] = [0, *accumulate(num_queries)]
         self._words.copy_(buffer, non_blocking=True)
 
 

@@ -34,7 +34,7 @@ def append_torch(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchVie
         slot = position % cache.block_size
     else:
         assert view.rows is not None, "a view has rows or a block table"
-        block, slot = torch.repeat_interleave(view.rows, counts), position
+        block, slot = torch.repeat_interleave(view.rows.to(torch.int64), counts), position
     cache.k[block, slot] = k_new
     cache.v[block, slot] = v_new
 

@@ -94,7 +94,7 @@ def page_table(pages: Pages, view: BatchView) -> PageTable:
         table = view.block_table[:, : len(ordinal)].cpu()
     else:
         assert view.rows is not None, "a view has rows or a block table"
-        table = view.rows.cpu()[:, None] * pages.per_row + ordinal
+        table = view.rows.cpu().to(torch.int64)[:, None] * pages.per_row + ordinal
     indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     indices = table[ordinal < counts[:, None]].to(torch.int32)
     return PageTable(indptr, indices, lengths - (counts - 1) * pages.page_size)

@@ -82,7 +82,7 @@ class _Place(NamedTuple):
 
 def _rows(lengths: Sequence[int], padding: int, random: torch.Generator) -> tuple[_Place, Tensor]:
     """One row per sequence, in random order, with a row that nobody owns."""
-    rows = torch.randperm(len(lengths) + 1, generator=random)[: len(lengths)]
+    rows = torch.randperm(len(lengths) + 1, generator=random)[: len(lengths)].to(torch.int32)
     return _Place(len(lengths) + 1, max(lengths) + padding, rows[:, None].tolist()), rows
 
 

@@ -45,7 +45,7 @@ class TorchFlashAttention(AttentionKernel):
         else:
             assert view.rows is not None, "a view has rows or a block table"
             k, v = one_sequence(cache.k), one_sequence(cache.v)
-            starts = pad((view.rows * (cache.k.stride(0) // cache.k.stride(1))).to(torch.int32), (0, 1))
+            starts = pad(view.rows.to(torch.int32) * (cache.k.stride(0) // cache.k.stride(1)), (0, 1))
         result = _forward(
             q,
             k,

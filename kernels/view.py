@@ -53,7 +53,7 @@ class BatchView:
 
     lengths: Tensor  # [B] int32: tokens in the cache, those appended in this step included
     query_starts: Tensor  # [B + 1] int32: sequence b owns queries [query_starts[b], query_starts[b + 1])
-    rows: Tensor | None  # [B] int64, contiguous only
+    rows: Tensor | None  # [B] int32, contiguous only
     block_table: Tensor | None  # [B, max blocks] int32, paged only; entries past the length are undefined
     max_length: int  # max(lengths), known on the host without a device synchronisation
     max_queries: int  # longest run of queries; 1 for decode

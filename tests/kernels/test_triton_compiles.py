@@ -39,7 +39,7 @@ def compiled_attend(capability, dtype="bf16", size=128, rows=DECODE, block_size=
     shape = tiles(size, BITS[dtype] // 8, rows)
     shape = shape.over_blocks() if block_size else shape
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out")} | POINTERS
-    types |= {"table": "*i32" if block_size else "*i64", "scale": "fp32"}
+    types |= {"table": "*i32", "scale": "fp32"}
     constants = {"HEADS": 8, "GROUP": 4, "SIZE": size, "BLOCK_SIZE": block_size, "ROWS": shape.ROWS, "TILE": shape.TILE}
     if splits:
         types |= {"out": "*fp32", "log_total": "*fp32"}
@@ -115,7 +115,7 @@ def test_merge_and_append(capability):
     assert_compiled(compiled(merge_splits, capability, constants, types, unaligned), capability)
     for block_size in (0, 16):
         types = {name: "*bf16" for name in ("k_new", "v_new", "k", "v")} | POINTERS
-        types["table"] = "*i32" if block_size else "*i64"
+        types["table"] = "*i32"
         constants = {"ELEMENTS": 1024, "WIDTH": 1024, "BLOCK_SIZE": block_size}
         kernel = compiled(write_tokens, capability, constants, types, ("table", "table_stride"))
         assert_compiled(kernel, capability)
