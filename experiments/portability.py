@@ -224,7 +224,10 @@ def _draw_matrix(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _draw_lag(axis: Axes, table: pd.DataFrame) -> None:
     months = (pd.PeriodIndex(table[key], freq="M") for key in ("contiguous", "paged"))
-    starts, ends = (date2num([month.to_timestamp() for month in each]) for each in months)
+    starts, ends = (
+        date2num([month.to_timestamp() for month in each])  # type: ignore[no-untyped-call]
+        for each in months
+    )
     for y, (start, end, lag) in enumerate(zip(starts, ends, table.lag_months, strict=True)):
         axis.hlines(y, start, end, color="#999999", lw=2, zorder=1)
         axis.annotate(f"{lag}", ((start + end) / 2, y - 0.12), fontsize=8, ha="center")
