@@ -18,21 +18,25 @@ class Capacity(NamedTuple):
     above: float
 
 
-def capacity(latency_at: LatencyAt, limit: float, guess: float, tolerance: float = 0.01) -> Capacity:
+def capacity(
+    latency_at: LatencyAt, limit: float, guess: float, tolerance: float = 0.01, stride: float = 2.0
+) -> Capacity:
     """Bracket the highest rate that keeps `limit`, to a ratio of 1 + tolerance.
 
-    Starts at `guess` and doubles or halves until the limit lies between two rates. Near the knee, latency over one
-    trace need not rise with every small step in rate; the bracket is one crossing. Raises UserError where no rate
-    within a factor of 1024 of the guess crosses it.
+    Starts at `guess` and multiplies or divides by `stride`, which is less than 2 for a good guess, until the limit
+    lies between two rates. Near the knee, latency over one trace need not rise with every small step in rate; the
+    bracket is one crossing. Raises UserError where no rate within a factor of 1024 of the guess crosses it.
     """
-    if not (guess > 0 and limit > 0 and tolerance > 0):
-        raise UserError(f"capacity: guess {guess}, limit {limit} and tolerance {tolerance} must be above 0")
+    if not (guess > 0 and limit > 0 and tolerance > 0 and stride > 1):
+        raise UserError(
+            f"capacity: guess {guess}, limit {limit} and tolerance {tolerance} must be above 0, stride {stride} above 1"
+        )
     low = high = guess
     if latency_at(guess) <= limit:
-        while latency_at(high := 2 * high) <= limit:
+        while latency_at(high := stride * high) <= limit:
             low = _within_reach(high, guess, limit, "keeps")
     else:
-        while latency_at(low := low / 2) > limit:
+        while latency_at(low := low / stride) > limit:
             high = _within_reach(low, guess, limit, "breaks")
     return _bisect(latency_at, limit, low, high, tolerance)
 

@@ -7,6 +7,7 @@ conversations: of questions instead of whole prompts, and with the number of tur
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ _BINS = 32
 def tabulate(prompt: NDArray[np.int64], output: NDArray[np.int64], turns: NDArray[np.int64] | None = None) -> str:
     """The text of a table. Lengths are [N]; `turns` are those of each conversation."""
     p = length_table("sharegpt").knots / 2**32  # the same probabilities in every table
-    rows = {
+    rows: dict[str, Iterable[object]] = {
         "p": [f"{each:.6g}" for each in p],
         "prompt": np.quantile(prompt, p, method="inverted_cdf").astype(np.int64),
         "output": np.quantile(output, p, method="inverted_cdf").astype(np.int64),
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("takes two arguments: a CSV file of lengths, and the table to write")
     data = pd.read_csv(arguments[0])
     if "new_prompt_tokens" in data:
-        turns = data.groupby("conversation_id").size().to_numpy()
+        turns = np.unique(data.conversation_id, return_counts=True)[1]
         text = tabulate(data.new_prompt_tokens.to_numpy(), data.output_tokens.to_numpy(), turns)
     else:
         text = tabulate(data.prompt_tokens.to_numpy(), data.output_tokens.to_numpy())

@@ -1,0 +1,87 @@
+"""A chatbot (PagedAttention Fig 17): prompts are histories cut to their last 1024 tokens.
+
+The artifact's scripts gave vLLM another order of arrival than Orca: a new conversation begins with probability 0.5 for
+the one and 0.1 for the other. The run `as_artifact` repeats that and is compared; in `fair` all have one value.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.replay import Replayer, workload_of
+from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.run import Run
+from kvarena.harness.systems import System
+
+NAME = "chatbot"
+HEADLINE = CROSSING
+COMPARED = "as_artifact"
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/chatbot.yaml; null there means: by the profile."""
+
+    curves: Curves = field(default_factory=Curves)
+    guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
+    # run -> scheduler (or `others`) -> probability that an arrival begins a new conversation
+    new_conversation: dict[str, dict[str, float]] = field(default_factory=dict)
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Both runs; a system whose probability is the same in both is replayed once."""
+    if not run.params.new_conversation:
+        raise UserError("params.new_conversation: at least one run, e.g. {fair: {others: 0.5}}")
+    summary, points = measure_lines(run, recorder, list(_lines(run)))
+    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), _notes(run))
+
+
+def _lines(run: Run) -> Iterator[Line]:
+    """Only `as_artifact` is the published figure's; the engine's constants come from Fig 12a."""
+    replayer = Replayer(run)
+    evidence = "measured" if run.clock == "measured" else "predicted"
+    panel = "chatbot" if run.imitates else f"{run.model.name} chatbot"
+    for which, values in run.params.new_conversation.items():
+        compared = which == COMPARED
+        for system in run.systems:
+            probability = _probability(which, values, system)
+            yield Line(
+                key=f"{system.name}, new conversations {probability:g}",
+                system=system,
+                figure="fig17" if compared else NAME,
+                panel=panel if compared else f"{panel}, {which}",
+                evidence=evidence,
+                serve_at=_serving(run, replayer, system, probability),
+                guess=guess_of(run.params.guess, system),
+            )
+
+
+def _probability(which: str, values: dict[str, float], system: System) -> float:
+    for name in (system.scheduler.name, "others"):
+        if name in values:
+            return values[name]
+    raise UserError(f"params.new_conversation.{which}: neither {system.scheduler.name} nor others")
+
+
+def _serving(run: Run, replayer: Replayer, system: System, probability: float) -> ServeAt:
+    trace = replace(run.trace, new_conversation=probability)
+    return lambda rate: replayer.serve(system, workload_of(run, trace, rate=rate))
+
+
+def _notes(run: Run) -> dict[str, Any]:
+    """The workload at one rate: others have as many of the same turns as arrive."""
+    rates = run.params.curves.rates or list(run.params.guess.values())
+    workload = workload_of(run, rate=rates[0])
+    means = {"mean_prompt_tokens": workload.prompt_tokens.mean(), "mean_output_tokens": workload.output_tokens.mean()}
+    return {"workload": {**workload.provenance, **{name: float(mean) for name, mean in means.items()}}}
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 17 as the artifact has it, and with one probability for all."""
+    return draw_curves(summary, columns=2)

@@ -1,0 +1,87 @@
+"""Parallel sampling (PagedAttention Fig 14 a-c): normalized latency against request rate with n samples of a prompt.
+
+Blocks share the prompt and copy its last one on the first write; vAttention maps its whole page-groups into every
+sample's row; Orca reserves and writes a copy for each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.replay import Replayer, workload_of
+from kvarena.harness.decoding.config import DecodingConfig
+from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.run import Run
+from kvarena.harness.systems import System
+
+NAME = "parallel_sampling"
+HEADLINE = CROSSING
+
+
+@dataclass
+class Panel:
+    """One panel of the figure."""
+
+    n: int  # samples of a request, or the width of a beam
+    guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/parallel_sampling.yaml; null there means: by the profile."""
+
+    panels: dict[str, Panel] = field(default_factory=dict)  # by figure
+    only: list[str] | None = None  # figures to run; null: all
+    curves: Curves = field(default_factory=Curves)
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Replay every panel."""
+    summary, points = measure_lines(run, recorder, list(_lines(run)))
+    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes(run))
+
+
+def _lines(run: Run) -> Iterator[Line]:
+    """The engine's constants come from Fig 12a, with one sequence a request."""
+    replayer = Replayer(run)
+    for figure, panel in chosen(run.params).items():
+        decoding = DecodingConfig("parallel", n=panel.n)
+        for system in run.systems:
+            yield Line(
+                key=f"{figure} {system.name}",
+                system=system,
+                figure=figure,
+                panel=panel_named(run, f"parallel n={panel.n}"),
+                evidence="measured" if run.clock == "measured" else "predicted",
+                serve_at=serving(run, replayer, system, decoding),
+                guess=guess_of(panel.guess, system),
+            )
+
+
+def chosen(params: Params) -> dict[str, Panel]:
+    """The panels that are to be run."""
+    return {name: panel for name, panel in params.panels.items() if name in (params.only or params.panels)}
+
+
+def panel_named(run: Run, name: str) -> str:
+    """The published panel where the run imitates its model, else with the model that ran."""
+    return name if run.imitates else f"{run.model.name} {name}"
+
+
+def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
+    """Serves the run's workload at a rate, decoded in one way."""
+    return lambda rate: replayer.serve(system, workload_of(run, rate=rate), decoding)
+
+
+def notes(run: Run) -> dict[str, object]:
+    """The workload at 1 request/s: others begin with the same requests."""
+    return {"workload": workload_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 14 a to c."""
+    return draw_curves(summary)
