@@ -62,25 +62,13 @@ def variants(system: System, block_sizes: Sequence[int]) -> Iterator[tuple[int |
 
 def serve_in_turn(run: Run, lines: Sequence[Line], workload: Workload) -> pd.DataFrame:
     """One row per line and round, of `measures`. The measured clock takes `params.rounds`, each line once in each."""
-    rounds = 1
-    if run.clock == "measured":
-        rounds = run.params.rounds
-        _warm_up(lines, workload)
+    rounds = run.params.rounds if run.clock == "measured" else 1
     rows = [
         {"round": number, **line.columns, **measures(line.replayer.serve(line.system, workload))}
         for number in range(rounds)
         for line in lines
     ]
     return pd.DataFrame(rows).astype({"block_size": float})
-
-
-def _warm_up(lines: Sequence[Line], workload: Workload) -> None:
-    """Serve two short requests with each kind of system: kernels are compiled before anything is timed."""
-    two = Workload(
-        workload.prompt_tokens[:2], workload.output_tokens[:2].clip(max=4), workload.arrival_ps[:2] * 0
-    )  # fmt: skip
-    for line in {line.system.name: line for line in lines}.values():
-        line.replayer.serve(line.system, two)
 
 
 def measures(served: Served) -> dict[str, float]:
