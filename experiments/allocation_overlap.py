@@ -154,7 +154,9 @@ def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
     for way in (Way.SYNC, Way.OVERLAPPED):
         yield row(median_interval(table[way] - table[Way.PREMAPPED]), quantity="added_latency_of_mapping", unit="ms",
                   **mine, **_columns(run, way))  # fmt: skip
-    yield row(hidden_share(table), quantity="hidden_share", unit="%", **mine, **_columns(run, Way.OVERLAPPED))
+    share = hidden_share(table)
+    if not np.isnan(share.median):
+        yield row(share, quantity="hidden_share", unit="%", **mine, **_columns(run, Way.OVERLAPPED))
 
 
 def _columns(run: Run, way: Way) -> dict[str, Any]:
@@ -182,6 +184,8 @@ def hidden_share(table: pd.DataFrame, resamples: int = 2000) -> Estimate:
         sync, overlapped = np.moveaxis(np.median(sample, axis=-2), -1, 0)
         return np.where(sync > 0, 100 * (1 - overlapped / np.where(sync > 0, sync, 1)), np.nan)
 
+    if np.isnan(share(added)):
+        return Estimate(np.nan, len(added), np.nan, np.nan)
     draws = np.random.default_rng(0).integers(0, len(added), (resamples, len(added)))
     low, high = np.nanpercentile(share(added[draws]), [2.5, 97.5])
     return Estimate(float(share(added)), len(added), float(low), float(high))

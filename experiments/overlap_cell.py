@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from kvarena.allocators.page_groups import checked_page_group, row_geometries
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.experiments.decode_cell import resident, same_tokens
@@ -42,7 +43,10 @@ def measure(run: Run, model: Model) -> Frames:
     """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
     params = run.params
     prompts = params.prompts()
-    pool_bytes = len(prompts) * model.config.kv_layout().resident_bytes(params.max_tokens)
+    allocator = the_system(run).allocator
+    sizes = checked_page_group(allocator.page_group), allocator.tensor_slicing
+    geometries = row_geometries(model.config.kv_layout(), *sizes)
+    pool_bytes = len(prompts) * sum(g.num_tensors * g.row_bytes(params.max_tokens) for g in geometries)
     batches: dict[str, FixedBatch] = {}
     try:
         with scattered_pages_held():

@@ -1,0 +1,129 @@
+"""Fig 12: who maps when, what overlap hides, and the replay's iterations one by one."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvarena.allocators.registry import make_policy
+from kvarena.errors import UserError
+from kvarena.experiments.allocation_overlap import events, hidden_share
+from kvarena.experiments.compose import compose_run
+from kvarena.experiments.mapping import the_system
+from kvarena.experiments.overlap_cell import Way, _prime, system_in
+from kvarena.experiments.overlap_replay import decode_only
+from kvarena.harness.request import Request
+
+SMALL = (
+    "experiment=allocation_overlap", "device=cpu", "model=tiny-llama", "params.iterations=30", "params.max_batch=2",
+    "params.prompt_tokens=500", "params.max_tokens=600", "params.warmup_steps=1", "params.rounds=2",
+    "params.spike_ms=1",
+)  # fmt: skip
+MODELLED = (
+    "experiment=allocation_overlap", "clock=modelled", "params.iterations=300", "params.max_batch=4",
+    "params.requests=8", "params.replay_prompts=[1900,2000]", "params.replay_outputs=[200,300]",
+)  # fmt: skip
+
+
+def in_figure(summary: pd.DataFrame, quantity: str) -> dict[str, float]:
+    rows = summary[summary.quantity == quantity]
+    return dict(zip(rows.system.str.removeprefix("vattention-").str.split("/").str[0], rows.value, strict=True))
+
+
+def test_only_sync_maps_in_front_of_an_iteration(summary_of: Callable[..., pd.DataFrame]) -> None:
+    summary = summary_of(*(s.removeprefix("experiment=") for s in SMALL))
+    grown = 2 * 2 * 4  # rounds, sequences, tensors: 64 KB hold 512 tokens of tiny-llama, so each sequence grows once
+    critical, background = (in_figure(summary, f"{kind}_driver_calls") for kind in ("critical", "background"))
+    assert critical["sync"] == grown
+    assert critical["overlapped"] == critical["premapped"] == 0
+    assert background["overlapped"] == critical["sync"]
+    assert background["sync"] == background["premapped"] == 0
+    assert in_figure(summary, "iterations_after_mapping") == {"sync": 2, "overlapped": 0, "premapped": 0}
+    assert len(summary[summary.quantity == "decode_iteration_latency_vs_iteration"]) == 3 * 30
+    assert set(summary.evidence) == {"measured", "exact"}
+
+
+def test_premapped_rows_never_grow() -> None:
+    run = compose_run(*SMALL)
+    policy = make_policy(system_in(Way.PREMAPPED, the_system(run)).allocator, run.model.kv_layout(), 1 << 21, 600)
+    _prime(Way.PREMAPPED, run.params, rows=2)(policy)
+    policy.drain()
+    for i in range(2):
+        assert policy.admit(Request(i, 500, 100), 500)
+        assert policy.tokens_until_growth(i) == 100
+    assert policy.drain() == []
+
+
+def steps_of(sync: list[float], overlapped: list[float], premapped: list[float], maps: set[int]) -> pd.DataFrame:
+    latencies = {Way.SYNC: sync, Way.OVERLAPPED: overlapped, Way.PREMAPPED: premapped}
+    return pd.DataFrame(
+        {"round": 0, "iteration": i, "way": way, "latency_ms": ms, "actions": int(way is Way.SYNC and i in maps)}
+        for way, column in latencies.items()
+        for i, ms in enumerate(column)
+    )
+
+
+def test_what_overlap_does_in_the_iteration_before_counts() -> None:
+    steps = steps_of([1, 1, 5, 1, 1, 7], [1, 2, 1, 1, 2, 1], [1] * 6, maps={2, 5})
+    table = events(steps)
+    assert table[Way.SYNC].tolist() == [6, 8]
+    assert table[Way.OVERLAPPED].tolist() == [3, 3]
+    share = hidden_share(table)
+    assert share.median == pytest.approx(100 * (1 - 1 / 5))
+    assert share.n == 2
+    assert share.ci_low <= share.median <= share.ci_high
+
+
+def test_an_event_in_the_first_iteration_has_none_before_it() -> None:
+    assert len(events(steps_of([5, 1], [1, 1], [1, 1], maps={0}))) == 0
+
+
+def test_without_a_cost_nothing_is_hidden() -> None:
+    share = hidden_share(events(steps_of([1, 1, 1], [1, 1, 1], [1, 1, 1], maps={1})))
+    assert np.isnan(share.median)
+
+
+def test_stretches_come_apart_into_their_iterations() -> None:
+    log = pd.DataFrame(
+        {"steps": [1, 3, 1], "duration_ps": [9e9, 3 * 10e9 + 3 * 1e9, 5e9], "slope_ps": [0, 1e9, 0],
+         "decodes": [2, 2, 2], "prefills": [1, 0, 0], "stall_ps": [0, 0, 2e9], "actions": [4, 0, 1], "ahead": [0, 0, 0]}
+    )  # fmt: skip
+    each = decode_only(log, count=4)
+    assert each.latency_ms.tolist() == [10, 11, 12, 5], "the first row prefills"
+    assert each.stall_ms.tolist() == [0, 0, 0, 2]
+    assert each.iteration.tolist() == [0, 1, 2, 3]
+    assert len(decode_only(log, count=2)) == 2
+
+
+def test_modelled_sync_waits_for_the_published_calls(summary_of: Callable[..., pd.DataFrame]) -> None:
+    summary = summary_of(*(s.removeprefix("experiment=") for s in MODELLED))
+    wait = in_figure(summary, "wait_for_mapping")
+    assert wait["sync"] == pytest.approx(64 * 40e-3), "K and V of 32 layers, 40 us each (Table 3)"
+    assert wait["sync, GPUs in turn"] == pytest.approx(2 * wait["sync"])
+    assert wait["overlapped"] == wait["premapped"] == 0
+    assert in_figure(summary, "hidden_share") == {"overlapped": pytest.approx(100)}
+    assert in_figure(summary, "iterations_after_mapping")["premapped"] == 0
+    p50, longest = (in_figure(summary, f"decode_iteration_latency_{mark}") for mark in ("p50", "max"))
+    assert longest["sync"] - p50["sync"] >= 2.5
+    assert longest["overlapped"] == pytest.approx(longest["premapped"])
+    assert set(summary[summary.system == "sync, GPUs in turn"].evidence) == {"conditional", "exact"}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("params.iterations=0", "at least 1"),
+        ("params.max_tokens=520", "the longest sequence gets to"),
+        ("systems=[paged-numba]", "one system with allocator vattention"),
+        ("systems=[vattention-numba,vattention-sdpa]", "one system"),
+    ],
+)
+def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callable[..., pd.DataFrame]) -> None:
+    with pytest.raises(UserError, match=said):
+        summary_of(*(s.removeprefix("experiment=") for s in SMALL), override)
+
+
+def test_modelled_lengths_are_ranges(summary_of: Callable[..., pd.DataFrame]) -> None:
+    with pytest.raises(UserError, match="replay_outputs"):
+        summary_of(*(s.removeprefix("experiment=") for s in MODELLED), "params.replay_outputs=[3,2]")
