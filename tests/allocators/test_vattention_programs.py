@@ -1,7 +1,5 @@
 """Random programs against vAttention's promises about actions: performed one by one, they always make sense."""
 
-from copy import deepcopy
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -9,7 +7,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvarena.allocators.kv_layout import attention_layout, latent_layout, sliding_layout
 from kvarena.allocators.policy import Action, Map, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention import VAttentionPolicy
 
 MAX_TOKENS = 600
@@ -30,11 +27,6 @@ SWITCHES = st.fixed_dictionaries(
         "watermark": st.sampled_from([0.0, 0.05]),
     }
 )
-
-
-def where(action: Action) -> tuple[str, int, int, int]:
-    """An action without its slab, which may be another when many steps are taken at once."""
-    return type(action).__name__, action.group, action.row, action.ordinal
 
 
 class Programs(RuleBasedStateMachine):
@@ -96,29 +88,6 @@ class Programs(RuleBasedStateMachine):
             assert all(self.policy.grow(seq_id) for seq_id in self.ids)
             assert self.policy.drain() == []
             assert self.policy.look_ahead() == []
-
-    @precondition(lambda self: self.ids)
-    @rule(limit=st.integers(1, 120), most=st.integers(1, 8))
-    def a_stretch_is_its_steps_one_by_one(self, limit: int, most: int) -> None:
-        self.look_ahead_plans_everything_at_once()
-        rows = self.policy._rows.live
-        limit = min([limit, *(rows[seq_id].final - rows[seq_id].length for seq_id in self.ids)])
-        steps = self.policy.quiet_steps(self.ids, limit, most)
-        walked, usages, actions = deepcopy(self.policy), [], []
-        for _ in range(steps):
-            assert walked.grow_each(self.ids) == len(self.ids)
-            assert walked.drain() == []
-            ahead = walked.look_ahead()
-            maps = sum(isinstance(action, Map) for action in ahead)
-            assert len(ahead) - maps <= maps <= most
-            usages.append(walked.usage())
-            actions += ahead
-        if steps > 0:
-            assert self.policy.advance(self.ids, steps) == Usage(*map(sum, zip(*usages, strict=True)))
-            jumped = self.policy.look_ahead()
-            assert sorted(map(where, jumped)) == sorted(map(where, actions))
-            self.perform(jumped)
-            assert self.policy.usage() == walked.usage()
 
     @precondition(lambda self: self.policy.overlap)
     @rule()
