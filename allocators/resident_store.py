@@ -29,7 +29,10 @@ class ResidentStore(Store):
         self.driver: Driver = make_driver(device, pool_bytes)
         try:
             self.base = self.driver.reserve(max(pool_bytes, addressed_bytes))
-            self.driver.map(self.base, 0, self.driver.create(1))
+            pool = self.driver.create(1)
+            if not self.driver.new_memory_is_zero:  # kernels weigh what lies past a length with 0: no NaN may be there
+                self.driver.clear(pool)
+            self.driver.map(self.base, 0, pool)
         except BaseException:
             self.driver.close()
             raise

@@ -4,6 +4,7 @@
     create    cuMemCreate, once for each page-group: physical memory without an address
     map       cuMemMap, once for each, then one cuMemSetAccess over the whole run: mapped memory starts inaccessible
     unmap     cuMemUnmap, once over the run: its range may span several whole mappings
+    clear     cuMemsetD8 over the run, and a wait
     release   cuMemRelease, once for each
     free      cuMemAddressFree
 
@@ -32,6 +33,7 @@ class CudaDriver(Driver):
     """Page-groups of one GPU's memory, multiples of the driver's granularity: 2 MB on every GPU so far."""
 
     device = "cuda"
+    new_memory_is_zero = False  # not promised
 
     def __init__(self, page_group_bytes: int, ordinal: int = 0, api: Any = None) -> None:
         """`api` stands for `cuda.bindings.driver`. Raises UserError where there is no GPU, or it has no such memory."""
@@ -79,6 +81,10 @@ class CudaDriver(Driver):
                     self._release_one(number)
             raise
         return list(numbers)
+
+    def _zero(self, address: int, num_bytes: int) -> None:
+        self._call("clear", "cuMemsetD8", address, 0, num_bytes)
+        self._call("clear", "cuCtxSynchronize")
 
     def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
         start, size, mapped = self._address(addresses, slot), self.page_group_bytes, 0
@@ -173,8 +179,9 @@ def _granularity(cuda: CudaContext, properties: Any) -> int:
 def _too_small(page_group_bytes: int, granularity: int) -> str:
     return (
         f"page_group={format_bytes(page_group_bytes)}: CUDA maps multiples of {format_bytes(granularity)}. "
-        "Smaller page-groups need the patched driver of vAttention's authors; device=cpu has them for real, "
-        "clock=modelled with its latencies, and allocator.tensor_slicing=true makes large ones hold fewer tokens"
+        f"allocator.page_group={format_bytes(granularity)} is allowed here. Smaller ones need the patched driver of "
+        "vAttention's authors: device=cpu has them for real, clock=modelled with its latencies. "
+        "allocator.tensor_slicing=true makes large ones hold fewer tokens"
     )
 
 

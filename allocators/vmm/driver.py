@@ -2,11 +2,12 @@
 
     reserve        addresses, with nothing behind them                    cuMemAddressReserve
     create         page-groups of physical memory, ahead of their use     cuMemCreate
+    clear          fill them with zeros                                   cuMemsetD8, at addresses of its own
     map            page-groups to addresses, ready to be read and written cuMemMap, then one cuMemSetAccess for all
     unmap          the addresses stay reserved, the page-groups created   cuMemUnmap
     release, free  undo create and reserve                                cuMemRelease, cuMemAddressFree
 
-`Driver` keeps the books and checks every argument; a driver adds six primitives. One page-group may be mapped at
+`Driver` keeps the books and checks every argument; a driver adds seven primitives. One page-group may be mapped at
 several addresses (an alias); it is counted once. A driver serves one thread at a time.
 """
 
@@ -55,6 +56,7 @@ class Driver(ABC):
     granularity: int  # bytes; a page-group is a multiple of it
     device: str  # of tensors over the addresses: "cpu" or "cuda"
     ordinal: int = 0  # which GPU
+    new_memory_is_zero: bool  # else it may hold anything, a NaN too: whoever lets kernels read it must clear it first
 
     def __init__(self, page_group_bytes: int) -> None:
         if page_group_bytes <= 0 or page_group_bytes % self.granularity:
@@ -86,6 +88,18 @@ class Driver(ABC):
         handles = self._create(count)
         self._num_maps.update(dict.fromkeys(handles, 0))
         return handles
+
+    def clear(self, handles: Sequence[int]) -> None:
+        """Fill page-groups with zeros, mapped or not: through addresses that are taken for the purpose."""
+        base = self.reserve(len(handles) * self.page_group_bytes)
+        try:
+            self.map(base, 0, handles)
+            try:
+                self._zero(base, len(handles) * self.page_group_bytes)
+            finally:
+                self.unmap(base, 0, len(handles))
+        finally:
+            self.free(base)
 
     def map(self, base: int, offset: int, handles: Sequence[int]) -> None:
         """Map page-groups side by side from `base + offset` (bytes) on: all of them, or none."""
@@ -168,6 +182,10 @@ class Driver(ABC):
 
     @abstractmethod
     def _create(self, count: int) -> list[int]: ...
+
+    @abstractmethod
+    def _zero(self, address: int, num_bytes: int) -> None:
+        """Write zeros to mapped memory; they are there when it returns."""
 
     @abstractmethod
     def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None: ...

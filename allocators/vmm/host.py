@@ -9,6 +9,7 @@
 A handle is the index of a page-group in the memfd, so that a run of ascending handles is one call and one mapping.
 """
 
+import ctypes
 import errno
 import os
 import weakref
@@ -31,6 +32,7 @@ class HostDriver(Driver):
 
     granularity = os.sysconf("SC_PAGE_SIZE")
     device = "cpu"
+    new_memory_is_zero = True  # the system's promise
 
     def __init__(self, page_group_bytes: int, mappings: MappingBudget = PROCESS_MAPPINGS) -> None:
         super().__init__(page_group_bytes)
@@ -70,6 +72,9 @@ class HostDriver(Driver):
                 raise
         self._next_handle += count
         return list(range(first, first + count))
+
+    def _zero(self, address: int, num_bytes: int) -> None:
+        ctypes.memset(address, 0, num_bytes)
 
     def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
         change = self._boundary_change(addresses, slot, handles)

@@ -5,6 +5,7 @@ accessible can be read and written by the process, so that everything above the 
 is not, faults.
 """
 
+import ctypes
 import os
 import threading
 from collections import Counter
@@ -174,7 +175,7 @@ class FakeCuda:
         require(properties.location.type == bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE)
         require(size <= self.total_bytes - self.created_bytes, RESULT.CUDA_ERROR_OUT_OF_MEMORY)
         memory = Memory(os.fstat(self._fd).st_size, size)
-        os.ftruncate(self._fd, memory.offset + size)
+        os.pwrite(self._fd, b"\xff" * size, memory.offset)  # CUDA does not promise zeros: NaNs, for all we know
         self.memories.append(memory)
         return (memory,)
 
@@ -200,6 +201,11 @@ class FakeCuda:
         for start, mapping in self._whole_mappings(address, size):
             libc.map_file(start, mapping.size, self._fd, mapping.memory.offset)
             mapping.accessible = True
+
+    def _cuMemsetD8(self, address, value, size):
+        self._in_context()
+        require(all(mapping.accessible for _, mapping in self._whole_mappings(address, size)))
+        ctypes.memset(address, value, size)
 
     def _cuMemUnmap(self, address, size):
         self._in_context()

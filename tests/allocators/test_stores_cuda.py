@@ -73,6 +73,21 @@ def test_every_allocator_on_created_handles(fake, name):
     assert fake.nothing_left
 
 
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_no_kernel_finds_what_new_memory_held(fake, name):
+    """It would be weighed with 0 past a length, and 0 x NaN is NaN; the fake's new memory is NaN all over."""
+    policy = policy_of(name, 4 * MB, **({"page_group": "64KB", "max_rows": 12} if name == "vattention" else {}))
+    store = make_store(policy, LAYERS, HEADS, SIZE, "float32")
+    assert policy.admit(Sequence(0, 20, 60), 20)
+    store.apply(policy.drain())
+    for layer in range(LAYERS):
+        cache, view = store.layer(layer), store.view([0], [20], [1])
+        owners = view.rows if view.rows is not None else view.block_table[0].long()
+        for x in (cache.k, cache.v):
+            assert not x[:, :20][owners].any()
+    store.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALLOCATORS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -48,7 +48,7 @@ def test_a_life(driver):
     driver.map(base, 5 * size, handles[:3])
     assert_books_are_the_systems(driver, 3, 1)
     memory = tensor_over(driver, base, 8)
-    if driver.device == "cpu":  # a GPU's driver promises nothing of what is in new memory
+    if driver.new_memory_is_zero:
         assert not memory[5:8].any()
     memory[5:8] = torch.arange(3, dtype=torch.int32)[:, None]
     driver.unmap(base, 5 * size, 3)
@@ -58,6 +58,27 @@ def test_a_life(driver):
     driver.release(handles)
     assert_books_are_the_systems(driver, 0, 0)
     driver.free(base)
+
+
+def test_cleared_page_groups_are_zero_wherever_they_are_mapped(driver):
+    size = driver.page_group_bytes
+    base, handles = driver.reserve(3 * size), driver.create(3)
+    driver.map(base, 0, handles)
+    memory = tensor_over(driver, base, 3)
+    memory[:] = -1
+    driver.unmap(base, 0, 2)
+    driver.clear([handles[2], handles[0]])  # one of them is mapped elsewhere meanwhile
+    assert_books_are_the_systems(driver, 1, 2)
+    driver.map(base, 0, handles[:2])
+    assert [bool((memory[i] == value).all()) for i, value in enumerate((0, -1, 0))] == [True] * 3
+
+
+def test_new_memory_is_zero_where_the_driver_says_so(driver):
+    base, handles = driver.reserve(2 * driver.page_group_bytes), driver.create(2)
+    if not driver.new_memory_is_zero:
+        driver.clear(handles)
+    driver.map(base, 0, handles)
+    assert not tensor_over(driver, base, 2).any()
 
 
 def test_scattered_page_groups_lie_side_by_side(driver):
