@@ -63,6 +63,8 @@ class VirtualStore(Store):
         try:
             self._bases = [self.driver.reserve(policy.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
             self._handles = self.driver.create(self._num_tensors * policy.num_slabs)
+            if not self.driver.new_memory_is_zero:  # kernels weigh what lies past a length with 0: no NaN may be there
+                self.driver.clear(self._handles)
             self.tensors = self._make_tensors(shape)
             self._layers = self._make_layers(num_layers)
         except BaseException:
