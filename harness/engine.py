@@ -112,7 +112,7 @@ class Engine:
         plan.steps = min(steps, run.steps if gap_ps is None else min(run.steps, run.steps_to(gap_ps)))
         usage = policy.advance(seq_ids, plan.steps, scheduler.head)
         plan.ahead = policy.look_ahead()
-        return plan, run.take(plan.steps), usage
+        return plan, executor.stretch(plan, run), usage
 
     @staticmethod
     def _book_stall(plan: StepPlan, stall_ps: int) -> None:

@@ -63,6 +63,10 @@ class ModelledExecutor(Executor):
         """How many slabs can be unmapped elsewhere and mapped beside a step of that length, and not make it longer."""
         return step_ps // self._moved_ps if self._moved_ps else FOREVER
 
+    def stretch(self, plan: StepPlan, run: SteadyRun) -> StepTime:
+        """The first steps of a run, as many as the plan has. What is mapped beside them makes none of them longer."""
+        return run.take(plan.steps)
+
     def survivors(self, group: Group) -> tuple[int, ...]:
         """As the group's survival model draws: from its seed, the request and the position, and nothing else."""
         first = group.first

@@ -16,6 +16,7 @@ from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.slabs import SlabList
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.step import StepPlan, StepTime
+from kvarena.harness.step_model import SteadyRun
 
 # Every class that gives out units of a pool: blocks, chunks, rows, slabs. A block pool is a FreeList.
 _ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, SlabList)
@@ -67,7 +68,15 @@ class CountingExecutor(ModelledExecutor):
         self.admissions = 0
 
     def execute(self, plan: StepPlan) -> StepTime:
-        """Price and count one step. A stretch, which is not executed, has no actions and admits nobody."""
-        self.actions.update(type(action).__name__ for action in (*plan.actions, *plan.ahead))
+        """Price and count one step."""
+        self._count(plan)
         self.admissions += sum(chunk.start == 0 for chunk in plan.prefills)
         return super().execute(plan)
+
+    def stretch(self, plan: StepPlan, run: SteadyRun) -> StepTime:
+        """Price and count many steps, which admit nobody."""
+        self._count(plan)
+        return super().stretch(plan, run)
+
+    def _count(self, plan: StepPlan) -> None:
+        self.actions.update(type(action).__name__ for action in (*plan.actions, *plan.ahead))
