@@ -21,6 +21,7 @@ usage() {
         "  ./run.sh regression [--base REV]          say whether anything got worse; --help says more" \
         "  ./run.sh report                           write results/report.html and results/SCORECARD.md" \
         "  ./run.sh claim=ID [key=value ...]         run what one claim of the papers needs, and judge it" \
+        "  ./run.sh gpu-validation --out DIR         run what needs a GPU in one go; --help says more" \
         "  ./run.sh test [pytest arguments]          run the tests" \
         "  ./run.sh lint                             ruff and mypy" \
         "  ./run.sh lock                             write the lock files anew from what .venv holds" \
@@ -28,6 +29,7 @@ usage() {
         "" \
         "KVARENA_PYTHON=/path/to/python3 uses that interpreter as it is and installs nothing." \
         "KVARENA_RUNS=/some/folder takes the results instead of results/runs." \
+        "KVARENA_COMMIT=HASH names the commit of a copy that has no git history." \
         "experiment=NAME --help prints every key of that experiment."
     local file names=
     for file in "$root"/conf/experiment/*.yaml; do

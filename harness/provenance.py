@@ -18,10 +18,14 @@ _LIBRARIES = ("torch", "numpy", "numba", "pandas", "triton", "vllm", "flash-attn
 
 @cache
 def git_state() -> dict[str, Any]:
-    """Commit, whether the tree is dirty, and a hash of what is uncommitted (None outside a git checkout)."""
+    """Commit, whether the tree is dirty, and a hash of what is uncommitted.
+
+    Outside a git checkout the commit is what KVARENA_COMMIT says (a copy that was taken to another machine has no
+    history), and whether the copy was changed is not known: None.
+    """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "dirty": None, "diff_sha256": None}
+        return {"commit": os.environ.get("KVARENA_COMMIT"), "dirty": None, "diff_sha256": None}
     # Results and notebooks are outputs: writing them must not change the identity of the code that wrote them.
     code = (":(exclude)results", ":(exclude)notebooks")
     diff = _git("diff", "HEAD", "--", ".", *code) or ""
