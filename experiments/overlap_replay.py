@@ -56,7 +56,7 @@ def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:
             "batch": rows.decodes[each].to_numpy(),
             "stall_ms": rows.stall_ps[each].to_numpy() / _PS_PER_MS,
             "actions": rows.actions[each].to_numpy(),
-            "ahead": rows.ahead[each].to_numpy(),
+            "ahead": (rows.ahead / rows.steps)[each].to_numpy(),  # a stretch is logged with all that it maps
         }
     ).iloc[:count]
     return expanded.assign(iteration=range(len(expanded)))

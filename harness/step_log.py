@@ -21,7 +21,7 @@ COLUMNS = (
     "swapped_out",
     "swapped_in",
     "actions",  # of the allocator, before the step
-    "ahead",  # beside it
+    "ahead",  # beside it; of all the steps together
     "waiting",  # requests in line when the row starts
     "shared_bytes",  # what sequences hold together, counted beyond the first time; summed over the steps
     *Usage._fields,  # bytes, summed over the steps; taken after scheduling, before the forward pass
