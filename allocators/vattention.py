@@ -43,6 +43,7 @@ class VAttentionConfig:
     eager_groups: int = 1  # page-groups per tensor of the slot
     reclaim_threshold: float = 0.1  # share of the pool; 0: only on demand
     tensor_slicing: bool = False
+    read_past: int | None = None  # tokens kept mapped past a sequence's end, for a kernel that reads on there
 
 
 class VAttentionPolicy(Policy):
@@ -66,6 +67,7 @@ class VAttentionPolicy(Policy):
         eager_groups: int = 1,
         reclaim_threshold: float = 0.1,
         tensor_slicing: bool = False,
+        read_past: int | None = None,
     ) -> None:
         """Raises UserError for an option out of range, and for a pool smaller than one page-group in every tensor."""
         for option, share in (("watermark", watermark), ("reclaim_threshold", reclaim_threshold)):
@@ -74,6 +76,8 @@ class VAttentionPolicy(Policy):
         for option, count in (("max_rows", max_rows), ("eager_groups", eager_groups)):
             if count < 1:
                 raise UserError(f"allocator.{option}: {count} is not at least 1")
+        if read_past is not None and read_past < 0:
+            raise UserError(f"allocator.read_past: {read_past} is not at least 0, or null")
         self.kv_layout = kv_layout
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens
@@ -83,7 +87,9 @@ class VAttentionPolicy(Policy):
         self.overlap = overlap
         self.deferred_reclamation = deferred_reclamation
         self.eager_allocation = eager_allocation
-        self.geometries = row_geometries(kv_layout, self.page_group_bytes, tensor_slicing)  # by layer group
+        self.geometries = row_geometries(  # by layer group
+            kv_layout, self.page_group_bytes, tensor_slicing, read_past or 0
+        )
 
         page_groups = self._page_groups_of_pool()
         self._rows = VirtualRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
