@@ -30,38 +30,45 @@ class RowGeometry:
     token_stride: int  # bytes from one token to the next in one tensor
     page_group: int  # bytes
     window: int | None  # tokens of the ring, where the layers only see a window
+    read_past: int = 0  # tokens past a sequence's end that a kernel may touch, so that they must be mapped too
 
     def resident_bytes(self, length: int) -> int:
         """Bytes in one tensor that a sequence of `length` tokens occupies."""
         return self.token_stride * (length if self.window is None else min(length, self.window))
 
     def slabs_for(self, length: int) -> int:
-        """Slabs that hold a sequence of `length` tokens."""
+        """Slabs that hold a sequence of `length` tokens, and what may be read past its end."""
         if self.window is not None:
             length = min(length, self.window)
+        if self.read_past and length:
+            length += self.read_past
         return -(-self.token_stride * length // self.page_group)
 
     def tokens_in(self, slabs: int, max_tokens: int) -> int:
         """Longest sequence, up to `max_tokens`, that so many slabs hold; a complete ring holds any."""
         tokens = slabs * self.page_group // self.token_stride
+        if self.read_past:
+            tokens = max(0, tokens - self.read_past)
         if self.window is not None and tokens >= self.window:
             return max_tokens
         return min(tokens, max_tokens)
 
     def row_bytes(self, max_tokens: int) -> int:
         """Bytes from one row to the next in one tensor: whole page-groups, so that each row can be mapped alone."""
-        return round_up(self.resident_bytes(max_tokens), self.page_group)
+        return round_up(self.resident_bytes(max_tokens) + self.read_past * self.token_stride, self.page_group)
 
 
-def row_geometry(group: LayerGroup, page_group: int, tensor_slicing: bool) -> RowGeometry:
+def row_geometry(group: LayerGroup, page_group: int, tensor_slicing: bool, read_past: int = 0) -> RowGeometry:
     """Geometry of a layer group, plain or sliced."""
     layers = group.num_layers if tensor_slicing else 1  # that share a tensor
-    return RowGeometry(group.num_tensors // layers, group.token_bytes * layers, page_group, group.window)
+    return RowGeometry(group.num_tensors // layers, group.token_bytes * layers, page_group, group.window, read_past)
 
 
-def row_geometries(kv_layout: KVLayout, page_group: int, tensor_slicing: bool) -> tuple[RowGeometry, ...]:
+def row_geometries(
+    kv_layout: KVLayout, page_group: int, tensor_slicing: bool, read_past: int = 0
+) -> tuple[RowGeometry, ...]:
     """Geometry of every layer group."""
-    return tuple(row_geometry(group, page_group, tensor_slicing) for group in kv_layout.groups)
+    return tuple(row_geometry(group, page_group, tensor_slicing, read_past) for group in kv_layout.groups)
 
 
 def checked_page_group(page_group: int | str) -> int:

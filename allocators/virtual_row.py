@@ -59,7 +59,7 @@ class Row:
             if mapped > slabs_needed:
                 surplus += tensors * (mapped - slabs_needed)
             end = g.slabs_for(final)
-            covered += tensors * (mapped * g.page_group if mapped < end else g.resident_bytes(final))
+            covered += tensors * min(mapped * g.page_group, g.resident_bytes(final))
             rounded += tensors * g.page_group * min(end, mapped)
             capacity = min(capacity, g.tokens_in(mapped, max_tokens))
             enough_until = min(enough_until, g.tokens_in(slabs_needed, max_tokens))

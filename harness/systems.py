@@ -1,13 +1,14 @@
 """Systems: what an experiment compares. An allocator, a kernel and a scheduling policy under one name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, names, no_such_key
+from kvarena.kernels.registry import kernel_spec
 
 PAIRINGS = ("same body", "same library", "best of each")
 _KEYS = ("allocator", "kernel", "scheduler", "pairing", "published", "variant")
@@ -33,6 +34,13 @@ class System:
     def label_with(self, kernel: str) -> str:
         """The label where something else than its kernel says how long a step takes."""
         return f"{self.variant or self.allocator.name}/{kernel}"
+
+
+def with_room_to_read(system: System) -> System:
+    """Keep as many tokens mapped past a row's end as its kernel may touch, unless the user says how many."""
+    if not hasattr(system.allocator, "read_past") or system.allocator.read_past is not None:
+        return system
+    return replace(system, allocator=replace(system.allocator, read_past=kernel_spec(system.kernel.name).reads_past))
 
 
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:

@@ -68,6 +68,7 @@ FA3 = KernelSpec(
     head_sizes=frozenset(range(8, 257, 8)),
     requires=("vllm",),
     install_hint=f"{_VLLM_HINT} KVARENA_FA3_SO",
+    reads_past=191,  # to the end of a tile; read from the library's sources, to be seen on a GPU
     library_variable="KVARENA_FA3_SO",
     in_graph=True,
 )

@@ -21,4 +21,5 @@ class KernelSpec:
     install_hint: str = ""  # what to type where they are absent
     needs_cxx: bool = False  # compiles C++ when it first runs
     library_variable: str = ""  # environment variable that may name the library's file, in place of an installation
+    reads_past: int = 0  # tokens past the length of a row that it may touch: they must be mapped, and finite
     in_graph: bool = False  # a decode may be captured in a CUDA graph

@@ -39,6 +39,7 @@ SYSTEMS = {
     "paged, vllm_v1": ("paged", {"block_size": 16, "watermark": 0}, "vllm_v1", {"token_budget": 64, "max_seqs": 64}),
     "vattention, vllm": ("vattention", {"page_group": "64KB", "max_rows": 8}, "vllm", {}),
     "vattention, sync": ("vattention", {"page_group": "128KB", "max_rows": 8, "overlap": False}, "vllm", {}),
+    "vattention, reading past": ("vattention", {"page_group": "64KB", "max_rows": 8, "read_past": 6}, "vllm", {}),
     "static, vllm": ("static", {}, "vllm", {}),
     "orca_max, orca": ("orca_max", {}, "orca", {}),
     "orca_pow2, orca": ("orca_pow2", {"block_size": 4}, "orca", {}),
