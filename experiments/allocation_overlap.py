@@ -118,32 +118,44 @@ def _cells(run: Run) -> Iterator[Any]:
 
 
 def _summary(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
-    params: Params = run.params
     table = events(steps)
     for way in map(Way, steps.way.unique()):
         own = steps[steps.way == way]
-        latencies = own.groupby("round").latency_ms
-        spikes = latencies.apply(lambda ms: int((ms > ms.median() + params.spike_ms).sum()))
-        for quantity, samples, unit in (
-            ("decode_iteration_latency_p50", latencies.median(), "ms"),
-            ("decode_iteration_latency_p99", latencies.quantile(0.99), "ms"),
-            ("decode_iteration_latency_max", latencies.max(), "ms"),
-            (f"spikes_over_{params.spike_ms:g}ms_above_median", spikes, "count"),
-        ):
-            value = median_interval(samples) if params.rounds > 1 else float(samples.iloc[0])
-            yield row(value, paper="vattention", figure="fig12", quantity=quantity, unit=unit, **_columns(run, way))
-        mine = {"paper": "kvarena", "figure": NAME, **_columns(run, way)}
-        for key in ("critical", "background"):
-            total = float(calls[calls.way == way][key].sum())
-            yield row(total, quantity=f"{key}_driver_calls", unit="count", **{**mine, "evidence": "exact"})
-        if waits := own[own.set_index(["round", "iteration"]).index.isin(table.index)].stall_ms.tolist():
-            yield row(median_interval(waits), quantity="wait_for_mapping", unit="ms", **mine)
-        yield row(float((own.actions > 0).sum()), quantity="iterations_after_mapping", unit="count",
-                  **{**mine, "evidence": "exact"})  # fmt: skip
-        for _, step in own[own["round"] == 0].iterrows():
-            yield row(float(step.latency_ms), quantity="decode_iteration_latency_vs_iteration", unit="ms",
-                      x=step.iteration, **mine)  # fmt: skip
+        yield from _latency_rows(run, way, own)
+        yield from _mapping_rows(run, way, own, calls[calls.way == way], table.index)
     yield from _event_rows(run, table)
+
+
+def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Fig 12: percentiles of every round, spikes, and the first round's iterations one by one."""
+    latencies, spike_ms = own.groupby("round").latency_ms, run.params.spike_ms
+    spikes = latencies.apply(lambda ms: int((ms > ms.median() + spike_ms).sum()))
+    for quantity, samples, unit in (
+        ("decode_iteration_latency_p50", latencies.median(), "ms"),
+        ("decode_iteration_latency_p99", latencies.quantile(0.99), "ms"),
+        ("decode_iteration_latency_max", latencies.max(), "ms"),
+        (f"spikes_over_{spike_ms:g}ms_above_median", spikes, "count"),
+    ):
+        value = median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
+        yield row(value, paper="vattention", figure="fig12", quantity=quantity, unit=unit, **_columns(run, way))
+    first = own[own["round"] == 0]
+    for iteration, ms in zip(first.iteration, first.latency_ms, strict=True):
+        yield row(float(ms), paper="kvarena", figure=NAME, quantity="decode_iteration_latency_vs_iteration", unit="ms",
+                  x=iteration, **_columns(run, way))  # fmt: skip
+
+
+def _mapping_rows(
+    run: Run, way: Way, own: pd.DataFrame, calls: pd.DataFrame, events_at: pd.Index
+) -> Iterator[SummaryRow]:
+    """Driver calls by where they are made, and what an event's own iteration waits for them."""
+    mine = {"paper": "kvarena", "figure": NAME, **_columns(run, way)}
+    counts = {f"{key}_driver_calls": calls[key].sum() for key in ("critical", "background")}
+    counts["iterations_after_mapping"] = (own.actions > 0).sum()
+    for quantity, count in counts.items():
+        yield row(float(count), quantity=quantity, unit="count", **{**mine, "evidence": "exact"})
+    waits = own[own.set_index(["round", "iteration"]).index.isin(events_at)].stall_ms
+    if len(waits):
+        yield row(median_interval(waits), quantity="wait_for_mapping", unit="ms", **mine)
 
 
 def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
