@@ -152,15 +152,15 @@ class VAttentionPolicy(Policy):
         """Lengthen the sequence, mapping what it needs that was not mapped ahead."""
         row = self._rows.live[seq_id]
         length = row.length + tokens
-        crosses = length > row.enough_until or length > row.final
-        if crosses and not self._can_lengthen(row, length):
+        outgrows = length > row.capacity  # what is mapped
+        if outgrows and not self._can_lengthen(row, length):
             return False
         self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
         row.length = length
-        if crosses:
+        if length > row.enough_until or length > row.final:
             self._rows.settle(row)
-            if self._rows.extend(row, length, self._actions):
-                self._looked_ahead = False
+        if outgrows and self._rows.extend(row, length, self._actions):
+            self._looked_ahead = False
         return True
 
     def release(self, seq_id: int) -> None:

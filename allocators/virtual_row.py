@@ -49,23 +49,36 @@ class Row:
 
     def settle(self, geometries: Sequence[RowGeometry], max_tokens: int) -> None:
         """Recompute what follows from slabs, length and final length."""
-        length = self.length
-        final = self.final = max(self.final, length)
-        capacity = enough_until = max_tokens
-        surplus = needed = covered = rounded = 0
+        marks = self.marks
+        if self.mapped != marks.mapped or self.length > self.final or marks is NOTHING:
+            covered, rounded = self._settle_mapped(geometries, max_tokens)
+        else:
+            _, _, covered, rounded = marks  # slabs and final length are as they were
+        length, enough_until = self.length, max_tokens
+        needed = 0
+        for g in geometries:
+            slabs = g.slabs_for(length)
+            needed += g.num_tensors * slabs
+            enough_until = min(enough_until, g.tokens_in(slabs, max_tokens))
+        self.enough_until = enough_until
+        if self.mapped == needed and length <= self.capacity:
+            self.surplus = self.surplus_ahead = 0
+        else:
+            self.surplus = self._beyond(geometries, length)
+            self.surplus_ahead = self._beyond(geometries, min(enough_until + 1, max_tokens))
+        self.marks = Marks(needed, self.mapped, covered, rounded)
+
+    def _settle_mapped(self, geometries: Sequence[RowGeometry], max_tokens: int) -> tuple[int, int]:
+        """Recompute what follows from slabs and final length: `capacity`, and the marks `covered` and `rounded`."""
+        final = self.final = max(self.final, self.length)
+        self.capacity = max_tokens
+        covered = rounded = 0
         for g, slabs in zip(geometries, self.slabs, strict=True):
-            tensors, mapped, slabs_needed = g.num_tensors, len(slabs), g.slabs_for(length)
-            needed += tensors * slabs_needed
-            if mapped > slabs_needed:
-                surplus += tensors * (mapped - slabs_needed)
-            end = g.slabs_for(final)
+            tensors, mapped, end = g.num_tensors, len(slabs), g.slabs_for(final)
             covered += tensors * min(mapped * g.page_group, g.resident_bytes(final))
             rounded += tensors * g.page_group * min(end, mapped)
-            capacity = min(capacity, g.tokens_in(mapped, max_tokens))
-            enough_until = min(enough_until, g.tokens_in(slabs_needed, max_tokens))
-        self.capacity, self.enough_until, self.surplus = capacity, enough_until, surplus
-        self.surplus_ahead = self._beyond(geometries, min(enough_until + 1, max_tokens)) if surplus else 0
-        self.marks = Marks(needed, self.mapped, covered, rounded)
+            self.capacity = min(self.capacity, g.tokens_in(mapped, max_tokens))
+        return covered, rounded
 
     def _beyond(self, geometries: Sequence[RowGeometry], length: int) -> int:
         """Page-groups mapped that `length` tokens do not need."""
