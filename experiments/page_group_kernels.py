@@ -6,6 +6,7 @@ Page-groups are mapped in a random order, so that the smaller ones really lie sc
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from statistics import median
 from typing import NamedTuple
 
 import pandas as pd
@@ -21,6 +22,8 @@ from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import get_kernel
 from kvarena.kernels.view import BatchView, LayerCache
+
+TURNS = 3  # of which a round takes the median
 
 
 class Point(NamedTuple):
@@ -78,25 +81,36 @@ class MappedRows:
 def measure(
     model: ModelConfig, kernel_name: str, points: Sequence[Point], page_groups: Sequence[int], rounds: int, device: str
 ) -> Frames:
-    """Seconds of one call by point, page-group and round; sizes take turns in going first.
+    """Seconds of one call by point, page-group and round.
 
-    Raises RuntimeError where a kernel's output depends on the page-group.
+    Every round maps fresh memory, first for the one size, then for the other, and the next round the other way about:
+    which physical pages a pool gets, and so how fast it is read, depends on what was created before it. Raises
+    RuntimeError where a kernel's output depends on the page-group.
     """
-    kernel, where, samples = get_kernel(kernel_name), torch.device(device), []
+    kernel, samples = get_kernel(kernel_name), []
     for point in points:
-        with ExitStack() as stack:
-            timers, outputs = {}, []
-            for size in page_groups:
-                rows = stack.enter_context(closing(MappedRows(model, point.batch, point.context, size, where)))
-                call, out = _call(model, kernel, rows.cache, point)
-                timers[size] = seconds_per_call([call] * point.repeats, where, kernel.spec.in_graph)
-                outputs.append(out)
-            if not all(torch.equal(outputs[0], out) for out in outputs):
-                raise RuntimeError(f"{kernel_name}, {point}: another output over another page-group")
-            for number in range(rounds):
-                for size in page_groups if number % 2 else page_groups[::-1]:
-                    samples.append({**point._asdict(), "page_group": size, "round": number, "call_s": timers[size]()})
+        for number in range(rounds):
+            sizes = page_groups[:: 1 if number % 2 else -1]
+            for size, seconds in _round(model, kernel, point, sizes, torch.device(device)).items():
+                samples.append({**point._asdict(), "page_group": size, "round": number, "call_s": seconds})
     return {"kernels": pd.DataFrame(samples)}
+
+
+def _round(
+    model: ModelConfig, kernel: AttentionKernel, point: Point, sizes: Sequence[int], device: torch.device
+) -> dict[int, float]:
+    """Seconds of one call by page-group: the median of a few, taken in turn."""
+    with ExitStack() as stack:
+        timers, outputs = {}, []
+        for size in sizes:
+            rows = stack.enter_context(closing(MappedRows(model, point.batch, point.context, size, device)))
+            call, out = _call(model, kernel, rows.cache, point)
+            timers[size] = seconds_per_call([call] * point.repeats, device, kernel.spec.in_graph)
+            outputs.append(out)
+        if not all(torch.equal(outputs[0], out) for out in outputs):
+            raise RuntimeError(f"{kernel.spec.name}, {point}: another output over another page-group")
+        taken = [{size: timers[size]() for size in sizes} for _ in range(TURNS)]
+        return {size: median(turn[size] for turn in taken) for size in sizes}
 
 
 def _call(model: ModelConfig, kernel: AttentionKernel, cache: LayerCache, point: Point) -> tuple[Call, torch.Tensor]:

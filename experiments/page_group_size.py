@@ -52,7 +52,7 @@ class Params:
     prefill_contexts: list[int] = field(default_factory=list)
     decode_context: int = 0
     decode_batches: list[int] = field(default_factory=list)
-    rounds: int = 0
+    rounds: int = 0  # each in fresh memory
 
     def points(self) -> list[Point]:
         """Calls of Fig 14."""
