@@ -113,13 +113,13 @@ def _cells(run: Run) -> Iterator[Any]:
     from kvarena.harness.model.build import build_model
 
     model = build_model(run.model, run.device.kind)
-    for _ in range(run.params.rounds):
-        yield partial(measure, run, model)
+    for number in range(run.params.rounds):
+        yield partial(measure, run, model, number)
 
 
 def _summary(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
     table = events(steps)
-    for way in map(Way, steps.way.unique()):
+    for way in (way for way in Way if way in set(steps.way)):
         own = steps[steps.way == way]
         yield from _latency_rows(run, way, own)
         yield from _mapping_rows(run, way, own, calls[calls.way == way], table.index)

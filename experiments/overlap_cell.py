@@ -39,7 +39,7 @@ def system_in(way: Way, system: System) -> System:
     return replace(system, name=way.value, variant=f"vattention-{way}", published=way.value, allocator=plain)
 
 
-def measure(run: Run, model: Model) -> Frames:
+def measure(run: Run, model: Model, number: int) -> Frames:
     """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
     params = run.params
     prompts = params.prompts()
@@ -50,7 +50,8 @@ def measure(run: Run, model: Model) -> Frames:
     batches: dict[str, FixedBatch] = {}
     try:
         with scattered_pages_held():
-            for way in MEASURED:
+            turn = number % len(MEASURED)  # which pages a pool gets depends on those made before it
+            for way in MEASURED[turn:] + MEASURED[:turn]:
                 system = system_in(way, the_system(run))
                 batches[way] = resident(run, system, model, prompts, pool_bytes, _prime(way, params, len(prompts)))
         same_tokens(run, batches)
