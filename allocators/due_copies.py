@@ -15,44 +15,45 @@ from kvarena.allocators.kv_layout import KVLayout
 
 
 class DueCopies:
-    """Who owes whom how many positions. `copies(parent, child, tokens)` says how they are copied."""
+    """Who owes whom how many positions. `copies(parent, child, tokens)` says how they are copied.
+
+    Copies are appended to `actions`, the policy's list of what is to be done before this step's forward pass.
+    """
 
     def __init__(self, copies: Callable[[int, int, int], Iterable[Action]]) -> None:
         self._copies = copies
         self._owed: dict[int, tuple[int, int]] = {}  # child -> parent, tokens
-        self.actions: list[Action] = []  # to be handed over: copies that are not due any more
 
     def __bool__(self) -> bool:
         return bool(self._owed)
 
-    def owe(self, parent_id: int, child_id: int, tokens: int) -> None:
+    def owe(self, parent_id: int, child_id: int, tokens: int, actions: list[Action]) -> None:
         """Note that the child needs the parent's first positions. What the parent is owed itself comes first."""
-        self.pay(parent_id)
+        self.pay([parent_id], actions)
         if tokens:
             self._owed[child_id] = (parent_id, tokens)
 
-    def pay(self, child_id: int) -> None:
-        """Copy now what the sequence is owed, if anything."""
-        if child_id in self._owed:
-            parent_id, tokens = self._owed.pop(child_id)
-            self.actions += self._copies(parent_id, child_id, tokens)
+    def pay(self, child_ids: Iterable[int], actions: list[Action]) -> None:
+        """Copy now what these sequences are owed, if anything."""
+        if self._owed:
+            for child_id in child_ids:
+                if child_id in self._owed:
+                    parent_id, tokens = self._owed.pop(child_id)
+                    actions += self._copies(parent_id, child_id, tokens)
 
-    def leave(self, seq_id: int) -> None:
+    def leave(self, seq_id: int, actions: list[Action]) -> None:
         """A sequence is about to go: it pays its debts, and is owed nothing any more."""
         self._owed.pop(seq_id, None)
-        for child_id in [child_id for child_id, (parent_id, _) in self._owed.items() if parent_id == seq_id]:
-            self.pay(child_id)
+        self.pay([child_id for child_id, (parent_id, _) in self._owed.items() if parent_id == seq_id], actions)
 
-    def cancel(self, targets: Iterable[int]) -> None:
-        """Drop copies into rows (or blocks) that nobody will read."""
-        if self.actions:
-            gone = set(targets)
-            self.actions = [a for a in self.actions if not (isinstance(a, CopyRow | CopyBlock) and a.target in gone)]
 
-    def drain(self) -> list[Action]:
-        """Hand over, once, the copies to be made, in this order."""
-        actions, self.actions = self.actions, []
+def without_copies_to(targets: Iterable[int], actions: list[Action]) -> list[Action]:
+    """These actions but for the copies into rows (or blocks) that nobody will read, in this step or later."""
+    if not actions:
         return actions
+    read = {action.source for action in actions if isinstance(action, CopyRow | CopyBlock)}
+    gone = set(targets) - read
+    return [a for a in actions if not (isinstance(a, CopyRow | CopyBlock) and a.target in gone)]
 
 
 def row_copies(kv_layout: KVLayout, source: int, target: int, tokens: int) -> Iterable[CopyRow]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.actions import Action, CopyRow
-from kvarena.allocators.due_copies import DueCopies, row_copies
+from kvarena.allocators.due_copies import DueCopies, row_copies, without_copies_to
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Ledger, resident_bytes
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
@@ -57,10 +57,11 @@ class FasterTransformerPolicy(Policy):
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens
         self._batch_size = batch_size
-        self._max_padded_tokens = max_padded_tokens
+        self._max_padded_tokens = min(max_padded_tokens, max_tokens)  # a row is no longer than the model's context
         self._bytes_of = resident_bytes(kv_layout)
         self._books = Ledger(self._bytes_of)
         self._due = DueCopies(self._copies)
+        self._actions: list[Action] = []
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -124,7 +125,7 @@ class FasterTransformerPolicy(Policy):
         tokens = self._lengths[parent_id]
         if not (self.admit(child, tokens) if self._open else self._inherit_row(child, tokens)):
             return False
-        self._due.owe(parent_id, child.seq_id, tokens)
+        self._due.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
 
     def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
@@ -135,7 +136,9 @@ class FasterTransformerPolicy(Policy):
             return False
         self._rows[seq.seq_id] = self._rows.pop(left)
         self._lengths[seq.seq_id] = tokens
-        self._books.add(seq.seq_id, Extent(min(tokens, seq.final_tokens), seq.final_tokens, seq.final_tokens, self.width))
+        self._books.add(
+            seq.seq_id, Extent(min(tokens, seq.final_tokens), seq.final_tokens, seq.final_tokens, self.width)
+        )
         return True
 
     def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
@@ -154,7 +157,7 @@ class FasterTransformerPolicy(Policy):
         if not self.can_grow(seq_id, tokens):
             return False
         self._open = False  # from here on it is known where rows begin
-        self._due.pay(seq_id)
+        self._due.pay([seq_id], self._actions)
         extent = self._books.extents[seq_id]
         self._lengths[seq_id] += tokens
         self._books.grow(seq_id, min(self._lengths[seq_id], extent.final) - extent.length)
@@ -162,7 +165,7 @@ class FasterTransformerPolicy(Policy):
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
-        if self._due or self._due.actions:
+        if self._due or self._actions:
             return 0
         extents = map(self._books.extents.__getitem__, seq_ids)
         until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]
@@ -173,8 +176,8 @@ class FasterTransformerPolicy(Policy):
         if seq_id not in self._lengths:
             raise NotResidentError(seq_id)
         self._open = False
-        self._due.leave(seq_id)
-        self._due.cancel([self.row(seq_id)])
+        self._due.leave(seq_id, self._actions)
+        self._actions = without_copies_to([self.row(seq_id)], self._actions)
         self._books.remove(seq_id)
         del self._lengths[seq_id]
         if not self._books.extents:
@@ -192,7 +195,8 @@ class FasterTransformerPolicy(Policy):
 
     def drain(self) -> list[Action]:
         """Hand over the copies of prompts that members of a group are owed."""
-        return self._due.drain()
+        actions, self._actions = self._actions, []
+        return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf: padding is rounding, rows that have left are deferred."""

@@ -17,7 +17,7 @@ from typing import Generic
 
 from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
-from kvarena.allocators.due_copies import DueCopies
+from kvarena.allocators.due_copies import DueCopies, without_copies_to
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
@@ -56,6 +56,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._places: dict[int, Place] = {}
         self._books = Ledger(bytes_of)
         self._due = DueCopies(self._copies)
+        self._actions: list[Action] = []
 
     @abstractmethod
     def _bound(self, seq: Sequence) -> int:
@@ -122,7 +123,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         tokens = self._books.extents[parent_id].length
         if not self.admit(child, tokens):
             return False
-        self._due.owe(parent_id, child.seq_id, tokens)
+        self._due.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
 
     def tokens_until_growth(self, seq_id: int) -> int:
@@ -136,15 +137,15 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the reservation."""
-        self._due.pay(seq_id)
+        self._due.pay([seq_id], self._actions)
         return self._books.grow(seq_id, tokens)
 
     def release(self, seq_id: int) -> None:
         """Give the reservation back."""
         if seq_id not in self._places:
             raise NotResidentError(seq_id)
-        self._due.leave(seq_id)
-        self._due.cancel(self._targets(seq_id))
+        self._due.leave(seq_id, self._actions)
+        self._actions = without_copies_to(self._targets(seq_id), self._actions)
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
 
@@ -166,14 +167,12 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each; there is room to the end of all that were admitted."""
-        if self._due:
-            for seq_id in seq_ids:
-                self._due.pay(seq_id)
+        self._due.pay(seq_ids, self._actions)
         return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """All of them: whoever was admitted has room to its end."""
-        return 0 if self.kv_layout.has_windows or self._due or self._due.actions else limit
+        return 0 if self.kv_layout.has_windows or self._due or self._actions else limit
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens; the sum of `usage(head)` over these steps."""
@@ -181,7 +180,8 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def drain(self) -> list[Action]:
         """Hand over the copies of prompts that members of a group are owed."""
-        return self._due.drain()
+        actions, self._actions = self._actions, []
+        return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf. Free units are stranded where they sum to the head's promise, and yet do not hold it:

@@ -1,5 +1,6 @@
 """Which slabs are free. A slab is one page-group in every tensor of a layer group."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from kvarena.allocators.policy import IntegrityError
@@ -12,6 +13,7 @@ class SlabList:
         self.num_slabs = num_slabs
         self._first_unused = 0  # slabs from here on were never taken
         self._returned: dict[int, None] = {}  # a set that remembers its order
+        self._extra: dict[int, int] = {}  # slab -> rows that own it beyond the first, where there are any
 
     def __len__(self) -> int:
         return self.num_slabs - self._first_unused + len(self._returned)
@@ -36,11 +38,28 @@ class SlabList:
             raise IntegrityError(f"slab {slab} was given back, but is free")
         self._returned[slab] = None
 
+    def share(self, slab: int) -> None:
+        """Let one more row own a slab that somebody owns."""
+        self._extra[slab] = self._extra.get(slab, 0) + 1
+
+    def is_shared(self, slab: int) -> bool:
+        """Whether several rows own it."""
+        return slab in self._extra
+
+    def unshare(self, slab: int) -> None:
+        """Let one of several rows own it no more."""
+        self._extra[slab] -= 1
+        if not self._extra[slab]:
+            del self._extra[slab]
+
     def check_integrity(self, owned: Iterable[int]) -> None:
-        """Check that `owned` are all the slabs that are not free, each once."""
-        owned = sorted(owned)
-        if owned != sorted(self._taken()):
-            raise IntegrityError(f"slabs in rows {owned}, slabs not free {sorted(self._taken())}")
+        """Check that `owned` are all the slabs that are not free, each as often as it is counted."""
+        owners = Counter(owned)
+        if sorted(owners) != sorted(self._taken()):
+            raise IntegrityError(f"slabs in rows {sorted(owners)}, slabs not free {sorted(self._taken())}")
+        extra = {slab: count - 1 for slab, count in owners.items() if count > 1}
+        if extra != self._extra:
+            raise IntegrityError(f"slabs in rows more than once: {self._extra} kept, {extra} recounted")
 
     def _taken(self) -> Iterator[int]:
         return (slab for slab in range(self._first_unused) if slab not in self._returned)

@@ -19,12 +19,14 @@ from math import gcd
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import resident_bytes
 from kvarena.allocators.page_groups import checked_page_group, row_geometries
-from kvarena.allocators.policy import Action, Policy, Sequence
+from kvarena.allocators.policy import Action, Sequence
 from kvarena.allocators.row_growth import Held, RowGrowth
+from kvarena.allocators.shared_rows import SharedRows
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage
+from kvarena.allocators.vattention_groups import RowGroups
 from kvarena.allocators.virtual_row import Row
-from kvarena.allocators.virtual_rows import VirtualRows, expect
+from kvarena.allocators.virtual_rows import expect
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -46,7 +48,7 @@ class VAttentionConfig:
     read_past: int | None = None  # tokens kept mapped past a sequence's end, for a kernel that reads on there
 
 
-class VAttentionPolicy(Policy):
+class VAttentionPolicy(RowGroups):
     """Sequences in rows. Every page-group serves any tensor, so nothing is ever stranded."""
 
     name = "vattention"
@@ -76,6 +78,7 @@ class VAttentionPolicy(Policy):
         for option, count in (("max_rows", max_rows), ("eager_groups", eager_groups)):
             if count < 1:
                 raise UserError(f"allocator.{option}: {count} is not at least 1")
+        super().__init__()
         if read_past is not None and read_past < 0:
             raise UserError(f"allocator.read_past: {read_past} is not at least 0, or null")
         self.kv_layout = kv_layout
@@ -92,7 +95,7 @@ class VAttentionPolicy(Policy):
         )
 
         page_groups = self._page_groups_of_pool()
-        self._rows = VirtualRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
+        self._rows = SharedRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
         self._watermark = int(watermark * page_groups)
         self._threshold = int(reclaim_threshold * page_groups)
         self._actions: list[Action] = []
@@ -137,6 +140,7 @@ class VAttentionPolicy(Policy):
             raise ValueError(f"sequence {seq.seq_id} is resident already")
         if not self.can_admit(seq, tokens):
             return False
+        self._rows.make_idle(self._actions)
         row = self._rows.occupy(seq.seq_id, tokens, seq.final_tokens)
         self._rows.extend(row, tokens, self._actions)
         self._live_bytes += self._bytes_of(tokens)
@@ -150,6 +154,7 @@ class VAttentionPolicy(Policy):
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Lengthen the sequence, mapping what it needs that was not mapped ahead."""
+        self._due.pay([seq_id], self._actions)
         row = self._rows.live[seq_id]
         length = row.length + tokens
         outgrows = length > row.capacity  # what is mapped
@@ -165,8 +170,7 @@ class VAttentionPolicy(Policy):
 
     def release(self, seq_id: int) -> None:
         """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
-        self._live_bytes -= self._bytes_of(self._rows.live[seq_id].length)
-        row = self._rows.vacate(seq_id)
+        row = self._vacate(seq_id)
         self._looked_ahead = False
         if not self.deferred_reclamation:
             self._rows.trim_idle(row, self._rows.total, self._actions)
@@ -188,7 +192,7 @@ class VAttentionPolicy(Policy):
         """Steps, `limit` at most. With overlap a row is extended in the step before it would overflow; where that
         must not be (`ahead` = 0), this step is not quiet.
         """
-        if self._actions or not self._looked_ahead:
+        if self._actions or self._due or not self._looked_ahead:
             return 0
         if not (self._closed_form and ahead):
             return max(0, super().quiet_steps(seq_ids, limit + self.overlap) - self.overlap)
@@ -207,6 +211,7 @@ class VAttentionPolicy(Policy):
         """One position for each, in order, up to the first that finds no memory."""
         if self.kv_layout.has_windows:
             return super().grow_each(seq_ids)
+        self._due.pay(seq_ids, self._actions)
         live, count, within = self._rows.live, 0, 0  # within what their lengths need already
         for seq_id in seq_ids:
             row = live[seq_id]
@@ -238,6 +243,7 @@ class VAttentionPolicy(Policy):
         Asked again with nothing changed in between, it plans nothing.
         """
         actions, self._ahead = self._ahead, []
+        self._rows.clear_left(actions)
         if self.overlap:
             self._rows.map_ahead(actions)
         self._rows.take_back_idle(self._threshold, actions)

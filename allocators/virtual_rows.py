@@ -28,7 +28,8 @@ class VirtualRows:
         self.total = self.free = page_groups
         self.max_tokens = max_tokens
         self.live: dict[int, Row] = {}  # by seq_id, in order of admission
-        self.sums = NOTHING  # over live rows
+        self.sums = NOTHING  # over live rows; what several of them share, once
+        self.aliased = 0  # page-groups of live rows that others own too, beyond the first (`shared_rows.py`)
         self.slot: Row | None = None  # the idle row kept ready; has at least `_slot_slabs`
         self._slabs = [SlabList(page_groups // g.num_tensors) for g in geometries]
         self._rows = [Row(i, [[] for _ in geometries]) for i in range(num_rows)]
@@ -85,14 +86,20 @@ class VirtualRows:
     def occupy(self, seq_id: int, length: int, final: int) -> Row:
         """Give a sequence the idle row that fits it best (of an unknown length, 0: the fullest); nothing is mapped."""
         row = self._idle.best_fit(self.page_groups_for(length)) if length else self._idle.fullest()
+        self._take_idle(row)
+        self._settle_in(row, seq_id, length, final)
+        return row
+
+    def _take_idle(self, row: Row) -> None:
         self._idle.remove(row)
         if row is self.slot:
             self.slot = None
+
+    def _settle_in(self, row: Row, seq_id: int, length: int, final: int) -> None:
         self._admissions += 1
         row.seq_id, row.admitted, row.length, row.final = seq_id, self._admissions, length, final
         self.live[seq_id] = row
         self.settle(row)
-        return row
 
     def vacate(self, seq_id: int) -> Row:
         """Let the sequence's row go idle, with all that is mapped in it."""
@@ -227,21 +234,30 @@ class VirtualRows:
     def check_integrity(self) -> None:
         """Recount slabs, rows and sums. Raises IntegrityError with what differs."""
         for group, slabs in enumerate(self._slabs):
-            slabs.check_integrity(slab for row in self._rows for slab in row.slabs[group])
+            slabs.check_integrity(slab for row in self._rows for slab in self._owned(row, group))
         mapped = [self._page_groups([len(slabs) for slabs in row.slabs]) for row in self._rows]
         expect("page-groups by row", [row.mapped for row in self._rows], mapped)
-        expect("page-groups mapped + free", sum(mapped) + self.free, self.total)
+        owned = sum(self._page_groups([len(self._owned(row, g)) for g in range(len(row.slabs))]) for row in self._rows)
+        expect("page-groups mapped + free, an alias once", owned - self.aliased + self.free, self.total)
         expect("page-groups free are none or more", self.free >= 0, True)
-        idle = sorted((row.mapped, row.index) for row in self._rows if row.seq_id is None)
+        idle = sorted((row.mapped, row.index) for row in self._rows if row.seq_id is None and not self._is_left(row))
         expect("idle rows by page-groups", [(row.mapped, row.index) for row in self._idle], idle)
         needed = 0
         for row in self.live.values():
             needed += self.page_groups_for(row.length)
             fits = self.missing(row, row.length) == 0 and row.length <= row.capacity
             expect(f"row {row.index} holds its {row.length} tokens", fits, True)
-        expect("page-groups that live rows need", self.sums.needed, needed)
+        expect("page-groups that live rows need", self.sums.needed, needed - self.aliased)
         if self.slot is not None:
             expect("the slot lacks page-groups", self._lacking(self.slot, self._slot_slabs), 0)
+
+    def _owned(self, row: Row, group: int) -> list[int]:
+        """Slabs that a row owns, alone or with others."""
+        return row.slabs[group]
+
+    def _is_left(self, row: Row) -> bool:
+        """Whether a row without a request may not be inherited."""
+        return False
 
     def recounted_leaves(self) -> tuple[int, ...]:
         """live, reserved, over_estimate, rounding, retained: row by row, in bytes."""

@@ -14,14 +14,16 @@ it, and hears there if it failed.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter_ns
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvarena.allocators.byte_copies import ByteCopies, row_run
 from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.kernel_fence import kernels_so_far
 from kvarena.allocators.model_shape import ModelShape
-from kvarena.allocators.policy import Action, Map, Policy, Unmap
+from kvarena.allocators.policy import Action, CopyRow, Map, Policy, Unmap
 from kvarena.allocators.store import DriverCalls, Physical, Store
 from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.vmm.driver import CallTotals, Driver
@@ -70,6 +72,7 @@ class VirtualStore(Store):
         except BaseException:
             self.close()
             raise
+        self._copy = ByteCopies(self._bases, self.tensors[0].device)
         self._at_start = self.driver.totals()
 
     def _make_tensors(self, shape: ModelShape) -> list[Tensor]:
@@ -161,13 +164,22 @@ class VirtualStore(Store):
     def _perform(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
         for run in _runs(actions):
             first = run[0]
-            offset = first.row * self._row_bytes + first.ordinal * self._page_group
-            if isinstance(first, Map):
-                self._map([action.slab for action in run], offset)
-            else:
-                fence()  # a kernel may be reading what goes
-                for base in self._bases:
-                    self.driver.unmap(base, offset, len(run))
+            match first:
+                case CopyRow():
+                    self._copy([row_run(action, self._row_bytes) for action in run])
+                    fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
+                case Map():
+                    self._map([action.slab for action in run], self._offset(first))
+                case Unmap():
+                    fence()  # a kernel may be reading what goes
+                    for base in self._bases:
+                        self.driver.unmap(base, self._offset(first), len(run))
+                case _:
+                    raise ValueError(f"VirtualStore performs no {type(first).__name__}")
+
+    def _offset(self, where: Map | Unmap) -> int:
+        """Bytes from the start of a tensor to a page-group of a row."""
+        return where.row * self._row_bytes + where.ordinal * self._page_group
 
     def _map(self, slabs: Sequence[int], offset: int) -> None:
         """Map slabs side by side in every tensor, or in none."""
@@ -181,18 +193,24 @@ class VirtualStore(Store):
                 raise
 
 
-def _runs(actions: Sequence[Action]) -> Iterator[list[Map] | list[Unmap]]:
-    """Split actions, in order, into runs of one kind over neighbours in one row, ascending by position."""
-    run: list[Map] | list[Unmap] = []
+def _runs(actions: Sequence[Action]) -> Iterator[list[Any]]:
+    """Split actions, in order, into copies, and runs of one kind over neighbours in one row, ascending by position."""
+    run: list[Any] = []  # of one kind
     for action in actions:
-        if not isinstance(action, Map | Unmap):
-            raise ValueError(f"VirtualStore performs no {type(action).__name__}")
-        step = 1 if isinstance(action, Map) else -1
-        if run and type(run[-1]) is type(action) and (run[-1].row, run[-1].ordinal + step) == action[1:3]:
-            run.append(action)  # type: ignore[arg-type]  # of the run's kind
-        else:
-            if run:
-                yield run if isinstance(run[0], Map) else run[::-1]
-            run = [action]  # type: ignore[assignment]
+        if run and not _continues(run[-1], action):
+            yield run[::-1] if isinstance(run[0], Unmap) else run
+            run = []
+        run.append(action)
     if run:
-        yield run if isinstance(run[0], Map) else run[::-1]
+        yield run[::-1] if isinstance(run[0], Unmap) else run
+
+
+def _continues(last: Action, action: Action) -> bool:
+    match last, action:
+        case (CopyRow(), CopyRow()):
+            return True
+        case (Map(), Map()):
+            return (last.row, last.ordinal + 1) == (action.row, action.ordinal)
+        case (Unmap(), Unmap()):
+            return (last.row, last.ordinal - 1) == (action.row, action.ordinal)
+    return False

@@ -1,0 +1,125 @@
+"""Groups, forks and prefixes under vAttention: aliases of whole page-groups, a copy of the last part.
+
+A fork maps the parent's page-groups into a row of its own (`shared_rows.py` draws it); the page-group in which its
+length ends is its own, and gets the parent's part of it once that has been written (`due_copies.py`). The paper names
+aliasing as something that virtual memory allows (section 8.1); it does not say how, and its artifact does not do it.
+"""
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+
+from kvarena.allocators.actions import Action, CopyRow
+from kvarena.allocators.due_copies import DueCopies, without_copies_to
+from kvarena.allocators.page_groups import RowGeometry
+from kvarena.allocators.policy import NotResidentError, Policy, Sequence
+from kvarena.allocators.shared_rows import SharedRows
+from kvarena.allocators.virtual_row import Row
+
+
+class RowGroups(Policy):
+    """What VAttentionPolicy does with several sequences at once."""
+
+    max_tokens: int
+    max_rows: int
+    page_group_bytes: int
+    geometries: tuple[RowGeometry, ...]
+    _rows: SharedRows
+    _watermark: int  # page-groups
+    _actions: list[Action]
+    _looked_ahead: bool
+    _live_bytes: int
+    _bytes_of: Callable[[int], int]
+
+    def __init__(self) -> None:
+        self._due = DueCopies(self._copies)
+
+    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+        """Whether there are rows, and page-groups beside the watermark, for the members at their ends. They surely
+        share what lies wholly below their prompt.
+        """
+        if len(seqs) > self.max_rows or max(seq.final_tokens for seq in seqs) > self.max_tokens:
+            return False
+        prompt = min(seq.prompt_tokens for seq in seqs)
+        shared = self._rows.page_groups_for(prompt) - self._rows.page_groups_to_fork(prompt)
+        needed = shared + sum(self._rows.page_groups_for(seq.final_tokens) - shared for seq in seqs)
+        return needed + self._watermark <= self._rows.total
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether a row is idle for each member, and page-groups for one, and for what the others have of their own."""
+        rows = self._rows
+        if tokens > self.max_tokens or rows.num_idle < len(seqs):
+            return False
+        needed = rows.page_groups_for(tokens) + (len(seqs) - 1) * rows.page_groups_to_fork(tokens)
+        if prefix is not None:
+            length = self._resident(prefix)
+            if length > tokens:
+                raise ValueError(f"a prefix of {length} tokens in a prompt of {tokens}")
+            needed -= rows.page_groups_for(length) - rows.page_groups_to_fork(length)
+        return rows.sums.needed + needed + self._watermark <= rows.total
+
+    def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
+        """Whether rows are idle, and page-groups suffice for the prompt, shared below its end, and for each member's
+        own positions and the next.
+        """
+        rows = self._rows
+        shared = rows.page_groups_for(tokens) - rows.page_groups_to_fork(tokens)
+        held = 0
+        if prefix is not None:
+            length = self._resident(prefix)
+            held = rows.page_groups_for(length) - rows.page_groups_to_fork(length)
+        needed = shared + len(seqs) * (rows.page_groups_for(tokens + own + 1) - shared) - held
+        return rows.num_idle >= len(seqs) and rows.sums.needed + needed + self._watermark <= rows.total
+
+    def grow_group(self, seq_ids: Seq[int]) -> bool:
+        """One position for each, if the page-groups that all of them need suffice."""
+        rows = [self._rows.live[seq_id] for seq_id in seq_ids]
+        if any(row.length >= self.max_tokens for row in rows):
+            return False
+        more = sum(self._rows.page_groups_for(row.length + 1) - row.marks.needed for row in rows)
+        return self._rows.sums.needed + more <= self._rows.total and self.grow_each(seq_ids) == len(seq_ids)
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Make `child` a copy of a resident sequence, in a row of its own. False where no row is idle, or the
+        page-group in which its length ends finds no memory.
+        """
+        length = self._resident(parent_id)
+        if child.seq_id in self._rows.live:
+            raise ValueError(f"sequence {child.seq_id} is resident already")
+        rows = self._rows
+        if not rows.has_idle or rows.sums.needed + rows.page_groups_to_fork(length) > rows.total:
+            return False
+        self._due.owe(parent_id, child.seq_id, length, self._actions)
+        aliased = rows.aliased
+        rows.fork(rows.live[parent_id], child.seq_id, child.final_tokens, self._actions)
+        self._live_bytes += self._bytes_of(length) - (rows.aliased - aliased) * self.page_group_bytes
+        self._looked_ahead = False
+        return True
+
+    @property
+    def shared_bytes(self) -> int:
+        """Page-groups that several rows map, counted beyond the first time."""
+        return self._rows.aliased * self.page_group_bytes
+
+    def _resident(self, seq_id: int) -> int:
+        """Length of a resident sequence."""
+        if seq_id not in self._rows.live:
+            raise NotResidentError(seq_id)
+        return self._rows.live[seq_id].length
+
+    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
+        """What the child does not map as the parent does, up to `tokens`."""
+        source, target = self._rows.live[source_id], self._rows.live[target_id]
+        for group, (g, shared) in enumerate(zip(self.geometries, self._rows.shareable(tokens), strict=True)):
+            start, stop = shared * g.page_group, g.resident_bytes(tokens)
+            if start < stop:
+                yield CopyRow(group, source.index, target.index, start, stop)
+
+    def _vacate(self, seq_id: int) -> Row:
+        """Settle the books, and what is owed, of a sequence that goes; its row may be left with aliases."""
+        length, rows = self._resident(seq_id), self._rows
+        self._due.leave(seq_id, self._actions)
+        self._actions = without_copies_to([rows.live[seq_id].index], self._actions)
+        aliased = rows.aliased
+        row = rows.vacate(seq_id)
+        self._live_bytes -= self._bytes_of(length) - (aliased - rows.aliased) * self.page_group_bytes
+        return row
