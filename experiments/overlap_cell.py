@@ -43,10 +43,7 @@ def measure(run: Run, model: Model, number: int) -> Frames:
     """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
     params = run.params
     prompts = params.prompts()
-    allocator = the_system(run).allocator
-    sizes = checked_page_group(allocator.page_group), allocator.tensor_slicing
-    geometries = row_geometries(model.config.kv_layout(), *sizes)
-    pool_bytes = len(prompts) * sum(g.num_tensors * g.row_bytes(params.max_tokens) for g in geometries)
+    pool_bytes = len(prompts) * _row_bytes(run, model)
     batches: dict[str, FixedBatch] = {}
     try:
         with scattered_pages_held():
@@ -65,6 +62,14 @@ def measure(run: Run, model: Model, number: int) -> Frames:
     finally:
         for batch in batches.values():
             batch.close()
+
+
+def _row_bytes(run: Run, model: Model) -> int:
+    """Bytes of one row mapped to its end, in all tensors."""
+    allocator = the_system(run).allocator
+    page_group = checked_page_group(allocator.page_group)
+    geometries = row_geometries(model.config.kv_layout(), page_group, allocator.tensor_slicing)
+    return sum(g.num_tensors * g.row_bytes(run.params.max_tokens) for g in geometries)
 
 
 def _prime(way: Way, params: Any, rows: int) -> Callable[[Policy], None]:
