@@ -121,7 +121,7 @@ def _rows(run: Run, table: pd.DataFrame, context: int) -> Iterator[SummaryRow]:
 
         def of(figure: str, quantity: str, value: float, unit: str, shared: dict[str, Any] = shared) -> SummaryRow:
             paper = "vattention" if figure != NAME else "kvarena"
-            evidence = run.engine.evidence(figure, panel, shared["x"])
+            evidence = run.engine.evidence(figure, panel, str(shared["system"]), float(shared["x"]))
             return row(value, paper=paper, figure=figure, quantity=quantity, unit=unit, evidence=evidence, **shared)
 
         yield of("fig8", HEADLINE, cell.batch / cell.step_s, "tok/s")

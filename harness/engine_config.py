@@ -1,6 +1,7 @@
 """Engines as data: what a serving engine adds to what the hardware must do."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from kvarena.errors import UserError
 from kvarena.harness.attention_cost import AttentionCost, HostTime
@@ -34,7 +35,8 @@ class EngineConfig:
     hosts: dict[int, HostTime] = field(
         default_factory=dict
     )  # tensor-parallel degree -> host work, in place of the above
-    calibrated_on: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # figure -> panel -> x of its points
+    calibrated_on: list[str] = field(default_factory=list)  # points of the fit: "figure/panel/system/x", * for any
+    left_out: list[str] = field(default_factory=list)  # those of them that were not used
     attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies
     fitted_to: list[str] = field(default_factory=list)  # published systems whose curves gave the constants
 
@@ -68,7 +70,8 @@ class EngineConfig:
             )
         return self.attention[kernel]
 
-    def evidence(self, figure: str, panel: str, x: float | None = None) -> str:
-        """`calibrated` for the points of a published figure that the constants were fitted on, else `predicted`."""
-        fitted = self.calibrated_on.get(figure, {}).get(panel, ())
-        return "calibrated" if x is not None and float(x) in fitted else "predicted"
+    def evidence(self, figure: str, panel: str, system: str, x: float | None = None) -> str:
+        """`calibrated` for the published points that the constants were fitted on, else `predicted`."""
+        point = "/".join((figure, panel, system, "" if x is None else f"{x:g}"))
+        used = any(fnmatchcase(point, each) for each in self.calibrated_on)
+        return "calibrated" if used and point not in self.left_out else "predicted"
