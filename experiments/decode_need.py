@@ -18,6 +18,7 @@ from kvarena.harness.summary import SummaryRow, row
 
 TP = {"yi-6b": 1, "llama-3-8b": 2, "yi-34b": 2}  # GPUs of each model in the paper's Table 5
 PAPERS_SYSTEM = "FA2_Paged"  # whose decode throughput Fig 4 shows; it depends little on the allocator
+ATTENTION = "fa2/paged"  # its kernel, for engines that tell kernels apart
 
 
 def decode_need(
@@ -45,7 +46,7 @@ def decode_need(
 def _decode_throughput(
     hardware: DeviceConfig, engine: EngineConfig, model: ModelConfig, batch: int, context: int
 ) -> float:
-    step = make_step_model(hardware, engine, model, scheduler="vllm")
+    step = make_step_model(hardware, engine, model, "vllm", ATTENTION)
     return batch * PS_PER_S / step.step_ps(StepLoad(batch, batch, batch * context))
 
 

@@ -40,6 +40,8 @@ def test_every_kind_of_device_has_systems_that_it_can_run() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         profiles = compose("config", [DECODE]).profiles
     for kind, profile in profiles.items():
+        if kind == "modelled":  # an engine's constants say which kernels it prices
+            continue
         files = kept(profile.systems, "all", "all")
         assert len(files) > 1
         for file in files:
