@@ -46,6 +46,8 @@ def _outcome(step: Step, case: str, context: Context) -> tuple[Result, str, Valu
         return Result.PASSED, "", step.run(case, context)
     except (NotRunError, UserError) as error:
         return Result.NOT_RUN, str(error), {}
+    except ModuleNotFoundError as error:
+        return Result.NOT_RUN, f"needs {error.name}, not installed", {}
     except FailedError as error:
         return Result.FAILED, str(error), {}
     except Exception as error:

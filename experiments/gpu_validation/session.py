@@ -48,11 +48,18 @@ class Session:
         before = self._folder.records()
         passed = {record.key for record in before if record.result is Result.PASSED}
         for step in steps:
-            pending = [case for case in step.cases(self._device) if (step.name, case) not in passed]
+            pending = [case for case in self._cases(step) if (step.name, case) not in passed]
             if pending:
                 self._run_step(step, pending)
                 self._folder.rewrite(self._scratch)
         return self._folder.records()[len(before) :]
+
+    def _cases(self, step: Step) -> list[str]:
+        try:
+            return step.cases(self._device)
+        except ModuleNotFoundError as error:
+            self._note(step, "all", Result.NOT_RUN, f"needs {error.name}, not installed")
+            return []
 
     def _run_step(self, step: Step, cases: list[str]) -> None:
         deadline = min(time.monotonic() + step.limit_s, self._end)

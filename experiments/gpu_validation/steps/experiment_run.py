@@ -15,7 +15,8 @@ from kvarena.harness.paths import CONF
 def finished(name: str, overrides: Sequence[str], context: Context, kept_as: str | None = None) -> Path:
     """Run `experiment=name`; the folder of the run, of which a copy is kept as runs/<kept_as>.
 
-    Raises NotRunError where there is no such experiment, FailedError with its last line where it fails.
+    Raises NotRunError where there is no such experiment or a package is missing, FailedError with its last line
+    where it fails.
     """
     if not (CONF / "experiment" / f"{name}.yaml").is_file():
         raise NotRunError(f"there is no experiment {name}")
@@ -30,7 +31,8 @@ def finished(name: str, overrides: Sequence[str], context: Context, kept_as: str
     )
     print(done.stdout, flush=True)
     if done.returncode:
-        raise FailedError(_complaint(done.stdout) or f"ended with {done.returncode}")
+        complaint = _complaint(done.stdout) or f"ended with {done.returncode}"
+        raise NotRunError(complaint) if complaint.startswith("ModuleNotFoundError") else FailedError(complaint)
     folder = (home / name / "latest").resolve()
     shutil.copytree(folder, context.scratch / "runs" / (kept_as or name), dirs_exist_ok=True)
     return folder
