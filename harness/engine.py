@@ -104,11 +104,11 @@ class Engine:
         scheduler, policy = self.scheduler, self.scheduler.policy
         seq_ids = [r.seq_id for r in scheduler.running]
         plan = StepPlan(scheduler.running)
-        run = executor.steady(plan)
-        ahead = executor.hidden_maps(run.first_ps)
+        ahead = executor.hidden_maps(plan)
         steps = policy.quiet_steps(seq_ids, scheduler.steps_left(), ahead, scheduler.largest_gang)
         if steps < 1:
             return None
+        run = executor.steady(plan)
         plan.steps = min(steps, run.steps if gap_ps is None else min(run.steps, run.steps_to(gap_ps)))
         usage = policy.advance(seq_ids, plan.steps, scheduler.head)
         plan.ahead = policy.look_ahead()

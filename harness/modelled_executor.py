@@ -59,9 +59,9 @@ class ModelledExecutor(Executor):
             stall_ps += max(0, self.prices.total_ps(plan.ahead) - step_ps)
         return StepTime(step_ps + stall_ps, stall_ps)
 
-    def hidden_maps(self, step_ps: int) -> int:
-        """How many slabs can be unmapped elsewhere and mapped beside a step of that length, and not make it longer."""
-        return step_ps // self._moved_ps if self._moved_ps else FOREVER
+    def hidden_maps(self, plan: StepPlan) -> int:
+        """How many slabs can be mapped beside the step, and as many unmapped elsewhere, without making it longer."""
+        return self.model.step_ps(load_of(plan)) // self._moved_ps if self._moved_ps else FOREVER
 
     def stretch(self, plan: StepPlan, run: SteadyRun) -> StepTime:
         """The first steps of a run, as many as the plan has. What is mapped beside them makes none of them longer."""
