@@ -35,6 +35,8 @@ SYSTEMS = {
     "contiguous, orca": ("contiguous", {}, "orca", {}),
     "paged_reserved, orca": ("paged_reserved", {}, "orca", {}),
     "static, vllm": ("static", {}, "vllm", {}),
+    "vattention, vllm": ("vattention", {"page_group": "64KB", "max_rows": 16}, "vllm", {}),
+    "vattention, sync": ("vattention", {"page_group": "128KB", "max_rows": 16, "overlap": False}, "vllm", {}),
 }
 MODEL = StepModel(True, 23_000, 10, 20_000, 900, 31, 3, 50, 5)
 PRICES = ActionPrices(77, 501, 499, (9001, 9001), (803, 803), (2, 2))

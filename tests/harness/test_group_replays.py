@@ -43,7 +43,16 @@ SYSTEMS = {
     "copying chunks": ("orca_oracle", {"block_size": 4}, "orca", {}, 500),
     "copying extents": ("contiguous", {}, "orca", {}, 500),
     "copying rows": ("static", {}, "vllm", {}, 640),
+    "mapping rows": ("vattention", {"page_group": "64KB", "max_rows": 16}, "vllm", {}, 5120),
     "padded batches": ("fastertransformer", {"batch_size": 6}, "fastertransformer", {}, 640),
+}
+
+WIDE = replace(CONFIG, hidden_size=1024, num_heads=16, num_kv_heads=16, head_size=64)  # 64 KB hold 16 tokens
+WIDE_SYSTEMS = {
+    "copying rows": ("static", {}, "vllm", {}, 640),
+    "sharing page-groups": ("vattention", {"page_group": "64KB", "max_rows": 16}, "vllm", {}, 272),
+    "mapping at once": ("vattention", {"page_group": "64KB", "max_rows": 16, "overlap": False}, "vllm", {}, 272),
+    "in chunks": ("vattention", {"page_group": "64KB", "max_rows": 16}, "chunked_prefill", CHUNKS, 272),
 }
 
 
@@ -93,11 +102,11 @@ def requests_of(load, gap_ps):
     return requests
 
 
-def serve(system, executor_of, gap_ps=10**9):
+def serve(system, executor_of, gap_ps=10**9, layout=LAYOUT):
     """Serve LOAD. Returns the replay, its decisions and the executor."""
-    allocator, options, name, limits, tokens = SYSTEMS[system]
+    allocator, options, name, limits, tokens = system
     config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
-    policy = make_policy(config, LAYOUT, tokens * LAYOUT.token_bytes, MAX_TOKENS)
+    policy = make_policy(config, layout, tokens * layout.token_bytes, MAX_TOKENS)
     scheduler = make_scheduler(scheduler_class(name)(name=name, **limits), policy, MAX_TOKENS)
     decisions, schedule, rank = [], scheduler.schedule, scheduler.rank
 
@@ -121,20 +130,22 @@ def serve(system, executor_of, gap_ps=10**9):
 
 
 def measured(system, model, **load):
+    config = model.config
+
     def executor_of(policy):
-        store = make_store(policy, CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_size, CONFIG.dtype)
+        store = make_store(policy, config.num_layers, config.num_kv_heads, config.head_size, config.dtype)
         return Keeper(model, store, get_kernel("numba"))
 
-    done, decisions, executor = serve(system, executor_of, **load)
+    done, decisions, executor = serve(system, executor_of, layout=config.kv_layout(), **load)
     executor.store.close()
     return done, decisions, executor
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_same_step_times_and_survivors_give_the_same_decisions(system, model):
-    done, decisions, executor = measured(system, model)
+    done, decisions, executor = measured(SYSTEMS[system], model)
     rows = done.steps.to_frame()
-    replayed, again, _ = serve(system, lambda policy: Scripted(rows.duration_ps.tolist(), executor.lived_on))
+    replayed, again, _ = serve(SYSTEMS[system], lambda policy: Scripted(rows.duration_ps.tolist(), executor.lived_on))
     assert again == decisions
     assert [r.finish_ps for r in replayed.requests] == [r.finish_ps for r in done.requests]
     assert all(r.state is RequestState.FINISHED for r in done.requests)
@@ -143,7 +154,7 @@ def test_the_same_step_times_and_survivors_give_the_same_decisions(system, model
 def test_every_path_through_memory_yields_the_same_tokens(model):
     said, preempted, copies = {}, {}, {}
     for system in SYSTEMS:
-        _, decisions, executor = measured(system, model, gap_ps=0)
+        _, decisions, executor = measured(SYSTEMS[system], model, gap_ps=0)
         said[system] = executor.finished
         preempted[system] = sum(len(d[1]) for d in decisions), sum(len(d[2]) for d in decisions)
         copies[system] = sum(isinstance(a, CopyBlock | CopyRow) for d in decisions for a in d[5])
@@ -159,3 +170,15 @@ def test_every_path_through_memory_yields_the_same_tokens(model):
                 mine = mine[: len(tokens)]  # what a row says after its end is padding
             assert mine == tokens, (system, seq_id, seq_id in groups)
         assert copies[system] > 0, system
+
+
+def test_page_groups_that_several_rows_map_yield_the_same_tokens():
+    """A wider model, so that a page-group ends within a prompt and rows share the ones before."""
+    model, said = build_model(WIDE, "cpu"), {}
+    for system, parts in WIDE_SYSTEMS.items():
+        done, decisions, executor = measured(parts, model, gap_ps=0)
+        said[system] = executor.finished
+        assert said[system] == said["copying rows"], system
+        if system != "copying rows":
+            assert done.steps.to_frame().shared_bytes.max() > 0, "rows share page-groups"
+            assert sum(len(d[1]) for d in decisions) > 0, "groups are recomputed"
