@@ -102,8 +102,8 @@ def requests_of(load, gap_ps):
     return requests
 
 
-def serve(system, executor_of, gap_ps=10**9, layout=LAYOUT):
-    """Serve LOAD. Returns the replay, its decisions and the executor."""
+def serve(system, executor_of, gap_ps=10**9, layout=LAYOUT, only=None):
+    """Serve LOAD, or `only` the request of that id. Returns the replay, its decisions and the executor."""
     allocator, options, name, limits, tokens = system
     config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
     policy = make_policy(config, layout, tokens * layout.token_bytes, MAX_TOKENS)
@@ -124,7 +124,8 @@ def serve(system, executor_of, gap_ps=10**9, layout=LAYOUT):
 
     scheduler.schedule, scheduler.rank = noted, checked
     executor = executor_of(policy)
-    done = Engine(scheduler, executor, jump=False).run(requests_of(LOAD, gap_ps))
+    requests = [r for r in requests_of(LOAD, gap_ps) if only in (None, r.request_id)]
+    done = Engine(scheduler, executor, jump=False).run(requests)
     assert policy.usage().live == 0, "a finished replay leaks nothing"
     return done, decisions, executor
 
@@ -170,6 +171,14 @@ def test_every_path_through_memory_yields_the_same_tokens(model):
                 mine = mine[: len(tokens)]  # what a row says after its end is padding
             assert mine == tokens, (system, seq_id, seq_id in groups)
         assert copies[system] > 0, system
+
+
+def test_company_changes_nothing(model):
+    """Alone in an empty server each request says the same."""
+    _, _, together = measured(SYSTEMS["recomputing"], model, gap_ps=0)
+    for request_id in sorted({r.request_id for r in requests_of(LOAD, 0)}):
+        _, _, alone = measured(SYSTEMS["copying rows"], model, only=request_id)
+        assert {seq_id: together.finished[seq_id] for seq_id in alone.finished} == alone.finished
 
 
 def test_page_groups_that_several_rows_map_yield_the_same_tokens():
