@@ -7,13 +7,15 @@ are withheld there are none to replay: the curve is then drawn around the rate a
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.errors import UserError
 from kvarena.experiments import plots
+from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.replay import Replayer, Served, columns, panel_of, trace_named, workload_of
 from kvarena.harness.capacity import capacity
 from kvarena.harness.config import load, typed
@@ -31,6 +33,9 @@ NAME = "serving_latency"
 HEADLINE = "normalized_latency_vs_rate"
 AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpublished curve is drawn
 LIMIT_S = 0.5  # s/token: the usual reading of the paper's "similar latency"
+OUT_OF_SAMPLE = "out_of_sample"
+FITTED_TRACE = "sharegpt"  # of the panels to which engines were fitted
+FAMILIES = {"fastertransformer": "FasterTransformer", "orca": "Orca", "vllm": "vLLM"}  # by scheduler
 
 
 @dataclass
@@ -49,6 +54,15 @@ class Panel:
 
 
 @dataclass
+class OutOfSample:
+    """Curves of some systems with an engine whose constants were fitted to the curves of others."""
+
+    figure: str
+    engine: str  # of conf/engine/
+    systems: list[str]
+
+
+@dataclass
 class Params:
     """`params.*` of conf/experiment/serving_latency.yaml; null there means: by the profile."""
 
@@ -58,30 +72,70 @@ class Params:
     pool_bytes: int | None = None  # null: the pool the engine ran with
     crossing: list[str] = field(default_factory=list)  # systems whose rate at LIMIT_S is searched
     tolerance: float = 0.01  # of that search
+    out_of_sample: list[OutOfSample] = field(default_factory=list)
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every point of every panel."""
-    panels = {name: p for name, p in run.params.panels.items() if name in (run.params.only or run.params.panels)}
-    points: list[pd.DataFrame] = []
-    provenance: dict[str, Any] = {}
-    with Progress(NAME, len(panels) * len(run.systems)) as progress:
-        for figure, panel in panels.items():
-            panel_run = _panel_run(run, panel)
-            replayer = Replayer(panel_run)
-            provenance[figure] = workload_of(panel_run, rate=1.0, duration_s=panel.duration_s).provenance
-            for system in run.systems:
-                progress.stage(f"{figure} {system.name}")
-                key = f"{figure}-{system.name}"
-                cell = recorder.cell(key, partial(_curve, panel_run, replayer, _sized(system, panel), panel))
-                points.append(cell["points"].assign(figure=figure))
-                progress.advance()
+    panels = _panels(run)
+    curves, points = list(_curves(run, panels)), list[pd.DataFrame]()
+    with Progress(NAME, len(curves)) as progress:
+        for curve in curves:
+            progress.stage(curve.key)
+            cell = recorder.cell(curve.key, partial(_points, curve))
+            points.append(cell["points"].assign(figure=curve.figure, engine=curve.run.engine.name))
+            progress.advance()
     table = pd.concat(points, ignore_index=True)
-    summary = frame(_summary(run, panels, table))
+    summary = frame(_summary(curves, points))
+    provenance = {
+        figure: workload_of(run_of_panel(run, panel), rate=1.0, duration_s=panel.duration_s).provenance
+        for figure, panel in panels.items()
+    }
     return Outcome(summary, pd.DataFrame(), table, HEADLINE, draw(summary), {"workloads": provenance})
 
 
-def _panel_run(run: Run, panel: Panel) -> Run:
+def _panels(run: Run) -> dict[str, Panel]:
+    """The panels to run, by figure. Raises UserError for one that is not there."""
+    panels: dict[str, Panel] = run.params.panels
+    only: list[str] = run.params.only or list(panels)
+    for figure in only:
+        if figure not in panels:
+            raise UserError(f"params.only: no panel is called {figure!r}. There are: {', '.join(panels)}")
+    return {figure: panels[figure] for figure in panels if figure in only}
+
+
+class Curve(NamedTuple):
+    """One system in one panel."""
+
+    key: str  # of its cell
+    figure: str
+    run: Run  # with the panel's model, device and trace
+    replayer: Replayer  # of that run
+    system: System
+    panel: Panel
+    crossing: bool = False  # whether its rate at LIMIT_S is searched
+    out_of_sample: bool = False
+
+
+def _curves(run: Run, panels: dict[str, Panel]) -> Iterator[Curve]:
+    """Every panel's curves, then those out of sample: at the same rates, with another engine."""
+    for figure, panel in panels.items():
+        own = run_of_panel(run, panel)
+        replayer = Replayer(own)
+        for system in run.systems:
+            searched = system.name in run.params.crossing
+            yield Curve(f"{figure}-{system.name}", figure, own, replayer, _sized(system, panel), panel, searched)
+    for other in run.params.out_of_sample:
+        if other.figure in panels:
+            panel = panels[other.figure]
+            engine = typed(of("engine", other.engine), load("engine", other.engine), "engine")
+            own = replace(run_of_panel(run, panel), engine=engine)
+            for system in [s for s in run.systems if s.name in other.systems]:
+                key = f"{other.figure}-{system.name}-{engine.name}"
+                yield Curve(key, other.figure, own, Replayer(own), system, panel, out_of_sample=True)
+
+
+def run_of_panel(run: Run, panel: Panel) -> Run:
     """The run with the panel's model, device and trace."""
     if panel.model is not None:
         run = replace(run, model=load_preset(panel.model, tp=panel.tp))
@@ -98,20 +152,21 @@ def _sized(system: System, panel: Panel) -> System:
     return replace(system, allocator=replace(system.allocator, batch_size=panel.batch_size))
 
 
-def _curve(run: Run, replayer: Replayer, system: System, panel: Panel) -> Frames:
-    """Every point of one system's curve, a row each; the last, of kind `crossing`, is the rate at the limit."""
+def _points(curve: Curve) -> Frames:
+    """Every point of the curve, a row each; the last, of kind `crossing`, is the rate at the limit."""
+    system, panel, params = curve.system, curve.panel, curve.run.params
     duration_s = panel.duration_s
     if system.scheduler.name == "fastertransformer":
         duration_s = panel.fastertransformer_duration_s or duration_s
     rates = list(panel.rates.get(system.name) or panel.rates.get("others") or [])
 
     def served(rate: float) -> Served:
-        return replayer.serve(system, workload_of(run, rate=rate, duration_s=duration_s))
+        return curve.replayer.serve(system, workload_of(curve.run, rate=rate, duration_s=duration_s))
 
     crossing = None
-    if system.name in run.params.crossing:
+    if curve.crossing:
         guess = panel.guess.get(system.name) or panel.guess.get("others") or (rates[-1] if rates else 1.0)
-        found = capacity(lambda rate: normalized_latency_s(served(rate).requests), LIMIT_S, guess, run.params.tolerance)
+        found = capacity(lambda rate: normalized_latency_s(served(rate).requests), LIMIT_S, guess, params.tolerance)
         crossing = (found.rate * found.above) ** 0.5
         rates = rates or [float(f"{crossing * share:.3g}") for share in AROUND]
     rows = [{"kind": "point", "rate": rate, **_metrics(served(rate))} for rate in rates]
@@ -142,36 +197,62 @@ OURS = {
 }  # fmt: skip
 
 
-def _summary(run: Run, panels: dict[str, Panel], table: pd.DataFrame) -> Iterator[SummaryRow]:
-    for figure, panel in panels.items():
-        panel_run = _panel_run(run, panel)
-        name = panel_of(panel_run, panel.trace)
-        for system in run.systems:
-            rows = table[(table.figure == figure) & (table.system == system.name)]
-            common = {"experiment": NAME, "panel": name, **columns(panel_run, system)}
-            for _, point in rows.iterrows():
-                yield from _rows(panel_run, system, figure, point, common)
+def _summary(curves: list[Curve], points: list[pd.DataFrame]) -> Iterator[SummaryRow]:
+    named: list[pd.DataFrame] = []
+    for curve, rows in zip(curves, points, strict=True):
+        common = _common(curve)
+        for _, point in rows.iterrows():
+            yield from _rows(curve, point, common)
+        at = rows[rows.kind == "point"]
+        if len(at):
+            named.append(pd.DataFrame({"x": at.rate, "value": at.normalized_latency_s, "figure": curve.figure,
+                                       "family": FAMILIES.get(curve.system.scheduler.name), **common}))  # fmt: skip
+    yield from _errors(pd.concat(named, ignore_index=True))
 
 
-def _rows(run: Run, system: System, figure: str, point: pd.Series, common: dict[str, str]) -> Iterator[SummaryRow]:
-    fitted = bool(system.published) and run.trace.name == "sharegpt"
-    evidence = "measured" if run.clock == "measured" else "calibrated" if fitted else "predicted"
-    published = {"paper": "pagedattention", "figure": figure}
+def _common(curve: Curve) -> dict[str, str]:
+    run, system = curve.run, curve.system
+    calibrated = system.published in run.engine.fitted_to and run.trace.name == FITTED_TRACE
+    evidence = "measured" if run.clock == "measured" else "calibrated" if calibrated else "predicted"
+    panel = panel_of(run, curve.panel.trace)
+    return {"experiment": NAME, "panel": panel, "evidence": evidence, **columns(run, system)}
+
+
+def _rows(curve: Curve, point: pd.Series, common: dict[str, str]) -> Iterator[SummaryRow]:
+    """A curve out of sample has its latency alone, under a name of its own beside the calibrated one."""
+    published, ours = {"paper": "pagedattention", "figure": curve.figure}, {"paper": "kvarena", "figure": NAME}
     if point.kind == "crossing":
-        yield row(float(point.rate), quantity="rate_at_0.5_s_per_token", unit="req/s", evidence=evidence,
-                  **published, **common)  # fmt: skip
+        yield row(float(point.rate), quantity="rate_at_0.5_s_per_token", unit="req/s", **published, **common)
         return
-    yield row(float(point.normalized_latency_s), quantity=HEADLINE, x=point.rate, unit="s/token", evidence=evidence,
-              **published, **common)  # fmt: skip
+    latency, at = float(point.normalized_latency_s), {"x": point.rate, **common}
+    if curve.out_of_sample:
+        yield row(latency, quantity=f"{HEADLINE}:{OUT_OF_SAMPLE}", unit="s/token", **ours, **at)
+        return
+    yield row(latency, quantity=HEADLINE, unit="s/token", **published, **at)
     for name, unit in OURS.items():
         if pd.notna(point[name]):
-            yield row(float(point[name]), paper="kvarena", figure=NAME, quantity=f"{name}_vs_rate", x=point.rate,
-                      unit=unit, evidence=evidence, **common)  # fmt: skip
+            yield row(float(point[name]), quantity=f"{name}_vs_rate", unit=unit, **ours, **at)
 
 
-COLOURS = {
-    "FasterTransformer": "#666666", "Orca(Max)": "#D55E00", "Orca(Pow2)": "#E69F00", "Orca(Oracle)": "#CC79A7",
-    "vLLM": "#0072B2",
+def _errors(points: pd.DataFrame) -> Iterator[SummaryRow]:
+    """RMS of log(ours / published), of each family of curves, and of all of one engine where there are several."""
+    for (figure, engine), of_engine in points.groupby(["figure", "kernel"], sort=False):
+        errors = log_errors(of_engine, str(figure))
+        groups = {str(name): rows.index for name, rows in of_engine.groupby("family", sort=False)}
+        if len(groups) > 1:
+            groups["all systems"] = of_engine.index
+        for name, index in groups.items():
+            of_group = errors[errors.index.isin(index)]
+            if len(of_group):
+                first = of_engine.loc[of_group.index[0]]
+                shared = {key: first[key] for key in ("experiment", "panel", "model", "clock", "device", "evidence")}
+                yield row(rms(of_group), paper="kvarena", figure=NAME, system=name, allocator="-", kernel=engine,
+                          quantity="rms_log_error", unit="%", **shared)  # fmt: skip
+
+
+COLOURS = {  # by allocator; vAttention's systems are told apart by their dashes
+    "fastertransformer": "#666666", "orca_max": "#D55E00", "orca_pow2": "#E69F00", "orca_oracle": "#CC79A7",
+    "paged": "#0072B2", "vattention": "#009E73",
 }  # fmt: skip
 
 
@@ -180,29 +261,36 @@ def draw(summary: pd.DataFrame) -> Figure:
     ours = summary[summary.quantity == HEADLINE]
     published = read_published(PUBLISHED)
     published = published[(published.paper == "pagedattention") & (published.quantity == HEADLINE)]
+    others = summary[summary.quantity == f"{HEADLINE}:{OUT_OF_SAMPLE}"]
     figures = list(dict.fromkeys(ours.figure))
-    columns = min(3, len(figures))
-    figure, axes = plots.canvas(-(-len(figures) // columns), columns)
+    columns, curves = min(3, len(figures)), ours.system.nunique()
+    rows, legend_columns = -(-len(figures) // columns), min(4, 2 * columns)
+    key = 0.2 * -(-curves // legend_columns) / rows  # height of the legend, in inches of each row
+    figure, axes = plots.canvas(rows, columns, height=3.4 + key)
     for axis, name in zip(axes, figures, strict=False):
-        _panel_axis(axis, ours[ours.figure == name], published[published.figure == name])
+        panel = ours[ours.figure == name]
+        _panel_axis(axis, panel, published[published.figure == name], others[others.panel.isin(panel.panel)])
     for axis in axes[len(figures) :]:
         axis.set_visible(False)
-    axes[0].legend(fontsize=6, frameon=False, loc="upper left")
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, key / (3.4 + key), 1, 1))
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncols=legend_columns)
     return figure
 
 
-def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None:
-    """The axis ends at 1 s/token, as the paper's does."""
+def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame, others: pd.DataFrame) -> None:
+    """The axis ends at 1 s/token, as the paper's does, or where the curves end."""
+    dashes = dict(zip(dict.fromkeys(ours.system[ours.allocator == "vattention"]), plots.DASHES[1:], strict=False))
     for name, rows in ours.groupby("system", sort=False):
         rows = rows.sort_values("x")
-        colour = COLOURS.get(str(name), "#009E73")
-        dash = "-" if name in COLOURS else plots.DASHES[1 + list(dict.fromkeys(ours.system)).index(name) % 3]
-        axis.plot(rows.x, rows.value, dash, color=colour, lw=1.3, label=str(name))
-        points = published[published.system == name]
+        colour = COLOURS.get(rows.allocator.iloc[0], "black")
+        axis.plot(rows.x, rows.value, dashes.get(name, "-"), color=colour, lw=1.3, label=str(name).split("/")[0])
+        points, other = published[published.system == name], others[others.system == name]
         axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=5)
-    title = f"{ours.panel.iloc[0]}: {ours.clock.iloc[0]}, {ours.device.iloc[0]}"
-    has_points = "\ncircles: published" if len(published) else "\nno published points"
-    axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token", title=title + has_points)
+        axis.plot(other.x, other.value, "x", color=colour, ms=4)
+    notes = ["circles: published"] if len(published) else ["no published points"]
+    notes += ["crosses: constants of the others' curves"] if len(others) else []
+    axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
+    axis.set_title(f"{ours.panel.iloc[0]}: {ours.clock.iloc[0]}, {ours.device.iloc[0]}\n{'; '.join(notes)}", fontsize=9)
     axis.set_xlim(0, None)
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, min(1.0, 1.1 * ours.value.max()))
