@@ -33,6 +33,13 @@ def test_rows_are_as_wide_as_longest_prompt_plus_longest_output():
     policy.check_integrity()
 
 
+def test_no_row_is_wider_than_the_context():
+    """A store's rows hold `max_tokens`: a wider batch would be written past them."""
+    policy = FasterTransformerPolicy(LAYOUT, 2048 * TOKEN, max_tokens=64)
+    assert admit_all(policy, [(40, 4), (4, 40), (30, 24)]) == [True, False, True]
+    assert policy.width == 64
+
+
 def test_a_row_that_is_done_goes_on_as_padding():
     policy = policy_of()
     admit_all(policy, [(10, 3), (10, 8)])
