@@ -116,20 +116,21 @@ def _rows(run: Run, table: pd.DataFrame, context: int) -> Iterator[SummaryRow]:
     systems = {system.name: system for system in run.systems}
     published = context == 16384 and run.imitates
     panel = panel_name(run.model) if published else f"{run.model.name} {context} tokens"
-    for cell in table.itertuples():
-        shared = {"experiment": NAME, "panel": panel, "x": cell.batch, **columns(run, systems[str(cell.system)])}
+    cells: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+    for cell in cells:
+        shared = {"experiment": NAME, "panel": panel, "x": cell["batch"], **columns(run, systems[cell["system"]])}
 
         def of(figure: str, quantity: str, value: float, unit: str, shared: dict[str, Any] = shared) -> SummaryRow:
             paper = "vattention" if figure != NAME else "kvarena"
-            evidence = run.engine.evidence(figure, panel, str(shared["system"]), float(shared["x"]))
+            evidence = run.engine.evidence(figure, panel, shared["system"], shared["x"])
             return row(value, paper=paper, figure=figure, quantity=quantity, unit=unit, evidence=evidence, **shared)
 
-        yield of("fig8", HEADLINE, cell.batch / cell.step_s, "tok/s")
-        yield of("table7", "decode_attention_time_vs_batch", 1e3 * cell.attention_s, "ms")
-        yield of(NAME, "step_time_vs_batch", 1e3 * cell.step_s, "ms")
-        yield of(NAME, "attention_share_of_step", 100 * cell.attention_s / cell.step_s, "%")
-        yield of(NAME, "allocator_stall_vs_batch", 1e6 * cell.stall_s, "us")
-        yield of(NAME, "actions_per_step_vs_batch", cell.actions, "count")
+        yield of("fig8", HEADLINE, cell["batch"] / cell["step_s"], "tok/s")
+        yield of("table7", "decode_attention_time_vs_batch", 1e3 * cell["attention_s"], "ms")
+        yield of(NAME, "step_time_vs_batch", 1e3 * cell["step_s"], "ms")
+        yield of(NAME, "attention_share_of_step", 100 * cell["attention_s"] / cell["step_s"], "%")
+        yield of(NAME, "allocator_stall_vs_batch", 1e6 * cell["stall_s"], "us")
+        yield of(NAME, "actions_per_step_vs_batch", cell["actions"], "count")
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -147,7 +148,7 @@ def draw(summary: pd.DataFrame) -> Figure:
             dots = theirs[(theirs.panel == panel) & (theirs.system == name)]
             axis.plot(dots.x, dots.value, "o", ms=4, color=colour)
         clock = f"{rows.kernel.iloc[0]} on {rows.device.iloc[0]}, {rows.clock.iloc[0]}"
-        axis.set(ylabel="decode tokens/s", title=f"vAttention Fig 8: {panel}\nlines {clock}; dots published")
+        axis.set(ylabel="decode tokens/s", title=f"vAttention Fig 8: {panel}; dots published\n{clock}")
         axis.set_ylim(0, None)
         plots.batch_axis(axis, sorted(rows.x.unique()))
         axis.legend(fontsize=7, frameon=False)

@@ -159,7 +159,8 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """Four quantiles of each system at each rate: dots published, lines ours; dashed where all steps are longer."""
     systems = [name for name in dict.fromkeys(ours.system) if name in plots.PAPER_COLOURS]
-    places, ticks = {}, []
+    places: dict[tuple[float, str], float] = {}
+    ticks: list[tuple[float, float]] = []
     for rate in sorted(ours.x.unique()):
         for name in systems:
             places[rate, name] = float(len(places) + len(ticks))
