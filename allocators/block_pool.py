@@ -19,6 +19,15 @@ class BlockPool(FreeList):
         self._extra: dict[int, int] = {}  # block -> references beyond the first, where there are any
         self.num_extra = 0  # their sum: blocks that sharing saves
 
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that can be found again by what they hold (`prefix_cache.py`)."""
+        return 0
+
+    def free_of(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks, found or held, nobody holds."""
+        return 0
+
     def share(self, blocks: Sequence[int]) -> None:
         """Let one more table hold these blocks."""
         for block in blocks:

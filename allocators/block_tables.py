@@ -32,9 +32,9 @@ class Resident:
 class BlockTables:
     """The tables of all resident sequences over one pool of blocks. Who may have how many is the policy's to say."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = pool
         self.residents: dict[int, Resident] = {}
         self._sharers: dict[int, dict[int, Resident]] = {}  # partly filled block -> its holders, two or more
         self._live = 0  # slots filled, shared ones once
@@ -63,16 +63,18 @@ class BlockTables:
     def add(self, seq_id: int, final: int, tokens: int, shared: Seq[int] = ()) -> list[int]:
         """Give a new sequence its first blocks; returns them. The caller has checked that there are as many.
 
-        The leading ones are `shared`, full blocks that others hold already.
+        The leading ones are `shared`, full blocks that others hold already, or that were found in the pool.
         """
         if seq_id in self.residents:
             raise ValueError(f"sequence {seq_id} is resident already")
+        self._live += tokens
+        if shared:
+            self._live -= (len(shared) - self.pool.free_of(shared)) * self.block_size
+            self.pool.share(shared)  # before others are taken: these must not be
         table = self.pool.take(self.blocks_for(tokens) - len(shared))
         if shared:
-            self.pool.share(shared)
             table = [*shared, *table]
         resident = self.residents[seq_id] = Resident(final, tokens, table)
-        self._live += tokens - len(shared) * self.block_size
         self._round(resident)
         return table
 

@@ -5,6 +5,7 @@ to be done to real memory it says as *actions* (`actions.py`), which a store per
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -205,6 +206,26 @@ class Policy(ABC):
         if tokens < 1 or not self.fits_pool(prefix):
             raise UserError(f"a prefix of {tokens} tokens does not fit {self.name}'s pool of {self.pool_bytes} bytes")
         return self.admit(prefix, tokens)
+
+    # ---- a prefix cache: K/V that is found again by what it holds ------------------------------------------------
+    #
+    # `names` are hashes of the leading units of a prompt, each of which stands for all up to its end
+    # (`prefix_cache.py`). Without a cache nothing is ever found.
+
+    def cached_tokens(self, names: Seq[Hashable], tokens: int) -> int:
+        """How many leading tokens of a prompt of `tokens` would be found now; at most all but one."""
+        return 0
+
+    def can_admit_cached(self, seqs: Seq[Sequence], tokens: int, names: Seq[Hashable]) -> bool:
+        """Whether `admit_cached` would succeed now."""
+        return self.can_admit_group(seqs, tokens)
+
+    def admit_cached(self, seqs: Seq[Sequence], tokens: int, names: Seq[Hashable]) -> int | None:
+        """As `admit_group`, with what is found. Returns how many leading tokens need no prefill; None where refused."""
+        return 0 if self.admit_group(seqs, tokens) else None
+
+    def cache_blocks(self, seq_id: int, names: Seq[Hashable]) -> None:  # noqa: B027
+        """Let what the sequence has written be found from now on, as far as there are names."""
 
     @property
     def shared_bytes(self) -> int:

@@ -1,0 +1,179 @@
+"""Blocks that are found again by what they hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.policy import Sequence
+from kvarena.allocators.prefix_cache import CachedBlockPool, block_names
+
+LAYOUT = attention_layout(2, 4, 8)
+TOKEN = LAYOUT.token_bytes
+MOONCAKE = Path(__file__).resolve().parents[3] / "shared/data/mooncake_synthetic.jsonl"
+
+
+def cached(num_blocks=8, block_size=4):
+    pool = num_blocks * block_size * TOKEN
+    return PagedPolicy(LAYOUT, pool, max_tokens=2048, block_size=block_size, watermark=0.0, prefix_cache=True)
+
+
+def admit(policy, seq_id, tokens, output=4):
+    """Admit a prompt of these token ids; returns how many were found."""
+    return policy.admit_cached([Sequence(seq_id, len(tokens), output)], len(tokens), block_names(tokens, 4))
+
+
+def test_equal_names_are_equal_prefixes():
+    a, b = block_names([1, 2, 3, 4, 5, 6, 7], 3), block_names([9, 2, 3, 4, 5, 6], 3)
+    assert len(a) == 2  # the last block is not full
+    assert block_names([1, 2, 3, 4, 5, 6], 3) == a
+    assert b[1] != a[1]  # the same tokens behind others
+    assert block_names([1, 2, 3, 4, 5, 6], 3, salt="tenant")[0] != a[0]
+    assert block_names([1, 2], 3) == []
+
+
+def test_a_prompt_finds_the_full_blocks_of_another_and_shares_them():
+    policy = cached()
+    assert admit(policy, 0, list(range(10))) == 0
+    assert admit(policy, 1, [*range(8), 99, 98]) == 8
+    assert policy.block_table(0)[:2] == policy.block_table(1)[:2]
+    assert policy.block_table(0)[2] != policy.block_table(1)[2]
+    assert policy.usage().live == (8 + 2 + 2) * TOKEN
+    assert policy.shared_bytes == 8 * TOKEN
+    policy.check_integrity()
+
+
+def test_the_last_token_is_never_found():
+    """Its logits are wanted: of 8 tokens in 2 blocks one block is used (vLLM V1: at most n - 1)."""
+    policy = cached()
+    admit(policy, 0, list(range(8)))
+    assert policy.cached_tokens(block_names(list(range(8)), 4), 8) == 4
+    assert policy.cached_tokens(block_names(list(range(9)), 4), 9) == 8
+    assert admit(policy, 1, list(range(8))) == 4
+
+
+def test_what_was_freed_is_found_until_its_memory_is_needed():
+    policy = cached()
+    admit(policy, 0, list(range(10)))
+    policy.release(0)
+    usage = policy.usage()
+    assert (usage.live, usage.cached, usage.free) == (0, 8 * TOKEN, 24 * TOKEN)
+    assert policy.free_units == 8
+    assert admit(policy, 1, list(range(10))) == 8
+    assert policy.usage().cached == 0
+    policy.release(1)
+    policy.check_integrity()
+    assert admit(policy, 2, [100 + i for i in range(32)]) == 0  # takes every block
+    policy.release(2)
+    assert policy.cached_tokens(block_names(list(range(10)), 4), 10) == 0
+    policy.check_integrity()
+
+
+def test_the_least_recently_used_goes_first_and_of_a_sequence_its_end():
+    policy = cached()
+    for seq_id, first in ((0, 0), (1, 50)):  # 3 full blocks each
+        admit(policy, seq_id, list(range(first, first + 12)))
+    for seq_id in (0, 1):
+        policy.release(seq_id)
+    admit(policy, 2, list(range(200, 212)))  # 2 blocks were never used, so one name goes
+    names = {first: block_names(list(range(first, first + 13)), 4) for first in (0, 50)}
+    assert policy.cached_tokens(names[0], 13) == 8
+    assert policy.cached_tokens(names[50], 13) == 12
+
+
+def test_what_is_found_is_not_taken_for_the_rest():
+    """The only free blocks are the two that are found, and a third."""
+    policy = cached(num_blocks=3)
+    admit(policy, 0, list(range(8)), output=0)
+    policy.release(0)
+    assert admit(policy, 1, list(range(12)), output=0) == 8
+    assert len(set(policy.block_table(1))) == 3
+    policy.check_integrity()
+
+
+def test_a_refusal_changes_nothing():
+    policy = cached(num_blocks=3)
+    admit(policy, 0, list(range(8)))
+    names, before = block_names(list(range(16)), 4), policy.usage()
+    assert not policy.can_admit_cached([Sequence(1, 16, 0)], 16, names)
+    assert policy.admit_cached([Sequence(1, 16, 0)], 16, names) is None
+    assert policy.usage() == before
+    policy.check_integrity()
+
+
+def test_blocks_that_were_filled_since_are_found_once_named():
+    """A chat: the answer is part of the next prompt."""
+    policy, tokens = cached(), list(range(9))
+    admit(policy, 0, tokens[:6])
+    assert policy.grow(0, 3)
+    policy.cache_blocks(0, block_names(tokens, 4))
+    policy.release(0)
+    assert admit(policy, 1, [*tokens, 77]) == 8
+
+
+def test_a_pool_without_a_cache_finds_nothing():
+    policy = PagedPolicy(LAYOUT, 8 * 4 * TOKEN, max_tokens=64, block_size=4)
+    assert policy.admit_cached([Sequence(0, 8, 0)], 8, block_names(list(range(8)), 4)) == 0
+    policy.cache_blocks(0, block_names(list(range(8)), 4))
+    assert policy.admit_cached([Sequence(1, 8, 0)], 8, block_names(list(range(8)), 4)) == 0
+    assert policy.usage().cached == policy.shared_bytes == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 14), st.integers(0, 6), st.booleans()), min_size=1, max_size=25
+    )
+)
+def test_random_programs(operations):
+    """Prompts of four families come, grow and go: what is found holds what the prompt begins with."""
+    policy = cached(num_blocks=12)
+    holds: dict[int, tuple[int, ...]] = {}  # block -> family, tokens up to its end
+    resident: list[int] = []
+    for seq_id, (family, length, grow, release) in enumerate(operations):
+        tokens = [family * 100 + i for i in range(length)]
+        found = admit(policy, seq_id, tokens, output=10)
+        if found is not None:
+            table = policy.block_table(seq_id)
+            assert found < length
+            assert all(holds[table[i]] == (family, i) for i in range(found // 4))
+            holds |= {table[i]: (family, i) for i in range(found // 4, len(table))}
+            resident.append(seq_id)
+            if policy.grow(seq_id, grow):
+                holds |= {block: (-seq_id - 1, 0) for block in policy.block_table(seq_id)[length // 4 + 1 :]}
+        if release and resident:
+            policy.release(resident.pop(0))
+        policy.check_integrity()
+
+
+def test_two_blocks_with_one_name():
+    pool = CachedBlockPool(4)
+    first, second = pool.take(1), pool.take(1)
+    pool.name(first, ["a"])
+    pool.name(second, ["a"])
+    pool.drop(second)
+    assert pool.find(["a", "b"]) == first
+    assert pool.num_cached == 0
+    pool.check_integrity([first])
+
+
+@pytest.mark.skipif(not MOONCAKE.exists(), reason="the trace is not beside the project")
+def test_hits_of_mooncakes_trace_in_an_endless_pool():
+    """77,740 of 121,877 blocks, where the last token is never found (exact)."""
+    pool = CachedBlockPool(200_000)
+    found = total = 0
+    for line in MOONCAKE.read_text().splitlines():
+        request = json.loads(line)
+        names, tokens = request["hash_ids"], request["input_length"]
+        hit = pool.find(names[: (tokens - 1) // 512])
+        found, total = found + len(hit), total + len(names)
+        pool.share(hit)
+        full = tokens // 512
+        table = hit + pool.take(full - len(hit))
+        pool.name(table, names[:full])
+        pool.drop(table)
+    assert (found, total) == (77_740, 121_877)
