@@ -23,6 +23,8 @@ class DueCopies:
     def __init__(self, copies: Callable[[int, int, int], Iterable[Action]]) -> None:
         self._copies = copies
         self._owed: dict[int, tuple[int, int]] = {}  # child -> parent, tokens
+        self._children: dict[int, list[int]] = {}  # parent -> children it owes, and some that it owes no more
+        self._paid = False  # whether there are copies that have not been handed over
 
     def __bool__(self) -> bool:
         return bool(self._owed)
@@ -32,6 +34,7 @@ class DueCopies:
         self.pay([parent_id], actions)
         if tokens:
             self._owed[child_id] = (parent_id, tokens)
+            self._children.setdefault(parent_id, []).append(child_id)
 
     def pay(self, child_ids: Iterable[int], actions: list[Action]) -> None:
         """Copy now what these sequences are owed, if anything."""
@@ -40,20 +43,27 @@ class DueCopies:
                 if child_id in self._owed:
                     parent_id, tokens = self._owed.pop(child_id)
                     actions += self._copies(parent_id, child_id, tokens)
+                    self._paid = True
+            if not self._owed:
+                self._children.clear()
 
     def leave(self, seq_id: int, actions: list[Action]) -> None:
         """A sequence is about to go: it pays its debts, and is owed nothing any more."""
         self._owed.pop(seq_id, None)
-        self.pay([child_id for child_id, (parent_id, _) in self._owed.items() if parent_id == seq_id], actions)
+        children = self._children.pop(seq_id, ())
+        self.pay([child_id for child_id in children if self._owed.get(child_id, (None,))[0] == seq_id], actions)
 
+    def without_copies_to(self, targets: Iterable[int], actions: list[Action]) -> list[Action]:
+        """These actions but for the copies into rows (or blocks) that nobody will read, in this step or later."""
+        if not self._paid:
+            return actions
+        read = {action.source for action in actions if isinstance(action, CopyRow | CopyBlock)}
+        gone = set(targets) - read
+        return [a for a in actions if not (isinstance(a, CopyRow | CopyBlock) and a.target in gone)]
 
-def without_copies_to(targets: Iterable[int], actions: list[Action]) -> list[Action]:
-    """These actions but for the copies into rows (or blocks) that nobody will read, in this step or later."""
-    if not actions:
-        return actions
-    read = {action.source for action in actions if isinstance(action, CopyRow | CopyBlock)}
-    gone = set(targets) - read
-    return [a for a in actions if not (isinstance(a, CopyRow | CopyBlock) and a.target in gone)]
+    def handed_over(self) -> None:
+        """The actions so far are going to be performed."""
+        self._paid = False
 
 
 def row_copies(kv_layout: KVLayout, source: int, target: int, tokens: int) -> Iterable[CopyRow]:

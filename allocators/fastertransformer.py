@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.actions import Action, CopyRow
-from kvarena.allocators.due_copies import DueCopies, row_copies, without_copies_to
+from kvarena.allocators.due_copies import DueCopies, row_copies
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Ledger, resident_bytes
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
@@ -177,7 +177,7 @@ class FasterTransformerPolicy(Policy):
             raise NotResidentError(seq_id)
         self._open = False
         self._due.leave(seq_id, self._actions)
-        self._actions = without_copies_to([self.row(seq_id)], self._actions)
+        self._actions = self._due.without_copies_to([self.row(seq_id)], self._actions)
         self._books.remove(seq_id)
         del self._lengths[seq_id]
         if not self._books.extents:
@@ -196,6 +196,7 @@ class FasterTransformerPolicy(Policy):
     def drain(self) -> list[Action]:
         """Hand over the copies of prompts that members of a group are owed."""
         actions, self._actions = self._actions, []
+        self._due.handed_over()
         return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:

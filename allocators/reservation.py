@@ -17,7 +17,7 @@ from typing import Generic
 
 from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
-from kvarena.allocators.due_copies import DueCopies, without_copies_to
+from kvarena.allocators.due_copies import DueCopies
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
@@ -145,7 +145,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         if seq_id not in self._places:
             raise NotResidentError(seq_id)
         self._due.leave(seq_id, self._actions)
-        self._actions = without_copies_to(self._targets(seq_id), self._actions)
+        self._actions = self._due.without_copies_to(self._targets(seq_id), self._actions)
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
 
@@ -181,6 +181,7 @@ class ReservingPolicy(Policy, Generic[Place]):
     def drain(self) -> list[Action]:
         """Hand over the copies of prompts that members of a group are owed."""
         actions, self._actions = self._actions, []
+        self._due.handed_over()
         return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:

@@ -235,6 +235,7 @@ class VAttentionPolicy(RowGroups):
     def drain(self) -> list[Action]:
         """Hand over the page-groups to map and unmap before this step's forward pass."""
         actions, self._actions = self._actions, []
+        self._due.handed_over()
         return actions
 
     def look_ahead(self) -> list[Action]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from kvarena.allocators.actions import Action, CopyRow
-from kvarena.allocators.due_copies import DueCopies, without_copies_to
+from kvarena.allocators.due_copies import DueCopies
 from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.policy import NotResidentError, Policy, Sequence
 from kvarena.allocators.shared_rows import SharedRows
@@ -118,7 +118,7 @@ class RowGroups(Policy):
         """Settle the books, and what is owed, of a sequence that goes; its row may be left with aliases."""
         length, rows = self._resident(seq_id), self._rows
         self._due.leave(seq_id, self._actions)
-        self._actions = without_copies_to([rows.live[seq_id].index], self._actions)
+        self._actions = self._due.without_copies_to([rows.live[seq_id].index], self._actions)
         aliased = rows.aliased
         row = rows.vacate(seq_id)
         self._live_bytes -= self._bytes_of(length) - (aliased - rows.aliased) * self.page_group_bytes
