@@ -1,0 +1,92 @@
+"""A prefix that all prompts share (PagedAttention Fig 16): translation with an instruction and examples in front.
+
+Systems that share keep the prefix resident, written once; Orca writes it anew with every prompt. As in the artifact
+the prefix is shared down to a whole number of blocks, and what is left of it belongs to each prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.parallel_sampling import panel_named
+from kvarena.experiments.replay import Replayer, trace_named, workload_of
+from kvarena.harness.prefix import Prefix
+from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.run import Run
+from kvarena.harness.systems import System
+
+NAME = "shared_prefix"
+HEADLINE = CROSSING
+PREFIX_ID = -1  # requests' ids begin at 0
+NO_SHARING = ("orca", "fastertransformer")  # schedulers whose systems feed the prefix with every prompt
+ASSUMED = (
+    "OPT-13B's constants of the engine hold for LLaMA-13B, but for its weights (conf/experiment/shared_prefix.yaml)"
+)
+
+
+@dataclass
+class Panel:
+    """One panel of the figure."""
+
+    name: str  # as the paper has it
+    trace: str  # of conf/trace/
+    prefix_tokens: int  # of the prompt's beginning that is shared: whole blocks
+    guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/shared_prefix.yaml; null there means: by the profile."""
+
+    panels: dict[str, Panel] = field(default_factory=dict)  # by figure
+    only: list[str] | None = None  # figures to run; null: all
+    curves: Curves = field(default_factory=Curves)
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+
+
+def run(run: Run, recorder: Recorder) -> Outcome:
+    """Replay every panel."""
+    summary, points = measure_lines(run, recorder, list(_lines(run)))
+    notes: dict[str, object] = {"assumed": ASSUMED} if run.clock == "modelled" else {}
+    for figure, panel in _chosen(run.params).items():
+        workload = workload_of(_panel_run(run, panel), rate=8.0)
+        notes[figure] = {**workload.provenance, "mean_prompt_tokens": float(workload.prompt_tokens.mean())}
+    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes)
+
+
+def _chosen(params: Params) -> dict[str, Panel]:
+    return {name: panel for name, panel in params.panels.items() if name in (params.only or params.panels)}
+
+
+def _panel_run(run: Run, panel: Panel) -> Run:
+    trace = trace_named(run, panel.trace)
+    return replace(run, trace=replace(trace, max_tokens=run.trace.max_tokens))
+
+
+def _lines(run: Run) -> Iterator[Line]:
+    replayer = Replayer(run)
+    for figure, panel in _chosen(run.params).items():
+        for system in run.systems:
+            yield Line(
+                key=f"{figure} {system.name}",
+                system=system,
+                figure=figure,
+                panel=panel_named(run, panel.name),
+                evidence="measured" if run.clock == "measured" else "conditional",
+                serve_at=_serving(_panel_run(run, panel), replayer, system, panel.prefix_tokens),
+                guess=guess_of(panel.guess, system),
+            )
+
+
+def _serving(run: Run, replayer: Replayer, system: System, prefix_tokens: int) -> ServeAt:
+    prefix = Prefix(PREFIX_ID, prefix_tokens)
+    share = system.scheduler.name not in NO_SHARING
+    return lambda rate: replayer.serve(system, workload_of(run, rate=rate), prefix=prefix, share_prefix=share)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 16 a and b."""
+    return draw_curves(summary, columns=2)
