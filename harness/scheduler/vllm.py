@@ -61,7 +61,7 @@ class VllmScheduler(ContinuousScheduler):
 
     def _may_swap_in(self) -> bool:
         gang = self.swapped[0].gang
-        has_room = self._behind is None and len(self.running) + len(gang) <= self.max_seqs
+        has_room = len(self.running) + len(gang) <= self.max_seqs
         return has_room and self.policy.can_swap_in_group([member.seq_id for member in gang])
 
     def _longest_prefill(self, request: Request) -> int:

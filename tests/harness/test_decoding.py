@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarena.errors import UserError
@@ -69,6 +69,7 @@ def ranked_slowly(scores, totals):
     return sorted(every, key=lambda c: (-c[0], c[1], c[2]))
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 5),
     vocabulary=st.integers(5, 12),
@@ -103,6 +104,7 @@ def test_a_beam_of_one_is_greedy():
 # ---- survival under the modelled clock -----------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(PARENTS)
 def test_seats_are_filled_and_kept(parents):
     children = seated(parents)
