@@ -15,6 +15,7 @@ from functools import cache
 from kvarena.allocators.registry import make_policy
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.replay import Replayer, context_of, pool_bytes_of, requests_of, workload_of
+from kvarena.harness.action_prices import action_prices
 from kvarena.harness.engine import Engine
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request_log import request_frame
@@ -49,11 +50,12 @@ GRID = {
 }
 SYSTEMS = ("fastertransformer", "orca-max", "orca-pow2", "orca-oracle", "paged")
 LOADS = (0.5, 0.75, 0.9, 1.0, 1.05)
+VATTENTION = ("vattention-2mb", "vattention-64kb", "vattention-sliced-2mb")
 
 
-def paged_case(budget: int | None, overrides: tuple[str, ...]) -> tuple[Run, Workload]:
-    """A run of the paged system alone, and its workload."""
-    run = compose_run(*MODELLED, "systems=[paged]", *overrides)
+def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged") -> tuple[Run, Workload]:
+    """A run of one system alone, and its workload."""
+    run = compose_run(*MODELLED, f"systems=[{name}]", *overrides)
     [system] = run.systems
     if budget is not None:
         run = replace(run, systems=(replace(system, scheduler=replace(system.scheduler, token_budget=budget)),))
@@ -65,7 +67,8 @@ def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
     [system], context = run.systems, context_of(run)
     policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context)
     step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
-    engine = Engine(make_scheduler(system.scheduler, policy, context), ModelledExecutor(step_model), jump=jump)
+    executor = ModelledExecutor(step_model, action_prices(run.device, policy))
+    engine = Engine(make_scheduler(system.scheduler, policy, context), executor, jump=jump)
     start = time.thread_time()
     done = engine.run(requests_of(workload))
     request_frame(done.requests), done.steps.to_frame()
@@ -96,7 +99,7 @@ def point(case: tuple[str, int, float]) -> tuple[int, float]:
 
 def speeds(rounds: int) -> None:
     """Print requests per second of each case, and what walking token by token costs in comparison."""
-    cases = {name: (target, *paged_case(budget, overrides)) for name, (target, budget, overrides) in CASES.items()}
+    cases = {name: (target, *case_of(budget, overrides)) for name, (target, budget, overrides) in CASES.items()}
     jumping: dict[str, list[float]] = {name: [] for name in cases}
     walking: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
@@ -109,6 +112,15 @@ def speeds(rounds: int) -> None:
         print(f"{name}: {rate:,.0f} requests/s (target {target:,}; ratio {rate / target:.2f})")
         print(f"    token by token: {gain:.1f} times the time")
     print(f"memory at its highest: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB (target 400 MB)")
+
+
+def vattention(rounds: int) -> None:
+    """Print how much longer vAttention's replays take than the paged one, where the pool binds."""
+    _, budget, overrides = list(CASES.values())[-1]
+    cases = {name: case_of(budget, overrides, name) for name in ("paged", *VATTENTION)}
+    times = {name: min(replay_s(*case, jump=True) for _ in range(rounds)) for name, case in cases.items()}
+    for name in VATTENTION:
+        print(f"{name}: {times[name] / times['paged']:.1f} times the time of paged, on the last of these")
 
 
 def grid(workers: int) -> None:
@@ -137,6 +149,7 @@ def main() -> None:
         grid(arguments.workers)
     else:
         speeds(arguments.rounds)
+        vattention(arguments.rounds)
 
 
 if __name__ == "__main__":
