@@ -18,7 +18,7 @@ from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, 
 from kvarena.experiments.gpu_validation.step import Context, Step
 
 START_ANOTHER = 64  # exit status: the last case is recorded, the rest needs a fresh process
-_FAULTS = ("illegal memory access", "illegal address", "misaligned address", "unspecified launch failure")
+_FAULTS = ("illegal memory access", "illegal address", "misaligned address", "launch failure")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,8 +52,20 @@ def _outcome(step: Step, case: str, context: Context) -> tuple[Result, str, Valu
         return Result.FAILED, str(error), {}
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        return (Result.FAULTED if any(words in reason for words in _FAULTS) else Result.FAILED), reason, {}
+        if fault := _fault_behind(error):
+            return Result.FAULTED, fault, {}
+        return Result.FAILED, f"{type(error).__name__}: {error}".split("\n")[0], {}
+
+
+def _fault_behind(error: BaseException | None) -> str:
+    """The GPU's fault that led to an error; closing what is left of its context fails as well, and says otherwise."""
+    found = ""
+    while error is not None:
+        line = str(error).split("\n")[0]
+        if any(words in line.lower().replace("_", " ") for words in _FAULTS):
+            found = line
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _context_works(device: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation import command, matrix
-from kvarena.experiments.gpu_validation.child import START_ANOTHER
+from kvarena.experiments.gpu_validation.child import START_ANOTHER, _fault_behind
 from kvarena.experiments.gpu_validation.folder import LARGE_BYTES, Folder
 from kvarena.experiments.gpu_validation.plan import STEPS, step_named
 from kvarena.experiments.gpu_validation.record import Origin, Record, Result, append, latest, read
@@ -246,3 +246,18 @@ def test_the_line_that_says_what_went_wrong():
     assert _complaint("warming up\nerror: no pool\nresults: none\n") == "error: no pool"
     assert _complaint("Traceback\nValueError: no\n\n") == "ValueError: no"
     assert _complaint("") == ""
+
+
+def closed_after_a_fault():
+    try:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+    finally:
+        raise ValueError("closing: 3 calls failed")
+
+
+def test_a_fault_is_seen_behind_the_errors_it_causes():
+    with pytest.raises(ValueError, match="closing") as raised:
+        closed_after_a_fault()
+    assert _fault_behind(raised.value) == "CUDA error: an illegal memory access was encountered"
+    assert _fault_behind(ValueError("cuCtxSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS")) != ""
+    assert _fault_behind(ValueError("off by 3")) == ""

@@ -7,14 +7,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from kvarena.allocators.sizes import KB, MB
+from kvarena.allocators.sizes import GB, KB, MB
 from kvarena.allocators.vmm import tensor as over
 from kvarena.allocators.vmm.dlpack import bytes_at
-from kvarena.allocators.vmm.driver import Driver
+from kvarena.allocators.vmm.driver import Driver, OutOfPhysicalMemory
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
+from kvarena.harness.memory import available_bytes
 
 SLOTS = 8
 
@@ -113,18 +114,15 @@ def _beside_kernels(driver: Driver, context: Context) -> Values:
 
 def _out_of_memory(driver: Driver, context: Context) -> Values:
     """More than there is is refused, and nothing of it is kept."""
-    from kvarena.allocators.vmm.driver import OutOfPhysicalMemory
-    from kvarena.harness.memory import available_bytes
-
-    too_much = available_bytes(torch.device(context.device)) // driver.page_group_bytes + 4096
-    if not context.on_gpu:
-        too_much *= 2  # the host's driver asks first, and other processes may give memory back meanwhile
-    try:
-        driver.create(too_much)
-    except OutOfPhysicalMemory as error:
-        _require(driver.counted_bytes() == 0, "page-groups were kept")
-        return {"refused with": str(error)[:120]}
-    raise FailedError(f"{too_much} page-groups were created, more than there is")
+    large = GB if context.on_gpu else driver.page_group_bytes
+    too_much = 2 * available_bytes(torch.device(context.device)) // large + 1
+    with closing(make_driver(context.device, large)) as greedy:
+        try:
+            greedy.create(too_much)
+        except OutOfPhysicalMemory as error:
+            _require(greedy.counted_bytes() == 0, "page-groups were kept")
+            return {"refused with": str(error)[:120]}
+    raise FailedError(f"{too_much} page-groups were created, twice what there is")
 
 
 _QUESTIONS: dict[str, Callable[[Driver, Context], Values]] = {

@@ -12,8 +12,8 @@ ALLOCATORS = ("static", "paged", "vattention")
 KERNELS = {"cuda": ("triton", "fa3"), "cpu": ("numba",)}
 _LISTS = {"cuda": "params.batch_sizes=[1,8,16]", "cpu": "params.batch_sizes=[1,2]"}
 _SHORT = {
-    "cuda": ["model=yi-6b", 'params.prompts=["16384"]', "params.max_tokens=17408", "params.warmup_steps=4",
-             "params.rounds=7", "params.steps_per_round=12"],
+    "cuda": ["model=yi-6b", 'params.prompts=["16384"]', "params.max_tokens=18432", "params.warmup_steps=4",
+             "params.rounds=7", "params.steps_per_round=10", "params.pool_bytes=21474836480"],
     "cpu": ["model=tiny-llama", 'params.prompts=["40"]', "params.max_tokens=128", "params.warmup_steps=1",
             "params.rounds=6", "params.steps_per_round=2", "params.pool_bytes=16777216"],
 }  # fmt: skip

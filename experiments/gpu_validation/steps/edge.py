@@ -21,7 +21,7 @@ from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.experiments.gpu_validation.record import Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.kernels import SHAPES, check, kernel_names, kernel_to_run
+from kvarena.experiments.gpu_validation.steps.kernels import FILLER, SHAPES, check, kernel_names, kernel_to_run
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.random_batch import Batch
@@ -60,6 +60,7 @@ def at_the_edge(driver: Driver, context: Context, more: int, prefill: bool) -> B
     k, v = (_rows(driver, shapes.heads, shapes.size, shapes.dtype, token_bytes, more) for _ in range(2))
     for row, length in enumerate(lengths):
         for x in (k, v):
+            x[row, : length + more * group_tokens] = FILLER  # new memory may hold NaNs
             x[row, :length] = torch.randn(length, *x.shape[2:]).to(x)
     counts = list(QUERIES) if prefill else [1] * len(lengths)
     q = torch.randn(sum(counts), shapes.heads * shapes.group, shapes.size).to(k)

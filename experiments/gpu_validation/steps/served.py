@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cuda": Size("yi-6b", "bfloat16", "triton", 24, (50, 3000), (20, 120), 4096, "2MB"),
+    "cuda": Size("yi-6b", "bfloat16", "triton", 24, (50, 2000), (20, 120), 4096, "2MB"),
     "cpu": Size("tiny-llama", "float32", "numba", 24, (5, 200), (5, 20), 256, "64KB"),
 }
 

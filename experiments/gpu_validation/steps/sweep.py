@@ -117,7 +117,7 @@ class Memory:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         if not block:
             cache = LayerCache(Layout.CONTIGUOUS, self.k, self.v)
-            owners = torch.arange(self.copies * batch, device=device).view(-1, batch).unbind()
+            owners = torch.arange(self.copies * batch, dtype=torch.int32, device=device).view(-1, batch).unbind()
             return [(cache, BatchView(lengths, starts, rows, None, self.tokens, 1)) for rows in owners]
         cache = LayerCache(Layout.PAGED, *(x.view(-1, block, HEADS, SIZE) for x in (self.k, self.v)))
         blocks = torch.arange(len(cache.k), dtype=torch.int32, device=device)
