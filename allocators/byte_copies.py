@@ -11,25 +11,35 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvarena.allocators.actions import Action, CopyRow
 
-
-class Run(NamedTuple):
-    """Bytes of a tensor, by offset from its start. Source and target do not overlap."""
-
-    source: int
-    target: int
-    size: int
+Ints = npt.NDArray[np.int64]
 
 
-def row_run(action: Action, row_bytes: int) -> Run:
-    """The run of a copied row, where rows begin every `row_bytes`. Raises ValueError for any other action."""
-    if not isinstance(action, CopyRow):
-        raise ValueError(f"{type(action).__name__} is not a copy of a row")
-    source, target = (row * row_bytes + action.start for row in (action.source, action.target))
-    return Run(source, target, action.stop - action.start)
+class Runs(NamedTuple):
+    """Bytes of a tensor, by offsets from its start: int64 arrays, one element a run. No run overlaps its own target."""
+
+    sources: Ints
+    targets: Ints
+    sizes: Ints
+
+    @staticmethod
+    def of_blocks(sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> "Runs":
+        """Copies of whole blocks, by number."""
+        size = np.full(len(sources), block_bytes)
+        return Runs(np.array(sources) * block_bytes, np.array(targets) * block_bytes, size)
+
+    @staticmethod
+    def of_rows(actions: Sequence[Action], row_bytes: int) -> "Runs":
+        """Copies of parts of rows, which begin every `row_bytes`. Raises ValueError for any other action."""
+        for action in actions:
+            if not isinstance(action, CopyRow):
+                raise ValueError(f"{type(action).__name__} is not a copy of a row")
+        _, source, target, start, stop = np.array(actions, dtype=np.int64).T
+        return Runs(source * row_bytes + start, target * row_bytes + start, stop - start)
 
 
 class ByteCopies:
@@ -39,14 +49,13 @@ class ByteCopies:
         if device.type == "cuda":
             from kvarena.allocators.triton_copies import TritonCopies
 
-            self._copy: Callable[[Sequence[Run]], None] = TritonCopies(bases, device)
+            self._copy: Callable[[Runs], None] = TritonCopies(bases, device)
         else:
             self._copy = _HostCopies(bases)
 
-    def __call__(self, runs: Sequence[Run]) -> None:
+    def __call__(self, runs: Runs) -> None:
         """Copy runs; the result is that of one after the other."""
-        for independent in independent_runs(runs):
-            self._copy(independent)
+        self._copy(runs)
 
 
 class _HostCopies:
@@ -54,9 +63,8 @@ class _HostCopies:
         self._bases = np.array(bases, dtype=np.int64)
         self._loop = _host_loop()
 
-    def __call__(self, runs: Sequence[Run]) -> None:
-        sources, targets, sizes = np.array(runs, dtype=np.int64).T.copy()
-        self._loop(self._bases, targets, sources, sizes)
+    def __call__(self, runs: Runs) -> None:
+        self._loop(self._bases, runs.targets, runs.sources, runs.sizes)
 
 
 @cache
@@ -66,16 +74,15 @@ def _host_loop() -> Callable[..., Any]:
     return compiled_copies()
 
 
-def independent_runs(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+def independent_runs(runs: Runs) -> Iterator[Runs]:
     """Split runs, in order, so that within a part nothing is read or written that an earlier run of it has written.
 
     Runs that begin elsewhere than a written one are taken to touch other bytes: they come from blocks or rows.
     """
     first, written = 0, set[int]()
-    for i, run in enumerate(runs):
-        if run.source in written or run.target in written:
-            yield runs[first:i]
+    for i, (source, target) in enumerate(zip(runs.sources.tolist(), runs.targets.tolist(), strict=True)):
+        if source in written or target in written:
+            yield Runs(*(array[first:i] for array in runs))
             first, written = i, set()
-        written.add(run.target)
-    if first < len(runs):
-        yield runs[first:]
+        written.add(target)
+    yield Runs(*(array[first:] for array in runs))

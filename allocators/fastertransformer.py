@@ -7,7 +7,7 @@ of the batch, so what a shorter request does not fill is padding:
     row 1   PPPPPPPPPPOOO.......        width = longest prompt + longest output
     row 2   .......PPPOOOOOOOOOO
 
-The batch is open until it first grows or loses a row, and is given back as a whole. A row that is done goes on to the
+The batch is open until its first step, and is given back as a whole. A row that is done goes on to the
 end of the batch; what is written past its final length is padding too.
 """
 
@@ -194,7 +194,8 @@ class FasterTransformerPolicy(Policy):
         return self._rows[seq_id] * self.width
 
     def drain(self) -> list[Action]:
-        """Hand over the copies of prompts that members of a group are owed."""
+        """Hand over the copies of prompts that members of a group are owed. A step begins: rows must not move now."""
+        self._open = not self._rows
         actions, self._actions = self._actions, []
         self._due.handed_over()
         return actions

@@ -7,7 +7,7 @@ import torch
 
 from kvarena.allocators.batch_table import BlockTable, DeviceBlockTable
 from kvarena.allocators.block_copies import batches
-from kvarena.allocators.byte_copies import ByteCopies, Run
+from kvarena.allocators.byte_copies import ByteCopies, Runs
 from kvarena.allocators.device_view import FIRST_CAPACITY, view_maker
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, CopyBlock, Policy, SwapOut
@@ -75,8 +75,7 @@ class PagedStore(ResidentStore):
         """Copy and swap blocks, in all layers at once."""
         for kind, sources, targets in batches(actions):
             if kind is CopyBlock:
-                size = self._block_bytes
-                self._copy([Run(s * size, t * size, size) for s, t in zip(sources, targets, strict=True)])
+                self._copy(Runs.of_blocks(sources, targets, self._block_bytes))
             elif kind is SwapOut:
                 self._swapped.swap_out(sources, targets)
             else:

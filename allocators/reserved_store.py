@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from kvarena.allocators.byte_copies import ByteCopies, row_run
+from kvarena.allocators.byte_copies import ByteCopies, Runs
 from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, Policy
@@ -75,7 +75,7 @@ class ReservedStore(ResidentStore):
     def apply(self, actions: Sequence[Action]) -> None:
         """Copy rows, in all layers at once."""
         if actions:
-            self._copy([row_run(action, self._row_bytes) for action in actions])
+            self._copy(Runs.of_rows(actions, self._row_bytes))
 
     def layer(self, layer: int) -> LayerCache:
         """K and V of one layer."""

@@ -13,12 +13,11 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from kvarena.allocators.byte_copies import Ints, Runs, independent_runs
 from kvarena.allocators.staging import staging_buffer
 
 WORD_BYTES = 4  # the smallest K/V of a token is a multiple of it
 PIECE_BYTES = 16 * 1024  # that a program copies: 16 bytes a thread, eight at a time
-
-Runs = Sequence[tuple[int, int, int]]  # source, target, size in bytes
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs", "bases"])
@@ -52,22 +51,20 @@ class TritonCopies:
         self._aligned = WORD_BYTES if any(base % 16 for base in bases) else 16
 
     def __call__(self, runs: Runs) -> None:
-        """Copy runs that do not touch each other. The host does not wait."""
-        count = len(runs)
-        longest = max(size for _, _, size in runs)
-        odd = any(number % 16 for run in runs for number in run)
-        pieces = -(-longest // PIECE_BYTES)
-        copy_pieces[pieces, count, len(self._bases)](
-            self._send(runs),
-            self._bases,
-            count,
-            PIECE=PIECE_BYTES // WORD_BYTES,
-            ALIGNED=WORD_BYTES if odd else self._aligned,
-            num_warps=8,
+        """Copy runs, in one launch unless one reads what another has written. The host does not wait."""
+        for part in independent_runs(runs):
+            self._launch(np.stack(part))
+
+    def _launch(self, runs: Ints) -> None:
+        """Copy runs [3, N] - sources, targets, sizes - that do not touch each other."""
+        count, longest = runs.shape[1], int(runs[2].max())
+        aligned = WORD_BYTES if (runs % 16).any() else self._aligned
+        copy_pieces[-(-longest // PIECE_BYTES), count, len(self._bases)](
+            self._send(runs), self._bases, count, PIECE=PIECE_BYTES // WORD_BYTES, ALIGNED=aligned, num_warps=8
         )
 
-    def _send(self, runs: Runs) -> Tensor:
+    def _send(self, runs: Ints) -> Tensor:
         """[3, N] on the device, through pinned memory."""
-        buffer, words = staging_buffer(6 * len(runs), self._device)
-        words.view(np.int64).reshape(3, len(runs))[:] = np.array(runs, dtype=np.int64).T
+        buffer, words = staging_buffer(2 * runs.size, self._device)
+        words.view(np.int64)[:] = runs.ravel()
         return buffer.to(self._device, non_blocking=True).view(torch.int64)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvarena.allocators.byte_copies import ByteCopies, row_run
+from kvarena.allocators.byte_copies import ByteCopies, Runs
 from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.kernel_fence import kernels_so_far
 from kvarena.allocators.model_shape import ModelShape
@@ -166,7 +166,7 @@ class VirtualStore(Store):
             first = run[0]
             match first:
                 case CopyRow():
-                    self._copy([row_run(action, self._row_bytes) for action in run])
+                    self._copy(Runs.of_rows(run, self._row_bytes))
                     fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
                 case Map():
                     self._map([action.slab for action in run], self._offset(first))
