@@ -31,12 +31,12 @@ def copy_pieces(
     """Copy one piece of one run in one tensor: program (piece, run, tensor)."""
     piece, run = tl.program_id(0), tl.program_id(1)
     base = tl.load(bases + tl.program_id(2))
-    words = tl.load(runs + 2 * count + run) // 4
+    words = tl.multiple_of(tl.load(runs + 2 * count + run) // 4, ALIGNED // 4)
     first = piece * PIECE
     if first >= words:
         return
-    source = tl.multiple_of(base + tl.load(runs + run), ALIGNED).to(tl.pointer_type(tl.int32))
-    target = tl.multiple_of(base + tl.load(runs + count + run), ALIGNED).to(tl.pointer_type(tl.int32))
+    source = tl.multiple_of((base + tl.load(runs + run)).to(tl.pointer_type(tl.int32)), ALIGNED)
+    target = tl.multiple_of((base + tl.load(runs + count + run)).to(tl.pointer_type(tl.int32)), ALIGNED)
     word = first + tl.arange(0, PIECE)
     inside = word < words
     tl.store(target + word, tl.load(source + word, mask=inside), mask=inside)
