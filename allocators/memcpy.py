@@ -11,6 +11,9 @@ from numba.extending import intrinsic
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
+# From about a megabyte on the library's memcpy writes past the caches, which took a quarter longer on an AMD EPYC.
+_PIECE_BYTES = 32 * 1024
+
 Loop = Callable[[Array, Array, Array, Array], None]
 
 _POINTER, _SIZE, _BOOL = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(1)
@@ -36,7 +39,9 @@ def copy_runs(bases: Array, targets: Array, sources: Array, sizes: Array) -> Non
     """Copy sizes[i] bytes from base + sources[i] to base + targets[i], for every i in order, in every tensor."""
     for i in range(len(sizes)):
         for base in bases:
-            _memcpy(base + targets[i], base + sources[i], sizes[i])  # type: ignore[call-arg]  # without `typing`
+            for done in range(0, sizes[i], _PIECE_BYTES):
+                target, source = base + targets[i] + done, base + sources[i] + done
+                _memcpy(target, source, min(_PIECE_BYTES, sizes[i] - done))  # type: ignore[call-arg]  # no `typing`
 
 
 def compiled_copies() -> Loop:
