@@ -65,6 +65,7 @@ class Params:
     on_demand_batches: list[float] = field(default_factory=list)  # and of those that do not
     throughput_batches: list[float] = field(default_factory=list)  # x of Fig 1, throughput
     pool_bytes: int | None = None  # measured clock only
+    rounds: int = 1  # measured clock: repetitions, interleaved over systems
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
@@ -73,7 +74,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     notes = {"workload": workload.provenance, "fitted": FITTED}
     if run.clock == "measured":
         replayer = Replayer(run)
-        cells = [recorder.cell(s.name, partial(_cell, replayer, s, workload)) for s in run.systems]
+        turns = [(number, system) for number in range(run.params.rounds) for system in run.systems]
+        cells = [recorder.cell(f"{n}-{s.name}", partial(_cell, replayer, s, workload, n)) for n, s in turns]
         steps, requests = (pd.concat([c[name] for c in cells], ignore_index=True) for name in ("steps", "requests"))
         rows = [*memory_by_batch.measured(run, steps)]
     else:
@@ -83,9 +85,9 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
 
 
-def _cell(replayer: Replayer, system: System, workload: Workload) -> Frames:
+def _cell(replayer: Replayer, system: System, workload: Workload, number: int) -> Frames:
     served = replayer.serve(system, workload)
-    return {"requests": served.requests, "steps": served.steps}
+    return {"requests": served.requests.assign(round=number), "steps": served.steps.assign(round=number)}
 
 
 def _fig3(run: Run) -> Iterator[SummaryRow]:
