@@ -13,7 +13,7 @@ STEPS = (
     Step("latencies", "vAttention Tables 3 and 9", 80, 60),
     Step("sweep", "GB/s of decode attention by batch and context, beside the reduction", 90, 30),
     Step("decode", "decode throughput, one kernel over static, paged and vAttention memory", 150, 60),
-    Step("prefill", "prefill throughput", 60, 60),
+    Step("prefill", "prefill throughput, one kernel over static, paged and vAttention memory", 80, 50),
     Step("overlap", "mapping beside the forward pass, and without", 60, 60),
     Step("replay", "a small trace served end to end: every allocator yields the same tokens", 60, 30),
     Step("graphs", "decode steps captured in CUDA graphs", 90, 60),

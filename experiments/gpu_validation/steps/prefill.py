@@ -1,17 +1,26 @@
-"""Prefill throughput (vAttention Figs 2 and 7)."""
+"""Prefill throughput with one kernel over the memory of three allocators (vAttention Figs 2 and 7)."""
 
-from kvarena.experiments.gpu_validation.record import Values
+from kvarena.experiments.gpu_validation.record import NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
+from kvarena.experiments.gpu_validation.steps.decode import ALLOCATORS, KERNELS
 from kvarena.experiments.gpu_validation.steps.experiment_run import finished, medians
+from kvarena.kernels.registry import kernel_spec, missing
 
-EXPERIMENT = "prefill_throughput"
+_SHORT = {
+    "cuda": ["model=yi-6b", "params.contexts=[1024,4096,16384]", "params.rounds=6"],
+    "cpu": ["model=tiny-llama", "params.contexts=[64]", "params.rounds=6", "params.pool_bytes=16777216"],
+}
 
 
 def cases(device: str) -> list[str]:
-    """The experiment, by the profile of its device."""
-    return [EXPERIMENT]
+    """Every kernel."""
+    return list(KERNELS[device])
 
 
 def run(case: str, context: Context) -> Values:
-    """Run it."""
-    return medians(finished(EXPERIMENT, [], context), "prefill_throughput_vs_context")
+    """Tokens/s by allocator and prompt length."""
+    if reason := missing(kernel_spec(case)):
+        raise NotRunError(reason)
+    systems = f"systems=[{','.join(f'{allocator}-{case}' for allocator in ALLOCATORS)}]"
+    folder = finished("prefill_throughput", [systems, *_SHORT[context.device]], context, f"prefill_throughput_{case}")
+    return medians(folder, "prefill_throughput_vs_context")
