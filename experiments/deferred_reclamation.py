@@ -136,11 +136,15 @@ def _before(way: Way, params: Params, clock: str) -> list[tuple[int, int]]:
     """Prompt and output of the requests before the one that is timed.
 
     The first long prefill of a process is slower than those that follow: under the measured clock even ways without a
-    first request get one. Then one of a single token takes its unmapping upon itself, but for its own page-group's.
+    first request get one. Then one of a single token takes its unmapping upon itself, but for its own page-group's; it
+    also gives eager allocation the time to prepare a row.
     """
+    short = (1, params.output_tokens)
     if way.first:
         return [(math.ceil(way.first * params.prompt_tokens), params.output_tokens)]
-    return [(params.prompt_tokens, params.output_tokens), (1, params.output_tokens)] if clock == "measured" else []
+    if clock == "measured":
+        return [(params.prompt_tokens, params.output_tokens), short]
+    return [short] if way.eager else []
 
 
 def system_in(way: Way, system: System) -> System:

@@ -37,6 +37,8 @@ def test_modelled_prefills_wait_for_the_published_calls(summary_of: Callable[...
     assert mapping["64KB sync"] == pytest.approx(256 * 64 * 8e-3), "256 page-groups in 64 tensors, 8 us each"
     assert mapping["2MB sync"] == pytest.approx(8 * 64 * 40e-3)
     assert mapping["no VMM calls"] == mapping["deferred reclamation"] == mapping["64KB, inherited whole"] == 0
+    one_less = mapping["64KB sync"] - 64 * (8e-3 - 2e-3)  # and the request before gives its own back
+    assert mapping["64KB, one group ahead"] == pytest.approx(one_less)
     assert 0 < mapping["64KB, inherited half"] < mapping["64KB, one group ahead"] < mapping["64KB, reclaimed at once"]
     seconds = by_way(summary, "prefill_time_16K_prompt")
     plain = seconds["no VMM calls"]
