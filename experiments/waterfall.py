@@ -149,13 +149,14 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
     for x, bar in enumerate(rows.to_dict("records")):
-        value = bar["value"]
+        value = top = bar["value"]
         axis.bar(x, value, 0.7, color=plots.COLOURS.get(bar["allocator"].split("_")[0], "#666666"))
         if bar["n"] > 5:
+            top = bar["ci_high"]
             axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
         steps = ratios[ratios.system == bar["system"]]
-        names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n")
+        names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n").str.replace(" over ", "\nover ")
         worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
-        axis.text(x, value, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
-    axis.set_ylim(0, 1.4 * rows.value.max())
+        axis.text(x, top, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
+    axis.set_ylim(0, 1.6 * rows.value.max())  # room for what is said above the bars
     axis.set_xticks(range(len(rows)), [s.split("/")[0] for s in rows.system], rotation=30, ha="right", fontsize=8)
