@@ -29,6 +29,10 @@ class DueCopies:
     def __bool__(self) -> bool:
         return bool(self._owed)
 
+    def is_owed(self, seq_id: int) -> bool:
+        """Whether the sequence does not hold its first positions yet."""
+        return seq_id in self._owed
+
     def owe(self, parent_id: int, child_id: int, tokens: int, actions: list[Action]) -> None:
         """Note that the child needs the parent's first positions. What the parent is owed itself comes first."""
         self.pay([parent_id], actions)

@@ -48,22 +48,27 @@ class SharedRows(VirtualRows):
         """Page-groups that a fork of a sequence of `length` tokens has for its own."""
         return self.page_groups_for(length) - self._page_groups(self.shareable(length))
 
-    def fork(self, parent: Row, seq_id: int, final: int, actions: list[Action]) -> Row:
-        """Give a copy of the parent's sequence a row: what can be shared is mapped again, for the rest there is room.
+    def owners(self, group: int, slab: int) -> int:
+        """Rows that own a slab of a layer group."""
+        return self._slabs[group].owners(slab)
+
+    def fork(self, parent: Row, seq_id: int, length: int, final: int, actions: list[Action]) -> Row:
+        """Give a copy of the parent's first `length` tokens a row: what can be shared is mapped again, for the rest
+        there is room.
 
         The caller knows that a row is idle and memory suffices.
         """
-        shared = self.shareable(parent.length)
-        row = self._row_for(parent, shared)
+        shared = self.shareable(length)
+        row = self._row_for(parent, length, shared)
         for group, count in enumerate(shared):
             self._alias(row, group, parent.slabs[group][:count], actions)
         self._left.pop(row.index, None)
         self._count_aliases(self._page_groups(shared))
-        self._settle_in(row, seq_id, parent.length, final)
-        self.extend(row, parent.length, actions)
+        self._settle_in(row, seq_id, length, final)
+        self.extend(row, length, actions)
         return row
 
-    def _row_for(self, parent: Row, shared: list[int]) -> Row:
+    def _row_for(self, parent: Row, length: int, shared: list[int]) -> Row:
         """The left row that maps most of what will be shared; else an idle one: the emptiest, where it must make way
         for what is shared.
         """
@@ -72,7 +77,7 @@ class SharedRows(VirtualRows):
             best = max(matches, key=lambda index: (matches[index], -index))
             if matches[best] or not len(self._idle):
                 return self._left[best][0]
-        row = next(iter(self._idle)) if any(shared) else self._idle.best_fit(self.page_groups_for(parent.length))
+        row = next(iter(self._idle)) if any(shared) else self._idle.best_fit(self.page_groups_for(length))
         self._take_idle(row)
         return row
 
@@ -94,6 +99,14 @@ class SharedRows(VirtualRows):
                 row.slabs[group].append(slab)
                 row.mapped += self.geometries[group].num_tensors
                 actions.append(Map(group, row.index, ordinal, slab))
+
+    def hand_over(self, old_id: int, new_id: int, length: int, final: int) -> Row:
+        """Let another sequence live in a row, with the first `length` tokens of the one before."""
+        row = self.live.pop(old_id)
+        self.sums = self.sums.replaced(row.marks, NOTHING)
+        row.marks = NOTHING
+        self._settle_in(row, new_id, length, final)
+        return row
 
     def vacate(self, seq_id: int) -> Row:
         """Let the sequence's row go. If others own a part of it with it, the row is left to a fork or `clear_left`."""

@@ -46,6 +46,10 @@ class SlabList:
         """Whether several rows own it."""
         return slab in self._extra
 
+    def owners(self, slab: int) -> int:
+        """Rows that own a slab which is not free."""
+        return 1 + self._extra.get(slab, 0)
+
     def unshare(self, slab: int) -> None:
         """Let one of several rows own it no more."""
         self._extra[slab] -= 1

@@ -24,7 +24,7 @@ from kvarena.allocators.row_growth import Held, RowGrowth
 from kvarena.allocators.shared_rows import SharedRows
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage
-from kvarena.allocators.vattention_groups import RowGroups
+from kvarena.allocators.vattention_cache import CachedRows
 from kvarena.allocators.virtual_row import Row
 from kvarena.allocators.virtual_rows import expect
 from kvarena.errors import UserError
@@ -46,9 +46,10 @@ class VAttentionConfig:
     reclaim_threshold: float = 0.1  # share of the pool; 0: only on demand
     tensor_slicing: bool = False
     read_past: int | None = None  # tokens kept mapped past a sequence's end, for a kernel that reads on there
+    prefix_cache: bool = False  # keep rows for what they hold
 
 
-class VAttentionPolicy(RowGroups):
+class VAttentionPolicy(CachedRows):
     """Sequences in rows. Every page-group serves any tensor, so nothing is ever stranded."""
 
     name = "vattention"
@@ -70,6 +71,7 @@ class VAttentionPolicy(RowGroups):
         reclaim_threshold: float = 0.1,
         tensor_slicing: bool = False,
         read_past: int | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         """Raises UserError for an option out of range, and for a pool smaller than one page-group in every tensor."""
         for option, share in (("watermark", watermark), ("reclaim_threshold", reclaim_threshold)):
@@ -86,6 +88,7 @@ class VAttentionPolicy(RowGroups):
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.page_group_bytes = checked_page_group(page_group)
+        self.prefix_cache = prefix_cache
         self.tensor_slicing = tensor_slicing
         self.overlap = overlap
         self.deferred_reclamation = deferred_reclamation
@@ -105,7 +108,7 @@ class VAttentionPolicy(RowGroups):
         self._bytes_of = resident_bytes(kv_layout)
         self._token_bytes = kv_layout.token_bytes
         self._growth = RowGrowth(self._rows, self._threshold)
-        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
+        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows and not prefix_cache
 
     def _page_groups_of_pool(self) -> int:
         """Page-groups that can be used: with one layer group, whole slabs."""
@@ -129,10 +132,8 @@ class VAttentionPolicy(RowGroups):
 
     def can_admit(self, seq: Sequence, tokens: int) -> bool:
         """Whether a row is idle, and enough page-groups are free or can be taken back."""
-        if tokens > self.max_tokens or not self._rows.has_idle:
-            return False
-        needed = self._rows.sums.needed + self._rows.page_groups_for(tokens)
-        return needed + self._watermark <= self._rows.total
+        needed = self._rows.page_groups_for(tokens) + self._watermark
+        return tokens <= self.max_tokens and self._fits(needed, rows=1)
 
     def admit(self, seq: Sequence, tokens: int) -> bool:
         """Give the sequence an idle row and map what it lacks. With 0 tokens, a length not yet known, the fullest."""
@@ -140,6 +141,7 @@ class VAttentionPolicy(RowGroups):
             raise ValueError(f"sequence {seq.seq_id} is resident already")
         if not self.can_admit(seq, tokens):
             return False
+        self._make_room(self._rows.page_groups_for(tokens), rows=1)
         self._rows.make_idle(self._actions)
         row = self._rows.occupy(seq.seq_id, tokens, seq.final_tokens)
         self._rows.extend(row, tokens, self._actions)
@@ -158,8 +160,10 @@ class VAttentionPolicy(RowGroups):
         row = self._rows.live[seq_id]
         length = row.length + tokens
         outgrows = length > row.capacity  # what is mapped
-        if outgrows and not self._can_lengthen(row, length):
-            return False
+        if outgrows:
+            if not self._can_lengthen(row, length):
+                return False
+            self._make_room(self._rows.page_groups_for(length) - row.marks.needed)
         self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
         row.length = length
         if length > row.enough_until or length > row.final:
@@ -171,9 +175,8 @@ class VAttentionPolicy(RowGroups):
     def release(self, seq_id: int) -> None:
         """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
         row = self._vacate(seq_id)
-        self._looked_ahead = False
-        if not self.deferred_reclamation:
-            self._rows.trim_idle(row, self._rows.total, self._actions)
+        if row is not None:
+            self._give_back(row)
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -225,10 +228,8 @@ class VAttentionPolicy(RowGroups):
         return count
 
     def _can_lengthen(self, row: Row, length: int) -> bool:
-        if length > self.max_tokens:
-            return False
-        others = self._rows.sums.needed - row.marks.needed
-        return others + self._rows.page_groups_for(length) <= self._rows.total
+        more = self._rows.page_groups_for(length) - row.marks.needed
+        return length <= self.max_tokens and self._fits(more)
 
     # ---- driver calls ------------------------------------------------------------------------------------------
 
@@ -282,8 +283,10 @@ class VAttentionPolicy(RowGroups):
         premapped = rows.premapped * steps
         free = rows.total * steps - mapped - deferred - premapped
         surplus = mapped * size - rounded
+        cached = self._cached_bytes * steps
         return Usage(
-            live=live,
+            live=live - cached,
+            cached=cached,
             reserved=covered - live,
             rounding=rounded - covered,
             retained=(deferred + premapped) * size + surplus,
@@ -297,6 +300,7 @@ class VAttentionPolicy(RowGroups):
     def check_integrity(self) -> None:
         """Recount page-groups, rows and leaves from the rows' slabs."""
         self._rows.check_integrity()
+        self._check_cache()
         usage = self.usage()
         expect("live to retained", usage[:6], self._recounted())
         expect("deferred + surplus + premapped", usage.deferred + usage.surplus + usage.premapped, usage.retained)
@@ -305,4 +309,4 @@ class VAttentionPolicy(RowGroups):
 
     def _recounted(self) -> tuple[int, ...]:
         live, *others, retained = self._rows.recounted_leaves()
-        return (live, 0, *others, retained)
+        return (live - self._cached_bytes, self._cached_bytes, *others, retained)

@@ -22,6 +22,7 @@ class RowGroups(Policy):
     max_tokens: int
     max_rows: int
     page_group_bytes: int
+    deferred_reclamation: bool
     geometries: tuple[RowGeometry, ...]
     _rows: SharedRows
     _watermark: int  # page-groups
@@ -47,7 +48,7 @@ class RowGroups(Policy):
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
         """Whether a row is idle for each member, and page-groups for one, and for what the others have of their own."""
         rows = self._rows
-        if tokens > self.max_tokens or rows.num_idle < len(seqs):
+        if tokens > self.max_tokens:
             return False
         needed = rows.page_groups_for(tokens) + (len(seqs) - 1) * rows.page_groups_to_fork(tokens)
         if prefix is not None:
@@ -55,7 +56,7 @@ class RowGroups(Policy):
             if length > tokens:
                 raise ValueError(f"a prefix of {length} tokens in a prompt of {tokens}")
             needed -= rows.page_groups_for(length) - rows.page_groups_to_fork(length)
-        return rows.sums.needed + needed + self._watermark <= rows.total
+        return self._fits(needed + self._watermark, len(seqs))
 
     def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
         """Whether rows are idle, and page-groups suffice for the prompt, shared below its end, and for each member's
@@ -68,7 +69,7 @@ class RowGroups(Policy):
             length = self._resident(prefix)
             held = rows.page_groups_for(length) - rows.page_groups_to_fork(length)
         needed = shared + len(seqs) * (rows.page_groups_for(tokens + own + 1) - shared) - held
-        return rows.num_idle >= len(seqs) and rows.sums.needed + needed + self._watermark <= rows.total
+        return self._fits(needed + self._watermark, len(seqs))
 
     def grow_group(self, seq_ids: Seq[int]) -> bool:
         """One position for each, if the page-groups that all of them need suffice."""
@@ -76,7 +77,7 @@ class RowGroups(Policy):
         if any(row.length >= self.max_tokens for row in rows):
             return False
         more = sum(self._rows.page_groups_for(row.length + 1) - row.marks.needed for row in rows)
-        return self._rows.sums.needed + more <= self._rows.total and self.grow_each(seq_ids) == len(seq_ids)
+        return self._fits(more) and self.grow_each(seq_ids) == len(seq_ids)
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
         """Make `child` a copy of a resident sequence, in a row of its own. False where no row is idle, or the
@@ -86,11 +87,13 @@ class RowGroups(Policy):
         if child.seq_id in self._rows.live:
             raise ValueError(f"sequence {child.seq_id} is resident already")
         rows = self._rows
-        if not rows.has_idle or rows.sums.needed + rows.page_groups_to_fork(length) > rows.total:
+        own = rows.page_groups_to_fork(length)
+        if not self._fits(own, 1):
             return False
+        self._make_room(own, 1)
         self._due.owe(parent_id, child.seq_id, length, self._actions)
         aliased = rows.aliased
-        rows.fork(rows.live[parent_id], child.seq_id, child.final_tokens, self._actions)
+        rows.fork(rows.live[parent_id], child.seq_id, length, child.final_tokens, self._actions)
         self._live_bytes += self._bytes_of(length) - (rows.aliased - aliased) * self.page_group_bytes
         self._looked_ahead = False
         return True
@@ -99,6 +102,13 @@ class RowGroups(Policy):
     def shared_bytes(self) -> int:
         """Page-groups that several rows map, counted beyond the first time."""
         return self._rows.aliased * self.page_group_bytes
+
+    def _fits(self, page_groups: int, rows: int = 0) -> bool:
+        """Whether so many more page-groups, and idle rows, are free or can be taken back."""
+        return rows <= self._rows.num_idle and self._rows.sums.needed + page_groups <= self._rows.total
+
+    def _make_room(self, page_groups: int, rows: int = 0) -> None:
+        """Give up what is only kept, as far as that takes."""
 
     def _resident(self, seq_id: int) -> int:
         """Length of a resident sequence."""
@@ -114,12 +124,22 @@ class RowGroups(Policy):
             if start < stop:
                 yield CopyRow(group, source.index, target.index, start, stop)
 
-    def _vacate(self, seq_id: int) -> Row:
-        """Settle the books, and what is owed, of a sequence that goes; its row may be left with aliases."""
-        length, rows = self._resident(seq_id), self._rows
+    def _leave(self, seq_id: int) -> None:
+        """Settle what is owed, by and to a sequence that goes."""
         self._due.leave(seq_id, self._actions)
-        self._actions = self._due.without_copies_to([rows.live[seq_id].index], self._actions)
+        self._actions = self._due.without_copies_to([self._rows.live[seq_id].index], self._actions)
+
+    def _vacate(self, seq_id: int) -> Row | None:
+        """Settle the books of a sequence that goes. Returns its row, unless that does not go idle."""
+        length, rows = self._resident(seq_id), self._rows
+        self._leave(seq_id)
         aliased = rows.aliased
         row = rows.vacate(seq_id)
         self._live_bytes -= self._bytes_of(length) - (aliased - rows.aliased) * self.page_group_bytes
         return row
+
+    def _give_back(self, row: Row) -> None:
+        """An idle row keeps its page-groups, unless reclamation is not deferred."""
+        self._looked_ahead = False
+        if not self.deferred_reclamation:
+            self._rows.trim_idle(row, self._rows.total, self._actions)

@@ -136,7 +136,7 @@ class VirtualRows:
 
         What others were mapped for their next iteration is not touched.
         """
-        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
+        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens and not row.kept]
         missing = [self.missing(row, row.length + 1) for row in full]
         wanted = sum(missing)
         if wanted > self.free and wanted > (left := self.obtainable(margin=1)):

@@ -7,10 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvarena.allocators.actions import Map
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged import PagedPolicy
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.prefix_cache import CachedBlockPool, block_names
+from kvarena.allocators.registry import config_class, make_policy
+from kvarena.allocators.sharing_programs import Programs
+from kvarena.allocators.sizes import KB
+from kvarena.allocators.stores import make_store
+from kvarena.allocators.vattention import VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 8)
 TOKEN = LAYOUT.token_bytes
@@ -177,3 +183,152 @@ def test_hits_of_mooncakes_trace_in_an_endless_pool():
         pool.name(table, names[:full])
         pool.drop(table)
     assert (found, total) == (77_740, 121_877)
+
+
+# ---- page-groups -----------------------------------------------------------------------------------------------
+
+LAYERS, HEADS, SIZE, MAX_TOKENS = 2, 4, 64, 160
+UNIT = 32  # tokens that fill a page-group of 64 KB over both layers
+
+
+def rows_of(slabs=40, **options):
+    layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
+    switches = {"page_group": "64KB", "max_rows": 6, "watermark": 0.0, "tensor_slicing": True, "prefix_cache": True}
+    return VAttentionPolicy(layout, slabs * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches | options)
+
+
+def admit_row(policy, seq_id, tokens, output=9):
+    names = block_names(tokens, UNIT)
+    found = policy.admit_cached([Sequence(seq_id, len(tokens), output)], len(tokens), names)
+    policy.check_integrity()
+    return found
+
+
+def test_a_unit_fills_whole_page_groups():
+    assert rows_of().unit_tokens == UNIT
+    straddling = VAttentionPolicy(attention_layout(2, 3, 100), 400 * 64 * KB, max_tokens=4096, page_group="64KB")
+    assert straddling.unit_tokens * 600 % (64 * KB) == 0  # 600 bytes of K, and of V, a token in a layer
+    assert straddling.unit_tokens == 8192
+
+
+def test_a_prompt_that_goes_on_takes_the_row_over():
+    policy, tokens = rows_of(), list(range(70))
+    assert admit_row(policy, 0, tokens) == 0
+    row = policy.row(0)
+    policy.drain()
+    policy.release(0)
+    policy.check_integrity()
+    assert policy.usage().cached == 2 * 2 * 64 * KB
+    assert policy.usage().live == 0
+    assert admit_row(policy, 1, [*range(64), *range(200, 240)]) == 64
+    assert policy.row(1) == row
+    assert [action.ordinal for action in policy.drain() if isinstance(action, Map)] == [3]
+    assert policy.usage().cached == 0
+
+
+def test_a_prompt_that_branches_off_maps_what_it_shares():
+    policy = rows_of(eager_allocation=False)
+    admit_row(policy, 0, list(range(100)))
+    policy.release(0)
+    policy.drain()
+    assert admit_row(policy, 1, [*range(64), *range(300, 310)]) == 64
+    maps = [(action.ordinal, action.slab) for action in policy.drain() if isinstance(action, Map)]
+    assert maps[:2] == [(0, 0), (1, 1)]
+    assert policy.usage().cached == 2 * 64 * KB  # the third unit, which nobody else holds
+    assert policy.shared_bytes == 2 * 2 * 64 * KB
+    assert policy.cached_tokens(block_names(list(range(100)), UNIT), 100) == 96  # still there
+    assert admit_row(policy, 2, list(range(100))) == 96
+
+
+def test_a_prompt_finds_what_a_running_sequence_holds():
+    policy = rows_of()
+    admit_row(policy, 0, list(range(70)))
+    assert admit_row(policy, 1, list(range(70))) == 64
+    assert policy.shared_bytes == 2 * 2 * 64 * KB
+    policy.release(0)  # what it held is held by 1: nothing is kept
+    policy.check_integrity()
+    assert policy.usage().cached == 0
+
+
+def test_kept_rows_go_when_memory_is_needed_the_oldest_first():
+    policy = rows_of(slabs=6, eager_allocation=False, reclaim_threshold=0.0)
+    for seq_id, first in ((0, 0), (1, 500)):
+        admit_row(policy, seq_id, list(range(first, first + 64)))
+        policy.release(seq_id)
+    assert admit_row(policy, 2, list(range(1000, 1096))) == 0  # three of six; two are free
+    assert policy.cached_tokens(block_names(list(range(65)), UNIT), 65) == 0
+    assert policy.cached_tokens(block_names(list(range(500, 565)), UNIT), 65) == 64
+    assert policy.grow(2, 64)  # takes what the other has
+    policy.check_integrity()
+    assert policy.cached_tokens(block_names(list(range(500, 565)), UNIT), 65) == 0
+
+
+def test_kept_rows_go_when_rows_are_needed():
+    policy = rows_of(max_rows=1)
+    admit_row(policy, 0, list(range(70)))
+    policy.release(0)
+    assert policy.can_admit(Sequence(1, 10, 4), 10)
+    assert policy.admit(Sequence(1, 10, 4), 10)
+    policy.check_integrity()
+
+
+OPTIONS = {
+    "paged": {"block_size": 4, "watermark": 0.0},
+    "vattention": {"page_group": "64KB", "max_rows": 5, "watermark": 0.0, "tensor_slicing": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 110), st.integers(0, 110), st.integers(1, 3), st.integers(0, 3)),
+        min_size=1,
+        max_size=14,
+    )
+)
+def test_what_is_found_is_what_was_written(name, operations):
+    """Prompts of three families, which agree up to somewhere, on real memory; every position keeps its tag."""
+    layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
+    config = config_class(name)(name=name, prefix_cache=True, **OPTIONS[name])
+    policy = make_policy(config, layout, 1400 * KB, MAX_TOKENS)
+    store = make_store(policy, LAYERS, HEADS, SIZE, "float32")
+    unit = 4 if name == "paged" else UNIT
+    programs, resident = Programs(policy, store, LAYERS), []
+    for family, length, agree, members, releases in operations:
+        ids = [programs.next_id + i for i in range(members)]
+        tokens = [1000 * family + i + (500 if i >= agree else 0) for i in range(length)]
+        names, seqs = block_names(tokens, unit), [Sequence(i, length, 20) for i in ids]
+        expected, before = policy.can_admit_cached(seqs, length, names), policy.usage()
+        found = policy.admit_cached(seqs, length, names)
+        assert (found is not None) == expected
+        policy.check_integrity()
+        if found is None:
+            assert policy.usage() == before
+            assert resident or not policy.group_fits_pool(seqs)
+        else:
+            assert found < length
+            programs.next_id += members
+            programs.tags |= {i: tokens.copy() for i in ids}
+            programs.unwritten[ids[0]] = found
+            resident.append(ids)
+            programs.step(min)
+            programs.check(ids[0])
+            if policy.grow_group(ids):
+                for i in ids:
+                    programs.unwritten[i] = length
+                    programs.tags[i] += programs.new_tags(1)
+                programs.step(min)
+                for i in ids:
+                    programs.check(i)
+        for _ in range(min(releases, len(resident))):
+            programs.end(resident.pop(0))
+            policy.check_integrity()
+        programs.step(min)
+        policy.check_integrity()
+    for ids in resident:
+        programs.check(ids[0])
+        programs.end(ids)
+    policy.check_integrity()
+    assert policy.usage().live == 0
+    store.close()
