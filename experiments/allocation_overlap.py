@@ -127,7 +127,7 @@ def _summary(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[Sum
 
 
 def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]:
-    """Fig 12: percentiles of every round, spikes, and the first round's iterations one by one."""
+    """Fig 12: percentiles and spikes of every round, and the iterations one by one: all rounds map in the same ones."""
     latencies, spike_ms = own.groupby("round").latency_ms, run.params.spike_ms
     spikes = latencies.apply(lambda ms: int((ms > ms.median() + spike_ms).sum()))
     for quantity, samples, unit in (
@@ -138,10 +138,9 @@ def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]
     ):
         value = median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
         yield row(value, paper="vattention", figure="fig12", quantity=quantity, unit=unit, **_columns(run, way))
-    first = own[own["round"] == 0]
-    for iteration, ms in zip(first.iteration, first.latency_ms, strict=True):
-        yield row(float(ms), paper="kvarena", figure=NAME, quantity="decode_iteration_latency_vs_iteration", unit="ms",
-                  x=iteration, **_columns(run, way))  # fmt: skip
+    for iteration, ms in own.groupby("iteration").latency_ms:
+        yield row(median_interval(ms), paper="kvarena", figure=NAME, quantity="decode_iteration_latency_vs_iteration",
+                  unit="ms", x=iteration, **_columns(run, way))  # fmt: skip
 
 
 def _mapping_rows(
