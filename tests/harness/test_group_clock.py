@@ -28,6 +28,7 @@ SWAP = {"block_size": 4, "swap_bytes": 150 * LAYOUT.token_bytes}
 CHUNKS = {"token_budget": 12, "max_seqs": 12}
 SYSTEMS = {
     "paged, vllm": ("paged", {"block_size": 4}, "vllm", {"max_seqs": 12}),
+    "paged, vllm, small budget": ("paged", {"block_size": 4}, "vllm", {"max_seqs": 12, "token_budget": 40}),
     "paged, vllm, swap": ("paged", SWAP, "vllm", {"max_seqs": 12}),
     "paged, vllm, little swap": ("paged", SWAP | {"swap_bytes": 30 * LAYOUT.token_bytes}, "vllm", {}),
     "paged, chunked prefill": ("paged", {"block_size": 4, "watermark": 0}, "chunked_prefill", CHUNKS),
@@ -131,7 +132,7 @@ def test_members_end_together_or_are_refused_together(system):
     assert sum(gang[0].state is RequestState.FINISHED for gang in gangs.values()) > 10
 
 
-@pytest.mark.parametrize("system", [name for name, system in SYSTEMS.items() if system[0] == "paged"])
+@pytest.mark.parametrize("system", ["paged, vllm", "paged, vllm, swap", "paged, chunked prefill", "vattention, vllm"])
 def test_a_shared_prefix_saves_its_prefills(system):
     prefix = Prefix(-1, 10)
     shared = replay(system, HEAVY[:20], jump=True, prefix=prefix)
