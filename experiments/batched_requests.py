@@ -137,13 +137,15 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _bars(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     systems = list(dict.fromkeys(ours.system))
     place = {name: x for x, name in enumerate(systems)}
-    pieces = (
-        (ours[~ours.quantity.str.contains(":")], -0.2, "#0072B2", "with the drain, as published"),
-        (ours[ours.quantity.str.contains(":")], 0.0, "#56B4E9", "without a drain"),
-        (theirs[theirs.system.isin(systems)], 0.2, "#BBBBBB", "published"),
-    )
-    for rows, offset, colour, label in pieces:
-        if len(rows):
-            bars = axis.bar(rows.system.map(place) + offset, rows.value, 0.2, color=colour, label=label)
-            axis.bar_label(bars, fmt="%.1f", fontsize=6)
+    main = "with the drain, as published" if ours.clock.iloc[0] == "modelled" else "while requests wait"
+    pieces = [
+        (ours[~ours.quantity.str.contains(":")], "#0072B2", main),
+        (ours[ours.quantity.str.contains(":")], "#56B4E9", "without a drain"),
+        (theirs[theirs.system.isin(systems)], "#BBBBBB", "published"),
+    ]
+    pieces = [piece for piece in pieces if len(piece[0])]
+    for number, (rows, colour, label) in enumerate(pieces):
+        offset = 0.25 * (number - (len(pieces) - 1) / 2)
+        bars = axis.bar(rows.system.map(place) + offset, rows.value, 0.25, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.1f", fontsize=6)
     axis.set_xticks(range(len(systems)), [s.split("/")[0] for s in systems], rotation=30, ha="right", fontsize=8)
