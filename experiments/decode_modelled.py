@@ -151,6 +151,6 @@ def draw(summary: pd.DataFrame) -> Figure:
         axis.set(ylabel="decode tokens/s", title=f"vAttention Fig 8: {panel}; dots published\n{clock}")
         axis.set_ylim(0, None)
         plots.batch_axis(axis, sorted(rows.x.unique()))
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="upper left")
     figure.tight_layout()
     return figure

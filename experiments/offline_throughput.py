@@ -115,7 +115,7 @@ def draw(summary: pd.DataFrame) -> Figure:
         rows = ours[ours.panel == panel]
         _bars(axis, rows, theirs[theirs.panel == panel])
         axis.set(ylabel="requests/min", title=f"{panel}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="upper right")
     figure.tight_layout()
     return figure
 

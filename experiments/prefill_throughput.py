@@ -169,4 +169,4 @@ def _lines(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     axis.set_xticks(ticks, [f"{x / 1024:g}K" for x in ticks], fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel("prompt tokens")
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=6, frameon=False, loc="lower left")

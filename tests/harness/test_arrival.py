@@ -1,4 +1,6 @@
 import hashlib
+import math
+import random
 from dataclasses import fields
 
 import numpy as np
@@ -53,6 +55,16 @@ def test_constant_has_no_drift():
     assert times[30_000] == 10_000 * PS
 
 
+def test_sarathi_cuts_long_gaps():
+    """Python's generator, no gap above 3 / rate; 5 % more requests arrive than were asked for."""
+    generator = random.Random(42)
+    expected = [min(3.0, -math.log(1 - generator.random())) / 0.25 for _ in range(N)]
+    gaps = gaps_s(arrivals(seed=42, process="sarathi", rate=0.25))
+    assert gaps == pytest.approx(expected, abs=1e-7)
+    assert gaps.max() == pytest.approx(12)
+    assert 1 / gaps.mean() == pytest.approx(0.25 / (1 - math.exp(-3)), rel=0.02)
+
+
 def test_gaps_are_not_rescaled_to_the_rate():
     """A sample of exponential gaps misses its rate by about 1 / sqrt(n), each seed differently."""
     rates = [100 * PS / arrivals(100, seed, process="poisson", rate=5.0)[-1] for seed in range(40)]
@@ -73,7 +85,7 @@ def test_rates_share_their_randomness():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    process=st.sampled_from(["poisson", "gamma", "constant", "artifact"]),
+    process=st.sampled_from(["poisson", "gamma", "constant", "artifact", "sarathi"]),
     rate=st.floats(0.001, 300),
     duration_s=st.floats(0.02, 50),
     seed=st.integers(0, 2**32 - 1),

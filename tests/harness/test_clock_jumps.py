@@ -36,6 +36,18 @@ SYSTEMS = {
         "chunked_prefill",
         {"token_budget": 7, "max_seqs": 6},
     ),
+    "paged, sarathi": (
+        "paged",
+        {"block_size": 4},
+        "sarathi",
+        {"token_budget": 7, "max_seqs": 6, "whole_prompts": True},
+    ),
+    "vattention, sarathi": (
+        "vattention",
+        {"page_group": "64KB", "max_rows": 8},
+        "sarathi",
+        {"token_budget": 9, "max_seqs": 6, "whole_prompts": True},
+    ),
     "paged, vllm_v1": ("paged", {"block_size": 16, "watermark": 0}, "vllm_v1", {"token_budget": 64, "max_seqs": 64}),
     "vattention, vllm": ("vattention", {"page_group": "64KB", "max_rows": 8}, "vllm", {}),
     "vattention, sync": ("vattention", {"page_group": "128KB", "max_rows": 8, "overlap": False}, "vllm", {}),

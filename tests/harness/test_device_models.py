@@ -131,6 +131,7 @@ MODELS = st.builds(
     pair_ps=COEFFICIENTS,
     link_step_ps=COEFFICIENTS,
     link_token_ps=COEFFICIENTS,
+    launch_ps=st.integers(0, 4000),
 )
 
 
