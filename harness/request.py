@@ -3,7 +3,7 @@
 A request of several sequences is several of these, one for each, in a `Group`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class Request(Sequence):
     stall_ps: int = 0  # time its steps waited for the allocator: copies, swaps, driver calls
     refusal: str = ""
     decoding: DecodingConfig = GREEDY  # how its tokens are chosen
-    group: "Group | None" = None  # the sequences of one request, where there are several
+    group: "Group | None" = field(default=None, repr=False)  # the sequences of one request, where there are several
     prefix: Prefix | None = None  # what its prompt begins with, where others' do too
 
     @property

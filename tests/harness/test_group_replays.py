@@ -4,13 +4,17 @@ both clocks.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.decoding.decoder import Decoder
+from kvarena.harness.decoding.sampling import sample
 from kvarena.harness.engine import Engine
 from kvarena.harness.group import Group
 from kvarena.harness.model import ModelConfig
@@ -191,3 +195,51 @@ def test_page_groups_that_several_rows_map_yield_the_same_tokens():
         if system != "copying rows":
             assert done.steps.to_frame().shared_bytes.max() > 0, "rows share page-groups"
             assert sum(len(d[1]) for d in decisions) > 0, "groups are recomputed"
+
+
+def scores_after(model, tokens):
+    """Scores of the next token, from a forward pass over all tokens, without a cache: [V]."""
+
+    def attend(layer, q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        rows = (x.transpose(0, 1) for x in (q, k, v))  # [H, T, D]
+        return torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True).transpose(0, 1)
+
+    count = len(tokens)
+    logits = model.forward(torch.tensor(tokens), torch.arange(count), attend, torch.tensor([count - 1]))
+    return logits[0].numpy()
+
+
+def sampled_slowly(model, gang, prompt):
+    said = []
+    for member, request in enumerate(gang):
+        tokens = list(prompt)
+        for _ in range(request.output_tokens):
+            scores = scores_after(model, tokens)
+            tokens.append(sample(scores, request.decoding, request.request_id, member, len(tokens)))
+        said.append(tokens[len(prompt) :])
+    return said
+
+
+def searched_slowly(model, gang, prompt):
+    beams = [(0.0, list(prompt))]
+    for _ in range(gang[0].output_tokens):
+        longer = []
+        for total, tokens in beams:
+            log_probs = torch.log_softmax(torch.from_numpy(scores_after(model, tokens)).double(), 0).numpy()
+            longer += [(total + log_probs[t], [*tokens, int(t)]) for t in np.argsort(-log_probs)[: len(gang)]]
+        beams = sorted(longer, key=lambda beam: -beam[0])[: len(gang)]
+    return [tokens[len(prompt) :] for _, tokens in beams]
+
+
+def test_samples_and_beams_are_those_of_a_model_without_a_cache(model):
+    _, _, executor = measured(SYSTEMS["recomputing"], model, gap_ps=0)
+    groups = [r.gang for r in requests_of(LOAD, 0) if r.group and r.leads]
+    for gang in groups[:4]:
+        prompt = Decoder(CONFIG.vocab_size, seed=0).known(gang[0])
+        said = [executor.finished[r.seq_id] for r in gang]
+        if gang[0].decoding.is_beam:
+            assert sorted(said) == sorted(searched_slowly(model, gang, prompt))
+        else:
+            assert said == sampled_slowly(model, gang, prompt)
+    assert {gang[0].decoding.name for gang in groups[:4]} == {"beam", "parallel"}
