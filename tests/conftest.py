@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from kvarena.harness.paths import ROOT
 from kvarena.kernels.threads import set_compute_threads
 
 set_compute_threads(1)
+
+# A busy machine is no reason to fail: hypothesis would time every example.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

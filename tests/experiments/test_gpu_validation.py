@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +29,9 @@ folder, *cases = sys.argv[1:]
 for case in cases:
     if case == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
     if case == "killed": os.kill(os.getpid(), signal.SIGKILL)
-    if case == "hang": time.sleep(60)
+    if case == "hang":
+        Path(folder, "hanging").write_text(str(os.getpid()))
+        time.sleep(600)
     if case == "exit": sys.exit("no such library")
     result = Result.FAULTED if case == "fault" else Result.PASSED
     append(Path(folder) / "validation.jsonl", Record("step", case, result))
@@ -51,12 +55,27 @@ def fake_command(step, device, folder, scratch, cases):
     return [sys.executable, "-S", "-c", CHILD, str(folder.path), *cases]
 
 
-def session(path, device="cpu", budget_s=60.0, cuda=True):
+class TimeOfHangs:
+    """Passes only while a child hangs, however busy the machine is."""
+
+    def __init__(self, folder):
+        self._note, self._now = folder / "hanging", 0.0
+
+    def monotonic(self):
+        return self._now
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        if self._note.exists() and Path("/proc", self._note.read_text() or "0").exists():
+            self._now += 1.0
+
+
+def session(path, budget_s=60.0, cuda=True):
     folder = Folder(path)
     folder.write_environment(
         {"device": "a-gpu", "cuda": cuda, "libraries": {"torch": "2"}, "git": {"commit": "c" * 40}}
     )
-    return Session(folder, device, path / "scratch", budget_s, fake_command)
+    return Session(folder, "cuda", path / "scratch", budget_s, fake_command)
 
 
 def outcomes(records):
@@ -80,18 +99,24 @@ def test_whatever_ends_a_child_the_rest_goes_on(tmp_path):
     assert records[1].origin == Origin("a-gpu", "torch 2", "c" * 12)
 
 
+@pytest.fixture
+def time_of_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvarena.experiments.gpu_validation.session.time", TimeOfHangs(tmp_path))
+
+
+@pytest.mark.usefixtures("time_of_hangs")
 def test_a_case_that_hangs_is_killed_and_the_rest_goes_on(tmp_path):
     records = session(tmp_path).run([fake("a", "hang", "b", case_limit_s=4.0)])
     assert outcomes(records) == [("a", "passed"), ("hang", "timed out"), ("b", "passed")]
     assert records[1].reason == "took longer than 4 s"
-    assert 4 <= records[1].seconds < 20
+    assert 4 < records[1].seconds < 10
 
 
+@pytest.mark.usefixtures("time_of_hangs")
 @pytest.mark.parametrize("which", ["step", "session"])
-def test_time_is_limited(tmp_path, which, monkeypatch):
-    monkeypatch.setattr("kvarena.experiments.gpu_validation.session.LEAST_S", 1.0)
-    limits = {"limit_s": 5.0} if which == "step" else {}
-    records = session(tmp_path, budget_s=60.0 if which == "step" else 5.0).run([fake("a", "hang", "b", **limits)])
+def test_time_is_limited(tmp_path, which):
+    limits = {"limit_s": 7.0} if which == "step" else {}
+    records = session(tmp_path, budget_s=60.0 if which == "step" else 7.0).run([fake("a", "hang", "b", **limits)])
     assert outcomes(records) == [("a", "passed"), ("hang", "timed out"), ("b", "not run")]
     assert records[2].reason == f"the {which}'s time was used up"
 
@@ -102,7 +127,7 @@ def test_what_has_passed_is_not_run_again(tmp_path):
 
 
 def test_without_a_gpu_nothing_runs_and_everything_is_recorded(tmp_path):
-    records = session(tmp_path, "cuda", cuda=False).run([fake("a", "b")])
+    records = session(tmp_path, cuda=False).run([fake("a", "b")])
     assert [(record.result, record.reason) for record in records] == [("not run", "no CUDA device")] * 2
 
 
@@ -205,7 +230,9 @@ def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch):
     """The real children, with the CPU's kernels and the host's driver."""
     steps = ["addresses", "edge", "kernels", "graphs"]
     with pytest.raises(SystemExit) as left:
-        command.main(["--out", str(tmp_path), "--device", "cpu", *(f"--only={step}" for step in steps)])
+        command.main(
+            ["--out", str(tmp_path), "--device", "cpu", "--budget-s", "1500", *(f"--only={step}" for step in steps)]
+        )
     records = read(tmp_path / "validation.jsonl")
     assert left.value.code == command.ALL_PASSED
     assert [record for record in records if record.result is Result.NOT_RUN and "GPU" not in record.reason] == [
@@ -230,7 +257,7 @@ print(float(batch.cache.k[1, :length + int(sys.argv[2])].sum()))
 """
 
 
-@pytest.mark.parametrize(("more", "past", "faults"), [(0, 0, False), (0, 1, True), (1, 1, False)])
+@pytest.mark.parametrize(("more", "past", "faults"), [(0, 1, True), (1, 1, False)])
 def test_one_token_past_the_edge_is_a_fault(more, past, faults):
     done = subprocess.run(
         [sys.executable, "-c", READER, str(more), str(past)],
