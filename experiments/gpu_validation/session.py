@@ -46,15 +46,19 @@ class Session:
         self._patience = 1 if device == "cuda" else REHEARSAL_PATIENCE
 
     def run(self, steps: Sequence[Step] = STEPS) -> list[Record]:
-        """Run what has not passed yet in this folder. Returns the records of this session."""
+        """Run what has not passed yet in this folder, of this code on this machine. Returns this session's records."""
         before = self._folder.records()
-        passed = {record.key for record in before if record.result is Result.PASSED}
         for step in steps:
+            passed = set() if step is STEPS[0] else self._passed(before)
             pending = [case for case in self._cases(step) if (step.name, case) not in passed]
             if pending:
                 self._run_step(step, pending)
                 self._folder.rewrite(self._scratch)
         return self._folder.records()[len(before) :]
+
+    def _passed(self, before: Sequence[Record]) -> set[tuple[str, str]]:
+        origin = Folder(self._folder.path).origin()
+        return {record.key for record in before if record.result is Result.PASSED and record.origin == origin}
 
     def _cases(self, step: Step) -> list[str]:
         try:

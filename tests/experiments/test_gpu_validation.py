@@ -24,6 +24,7 @@ from kvarena.harness.paths import ROOT
 CHILD = f"""
 import os, signal, sys, time
 from pathlib import Path
+from kvarena.experiments.gpu_validation.folder import Folder
 from kvarena.experiments.gpu_validation.record import Record, Result, append
 folder, *cases = sys.argv[1:]
 for case in cases:
@@ -34,7 +35,7 @@ for case in cases:
         time.sleep(600)
     if case == "exit": sys.exit("no such library")
     result = Result.FAULTED if case == "fault" else Result.PASSED
-    append(Path(folder) / "validation.jsonl", Record("step", case, result))
+    append(Path(folder) / "validation.jsonl", Record("step", case, result, origin=Folder(Path(folder)).origin()))
     if case == "fault": sys.exit({START_ANOTHER})
 """
 
@@ -124,6 +125,9 @@ def test_time_is_limited(tmp_path, which):
 def test_what_has_passed_is_not_run_again(tmp_path):
     session(tmp_path).run([fake("a", "fault")])
     assert outcomes(session(tmp_path).run([fake("a", "fault", "b")])) == [("fault", "faulted"), ("b", "passed")]
+    other = session(tmp_path)
+    Folder(tmp_path).write_environment({"device": "a-gpu", "cuda": True, "git": {"commit": "d" * 40}})
+    assert outcomes(other.run([fake("a")])) == [("a", "passed")]  # that was other code
 
 
 def test_without_a_gpu_nothing_runs_and_everything_is_recorded(tmp_path):
