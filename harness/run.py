@@ -36,9 +36,13 @@ class Run:
 
     @property
     def imitates(self) -> bool:
-        """Whether the run stands for a published one: its model, modelled or on a GPU."""
+        """Whether the run stands for a published one: its model, modelled or on a GPU.
+
+        One that decodes all requests in another way does not; figures of other ways say so themselves.
+        """
         published = panel_name(self.model) != self.model.name
-        return published and (self.clock == "modelled" or self.device.kind == "cuda")
+        as_published = self.decoding == GREEDY and getattr(self.trace, "mix", None) is None
+        return published and as_published and (self.clock == "modelled" or self.device.kind == "cuda")
 
     def shown_as(self, system: System) -> str:
         """The published name where the run imitates that system, else `<allocator>/<kernel>`."""

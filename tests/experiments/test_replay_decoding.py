@@ -50,6 +50,12 @@ def test_a_mix_puts_every_method_into_one_batch():
     assert set(served.requests.state) == {"finished"}
 
 
+def test_another_way_of_decoding_imitates_no_published_run():
+    assert compose_run(*WASTE).imitates
+    assert not compose_run(*WASTE, "decoding=beam").imitates
+    assert not compose_run(*WASTE, "trace.mix={n2: 1.0}").imitates
+
+
 def test_without_a_run_requests_are_greedy():
     run = compose_run(*WASTE)
     assert {r.decoding for r in requests_of(workload_of(run))} == {GREEDY}
