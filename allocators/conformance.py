@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hypothesis import assume, settings
+from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -50,11 +50,20 @@ def check_policy(
     traits: Traits = PLAIN,
     programs: int = 40,
     steps: int = 30,
+    shorten: bool = True,
 ) -> None:
-    """Run random programs of at most `steps` steps. Raises AssertionError with the shortest one that goes wrong."""
+    """Run random programs of at most `steps` steps. Raises AssertionError with the shortest one that goes wrong.
+
+    To `shorten` it may take minutes.
+    """
     machine = type("Program", (Residents,), {"make": staticmethod(make), "layout": kv_layout, "traits": traits})
     limits = settings(
-        max_examples=programs, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False
+        max_examples=programs,
+        stateful_step_count=steps,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=tuple(Phase) if shorten else (Phase.generate,),
     )
     run_state_machine_as_test(machine, settings=limits)
 

@@ -62,7 +62,7 @@ def test_a_policy_that_leaks_is_caught() -> None:
         return policy
 
     with pytest.raises(AssertionError):
-        check_policy(make, LAYOUTS["MHA"], programs=30)
+        check_policy(make, LAYOUTS["MHA"], programs=30, shorten=False)
 
 
 def test_a_policy_that_breaks_its_word_is_caught() -> None:
@@ -72,4 +72,4 @@ def test_a_policy_that_breaks_its_word_is_caught() -> None:
         return policy
 
     with pytest.raises(AssertionError):
-        check_policy(make, LAYOUTS["MHA"], programs=100)
+        check_policy(make, LAYOUTS["MHA"], programs=100, shorten=False)
