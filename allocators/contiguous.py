@@ -3,13 +3,10 @@
 No paper has it. Beside Orca it shows what rounding costs; beside `paged_reserved`, what contiguity costs.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvarena.allocators.actions import CopyRow
 from kvarena.allocators.arena import Chunk
 from kvarena.allocators.best_fit import BestFitAllocator
-from kvarena.allocators.due_copies import row_copies
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import position_bytes
@@ -46,12 +43,6 @@ class ContiguousPolicy(ReservingPolicy[Chunk]):
 
     def _bound(self, seq: Sequence) -> int:
         return self._bound_of(seq)
-
-    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
-        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
-
-    def _targets(self, seq_id: int) -> Iterable[int]:
-        return (self.row(seq_id),)
 
     def row(self, seq_id: int) -> int:
         """First token of a sequence's chunk: its row is everything from there on."""

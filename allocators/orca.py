@@ -4,14 +4,11 @@ The paper did not run Orca; its artifact runs vLLM over this allocator. Section 
 lost twice: what the estimate exceeds (`over_estimate`), and what the power of two exceeds (`rounding`).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvarena.allocators.actions import CopyRow
 from kvarena.allocators.arena import Chunk
 from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.buddy import BuddyAllocator, next_power_of_two
-from kvarena.allocators.due_copies import row_copies
 from kvarena.allocators.estimate import estimator
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import position_bytes
@@ -62,12 +59,6 @@ class OrcaPolicy(ReservingPolicy[Chunk]):
 
     def _units(self, seq: Sequence) -> int:
         return next_power_of_two(super()._units(seq))
-
-    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
-        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
-
-    def _targets(self, seq_id: int) -> Iterable[int]:
-        return (self.row(seq_id),)
 
     def row(self, seq_id: int) -> int:
         """First block of a sequence's chunk: its row is everything from there on."""

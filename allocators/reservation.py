@@ -17,7 +17,7 @@ from typing import Generic
 
 from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
-from kvarena.allocators.due_copies import DueCopies
+from kvarena.allocators.due_copies import DueCopies, row_copies
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
@@ -62,9 +62,13 @@ class ReservingPolicy(Policy, Generic[Place]):
     def _bound(self, seq: Sequence) -> int:
         """Tokens promised to a sequence."""
 
-    @abstractmethod
+    def row(self, seq_id: int) -> int:
+        """Index of a sequence's row. Where there are no rows but blocks, `_copies` and `_targets` say so."""
+        raise NotImplementedError(f"{self.name} has no rows")
+
     def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[Action]:
         """How the first `tokens` positions of one sequence come to lie in the memory of another."""
+        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
 
     def _units(self, seq: Sequence) -> int:
         """Units that cover the bound."""
@@ -149,9 +153,9 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
 
-    @abstractmethod
     def _targets(self, seq_id: int) -> Iterable[int]:
         """What copies into the sequence's memory name as their targets."""
+        return (self.row(seq_id),)
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""

@@ -4,11 +4,8 @@ The pool is a matrix. A row costs `max_tokens` positions of every layer, written
 keep a ring of `window` positions instead.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvarena.allocators.actions import CopyRow
-from kvarena.allocators.due_copies import row_copies
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import resident_bytes
@@ -43,12 +40,6 @@ class StaticPolicy(ReservingPolicy[list[int]]):
 
     def _bound(self, seq: Sequence) -> int:
         return self.max_tokens
-
-    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
-        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
-
-    def _targets(self, seq_id: int) -> Iterable[int]:
-        return (self.row(seq_id),)
 
     def row(self, seq_id: int) -> int:
         """Index of a sequence's row."""
