@@ -176,14 +176,14 @@ class Programs:
     def write(self, seq_id: int, first: int) -> None:
         """Write a sequence's tags from position `first` on."""
         for index, k_and_v in enumerate(self.memory(seq_id)):
-            tags = torch.tensor(self.tags[seq_id][first:], dtype=torch.float32)
+            tags = torch.tensor(self.tags[seq_id][first:], dtype=torch.float32, device=k_and_v[1].device)
             k_and_v[1][k_and_v[0][first:]] = (tags + index)[:, None, None]
 
     def check(self, seq_id: int) -> None:
         """Every position holds its tag, in every element of K and V of every layer."""
         tags = torch.tensor(self.tags[seq_id], dtype=torch.float32)
         for index, (positions, tensor) in enumerate(self.memory(seq_id)):
-            held = tensor[positions]
+            held = tensor[positions].cpu()
             assert (held == (tags + index)[:, None, None]).all(), (seq_id, index, held[:, 0, 0], tags + index)
 
     def memory(self, seq_id: int) -> list[tuple[Tensor, Tensor]]:

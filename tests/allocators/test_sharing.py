@@ -1,5 +1,7 @@
 """Groups, forks and prefixes under every allocator, on real memory."""
 
+import random
+
 import pytest
 from fake_cuda import FakeCuda, FakedCudaDriver
 from hypothesis import given, settings
@@ -73,6 +75,26 @@ def test_random_programs_over_the_cuda_driver(fake):
         assert fake.nothing_left
 
     play()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("paged", {"block_size": 4, "swap_bytes": 256 * KB}),
+        ("vattention", {"page_group": "2MB", "max_rows": 9, "tensor_slicing": True}),
+        ("orca_oracle", {}),
+    ],
+)
+def test_random_programs_on_a_gpu(name, options):
+    layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
+    pool_bytes = 48 * 1024 * KB if name == "vattention" else 1200 * KB
+    policy = make_policy(config_class(name)(name=name, **options), layout, pool_bytes, MAX_TOKENS)
+    store = make_store(policy, LAYERS, HEADS, SIZE, "float32", "cuda")
+    programs, chance = Programs(policy, store, LAYERS), random.Random(0)
+    for _ in range(20):
+        programs.play(chance.randrange, 18)
+    store.close()
 
 
 # ---- the paper's figures ---------------------------------------------------------------------------------------
