@@ -24,10 +24,9 @@ COMPARED = "as_artifact"
 
 
 @dataclass
-class Params:
+class Params(Curves):
     """`params.*` of conf/experiment/chatbot.yaml; null there means: by the profile."""
 
-    curves: Curves = field(default_factory=Curves)
     guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
     # run -> scheduler (or `others`) -> probability that an arrival begins a new conversation
     new_conversation: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -76,7 +75,7 @@ def _serving(run: Run, replayer: Replayer, system: System, probability: float) -
 
 def _notes(run: Run) -> dict[str, Any]:
     """The workload at one rate: others have as many of the same turns as arrive."""
-    rates = run.params.curves.rates or list(run.params.guess.values())
+    rates = run.params.rates or list(run.params.guess.values())
     workload = workload_of(run, rate=rates[0])
     means = {"mean_prompt_tokens": workload.prompt_tokens.mean(), "mean_output_tokens": workload.output_tokens.mean()}
     return {"workload": {**workload.provenance, **{name: float(mean) for name, mean in means.items()}}}

@@ -39,7 +39,7 @@ ServeAt = Callable[[float], Served]  # requests/s -> what happened
 
 @dataclass
 class Curves:
-    """Which rates are replayed: given ones, or those that a search for the crossing tries."""
+    """Keys of `params` that say which rates are replayed: given ones, or those that a search for the crossing tries."""
 
     rates: list[float] = field(default_factory=list)  # requests/s of every system; empty: search
     tolerance: float = 0.05  # of the search: ratio of the two rates that bracket the crossing
@@ -75,7 +75,7 @@ def measure_lines(run: Run, recorder: Recorder, lines: Sequence[Line]) -> tuple[
         for line in lines:
             if line.key not in points:
                 progress.stage(line.key)
-                points[line.key] = recorder.cell(line.key, partial(_measure, run.params.curves, line))["points"]
+                points[line.key] = recorder.cell(line.key, partial(_measure, run.params, line))["points"]
                 progress.advance()
     tables = [points[i.key].assign(figure=i.figure, panel=i.panel, system=i.system.name) for i in lines]
     summary = frame(row for line in lines for row in _rows(run, line, points[line.key]))

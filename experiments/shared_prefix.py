@@ -38,12 +38,11 @@ class Panel:
 
 
 @dataclass
-class Params:
+class Params(Curves):
     """`params.*` of conf/experiment/shared_prefix.yaml; null there means: by the profile."""
 
     panels: dict[str, Panel] = field(default_factory=dict)  # by figure
     only: list[str] | None = None  # figures to run; null: all
-    curves: Curves = field(default_factory=Curves)
     pool_bytes: int | None = None  # null: the pool the engine ran with
 
 

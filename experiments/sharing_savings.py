@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.experiments import plots
-from kvarena.experiments.averages import window
+from kvarena.experiments.averages import PS, window
 from kvarena.experiments.parallel_sampling import panel_named
 from kvarena.experiments.replay import Replayer, columns, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
@@ -30,6 +30,7 @@ from kvarena.harness.systems import System
 
 NAME = "sharing_savings"
 HEADLINE = "memory_saving_vs_n"
+FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
 UNATTACHED = ("stranded", "free", "remainder")  # leaves of the pool that no sequence holds
 
@@ -70,10 +71,29 @@ def _ways(run: Run) -> Iterator[DecodingConfig]:
 
 
 def _cell(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> Frames:
-    served = replayer.serve(system, workload_of(run), decoding)
-    steps = window(served.steps, run.params.window_s)
+    steps = window(_steps(run, replayer, system, decoding), run.params.window_s)
     said = {"system": system.name, "decoding": decoding.name, "n": decoding.n, "survival": decoding.survival}
     return {"savings": pd.DataFrame([{**said, **savings(steps)}])}
+
+
+def _steps(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> pd.DataFrame:
+    """The step log, exact up to the end of the window: whoever still waits then need not be served.
+
+    Serves the first requests to arrive, and more of them until one of those waits at the end of the window.
+    """
+    workload, bounds_s = workload_of(run), run.params.window_s
+    count = len(workload) if bounds_s is None else max(1, len(workload) // FEWER)
+    while True:
+        requests, steps, _ = replayer.serve(system, workload.first(count), decoding)
+        if count == len(workload) or (bounds_s and _waited_past(requests, bounds_s[1])):
+            return steps
+        count = min(2 * count, len(workload))
+
+
+def _waited_past(requests: pd.DataFrame, end_s: float) -> bool:
+    """Whether a request was in line, never admitted, all the time up to `end_s`: the last to arrive."""
+    scheduled_ps = requests.scheduled_ps.iloc[-1]
+    return bool(pd.notna(scheduled_ps) and scheduled_ps > end_s * PS)
 
 
 def savings(steps: pd.DataFrame) -> dict[str, float]:

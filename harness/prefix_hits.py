@@ -28,6 +28,11 @@ class Unit:
         """Bytes of one unit, in all tensors."""
         return self.size * self.num_tensors
 
+    @property
+    def tokens_each(self) -> float:
+        """Tokens that one unit holds, of one layer or of all: a page-group need not hold a whole number."""
+        return self.size / self.token_stride
+
     def whole(self, tokens: int) -> int:
         """Units that lie wholly below a length."""
         return tokens * self.token_stride // self.size

@@ -29,6 +29,14 @@ class Workload:
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
+    def first(self, count: int) -> "Workload":
+        """The first requests to arrive."""
+        ids = self.conversation_ids
+        return Workload(
+            self.prompt_tokens[:count], self.output_tokens[:count], self.arrival_ps[:count], self.provenance,
+            None if ids is None else ids[:count], None if self.hash_ids is None else self.hash_ids[:count],
+        )  # fmt: skip
+
     @property
     def arrival_s(self) -> Floats:
         """Times of arrival in seconds."""
