@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
+
+from kvarena.allocators.compiled import compiled
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -45,13 +46,5 @@ def copy_runs(bases: Array, targets: Array, sources: Array, sizes: Array) -> Non
 
 
 def compiled_copies() -> Loop:
-    """`copy_runs` as machine code, from numba's cache where there is a folder to keep it."""
-    signature = "void(int64[::1], int64[::1], int64[::1], int64[::1])"
-    for cache in (True, False):
-        try:
-            compiled: Loop = numba.njit(signature, nogil=True, boundscheck=False, cache=cache)(copy_runs)
-            return compiled
-        except RuntimeError:  # no folder can be written
-            if not cache:
-                raise
-    raise AssertionError
+    """`copy_runs` as machine code."""
+    return compiled("void(int64[::1], int64[::1], int64[::1], int64[::1])", copy_runs)

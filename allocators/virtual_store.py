@@ -7,12 +7,14 @@ B rows of up to L tokens; a row begins at a page-group. Every page-group of the 
 handle for each tensor and slab: slab s of tensor t is handle t * slabs + s, so that ascending slabs of a row are one
 run of memory, one call and one mapping.
 
-Actions for the background run in one worker thread beside the forward pass. Whoever needs the mappings next waits for
-it, and hears there if it failed.
+Actions for the background run in one worker thread beside the forward pass. Maps go to the driver in one batch, which
+on the host is one call without the interpreter's lock: the forward pass wants it. Whoever needs the mappings next waits
+for the thread, and hears there if it failed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from time import perf_counter_ns
 from typing import Any
 
@@ -26,7 +28,7 @@ from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, CopyRow, Map, Policy, Unmap
 from kvarena.allocators.store import DriverCalls, Physical, Store
 from kvarena.allocators.vattention import VAttentionPolicy
-from kvarena.allocators.vmm.driver import CallTotals, Driver
+from kvarena.allocators.vmm.driver import CallTotals, Driver, MapRun
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
@@ -73,6 +75,7 @@ class VirtualStore(Store):
             self.close()
             raise
         self._copy = ByteCopies(self._bases, self.tensors[0].device)
+        self.driver.prepare()
         self._at_start = self.driver.totals()
 
     def _make_tensors(self, shape: ModelShape) -> list[Tensor]:
@@ -162,35 +165,29 @@ class VirtualStore(Store):
             )
 
     def _perform(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
-        for run in _runs(actions):
-            first = run[0]
-            match first:
-                case CopyRow():
-                    self._copy(Runs.of_rows(run, self._row_bytes))
-                    fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
-                case Map():
-                    self._map([action.slab for action in run], self._offset(first))
-                case Unmap():
-                    fence()  # a kernel may be reading what goes
+        for kind, runs in groupby(_runs(actions), key=lambda run: type(run[0])):
+            if kind is CopyRow:
+                self._copy(Runs.of_rows([action for run in runs for action in run], self._row_bytes))
+                fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
+            elif kind is Map:
+                self.driver.map_runs([where for run in runs for where in self._in_every_tensor(run)])
+            elif kind is Unmap:
+                fence()  # a kernel may be reading what goes
+                for run in runs:
                     for base in self._bases:
-                        self.driver.unmap(base, self._offset(first), len(run))
-                case _:
-                    raise ValueError(f"VirtualStore performs no {type(first).__name__}")
+                        self.driver.unmap(base, self._offset(run[0]), len(run))
+            else:
+                raise ValueError(f"VirtualStore performs no {kind.__name__}")
 
     def _offset(self, where: Map | Unmap) -> int:
         """Bytes from the start of a tensor to a page-group of a row."""
         return where.row * self._row_bytes + where.ordinal * self._page_group
 
-    def _map(self, slabs: Sequence[int], offset: int) -> None:
-        """Map slabs side by side in every tensor, or in none."""
-        num_slabs = self._policy.num_slabs
+    def _in_every_tensor(self, run: Sequence[Map]) -> Iterator[MapRun]:
+        """Slabs side by side in a row, tensor by tensor."""
+        offset, num_slabs = self._offset(run[0]), self._policy.num_slabs
         for tensor, base in enumerate(self._bases):
-            try:
-                self.driver.map(base, offset, [self._handles[tensor * num_slabs + slab] for slab in slabs])
-            except BaseException:
-                for mapped in self._bases[:tensor]:
-                    self.driver.unmap(mapped, offset, len(slabs))
-                raise
+            yield MapRun(base, offset, [self._handles[tensor * num_slabs + action.slab] for action in run])
 
 
 def _runs(actions: Sequence[Action]) -> Iterator[list[Any]]:

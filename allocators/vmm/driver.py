@@ -38,6 +38,14 @@ class AddressRange:
     handles: dict[int, int] = field(default_factory=dict)  # slot -> the page-group mapped there
 
 
+class MapRun(NamedTuple):
+    """Page-groups to map side by side."""
+
+    base: int  # of the reservation
+    offset: int  # bytes
+    handles: Sequence[int]
+
+
 class CallTotals(NamedTuple):
     """Calls of one kind, or of all."""
 
@@ -103,17 +111,19 @@ class Driver(ABC):
 
     def map(self, base: int, offset: int, handles: Sequence[int]) -> None:
         """Map page-groups side by side from `base + offset` (bytes) on: all of them, or none."""
-        addresses, slot = self._locate(base, offset, len(handles))
-        for i, handle in enumerate(handles):
-            if slot + i in addresses.handles:
-                raise ValueError(f"slot {slot + i} of range {base:#x} is mapped already")
-            if handle not in self._num_maps:
-                raise ValueError(f"page-group {handle} does not exist")
+        addresses, slot = self._mappable(base, offset, handles)
         self._map(addresses, slot, handles)
-        for i, handle in enumerate(handles):
-            addresses.handles[slot + i] = handle
-            self._num_mapped += self._num_maps[handle] == 0
-            self._num_maps[handle] += 1
+        self._enter(addresses, slot, handles)
+
+    def map_runs(self, runs: Sequence[MapRun]) -> None:
+        """Map several runs, in order: all of them, or none."""
+        for done, run in enumerate(runs):
+            try:
+                self.map(*run)
+            except BaseException:
+                for base, offset, handles in runs[:done]:
+                    self.unmap(base, offset, len(handles))
+                raise
 
     def unmap(self, base: int, offset: int, count: int) -> None:
         """Unmap `count` page-groups that lie side by side from `base + offset` (bytes) on."""
@@ -122,10 +132,7 @@ class Driver(ABC):
             if i not in addresses.handles:
                 raise ValueError(f"slot {i} of range {base:#x} is not mapped")
         self._unmap(addresses, slot, count)
-        for i in range(slot, slot + count):
-            handle = addresses.handles.pop(i)
-            self._num_maps[handle] -= 1
-            self._num_mapped -= self._num_maps[handle] == 0
+        self._strike(addresses, slot, count)
 
     def release(self, handles: Sequence[int]) -> None:
         """Give page-groups back to the system. They must be mapped nowhere."""
@@ -175,6 +182,9 @@ class Driver(ABC):
         self._num_maps.clear()
         self._num_mapped = 0
 
+    def prepare(self) -> None:  # noqa: B027  # most drivers have nothing to load
+        """Load what `map_runs` needs, which would else be part of its first call."""
+
     # ---- the primitives: arguments are checked, the books not yet changed --------------------------------------
 
     @abstractmethod
@@ -205,6 +215,30 @@ class Driver(ABC):
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
+    def _mappable(self, base: int, offset: int, handles: Sequence[int]) -> tuple[AddressRange, int]:
+        """The reservation and the first slot of a run, checking that it may be mapped."""
+        addresses, slot = self._locate(base, offset, len(handles))
+        for i, handle in enumerate(handles, slot):
+            if i in addresses.handles:
+                raise ValueError(f"slot {i} of range {base:#x} is mapped already")
+            if handle not in self._num_maps:
+                raise ValueError(f"page-group {handle} does not exist")
+        return addresses, slot
+
+    def _enter(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
+        """Enter a run into the books."""
+        for i, handle in enumerate(handles, slot):
+            addresses.handles[i] = handle
+            self._num_mapped += self._num_maps[handle] == 0
+            self._num_maps[handle] += 1
+
+    def _strike(self, addresses: AddressRange, slot: int, count: int) -> None:
+        """Strike a run out of the books."""
+        for i in range(slot, slot + count):
+            handle = addresses.handles.pop(i)
+            self._num_maps[handle] -= 1
+            self._num_mapped -= self._num_maps[handle] == 0
+
     def _locate(self, base: int, offset: int, count: int) -> tuple[AddressRange, int]:
         """Find the reservation, and the slot at `offset`, checking that `count` slots fit."""
         if base not in self._ranges:
@@ -215,7 +249,7 @@ class Driver(ABC):
             raise ValueError(f"{count} page-groups at offset {offset} of range {base:#x}: outside it, or misaligned")
         return addresses, slot
 
-    def _count(self, kind: str, started_ns: int) -> None:
-        """Count one call to the system, begun at `started_ns`."""
+    def _count(self, kind: str, started_ns: int, made: int = 1) -> None:
+        """Count so many calls to the system, the first of them begun at `started_ns`."""
         calls, ns = self.calls.get(kind, (0, 0))
-        self.calls[kind] = CallTotals(calls + 1, ns + perf_counter_ns() - started_ns)
+        self.calls[kind] = CallTotals(calls + made, ns + perf_counter_ns() - started_ns)

@@ -2,7 +2,8 @@
 
     reserve   mmap(PROT_NONE)            an unmapped page-group faults: SIGSEGV
     create    fallocate                  the pages are resident, and zero
-    map       mmap(MAP_FIXED)            with MAP_POPULATE: a first touch would cost 10 us per 4 KB page instead
+    map       mmap(MAP_FIXED)            with MAP_POPULATE: a first touch would cost 10 us per 4 KB page instead;
+                                         many are one call of a compiled loop (`mmap_loop.py`)
     unmap     mmap(PROT_NONE) again      before any release: a hole punched under a mapping silently reads as zeros
     release   fallocate(PUNCH_HOLE)
 
@@ -20,11 +21,12 @@ from time import perf_counter_ns
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.vmm import libc
 from kvarena.allocators.vmm.available import available_bytes
-from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, OutOfPhysicalMemory
+from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, MapRun, OutOfPhysicalMemory
 from kvarena.allocators.vmm.mappings import PROCESS_MAPPINGS, MappingBudget, count_boundaries
 from kvarena.errors import UserError
 
 _NO_MEMORY = (errno.ENOMEM, errno.ENOSPC)
+_Run = tuple[AddressRange, int, Sequence[int]]  # addresses, first slot, handles
 
 
 class HostDriver(Driver):
@@ -76,25 +78,48 @@ class HostDriver(Driver):
     def _zero(self, address: int, num_bytes: int) -> None:
         ctypes.memset(address, 0, num_bytes)
 
-    def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
-        change = self._boundary_change(addresses, slot, handles)
-        self._mappings.take(change)
-        done = slot
+    def prepare(self) -> None:
+        """Load the compiled loop."""
+        libc.load_loop()
+
+    def map_runs(self, runs: Sequence[MapRun]) -> None:
+        """Map several runs, in order: all of them, or none. One call, without the interpreter's lock."""
+        entered: list[_Run] = []
+        change = 0
         try:
-            for handle, count in _ascending_runs(handles):
-                run, done = done, done + count
-                with self._call("map"):
-                    libc.map_file(
-                        self._address(addresses, run),
-                        count * self.page_group_bytes,
-                        self._fd,
-                        handle * self.page_group_bytes,
-                    )
+            for run in runs:
+                addresses, slot = self._mappable(*run)
+                change += self._boundary_change(addresses, slot, run.handles)
+                self._enter(addresses, slot, run.handles)  # a later run may be its neighbour
+                entered.append((addresses, slot, run.handles))
+            self._map_at_once(entered, change)
         except BaseException:
-            # A failed mmap(MAP_FIXED) may have dropped the reservation under it: restore that run as well.
-            libc.reserve_addresses((done - slot) * self.page_group_bytes, self._address(addresses, slot))
+            for addresses, slot, handles in entered:
+                self._strike(addresses, slot, len(handles))
+            raise
+
+    def _map(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> None:
+        self._map_at_once([(addresses, slot, handles)], self._boundary_change(addresses, slot, handles))
+
+    def _map_at_once(self, runs: Sequence[_Run], change: int) -> None:
+        """Map runs, which change the number of mappings so much."""
+        files = [file for run in runs for file in self._files(*run)]
+        self._mappings.take(change)
+        try:
+            with self._call("map", len(files)):
+                libc.map_files(self._fd, files)
+        except BaseException:
+            for addresses, slot, handles in runs:  # a failed mmap(MAP_FIXED) may have dropped the reservation under it
+                libc.reserve_addresses(len(handles) * self.page_group_bytes, self._address(addresses, slot))
             self._mappings.take(-change)
             raise
+
+    def _files(self, addresses: AddressRange, slot: int, handles: Sequence[int]) -> Iterator[libc.FileRun]:
+        """The parts of a run that are one mapping each: ascending page-groups lie in the memfd as in memory."""
+        address, size = self._address(addresses, slot), self.page_group_bytes
+        for handle, count in _ascending_runs(handles):
+            yield address, count * size, handle * size
+            address += count * size
 
     def _unmap(self, addresses: AddressRange, slot: int, count: int) -> None:
         change = self._boundary_change(addresses, slot, [None] * count)
@@ -131,8 +156,8 @@ class HostDriver(Driver):
         return count_boundaries([*left, *handles, *right]) - count_boundaries([*left, *before, *right])
 
     @contextmanager
-    def _call(self, kind: str) -> Iterator[None]:
-        """Count and time one system call, and say in our words why it failed."""
+    def _call(self, kind: str, calls: int = 1) -> Iterator[None]:
+        """Count and time system calls, all of them where one fails, and say in our words why it failed."""
         started_ns = perf_counter_ns()
         try:
             yield
@@ -141,7 +166,7 @@ class HostDriver(Driver):
                 raise OutOfPhysicalMemory(f"{kind}: the system is out of memory or space ({error.strerror})") from error
             raise DriverError(f"{kind} failed: {error}") from error
         finally:
-            self._count(kind, started_ns)
+            self._count(kind, started_ns, calls)
 
 
 def _open_memfd() -> int:

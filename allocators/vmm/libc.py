@@ -3,12 +3,21 @@
 import ctypes
 import mmap
 import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
 
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_OVER_RESERVED = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
+
+FileRun = tuple[int, int, int]  # address, bytes, offset in the file
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -24,8 +33,24 @@ def reserve_addresses(num_bytes: int, address: int | None = None) -> int:
 
 def map_file(address: int, num_bytes: int, fd: int, offset: int) -> None:
     """Map a run of a file over reserved addresses, its page tables filled in: no fault is left for the first touch."""
-    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
-    _mmap(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    _mmap(address, num_bytes, _READ_WRITE, _OVER_RESERVED, fd, offset)
+
+
+def map_files(fd: int, runs: Sequence[FileRun]) -> None:
+    """Map runs of a file in order, as one call without the interpreter's lock; those before one that fails stay."""
+    if len(runs) == 1:  # gains nothing from a loop, and need not wait for numba to load
+        [(address, num_bytes, offset)] = runs
+        map_file(address, num_bytes, fd, offset)
+    elif number := load_loop()(np.array(runs, dtype=np.int64), _READ_WRITE, _OVER_RESERVED, fd):
+        raise _error("mmap", number)
+
+
+@cache
+def load_loop() -> Callable[[npt.NDArray[np.int64], int, int, int], int]:
+    """The loop of `map_files`, from now on loaded."""
+    from kvarena.allocators.vmm.mmap_loop import mmap_loop  # numba takes seconds to import
+
+    return mmap_loop()
 
 
 def unmap_addresses(address: int, num_bytes: int) -> None:
@@ -42,7 +67,7 @@ def allocate_file(fd: int, offset: int, num_bytes: int) -> None:
     """
     os.posix_fallocate(fd, offset, num_bytes)
     flags = mmap.MAP_SHARED | _MAP_POPULATE
-    unmap_addresses(_mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset), num_bytes)
+    unmap_addresses(_mmap(None, num_bytes, _READ_WRITE, flags, fd, offset), num_bytes)
 
 
 def punch_file(fd: int, offset: int, num_bytes: int) -> None:
@@ -59,6 +84,6 @@ def _mmap(address: int | None, num_bytes: int, protection: int, flags: int, fd: 
     return int(result)
 
 
-def _error(call: str) -> OSError:
-    number = ctypes.get_errno()
+def _error(call: str, number: int | None = None) -> OSError:
+    number = ctypes.get_errno() if number is None else number
     return OSError(number, f"{call}: {os.strerror(number)}")

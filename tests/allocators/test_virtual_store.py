@@ -85,13 +85,13 @@ def test_creating_the_pool_is_no_driver_call_of_the_run():
 def test_waiting_for_the_background_is_counted(monkeypatch):
     _, store = make(eager_allocation=False)
     release = threading.Event()
-    mapped = store.driver.map
+    mapped = store.driver.map_runs
 
-    def slow(*args) -> None:
+    def slow(runs) -> None:
         assert release.wait(10)
-        mapped(*args)
+        mapped(runs)
 
-    monkeypatch.setattr(store.driver, "map", slow)
+    monkeypatch.setattr(store.driver, "map_runs", slow)
     store.apply_in_background([Map(0, 0, 0, 0)])
     threading.Timer(0.05, release.set).start()
     assert store.physical().mapped_bytes == TENSORS * 64 * KB
@@ -139,17 +139,15 @@ def test_sliced_layers_are_slices_of_one_tensor():
 
 @pytest.fixture
 def failing_fourth_map(monkeypatch):
-    """The fourth mmap of a page-group fails."""
-    calls = []
-    map_file = libc.map_file
+    """Of the first batch of page-groups, the fourth mmap fails."""
+    map_files = libc.map_files
 
-    def fail(*args) -> None:
-        calls.append(args)
-        if len(calls) == 4:
-            raise OSError(13, "Permission denied")
-        map_file(*args)
+    def fail(fd, runs) -> None:
+        monkeypatch.setattr(libc, "map_files", map_files)
+        map_files(fd, runs[:3])
+        raise OSError(13, "Permission denied")
 
-    monkeypatch.setattr(libc, "map_file", fail)
+    monkeypatch.setattr(libc, "map_files", fail)
 
 
 @pytest.mark.usefixtures("failing_fourth_map")
