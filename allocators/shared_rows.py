@@ -13,9 +13,11 @@ more. In beam search its next sequence is often a fork of a sibling, and finds m
     left     | s0 | s1 | s4..|           a fork of `parent` maps nothing here: s0, s1 are in place, s4 is written
 """
 
+from collections.abc import Sequence as Seq
 from itertools import takewhile
 from operator import eq
 
+from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.policy import Action, Map, Unmap
 from kvarena.allocators.virtual_row import NOTHING, Marks, Row
 from kvarena.allocators.virtual_rows import VirtualRows, expect
@@ -24,11 +26,13 @@ from kvarena.allocators.virtual_rows import VirtualRows, expect
 class SharedRows(VirtualRows):
     """Virtual rows with forks."""
 
-    _left: dict[int, tuple[Row, list[int]]]  # by index: row, leading slabs by layer group that are not its own
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._left = {}
+    def __init__(
+        self, geometries: tuple[RowGeometry, ...], page_groups: int, num_rows: int, max_tokens: int, slot_groups: int
+    ) -> None:
+        """As of all rows."""
+        super().__init__(geometries, page_groups, num_rows, max_tokens, slot_groups)
+        # Rows that were left, by index; with each, how many leading slabs by layer group are not its own.
+        self._left: dict[int, tuple[Row, list[int]]] = {}
 
     @property
     def has_idle(self) -> bool:
@@ -138,12 +142,12 @@ class SharedRows(VirtualRows):
             self.clear_left(actions)
         super().take_back_idle(wanted, actions)
 
-    def trim_idle(self, row: Row, wanted: int, actions: list[Action], keep: object = ()) -> None:
+    def trim_idle(self, row: Row, wanted: int, actions: list[Action], keep: Seq[int] = ()) -> None:
         """As of all rows; one that was left gives everything back."""
         if row.index in self._left:
             self.clear_left(actions)
         else:
-            super().trim_idle(row, wanted, actions, keep)  # type: ignore[arg-type]
+            super().trim_idle(row, wanted, actions, keep)
 
     def _unshare(self, group: int, slabs: list[int]) -> int:
         """Give up what others own too: leading slabs. Returns how many."""
