@@ -114,7 +114,8 @@ def draw(summary: pd.DataFrame) -> Figure:
     for axis, panel in zip(axes, panels, strict=True):
         rows = ours[ours.panel == panel]
         _bars(axis, rows, theirs[theirs.panel == panel])
-        axis.set(ylabel="requests/min", title=f"{panel}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
+        axis.set(ylabel="requests/min", title=f"{panel}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}",
+                 ylim=(0, 1.3 * rows.value.max()))  # fmt: skip
         axis.legend(fontsize=7, frameon=False, loc="upper right")
     figure.tight_layout()
     return figure

@@ -145,6 +145,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     rows = ratios[ratios.panel == shown_panel]
     _lines(axes[-1], rows, published[(published.figure == "fig2") & (published.panel == shown_panel)])
     axes[-1].axhline(1, color="black", lw=0.8)
+    axes[-1].legend(fontsize=6, frameon=False, loc="upper right")
     axes[-1].set(ylabel="attention time, ratio", title=f"{shown_panel}\n{_where(rows)}")
     figure.tight_layout()
     return figure

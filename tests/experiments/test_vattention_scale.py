@@ -57,6 +57,7 @@ def test_prefill_throughput_at_scale(summary_of: Callable[..., pd.DataFrame]) ->
 def test_prefill_throughput_for_real(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of(
         "prefill_throughput", "device=cpu", "model=tiny-llama", "params.contexts=[16,48]", "params.rounds=2",
+        "params.pool_bytes=1048576",
         "systems=[static-numba,paged-numba,vattention-numba]",
     )  # fmt: skip
     assert set(summary.evidence) == {"measured"}
@@ -71,7 +72,10 @@ def test_offline_throughput_at_scale(summary_of: Callable[..., pd.DataFrame], tm
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)
     summary = summary_of(
-        "offline_throughput", f"trace.path={lengths}", "systems=[paged-fa2,paged-flashinfer,vattention-fa2]"
+        "offline_throughput",
+        f"trace.path={lengths}",
+        "trace.num_requests=4",
+        "systems=[paged-fa2,paged-flashinfer,vattention-fa2]",
     )
     speed = values(summary, "offline_throughput", "panel", "system")
     assert speed["Llama-3-8B", "FA2_vAttention"] > speed["Llama-3-8B", "FA2_Paged"] > speed["Yi-34B", "FA2_Paged"]
@@ -87,7 +91,7 @@ def test_made_up_lengths_and_links_are_conditional(summary_of: Callable[..., pd.
     assert set(summary_of("offline_throughput", *few, "trace.num_requests=3").evidence) == {"conditional"}
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)
-    assumed = ("device=h100-pcie-link", "engine=sarathi2024_h100", f"trace.path={lengths}")
+    assumed = ("device=h100-pcie-link", "engine=sarathi2024_h100", f"trace.path={lengths}", "trace.num_requests=4")
     summary = summary_of("offline_throughput", *few, *assumed)
     assert set(summary.evidence) == {"conditional"}
     assert "fig11" in set(summary.figure)
@@ -106,7 +110,7 @@ def test_online_latency_at_scale(summary_of: Callable[..., pd.DataFrame], tmp_pa
     lengths = tmp_path / "lengths.csv"
     lengths.write_text("prompt_tokens,output_tokens\n" + "".join(f"{24000 + 97 * i},{40 + i}\n" for i in range(24)))
     summary = summary_of(
-        "online_latency", f"trace.path={lengths}", "systems=[paged-flashinfer,vattention-fa2]",
+        "online_latency", f"trace.path={lengths}", "trace.num_requests=24", "systems=[paged-flashinfer,vattention-fa2]",
         "params.models={yi-6b: 1}", "params.rates={yi-6b: [0.25]}", "params.shares=[0.5,0.9]", "params.slower=[1.3]",
     )  # fmt: skip
     capacity = values(summary, "capacity", "system")
