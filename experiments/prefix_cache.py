@@ -135,7 +135,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     unlimited = summary[summary.quantity == HEADLINE]
     tokens = summary[summary.quantity == "tokens_per_unit"].set_index("system").value
     for i, (name, line) in enumerate(rows.groupby("system", sort=False)):
-        _line(axis, line, f"{name}: {tokens[name]:.3g} tokens in a unit", i)
+        _line(axis, line, f"{name}: {tokens[name]:.4g} tokens in a unit", i)
     if len(unlimited):
         top = float(unlimited.value.max())
         axis.axhline(top, color="#999999", ls=":", lw=1)

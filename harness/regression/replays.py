@@ -18,14 +18,15 @@ from kvarena.harness import schemas
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.config import load, typed
+from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.engine import Engine, Replay
 from kvarena.harness.paths import CONF
 from kvarena.harness.regression.counting import CountingExecutor, Takes, counted_takes
-from kvarena.harness.regression.forks import count_forks
 from kvarena.harness.request import Request, RequestState
+from kvarena.harness.request_list import make_requests
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.workload import Workload, make_workload
+from kvarena.harness.workload import make_workload
 
 BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted
 
@@ -56,12 +57,14 @@ class Scenario:
         step_model = make_step_model(self._device, self._engine, self._model, parts.scheduler.name)
         executor = CountingExecutor(step_model, action_prices(self._device, policy))
         with counted_takes() as takes:
-            done = Engine(scheduler, executor).run(_requests(self._workload()))
+            done = Engine(scheduler, executor).run(self._requests())
         return _counts(done, executor, takes, policy)
 
-    def _workload(self) -> Workload:
+    def _requests(self) -> list[Request]:
         trace = replace(_typed("trace", self._config.trace.name, self._config.trace), seed=0)
-        return make_workload(trace, ArrivalConfig("poisson", rate=self._config.rate, seed=0), self._context)
+        workload = make_workload(trace, ArrivalConfig("poisson", rate=self._config.rate, seed=0), self._context)
+        decoding = DecodingConfig(**self._config.get("decoding", {}))
+        return make_requests(workload, [decoding] * len(workload))
 
     def _pool_bytes(self, scheduler: str) -> int:
         if given := self._config.get("pool_bytes"):
@@ -78,18 +81,11 @@ def run_all() -> Iterator[tuple[str, Counts]]:
         scenario = Scenario(suite[name])
         for system in scenario.systems:
             yield f"{name}/{system}", scenario.replay(system)
-    yield "forks/paged", count_forks()
 
 
 def _typed(group: str, name: str, given: DictConfig | None = None) -> Any:
     """A file of conf/<group>/ as its dataclass, with what the suite sets of it."""
     return typed(schemas.of(group, name), OmegaConf.merge(load(group, name), given or {}), f"regression.yaml: {group}")
-
-
-def _requests(workload: Workload) -> list[Request]:
-    columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_ps)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [Request(i, prompt, output, arrival_ps=at) for i, (prompt, output, at) in enumerate(rows)]
 
 
 def _counts(done: Replay, executor: CountingExecutor, takes: Takes, policy: Policy) -> Counts:
@@ -105,7 +101,7 @@ def _counts(done: Replay, executor: CountingExecutor, takes: Takes, policy: Poli
         "peak_units": takes.peak,
         "maps": executor.actions["Map"],
         "unmaps": executor.actions["Unmap"],
-        "copies": executor.actions["CopyBlock"],
+        "copies": executor.actions["CopyBlock"] + executor.actions["CopyRow"],
         "swapped_blocks": executor.actions["SwapOut"] + executor.actions["SwapIn"],
         "stall_ps": steps.stall_ps.sum(),
         "makespan_ps": max(r.finish_ps for r in finished if r.finish_ps) - min(r.arrival_ps for r in done.requests),

@@ -9,7 +9,6 @@ from kvarena.allocators.block_tables import BlockTables
 from kvarena.errors import UserError
 from kvarena.experiments import cli
 from kvarena.harness.regression import baseline, exact, gate
-from kvarena.harness.regression.forks import count_forks
 from kvarena.harness.regression.replays import run_all
 from kvarena.harness.regression.verdict import Status, Verdict
 
@@ -73,7 +72,7 @@ def test_new_replay_has_to_be_accepted():
 
 
 def test_csv_comes_back_as_it_was_written():
-    table = {**TABLE, "forks/paged": {"copies": "120"}}
+    table = {**TABLE, "alpaca/paged": {"copies": "120"}}
     assert exact.from_csv(exact.to_csv(table)) == table
 
 
@@ -145,7 +144,12 @@ def test_replays_count_what_allocators_do(counted):
     assert int(counted["sharegpt/paged"]["preemptions"]) > 0
     assert int(counted["sharegpt/paged-swap"]["swapped_blocks"]) > 0
     assert int(counted["sharegpt/vattention-64kb"]["unmaps"]) > 0
-    assert int(counted["forks/paged"]["copies"]) > 0
+    for replay in ("alpaca-samples", "alpaca-beams"):
+        assert int(counted[f"{replay}/paged"]["copies"]) > 0
+        assert int(counted[f"{replay}/paged"]["preemptions"]) > 0
+        assert int(counted[f"{replay}/paged-swap"]["swapped_blocks"]) > 0
+        assert int(counted[f"{replay}/vattention-64kb"]["copies"]) > 0
+        assert int(counted[f"{replay}/orca-pow2"]["copies"]) > 0
     assert float(counted["sharegpt/orca-oracle"]["stranded_pct"]) > 0
     assert int(counted["arxiv/vattention-sync-256kb"]["stall_ps"]) > 0
     for replay, counts in counted.items():
@@ -174,14 +178,10 @@ def test_extra_allocation_per_step_is_caught_and_named(counted, monkeypatch):
         monkeypatch.setattr(BlockTables, name, wasteful(getattr(BlockTables, name)))
     outcome = exact.judge(counted, dict(run_all()))
     assert outcome.status(required=True) is Status.REGRESSED
-    culprits = {replay for replay in counted if "/paged" in replay} - {"sharegpt/paged-reserved", "forks/paged"}
+    culprits = {replay for replay in counted if "/paged" in replay} - {"sharegpt/paged-reserved"}
     figures = {figure for figure in bad(outcome) if figure.endswith(": allocations")}
     assert figures == {f"{replay}: allocations" for replay in culprits}
     assert {figure.split(": ")[1] for figure in bad(outcome)} <= {"allocations", "peak_units"}
-
-
-def test_forks_leave_nothing_behind():
-    assert count_forks() == count_forks()
 
 
 def test_command_says_what_changed_and_leaves_with_1(baselines, monkeypatch, capsys, tmp_path):
