@@ -8,8 +8,9 @@ handle for each tensor and slab: slab s of tensor t is handle t * slabs + s, so 
 run of memory, one call and one mapping.
 
 Actions for the background run in one worker thread beside the forward pass. Maps go to the driver in one batch, which
-on the host is one call without the interpreter's lock: the forward pass wants it. Whoever needs the mappings next waits
-for the thread, and hears there if it failed.
+on the host is one call without the interpreter's lock, and the thread keeps off the core of the one it works for: what
+shares either with the forward pass hides nothing. Whoever needs the mappings next waits for the thread, and hears there
+if it failed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvarena.allocators.byte_copies import ByteCopies, Runs
+from kvarena.allocators.cores import move_to, other_cores
 from kvarena.allocators.device_view import view_maker
 from kvarena.allocators.kernel_fence import kernels_so_far
 from kvarena.allocators.model_shape import ModelShape
@@ -111,7 +113,7 @@ class VirtualStore(Store):
         if actions:
             self._wait()
             fence = kernels_so_far(self.driver.device)
-            self._pending = self._worker.submit(self._perform_in_background, actions, fence)
+            self._pending = self._worker.submit(self._perform_in_background, actions, fence, other_cores())
 
     def view(self, seq_ids: Sequence[int], lengths: Sequence[int], num_queries: Sequence[int]) -> BatchView:
         """Rows of these sequences."""
@@ -154,7 +156,8 @@ class VirtualStore(Store):
         finally:
             self._waited_ns += perf_counter_ns() - started_ns
 
-    def _perform_in_background(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
+    def _perform_in_background(self, actions: Sequence[Action], fence: Callable[[], object], cores: set[int]) -> None:
+        move_to(cores)
         before = self.driver.totals()
         try:
             self._perform(actions, fence)

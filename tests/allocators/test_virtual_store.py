@@ -1,10 +1,12 @@
 """vAttention's store: driver calls on and off the critical path, failures, and the shape of its tensors."""
 
+import os
 import threading
 
 import pytest
 import torch
 
+from kvarena.allocators import cores
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import CopyBlock, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
@@ -228,3 +230,16 @@ def test_a_store_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
     with pytest.raises(UserError):
         make()
     assert drivers[0].closed
+
+
+def test_the_background_keeps_off_the_core_that_it_works_for(monkeypatch):
+    """However the scheduler places the two, the thread that maps may not run where the actions came from."""
+    _, store = make(eager_allocation=False)
+    here = min(os.sched_getaffinity(0))
+    others = os.sched_getaffinity(0) - {here}
+    monkeypatch.setattr(cores, "_getcpu", lambda: here)
+    store.apply_in_background([Map(0, 0, 0, 0)])
+    allowed = store._worker.submit(os.sched_getaffinity, 0).result()
+    assert allowed == (others or {here})
+    assert store.physical().mapped_bytes == TENSORS * 64 * KB
+    store.close()
