@@ -83,6 +83,11 @@ class BlockGroups(Policy):
 
     # ---- the prefix cache --------------------------------------------------------------------------------------
 
+    @property
+    def cache_unit_tokens(self) -> int | None:
+        """A block's tokens."""
+        return self.block_size if self._cache else None
+
     def _found(self, names: Seq[Hashable], tokens: int) -> list[int]:
         """Blocks of the longest prefix that is in the cache; the last token must be fed, for its logits."""
         return self._cache.find(names[: (tokens - 1) // self.block_size]) if self._cache else []

@@ -212,6 +212,11 @@ class Policy(ABC):
     # `names` are hashes of the leading units of a prompt, each of which stands for all up to its end
     # (`prefix_cache.py`). Without a cache nothing is ever found.
 
+    @property
+    def cache_unit_tokens(self) -> int | None:
+        """Tokens that one name stands for beyond the name before it; None where nothing can be found again."""
+        return None
+
     def cached_tokens(self, names: Seq[Hashable], tokens: int) -> int:
         """How many leading tokens of a prompt of `tokens` would be found now; at most all but one."""
         return 0

@@ -39,6 +39,11 @@ class CachedRows(RowGroups):
         """Tokens of a unit of the cache."""
         return lcm(*(lcm(g.page_group, g.token_stride) // g.token_stride for g in self.geometries))
 
+    @property
+    def cache_unit_tokens(self) -> int | None:
+        """`unit_tokens`, where rows are kept."""
+        return self.unit_tokens if self.prefix_cache and not self.kv_layout.has_windows else None
+
     # ---- finding -----------------------------------------------------------------------------------------------
 
     def cached_tokens(self, names: Seq[Hashable], tokens: int) -> int:

@@ -107,6 +107,12 @@ def memory_saving(steps: pd.DataFrame) -> float:
     return float(1 - 1 / np.average(ratio, weights=held.duration_ps)) if len(held) else float("nan")
 
 
+def reused_share(steps: pd.DataFrame) -> float:
+    """Of the tokens that admitted requests began with, the share that was not fed: a prefix held them, or a cache."""
+    reused, fed = int(steps.reused_tokens.sum()), int(steps.prefill_tokens.sum())
+    return reused / (reused + fed) if reused + fed else float("nan")
+
+
 def summarize(requests: pd.DataFrame, steps: pd.DataFrame, resumed_gaps_ps: Sequence[int]) -> dict[str, float]:
     """Every scalar metric of one replay, by name; the unit ends the name where it has one."""
     table = latencies(requests)

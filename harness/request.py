@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvarena.allocators.policy import Sequence
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.prefix import Prefix
+from kvarena.harness.prompt import Span
 
 if TYPE_CHECKING:
     from kvarena.harness.group import Group
@@ -29,24 +30,27 @@ class RequestState(StrEnum):
 class Request(Sequence):
     """A request. Times are picoseconds since the start of the replay; None means "not yet".
 
-    `computed` positions are in the cache. A decoding request has computed == prompt_tokens + generated - 1: its
-    newest token is fed to the next step, which writes its K/V and yields the token after it.
+    `computed` positions are in the KV cache, written for this request or found there. A decoding request has
+    computed == prompt_tokens + generated - 1: its newest token is fed to the next step, which writes its K/V and yields
+    the token after it.
     """
 
     arrival_ps: int = 0
     state: RequestState = RequestState.WAITING
-    computed: int = 0  # positions whose K/V earlier steps have written
+    computed: int = 0  # positions whose K/V earlier steps have written, or that it was admitted with
     generated: int = 0  # output tokens so far
     scheduled_ps: int | None = None  # start of the first step it took part in
     first_token_ps: int | None = None
     finish_ps: int | None = None
     paused_ps: int | None = None  # end of its last step, while a preemption keeps it from its next token
     num_preemptions: int = 0
+    reused_tokens: int = 0  # that it was admitted with, a prefix's or the cache's; every time that it was
     stall_ps: int = 0  # time its steps waited for the allocator: copies, swaps, driver calls
     refusal: str = ""
     decoding: DecodingConfig = GREEDY  # how its tokens are chosen
     group: "Group | None" = field(default=None, repr=False)  # the sequences of one request, where there are several
     prefix: Prefix | None = None  # what its prompt begins with, where others' do too
+    spans: tuple[Span, ...] = field(default=(), repr=False)  # of the prompt, from its beginning, that others' have too
 
     @property
     def gang(self) -> list["Request"]:

@@ -6,7 +6,9 @@ from kvarena.errors import UserError
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.group import Group
 from kvarena.harness.prefix import Prefix
+from kvarena.harness.prompt import Span, block_spans, conversation_span
 from kvarena.harness.request import Request
+from kvarena.harness.trace.block_ids import MOONCAKE_BLOCK
 from kvarena.harness.workload import Workload
 
 
@@ -20,18 +22,31 @@ def make_requests(
     if prefix is not None and len(workload):
         prefix.check(int(workload.prompt_tokens.min()))
     columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_ps)
-    rows = zip(*(column.tolist() for column in columns), decodings, strict=True)
+    rows = zip(*(column.tolist() for column in columns), decodings, spans_of_prompts(workload), strict=True)
     requests: list[Request] = []
-    for prompt, output, at, decoding in rows:
+    for prompt, output, at, decoding, spans in rows:
         first = len(requests)
         gang = [
-            Request(first + i, prompt, output, arrival_ps=at, decoding=decoding, prefix=prefix)
+            Request(first + i, prompt, output, arrival_ps=at, decoding=decoding, prefix=prefix, spans=spans)
             for i in range(decoding.n)
         ]
         if len(gang) > 1:
             Group(gang)
         requests += gang
     return requests
+
+
+def spans_of_prompts(workload: Workload) -> list[tuple[Span, ...]]:
+    """What is known of each prompt that others have too: the blocks of a trace that names them, or a conversation so
+    far, unless histories are cut: then each turn begins somewhere else.
+    """
+    prompts = workload.prompt_tokens.tolist()
+    if workload.hash_ids is not None:
+        return [block_spans(ids, MOONCAKE_BLOCK, n) for ids, n in zip(workload.hash_ids, prompts, strict=True)]
+    is_cut = workload.provenance.get("trace", {}).get("cut_prompt") is not None
+    if workload.conversation_ids is None or is_cut:
+        return [()] * len(prompts)
+    return [conversation_span(each, n) for each, n in zip(workload.conversation_ids.tolist(), prompts, strict=True)]
 
 
 def check_width(decodings: Sequence[DecodingConfig], vocab_size: int) -> None:

@@ -7,7 +7,10 @@ import pandas as pd
 
 from kvarena.harness.request import Request
 
-COUNTS = ("seq_id", "request_id", "prompt_tokens", "output_tokens", "arrival_ps", "num_preemptions", "stall_ps")
+COUNTS = (
+    "seq_id", "request_id", "prompt_tokens", "output_tokens", "arrival_ps", "num_preemptions", "reused_tokens",
+    "stall_ps",
+)  # fmt: skip
 TIMES = ("scheduled_ps", "first_token_ps", "finish_ps")  # missing where it never came to that
 
 

@@ -49,6 +49,7 @@ class StepPlan:
     swapped_in: list[Request] = field(default_factory=list)  # each of them decodes in this step
     actions: list[Action] = field(default_factory=list)  # before the forward pass, in this order
     ahead: list[Action] = field(default_factory=list)  # beside the forward pass, for the next iteration
+    reused_tokens: int = 0  # with which requests were admitted in this step: a prefix's, or found in a cache
     padding: int = 0  # tokens fed beside the prompts, to make the rows of a batch equally long
     steps: int = 1
 

@@ -17,6 +17,7 @@ COLUMNS = (
     "decodes",  # sequences, in every one of the steps
     "prefills",  # sequences
     "prefill_tokens",
+    "reused_tokens",  # not fed by those admitted in this step: a prefix held them, or a prefix cache
     "preempted",
     "swapped_out",
     "swapped_in",
@@ -59,6 +60,7 @@ class StepLog:
                 len(plan.decodes),
                 len(prefills),
                 sum([chunk.tokens for chunk in prefills]) if prefills else 0,
+                plan.reused_tokens,
                 len(plan.preempted),
                 len(plan.swapped_out),
                 len(plan.swapped_in),

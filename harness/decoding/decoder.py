@@ -12,6 +12,7 @@ from torch import Tensor
 from kvarena.harness.decoding.beam import first_generation, next_generation
 from kvarena.harness.decoding.sampling import sample
 from kvarena.harness.group import Group
+from kvarena.harness.prompt import Source, own_source, spans_of
 from kvarena.harness.request import Request
 from kvarena.harness.seeded import Floats
 from kvarena.harness.step import StepPlan
@@ -30,19 +31,19 @@ class Decoder:
     def known(self, request: Request) -> list[int]:
         """Known tokens; a prompt is drawn from the seed and the request's id, so every system sees the same.
 
-        What begins with one prefix has the tokens of that prefix.
+        What prompts share (a prefix, blocks of a trace, a conversation) has the same tokens in each of them.
         """
         if request.seq_id not in self.tokens:
-            prompt = self._drawn(request.request_id, request.prompt_tokens)
-            if request.prefix is not None:
-                prompt[: request.prefix.tokens] = self._drawn(request.prefix.prefix_id, request.prefix.tokens)
+            prompt = self._drawn(own_source(request), request.prompt_tokens)
+            for source, start, end in spans_of(request):
+                prompt[start:end] = self._drawn(source, end - start)
             self.tokens[request.seq_id] = prompt
         return self.tokens[request.seq_id]
 
-    def _drawn(self, name: int, count: int) -> list[int]:
-        """Tokens of a request's prompt, or of a prefix, whose ids are negative."""
-        key = [self._seed, name] if name >= 0 else [self._seed, -name, 1]
-        drawn: list[int] = np.random.default_rng(key).integers(0, self._vocab_size, count).tolist()
+    def _drawn(self, source: Source, count: int) -> list[int]:
+        """The first tokens of a source."""
+        generator = np.random.default_rng([self._seed, *source])
+        drawn: list[int] = generator.integers(0, self._vocab_size, count).tolist()
         return drawn
 
     def deliver(self, plan: StepPlan, logits: Tensor) -> None:

@@ -74,7 +74,10 @@ class ChunkedPrefillScheduler(Scheduler):
                     break
             else:
                 self.running.append(request)
-                self._plan_tokens(request, tokens, plan)
+                if request.is_decoding and tokens:
+                    plan.decodes.append(request)
+                elif tokens:
+                    self._prefill(plan, request, tokens)
                 budget -= tokens
         return budget
 
@@ -101,7 +104,9 @@ class ChunkedPrefillScheduler(Scheduler):
                     return budget
         self.running += members
         plan.decodes += members if decodes else []
-        plan.prefills += [chunk for chunk in chunks if chunk.tokens]
+        for chunk in chunks:
+            if chunk.tokens:
+                self._prefill(plan, chunk.request, chunk.tokens)
         return budget - (len(members) if decodes else sum([chunk.tokens for chunk in chunks]))
 
     def _evict_latest(self, pending: deque[Request], gang: list[Request], plan: StepPlan) -> bool:
@@ -110,23 +115,15 @@ class ChunkedPrefillScheduler(Scheduler):
         self._evict(victims, plan)
         return victims is gang
 
-    @staticmethod
-    def _plan_tokens(request: Request, tokens: int, plan: StepPlan) -> None:
-        if request.is_decoding and tokens:
-            plan.decodes.append(request)
-        elif tokens:
-            plan.prefills.append(PrefillChunk(request, request.computed, tokens))
-
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and budget:
             head = self.waiting[0]
             if len(self.running) + head.width > self.max_seqs:
                 return
-            if not self._take(head, self._first_tokens(head, budget)):
+            if not self._take(head, self._first_tokens(head, budget), plan):
                 return
-            held = self._held(head)
-            tokens = min(head.admission_tokens - held, budget)
+            tokens = min(head.admission_tokens - head.computed, budget)
             budget -= tokens
             self.waiting.popleft()
             self._join(head)
-            plan.prefills.append(PrefillChunk(head, held, tokens))
+            self._prefill(plan, head, tokens)

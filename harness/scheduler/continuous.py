@@ -6,7 +6,7 @@ from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
 from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.step import PrefillChunk, StepPlan
+from kvarena.harness.step import StepPlan
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ContinuousScheduler(Scheduler):
         """As of every scheduler; and whatever would have to be prefilled at once must fit the token budget."""
         if request.width > self.max_seqs:
             return f"request {request.seq_id}: {request.width} sequences exceed a batch of {self.max_seqs}"
-        tokens = self._longest_prefill(request) - self._held(request)
+        tokens = self._longest_prefill(request) - self._prefix_tokens(request)
         if tokens > self.token_budget:
             return (
                 f"request {request.seq_id}: {tokens} tokens to prefill in one step exceed the token budget "
@@ -71,12 +71,12 @@ class ContinuousScheduler(Scheduler):
             head = self.waiting[0]
             tokens, held = head.admission_tokens, self._held(head)
             fits = tokens - held <= budget and len(self.running) + head.width <= self.max_seqs
-            if not (fits and self._take(head, tokens)):
+            if not (fits and self._take(head, tokens, plan)):
                 return
             budget -= tokens - held
             self.waiting.popleft()
             self._enter(head)
-            plan.prefills.append(PrefillChunk(head, held, tokens - held))
+            self._prefill(plan, head, tokens - held)
             if tokens < head.known_tokens:
                 return  # a group to be recomputed: its members have their own tokens to feed before anyone else comes
 

@@ -10,7 +10,7 @@ from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
 from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.step import PrefillChunk, StepPlan
+from kvarena.harness.step import StepPlan
 
 
 @dataclass
@@ -42,12 +42,11 @@ class FasterTransformerScheduler(Scheduler):
         width = self.waiting[0].width
         while self.waiting and self.waiting[0].width == width:
             request = self.waiting[0]
-            if not self._take(request, request.prompt_tokens):
+            if not self._take(request, request.prompt_tokens, plan):
                 break
             self.waiting.popleft()
             self._join(request)
-            held = self._held(request)
-            plan.prefills.append(PrefillChunk(request, held, request.prompt_tokens - held))
+            self._prefill(plan, request, request.prompt_tokens - request.computed)
         prompts = [chunk.tokens for chunk in plan.prefills]
         plan.padding = sum(max(prompts, default=0) - tokens for tokens in prompts)
 

@@ -18,8 +18,9 @@ from kvarena.allocators.policy import Policy, Sequence
 from kvarena.errors import UserError
 from kvarena.harness.group import Group
 from kvarena.harness.prefix import Prefix
+from kvarena.harness.prompt_names import PromptNames
 from kvarena.harness.request import Request, RequestState
-from kvarena.harness.step import StepPlan
+from kvarena.harness.step import PrefillChunk, StepPlan
 
 
 def by_arrival(request: Request) -> tuple[int, int]:
@@ -39,6 +40,8 @@ class Scheduler(ABC):
         self.groups: list[Group] = []  # that run
         self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
         self._prefixes: set[Prefix] = set()  # resident
+        unit_tokens = policy.cache_unit_tokens
+        self._names = None if unit_tokens is None else PromptNames(unit_tokens)  # of a prefix cache, where there is one
         self._now_ps = 0  # start of the step being scheduled
 
     @abstractmethod
@@ -134,30 +137,69 @@ class Scheduler(ABC):
     def _shared_prefix(self, head: Request) -> int | None:
         return head.prefix.prefix_id if head.prefix is not None and head.prefix in self._prefixes else None
 
-    def _held(self, head: Request) -> int:
-        """Leading tokens of a request that its prefix holds already: they are not fed again."""
+    def _prefix_tokens(self, head: Request) -> int:
+        """Leading tokens of a request that its prefix holds already: they are never fed."""
         if not self._prefixes:
             return 0
         return head.prefix.tokens if head.prefix is not None and head.prefix in self._prefixes else 0
 
+    def _held(self, head: Request) -> int:
+        """Leading tokens of a request that it would not feed if it were admitted now."""
+        if self._names is None or self._shared_prefix(head) is not None:
+            return self._prefix_tokens(head)
+        tokens = head.admission_tokens
+        return self.policy.cached_tokens(self._names.of(head, tokens), tokens)
+
     def _can_take(self, head: Request, tokens: int) -> bool:
         """Whether `_take` would succeed now."""
-        if head.group is None and not self._prefixes:
+        if head.group is None and not self._prefixes and self._names is None:
             return self.policy.can_admit(head, tokens)
         prefix = self._shared_prefix(head)
-        return self._may_return(head, tokens, prefix) and self.policy.can_admit_group(head.gang, tokens, prefix)
+        if not self._may_return(head, tokens, prefix):
+            return False
+        if self._names is None or prefix is not None:
+            return self.policy.can_admit_group(head.gang, tokens, prefix)
+        return self.policy.can_admit_cached(head.gang, tokens, self._names.of(head, self._held(head)))
 
     def _may_return(self, head: Request, tokens: int, prefix: int | None) -> bool:
         """Whether a preempted group finds room for its members' own tokens too; else it would be preempted again."""
         own = head.generated if head.group is not None else 0
         return not own or self.policy.can_readmit_group(head.gang, tokens, own, prefix)
 
-    def _take(self, head: Request, tokens: int) -> bool:
-        """Take memory for the first tokens of a request: for all of its gang, or for none."""
-        if head.group is None and not self._prefixes:
+    def _take(self, head: Request, tokens: int, plan: StepPlan) -> bool:
+        """Take memory for the first tokens of a request: for all of its gang, or for none.
+
+        It has computed then what its prefix holds, or what is found in the cache.
+        """
+        if head.group is None and not self._prefixes and self._names is None:
             return self.policy.admit(head, tokens)
         prefix = self._shared_prefix(head)
-        return self._may_return(head, tokens, prefix) and self.policy.admit_group(head.gang, tokens, prefix)
+        if not self._may_return(head, tokens, prefix):
+            return False
+        held = self._held(head)
+        if self._names is None or prefix is not None:
+            admitted = self.policy.admit_group(head.gang, tokens, prefix)
+        else:
+            admitted = self.policy.admit_cached(head.gang, tokens, self._names.of(head, held)) is not None
+        if admitted and held:
+            for member in head.gang:
+                member.computed = held
+                member.reused_tokens += held
+            plan.reused_tokens += held
+        return admitted
+
+    def _prefill(self, plan: StepPlan, request: Request, tokens: int) -> None:
+        """Plan a request's next tokens. What they fill can be found from now on.
+
+        Whoever finds it reads it in this step at the earliest: there K/V is written before anyone attends to it.
+        """
+        plan.prefills.append(PrefillChunk(request, request.computed, tokens))
+        self._keep(request, request.computed + tokens)
+
+    def _keep(self, request: Request, tokens: int) -> None:
+        """Let the first tokens of a request be found."""
+        if self._names is not None and self._shared_prefix(request) is None:
+            self.policy.cache_blocks(request.seq_id, self._names.of(request, tokens))
 
     def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
         """Take the latest arrival from those that run, with all its gang."""
@@ -169,6 +211,7 @@ class Scheduler(ABC):
     def _evict(self, gang: list[Request], plan: StepPlan) -> None:
         """Take all memory of a running gang, and put it back into the line, to be recomputed."""
         for victim in gang:
+            self._keep(victim, victim.computed)
             self.policy.release(victim.seq_id)
             victim.computed = 0
             victim.state = RequestState.WAITING
@@ -233,6 +276,8 @@ class Scheduler(ABC):
             request.finish_ps = now_ps
             request.state = RequestState.FINISHED
             self.policy.release(request.seq_id)
+            if self._names is not None:
+                self._names.forget(request)
         if done:
             self.running = [r for r in self.running if r.finish_ps is None]
             self.groups = [group for group in self.groups if group.first.finish_ps is None]
@@ -245,7 +290,7 @@ class Scheduler(ABC):
     @property
     def may_share(self) -> bool:
         """Whether sequences that run may share memory."""
-        return bool(self.groups or self._prefixes)
+        return bool(self.groups or self._prefixes or self._names)
 
     @property
     def ranks_beams(self) -> bool:
