@@ -41,7 +41,7 @@ def map_files(fd: int, runs: Sequence[FileRun]) -> None:
     if len(runs) == 1:  # gains nothing from a loop, and need not wait for numba to load
         [(address, num_bytes, offset)] = runs
         map_file(address, num_bytes, fd, offset)
-    elif number := load_loop()(np.array(runs, dtype=np.int64), _READ_WRITE, _OVER_RESERVED, fd):
+    elif number := load_loop()(np.array(runs, dtype=np.int64).reshape(-1, 3), _READ_WRITE, _OVER_RESERVED, fd):
         raise _error("mmap", number)
 
 

@@ -6,7 +6,7 @@ from fake_cuda import FakedCudaDriver
 
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vmm.cuda import CudaDriver
-from kvarena.allocators.vmm.driver import Driver
+from kvarena.allocators.vmm.driver import Driver, MapRun
 from kvarena.allocators.vmm.host import HostDriver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.errors import UserError
@@ -91,6 +91,43 @@ def test_scattered_page_groups_lie_side_by_side(driver):
     order = [2, 3, 1, 0]
     driver.map(base, 0, [handles[i] for i in order])
     assert memory[:, 0].tolist() == memory[:, -1].tolist() == order
+
+
+def test_several_runs_are_mapped_together(driver):
+    """Neighbours, scattered page-groups, an alias, two reservations."""
+    size = driver.page_group_bytes
+    first, second = driver.reserve(6 * size), driver.reserve(2 * size)
+    h = driver.create(5)
+    driver.map(first, 0, h)
+    tensor_over(driver, first, 5)[:] = torch.arange(5, dtype=torch.int32)[:, None]
+    driver.unmap(first, 0, 5)
+    before = driver.totals().calls
+    runs = [(first, size, [h[1], h[0]]), (second, size, [h[4]]), (first, 3 * size, h[2:4]), (second, 0, [h[4]])]
+    driver.map_runs([MapRun(*run) for run in runs])
+    assert_books_are_the_systems(driver, 5, 0)
+    assert tensor_over(driver, first, 5)[1:, -1].tolist() == [1, 0, 2, 3]
+    assert tensor_over(driver, second, 2)[:, 0].tolist() == [4, 4]
+    assert driver.totals().calls - before >= len(runs)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda base, size, h: (base, 2 * size, [h[2]]), "mapped already"),  # by an earlier run of the same batch
+        (lambda base, size, h: (base, 4 * size, [h[2]]), "outside"),
+        (lambda base, size, h: (base, 3 * size, [10**9]), "does not exist"),
+    ],
+)
+def test_of_several_runs_all_are_mapped_or_none(driver, bad, message):
+    size = driver.page_group_bytes
+    base, h = driver.reserve(4 * size), driver.create(3)
+    driver.map(base, 0, h[:1])
+    with pytest.raises(ValueError, match=message):
+        driver.map_runs([MapRun(base, size, h[1:]), MapRun(*bad(base, size, h))])
+    assert_books_are_the_systems(driver, 1, 2)
+    driver.map_runs([MapRun(base, size, h[1:])])
+    driver.map_runs([])
+    assert_books_are_the_systems(driver, 3, 0)
 
 
 def test_an_alias_is_the_same_memory_and_counts_once(driver):

@@ -14,7 +14,7 @@ import torch
 
 from kvarena.allocators.sizes import GB, KB, MB
 from kvarena.allocators.vmm import host, libc
-from kvarena.allocators.vmm.driver import DriverError, OutOfPhysicalMemory
+from kvarena.allocators.vmm.driver import DriverError, MapRun, OutOfPhysicalMemory
 from kvarena.allocators.vmm.host import HostDriver
 from kvarena.allocators.vmm.mappings import MappingBudget, count_boundaries, count_mappings
 from kvarena.allocators.vmm.tensor import strided_tensor
@@ -147,6 +147,39 @@ def test_a_map_that_fails_half_way_is_rolled_back(monkeypatch):
     driver.map(base, SIZE, [h[5], h[3], h[1]])
     assert driver.mapped_bytes == 4 * SIZE
     driver.close()
+
+
+def test_a_batch_that_fails_half_way_is_rolled_back(monkeypatch):
+    """Runs that are neighbours in memory and in the memfd: the kernel merges them, and must count as before."""
+    budget = MappingBudget()
+    driver = HostDriver(SIZE, budget)
+    base, h = driver.reserve(6 * SIZE), driver.create(6)
+    driver.map(base, 0, h[:1])
+    batch = [MapRun(base, SIZE, h[1:3]), MapRun(base, 4 * SIZE, [h[5]]), MapRun(base, 3 * SIZE, [h[3]])]
+    lines, counted = count_mappings(), budget.total
+    with monkeypatch.context() as patch:
+        patch.setattr(libc, "map_files", half_mapped)
+        with pytest.raises(DriverError, match=r"map failed.*Permission denied"):
+            driver.map_runs(batch)
+    assert (driver.mapped_bytes, driver.pooled_bytes) == (SIZE, 5 * SIZE)
+    assert (count_mappings(), budget.total) == (lines, counted)
+    driver.map_runs(batch)
+    assert driver.mapped_bytes == 5 * SIZE
+    assert count_mappings() - lines == budget.total - counted == 1  # h[0:4] are one mapping now, h[5] another
+    driver.close()
+
+
+def test_the_loop_stops_at_the_first_mmap_that_fails_and_says_why():
+    fd = os.memfd_create("pages")
+    os.truncate(fd, 3 * SIZE)
+    base = libc.reserve_addresses(3 * SIZE)
+    lines = count_mappings()
+    with pytest.raises(OSError, match="mmap") as failure:
+        libc.map_files(fd, [(base, SIZE, 0), (base + SIZE, SIZE, 1), (base + 2 * SIZE, SIZE, SIZE)])
+    assert failure.value.errno == errno.EINVAL  # an offset within a page
+    assert count_mappings() - lines == 1
+    libc.unmap_addresses(base, 3 * SIZE)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC])
