@@ -124,11 +124,12 @@ class CachedRows(RowGroups):
         self._counted = None
         names = self._names.get(seq_id, [])
         self._forget(seq_id)
-        if not names or names[-1] in self._holders or self._due.is_owed(seq_id):
+        length = len(names) * self.unit_tokens
+        known_elsewhere = not names or names[-1] in self._holders
+        if known_elsewhere or self._due.is_owed(seq_id) or self._rows.shares_past(self._rows.live[seq_id], length):
             return super()._vacate(seq_id)
         self._leave(seq_id)
         kept_id, self._next_kept = self._next_kept, self._next_kept - 1
-        length = len(names) * self.unit_tokens
         self._rest(seq_id, kept_id, length, length).kept = True
         self._kept[kept_id] = None
         self._know(kept_id, names)
@@ -137,9 +138,12 @@ class CachedRows(RowGroups):
     def _rest(self, old_id: int, new_id: int, length: int, final: int) -> Row:
         """Give a row to another sequence, which has `length` tokens of the one before."""
         self._counted = None
-        self._live_bytes += self._bytes_of(length) - self._bytes_of(self._rows.live[old_id].length)
         self._looked_ahead = False
-        return self._rows.hand_over(old_id, new_id, length, final)
+        before, aliased = self._rows.live[old_id].length, self._rows.aliased
+        row = self._rows.hand_over(old_id, new_id, length, final, self._actions)
+        given_up = (aliased - self._rows.aliased) * self.page_group_bytes
+        self._live_bytes += self._bytes_of(length) - self._bytes_of(before) + given_up
+        return row
 
     def _know(self, seq_id: int, names: list[Hashable]) -> None:
         if names:
@@ -154,9 +158,12 @@ class CachedRows(RowGroups):
                 del self._holders[name]
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
-        """As in every row; the child may hold what had only been kept."""
+        """As in every row; the child may hold what had only been kept, and is found by what its parent is found by."""
         self._counted = None
-        return super().fork(parent_id, child)
+        if not super().fork(parent_id, child):
+            return False
+        self._know(child.seq_id, self._names.get(parent_id, []).copy())
+        return True
 
     # ---- making room -------------------------------------------------------------------------------------------
 
