@@ -193,8 +193,11 @@ class Scheduler(ABC):
 
         Whoever finds it reads it in this step at the earliest: there K/V is written before anyone attends to it.
         """
-        plan.prefills.append(PrefillChunk(request, request.computed, tokens))
-        self._keep(request, request.computed + tokens)
+        chunk = PrefillChunk(request, request.computed, tokens)
+        plan.prefills.append(chunk)
+        if self._names is not None:
+            for reader in chunk.readers:
+                self._keep(reader, chunk.start + tokens)
 
     def _keep(self, request: Request, tokens: int) -> None:
         """Let the first tokens of a request be found."""
@@ -212,6 +215,7 @@ class Scheduler(ABC):
         """Take all memory of a running gang, and put it back into the line, to be recomputed."""
         for victim in gang:
             self._keep(victim, victim.computed)
+        for victim in gang:
             self.policy.release(victim.seq_id)
             victim.computed = 0
             victim.state = RequestState.WAITING
