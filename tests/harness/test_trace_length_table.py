@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp, spearmanr
 
 from kvarena.errors import UserError
-from kvarena.harness.paths import CONF
+from kvarena.harness.config import load, names
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.trace.length_table import length_table, sample, table_names
 from kvarena.harness.trace.recipes import Recipe, recipe
@@ -121,8 +121,8 @@ def test_given_lengths():
     assert np.unique(uniform.output_tokens).tolist() == list(range(1, 6))  # floor(1.5) to ceil(4.5)
 
 
-def test_every_table_has_a_trace_of_its_name():
-    assert set(table_names()) <= {path.stem for path in (CONF / "trace").glob("*.yaml")}
+def test_every_table_has_a_trace():
+    assert set(table_names()) <= {load("trace", name).table for name in names("trace")}
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_every_trace_of_conf_loads(name):
     config = typed(TraceConfig, load("trace", name), "trace")
     assert config.name == name
     assert set(load("trace", name)) == {field.name for field in fields(TraceConfig)}  # else Hydra refuses overrides
-    assert len(make_workload(config, poisson(duration_s=20), max_tokens=32_768)) > 20
+    assert len(make_workload(config, poisson(duration_s=20), max_tokens=262_144)) > 20
 
 
 def test_nothing_arrives(tmp_path):
