@@ -197,7 +197,7 @@ class Residents(RuleBasedStateMachine):
     def fork(self, index: int, output: int) -> None:
         """A copy of a resident sequence comes."""
         parent = self.pick(index)
-        child = Sequence(self.next_id, self.lengths[parent], output)
+        child = Sequence(self.next_id, self.lengths[parent], min(output, MAX_TOKENS - self.lengths[parent]))
         assert self.policy.fork(parent, child)
         self.seqs[self.next_id], self.lengths[self.next_id] = child, self.lengths[parent]
         self.parents |= {parent, self.next_id}
