@@ -1,15 +1,18 @@
 """A prefix that all prompts share (PagedAttention Fig 16): translation with an instruction and examples in front.
 
+Lengths come from the embedded tables, or from WMT16's own text (trace.path=..., with a tokenizer).
 Systems that share keep the prefix resident, written once; Orca writes it anew with every prompt. As in the artifact
 the prefix is shared down to a whole number of blocks, and what is left of it belongs to each prompt.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvarena.errors import UserError
 from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
 from kvarena.experiments.parallel_sampling import panel_named
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
@@ -48,11 +51,12 @@ class Params(Curves):
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every panel."""
-    summary, points = measure_lines(run, recorder, list(_lines(run)))
     notes: dict[str, object] = {"assumed": ASSUMED} if run.clock == "modelled" else {}
     for figure, panel in _chosen(run.params).items():
         workload = workload_of(_panel_run(run, panel), rate=8.0)
+        _check_shared(panel, workload.provenance["trace"], figure)
         notes[figure] = {**workload.provenance, "mean_prompt_tokens": float(workload.prompt_tokens.mean())}
+    summary, points = measure_lines(run, recorder, list(_lines(run)))
     return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes)
 
 
@@ -62,7 +66,19 @@ def _chosen(params: Params) -> dict[str, Panel]:
 
 def _panel_run(run: Run, panel: Panel) -> Run:
     trace = trace_named(run, panel.trace)
+    if run.trace.path is not None:  # every panel reads that file, each with its own number of examples
+        trace = replace(run.trace, name=trace.name, table=trace.table, examples=trace.examples)
     return replace(run, trace=replace(trace, max_tokens=run.trace.max_tokens))
+
+
+def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
+    """Refuse to share more than the text of a file's prefix is, by the tokenizer it was counted with."""
+    held = trace.get("prefix_tokens", panel.prefix_tokens)
+    if panel.prefix_tokens > held:
+        raise UserError(
+            f"params.panels.{figure}.prefix_tokens={panel.prefix_tokens}: {trace['prefix_path']} begins every prompt "
+            f"with {held} tokens of {trace['tokenizer']}: share that many at most, in whole blocks"
+        )
 
 
 def _lines(run: Run) -> Iterator[Line]:

@@ -9,7 +9,7 @@ class TraceConfig:
 
     name: str = "trace"
     path: str | None = None  # local file, or the name of a data set on the Hugging Face hub (owner/name)
-    format: str | None = None  # sharegpt, alpaca, azure, mooncake, lengths; null: seen from the content
+    format: str | None = None  # sharegpt, alpaca, wmt16, azure, mooncake, lengths; null: seen from the content
     data_files: str | None = None  # hub only: the file of the data set to load
     split: str = "train"  # hub only
     tokenizer: str | None = None  # folder or hub name; needed where the file holds text
@@ -28,3 +28,5 @@ class TraceConfig:
     cut_prompt: int | None = None  # longer prompts keep their last so many tokens, as a chat's history is cut
     cut_output: int | None = None  # longer outputs end there
     new_conversation: float | None = None  # chats only: probability that an arrival begins one (chatbot_order.py)
+    examples: int | None = None  # wmt16 only: solved examples that every prompt begins with (few_shot.py)
+    prefix_path: str | None = None  # wmt16 only: the file of their text; null: wmt16_prefix.json beside `path`

@@ -11,28 +11,32 @@ from kvarena.errors import UserError
 from kvarena.harness.seeded import Stream
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.few_shot import prefix_path
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.trace import Ints, Trace
+
+_Stamp = tuple[str, int, int]  # a file's path, time of change, size
 
 
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
     fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
-    trace = _kept(fields, recipe, max_tokens, _stamp(Path(str(config.path)).expanduser()))
+    stamps = _stamp(Path(str(config.path)).expanduser()), _stamp(prefix_path(config))
+    trace = _kept(fields, recipe, max_tokens, stamps)
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
     facts = {"shuffle": config.shuffle, "seed": config.seed, "requests": count, "rounds": -(-count // len(trace))}
     return trace.take(np.resize(order, count)).noting(**facts)
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> _Stamp:
     """What changes when the file does."""
     stat = path.stat() if path.is_file() else None
     return (str(path.resolve()), stat.st_mtime_ns, stat.st_size) if stat else ("", 0, 0)
 
 
 @lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
-def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp: tuple[str, int, int]) -> Trace:
+def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamps: tuple[_Stamp, _Stamp]) -> Trace:
     """Every request that the recipe keeps and the context holds, and the counts of the others."""
     from kvarena.harness.trace.reading import read  # imports datasets, which takes a second
 

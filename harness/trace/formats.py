@@ -34,11 +34,15 @@ class LengthFormat:
 
 @dataclass(frozen=True, slots=True)
 class TextFormat:
-    """A format that states text: `texts` gives (prompt, output), or None for a record that holds no request."""
+    """A format that states text: `texts` gives (prompt, output), or None for a record that holds no request.
+
+    few_shot: the prompt is a question, to be asked behind an instruction and examples (few_shot.py).
+    """
 
     name: str
     required: tuple[str, ...]
     texts: Callable[[Mapping[str, Any], Recipe], tuple[str, str] | None]
+    few_shot: bool = False
 
 
 Format = LengthFormat | TextFormat
@@ -83,9 +87,18 @@ def _sharegpt(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str] | No
     return None
 
 
+def _wmt16(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
+    """The English sentence and its German reference, which says how long the answer is."""
+    pair = record["translation"]
+    if not isinstance(pair, Mapping):
+        raise MalformedError(f"translation is {shown(pair)}, not a sentence by language")
+    return text_field(pair, "en"), text_field(pair, "de")
+
+
 FORMATS: tuple[Format, ...] = (  # the first that fits is taken
     TextFormat("sharegpt", ("conversations",), _sharegpt),
     TextFormat("alpaca", ("instruction", "output"), _alpaca),
+    TextFormat("wmt16", ("translation",), _wmt16, few_shot=True),
     LengthFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "date"),
     LengthFormat("azure", "prompt_tokens", "output_tokens", "arrival_s"),
     LengthFormat("mooncake", "input_length", "output_length", "timestamp", "milliseconds"),

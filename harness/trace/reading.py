@@ -12,6 +12,7 @@ from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.columns import Columns, check_columns
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.csv_file import read_csv
+from kvarena.harness.trace.few_shot import few_shot
 from kvarena.harness.trace.formats import TextFormat
 from kvarena.harness.trace.json_file import json_records
 from kvarena.harness.trace.recipes import Recipe
@@ -85,25 +86,31 @@ def _read_records(
 ) -> tuple[Columns, dict[str, Any]]:
     form, records = detect(records, config.format, str(config.path))
     if isinstance(form, TextFormat):
-        columns, without = _count_texts(records, form, config, recipe, bad)
-        return columns, {"format": form.name, "tokenizer": config.tokenizer, "without_request": without}
+        columns, facts = _count_texts(records, form, config, recipe, bad)
+        return columns, {"format": form.name, "tokenizer": config.tokenizer} | facts
     columns = length_columns(records, form, config.keep_hash_ids, bad)
     return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
 
 
 def _count_texts(
     records: Records, form: TextFormat, config: TraceConfig, recipe: Recipe, bad: BadRecords
-) -> tuple[Columns, int]:
-    """Columns of the texts' token counts, and the number of records that hold no request."""
+) -> tuple[Columns, dict[str, Any]]:
+    """Columns of the texts' token counts; how many records hold no request; the prefix if there is one."""
     stated = list(well_formed(records, form, lambda record: form.texts(record, recipe), bad))
     if config.tokenizer is None:
         raise no_tokenizer(str(config.path), form.name)
-    rows = [{"record": number, "prompt": each[0], "output": each[1]} for number, each in stated if each is not None]
-    without = len(stated) - len(rows)
+    shots = few_shot(config) if form.few_shot else None
+    ask = shots.prompt if shots else str
+    rows = [
+        {"record": number, "prompt": ask(each[0]), "output": each[1]} for number, each in stated if each is not None
+    ]
+    facts: dict[str, Any] = {"without_request": len(stated) - len(rows)}
     if not rows:
-        return Columns([], [], []), without
-    counted = count_tokens(datasets.Dataset.from_list(rows), load_tokenizer(config.tokenizer))
-    return Columns(*(counted[key][:] for key in ("record", "prompt_tokens", "output_tokens"))), without
+        return Columns([], [], []), facts
+    tokenizer = load_tokenizer(config.tokenizer)
+    facts |= shots.facts(tokenizer) if shots else {}
+    counted = count_tokens(datasets.Dataset.from_list(rows), tokenizer)
+    return Columns(*(counted[key][:] for key in ("record", "prompt_tokens", "output_tokens"))), facts
 
 
 def _sha256(path: Path) -> str:

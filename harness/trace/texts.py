@@ -39,6 +39,6 @@ def no_tokenizer(source: str, format_name: str) -> UserError:
     """The refusal of text that nothing can count."""
     return UserError(
         f"{source} holds {format_name} text, and lengths need a tokenizer: set trace.tokenizer=<folder or hub name> "
-        "(facebook/opt-13b for PagedAttention's counts), or take a trace of lengths: leave trace.path out and the "
-        "embedded length table of trace=sharegpt or trace=alpaca is used"
+        "(facebook/opt-13b for PagedAttention's counts, a LLaMA for those of wmt16), or take a trace of lengths: leave "
+        "trace.path out and the embedded length table of trace=sharegpt, trace=alpaca or trace=wmt16_1shot is used"
     )

@@ -169,7 +169,7 @@ def test_hash_ids_that_are_none(write):
         ("[]", "holds no record"),
         (HEADER, "no request is left"),
         ("a,b\n1,2\n", r"its fields \(a, b\) fit no format. Needed are: sharegpt: conversations; alpaca:"),
-        ('{"translation": {}}', r"its fields \(translation\) fit no format"),
+        ('{"question": {}}', r"its fields \(question\) fit no format"),
         ("prompt_tokens,prompt_tokens,output_tokens\n1,2,3\n", "fit no format"),
         ("instruction,output\n1,2\n", "alpaca is read from JSON, not from CSV"),
         (HEADER.encode() + b"1,\xff\n", "cannot be read"),
@@ -184,7 +184,7 @@ def test_a_format_that_does_not_fit(write):
     path = write(f"{HEADER}1,2\n")
     with pytest.raises(UserError, match=r"fit no format\. Needed are: azure: ContextTokens"):
         load_trace(TraceConfig(path=path, format="azure"))
-    with pytest.raises(UserError, match=r"trace.format=csv: no such format. There are: sharegpt, alpaca, azure"):
+    with pytest.raises(UserError, match=r"trace.format=csv: no such format. There are: sharegpt, alpaca, wmt16, azure"):
         load_trace(TraceConfig(path=path, format="csv"))
 
 

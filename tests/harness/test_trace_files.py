@@ -15,20 +15,6 @@ def write(path, content):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A word is a token, and every text begins with one BOS, as with OPT's tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
-    return str(folder)
-
-
 def turns(*speakers_and_texts):
     return {"id": "x", "conversations": [{"from": who, "value": text} for who, text in speakers_and_texts]}
 
@@ -81,7 +67,7 @@ def test_real_text(shared, tokenizer, file, requests):
 
 def test_text_without_a_tokenizer(tmp_path):
     path = write(tmp_path / "sharegpt.json", CONVERSATIONS)
-    with pytest.raises(UserError, match=r"trace\.tokenizer=.*trace=sharegpt or trace=alpaca"):
+    with pytest.raises(UserError, match=r"trace\.tokenizer=.*trace=sharegpt, trace=alpaca or trace=wmt16_1shot"):
         load_trace(TraceConfig(path=path))
 
 
