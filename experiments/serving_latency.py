@@ -288,7 +288,7 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame, others:
         points, other = published[published.system == name], others[others.system == name]
         axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=5)
         axis.plot(other.x, other.value, "x", color=colour, ms=4)
-    notes = ["circles: published"] if len(published) else ["no published points"]
+    notes = ["circles: published"] if published.system.isin(ours.system).any() else ["no published points"]
     notes += ["crosses: constants of the others' curves"] if len(others) else []
     axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
     axis.set_title(f"{ours.panel.iloc[0]}: {ours.clock.iloc[0]}, {ours.device.iloc[0]}\n{'; '.join(notes)}", fontsize=9)
