@@ -77,7 +77,8 @@ def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
     if panel.prefix_tokens > held:
         raise UserError(
             f"params.panels.{figure}.prefix_tokens={panel.prefix_tokens}: {trace['prefix_path']} begins every prompt "
-            f"with {held} tokens of {trace['tokenizer']}: share that many at most, in whole blocks"
+            f"with {held} tokens of {trace['tokenizer']}: share that many at most, in whole blocks. "
+            f"Name the panels anew: params.panels={{{figure}: {{name, trace, prefix_tokens, guess}}}}"
         )
 
 
