@@ -13,7 +13,9 @@ from kvarena.allocators.swap_space import SwapSpace
 
 CPU = torch.device("cpu")
 
-sequences = st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9), st.integers(0, 2**31 - 1)), min_size=1, max_size=400)
+sequences = st.lists(
+    st.tuples(st.integers(1, 99), st.integers(1, 9), st.integers(0, 2**31 - 1)), min_size=1, max_size=400
+)
 
 
 def fields(view) -> tuple:
