@@ -181,7 +181,7 @@ def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     axis.set_title(
         f"{ours.panel.iloc[0]}: {ours.device.iloc[0]}, {ours.clock.iloc[0]}\no published, - ours, : slower steps"
     )
-    axis.legend(fontsize=7, frameon=False, loc="upper left")
+    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3)
 
 
 def _below(axis: Axes, rows: pd.DataFrame) -> None:
@@ -196,4 +196,4 @@ def _below(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_title(
         f"{rows.panel.iloc[0]}: P99 of TTFT (solid) and TBT (dotted)\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}"
     )
-    axis.legend(fontsize=6, frameon=False, loc="center right")
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
