@@ -63,7 +63,10 @@ def _run(given: argparse.Namespace) -> int:
         raise UserError("gpu-validation: --out DIR says where the results go")
     if given.out.exists() and not given.out.is_dir():
         raise UserError(f"--out {given.out}: that is a file")
-    given.out.mkdir(parents=True, exist_ok=True)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {given.out}: the folder cannot be made: {error.strerror}") from error
     folder = Folder(given.out.resolve())
     with tempfile.TemporaryDirectory(prefix="kvarena-validation-", ignore_cleanup_errors=True) as scratch:
         folder.unpack(Path(scratch))

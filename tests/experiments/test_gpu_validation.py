@@ -205,6 +205,7 @@ def test_a_page_without_marks_is_refused():
         ([], "--out DIR says where"),
         (["--out", "x", "--only", "kernel"], "no such step. There are: environment, "),
         (["--out", __file__], "that is a file"),
+        (["--out", f"{__file__}/below"], "the folder cannot be made: Not a directory"),
     ],
 )
 def test_mistakes(arguments, message, capsys):
