@@ -39,7 +39,7 @@ class Sweep:
 
     def finish(self) -> tuple[Path, Outcome]:
         """Make one folder of all jobs. Returns it, and what it says."""
-        jobs = sorted(path.parent for path in self._folder.glob("*/summary.csv"))
+        jobs = sorted(path.parent for path in self._folder.glob("job-*/summary.csv"))
         configs = [OmegaConf.to_container(OmegaConf.load(job / "config.yaml")) for job in jobs]
         outcome = self._aggregate(jobs, configs)
 
@@ -52,7 +52,7 @@ class Sweep:
                     "jobs": {job.name: config for job, config in zip(jobs, configs, strict=True)},
                 },
             )
-            shutil.copytree(self._folder, partial / "jobs")
+            shutil.copytree(self._folder, partial / "jobs", ignore=shutil.ignore_patterns(".*"))
 
         with explained(self._home):
             target = publish(self._home, self._name, write)

@@ -57,7 +57,8 @@ class Recorder:
         self._home = runs_folder() / experiment
         self._job = job
         self._hash = identity(config)
-        self._unfinished = self._home / ".unfinished" / self._hash
+        # Cells of a job lie in its sweep's folder and go with it, whenever the job was killed.
+        self._unfinished = (self._home if job is None else job.parent) / ".unfinished" / self._hash
         with explained(self._home):
             self._unfinished.mkdir(parents=True, exist_ok=True)
             _probe(self._unfinished)

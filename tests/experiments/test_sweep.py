@@ -1,0 +1,42 @@
+"""What a sweep leaves behind, wherever it was killed."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvarena.experiments.sweep import Sweep
+from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.summary import COLUMNS
+
+SUMMARY = pd.DataFrame([dict.fromkeys(COLUMNS, "x")])
+TABLE = pd.DataFrame({"a": [1, 2]})
+
+
+def a_job(sweep_folder: Path, value: int) -> Recorder:
+    return Recorder("serving_latency", {"value": value}, sweep_folder / f"job-{value:012}")
+
+
+def finish(recorder: Recorder) -> None:
+    from matplotlib.figure import Figure
+
+    recorder.cell("batch-1", lambda: {"steps": TABLE})
+    recorder.finish(Outcome(SUMMARY, TABLE, TABLE, "x", Figure()))
+
+
+def test_a_job_killed_before_it_forgets_its_cells_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    monkeypatch.setenv("KVARENA_SWEEP", "")  # the sweep sets it: give it back at the end
+    sweep = Sweep("serving_latency", ["a=1,2"])
+    home = tmp_path / "serving_latency"
+    (folder,) = (home / ".unfinished").iterdir()
+    with monkeypatch.context() as killed:
+        killed.setattr("kvarena.harness.record.shutil.rmtree", lambda *_, **__: None)  # died between the two
+        finish(a_job(folder, 1))
+    (folder / ".job-2-written-half").mkdir()
+    (folder / ".job-2-written-half" / "summary.csv").touch()
+    finish(a_job(folder, 2))
+    monkeypatch.setattr("kvarena.experiments.sweep.Sweep._aggregate", lambda *_: Outcome(SUMMARY, TABLE, TABLE, "x"))
+    target, _ = sweep.finish()
+    assert sorted(path.name for path in (target / "jobs").iterdir()) == ["job-000000000001", "job-000000000002"]
+    assert not list((home / ".unfinished").iterdir())
