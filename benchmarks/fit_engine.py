@@ -20,7 +20,8 @@ from scipy import optimize
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.replay import Replayer, panel_of, workload_of
-from kvarena.experiments.serving_latency import normalized_latency_s, run_of_panel
+from kvarena.experiments.serving_latency import normalized_latency_s
+from kvarena.experiments.serving_panels import run_of_panel
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.run import Run
 

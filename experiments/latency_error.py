@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 
+from kvarena.experiments.latency_curve import LATENCY
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.summary import read_published
-
-LATENCY = "normalized_latency_vs_rate"
 
 
 def log_errors(points: pd.DataFrame, figure: str) -> pd.Series:

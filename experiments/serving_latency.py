@@ -1,65 +1,35 @@
-"""Normalized latency against request rate (PagedAttention Fig 12), six panels, and the highest rate that is sustained.
+"""Normalized latency against request rate (PagedAttention Fig 12), and the highest rate that is sustained.
 
-A panel names its model, device, trace and duration, and the rates of each system's curve. Where the published points
-are withheld there are none to replay: the curve is then drawn around the rate at which it crosses the limit.
+Where the published points are withheld there are none to replay: the curve is then drawn around the rate at which it
+crosses the limit.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvarena.errors import UserError
 from kvarena.experiments import plots
+from kvarena.experiments.latency_curve import CROSSING, LATENCY, LIMIT_S
 from kvarena.experiments.latency_error import log_errors, rms
-from kvarena.experiments.replay import Replayer, Served, columns, panel_of, trace_named, workload_of
+from kvarena.experiments.replay import Served, columns, panel_of, workload_of
+from kvarena.experiments.serving_panels import Curve, OutOfSample, Panel, chosen_panels, curves_of, run_of_panel
 from kvarena.harness.capacity import capacity
-from kvarena.harness.config import load, typed
 from kvarena.harness.metrics import latencies, summarize
-from kvarena.harness.model import load_preset
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.schemas import of
 from kvarena.harness.summary import SummaryRow, frame, read_published, row
-from kvarena.harness.systems import System
 
 NAME = "serving_latency"
-HEADLINE = "normalized_latency_vs_rate"
+HEADLINE = LATENCY
 AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpublished curve is drawn
-LIMIT_S = 0.5  # s/token: the usual reading of the paper's "similar latency"
 OUT_OF_SAMPLE = "out_of_sample"
-FITTED_TRACE = "sharegpt"  # of the panels to which engines were fitted
 FAMILIES = {"fastertransformer": "FasterTransformer", "orca": "Orca", "vllm": "vLLM"}  # by scheduler
-
-
-@dataclass
-class Panel:
-    """One panel of the figure."""
-
-    trace: str  # of conf/trace/
-    duration_s: float  # of the arrivals
-    model: str | None = None  # null: the run's
-    tp: int = 1  # devices that share the model: each holds its part of every token
-    device: str | None = None  # null: the run's
-    batch_size: int | None = None  # of FasterTransformer; null: its own default
-    fastertransformer_duration_s: float | None = None  # where it differs
-    rates: dict[str, list[float]] = field(default_factory=dict)  # requests/s by system; `others`: all not named
-    guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search for the crossing begins
-
-
-@dataclass
-class OutOfSample:
-    """Curves of some systems with an engine whose constants were fitted to the curves of others."""
-
-    figure: str
-    engine: str  # of conf/engine/
-    systems: list[str]
 
 
 @dataclass
@@ -77,8 +47,8 @@ class Params:
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every point of every panel."""
-    panels = _panels(run)
-    curves, points = list(_curves(run, panels)), list[pd.DataFrame]()
+    panels = chosen_panels(run)
+    curves, points = list(curves_of(run, panels)), list[pd.DataFrame]()
     with Progress(NAME, len(curves)) as progress:
         for curve in curves:
             progress.stage(curve.key)
@@ -92,64 +62,6 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         for figure, panel in panels.items()
     }
     return Outcome(summary, pd.DataFrame(), table, HEADLINE, draw(summary), {"workloads": provenance})
-
-
-def _panels(run: Run) -> dict[str, Panel]:
-    """The panels to run, by figure. Raises UserError for one that is not there."""
-    panels: dict[str, Panel] = run.params.panels
-    only: list[str] = run.params.only or list(panels)
-    for figure in only:
-        if figure not in panels:
-            raise UserError(f"params.only: no panel is called {figure!r}. There are: {', '.join(panels)}")
-    return {figure: panels[figure] for figure in panels if figure in only}
-
-
-class Curve(NamedTuple):
-    """One system in one panel."""
-
-    key: str  # of its cell
-    figure: str
-    run: Run  # with the panel's model, device and trace
-    replayer: Replayer  # of that run
-    system: System
-    panel: Panel
-    crossing: bool = False  # whether its rate at LIMIT_S is searched
-    out_of_sample: bool = False
-
-
-def _curves(run: Run, panels: dict[str, Panel]) -> Iterator[Curve]:
-    """Every panel's curves, then those out of sample: at the same rates, with another engine."""
-    for figure, panel in panels.items():
-        own = run_of_panel(run, panel)
-        replayer = Replayer(own)
-        for system in run.systems:
-            searched = system.name in run.params.crossing
-            yield Curve(f"{figure}-{system.name}", figure, own, replayer, _sized(system, panel), panel, searched)
-    for other in run.params.out_of_sample:
-        if other.figure in panels:
-            panel = panels[other.figure]
-            engine = typed(of("engine", other.engine), load("engine", other.engine), "engine")
-            own = replace(run_of_panel(run, panel), engine=engine)
-            for system in [s for s in run.systems if s.name in other.systems]:
-                key = f"{other.figure}-{system.name}-{engine.name}"
-                yield Curve(key, other.figure, own, Replayer(own), system, panel, out_of_sample=True)
-
-
-def run_of_panel(run: Run, panel: Panel) -> Run:
-    """The run with the panel's model, device and trace."""
-    if panel.model is not None:
-        run = replace(run, model=load_preset(panel.model, tp=panel.tp))
-    if panel.device is not None:
-        run = replace(run, device=typed(of("device", panel.device), load("device", panel.device), "device"))
-    trace, path = trace_named(run, panel.trace), run.params.paths.get(panel.trace)
-    return replace(run, trace=replace(trace, path=path or trace.path))
-
-
-def _sized(system: System, panel: Panel) -> System:
-    """FasterTransformer's batch is as large as memory allows: a number for each model and trace."""
-    if panel.batch_size is None or not hasattr(system.allocator, "batch_size"):
-        return system
-    return replace(system, allocator=replace(system.allocator, batch_size=panel.batch_size))
 
 
 def _points(curve: Curve) -> Frames:
@@ -212,9 +124,9 @@ def _summary(curves: list[Curve], points: list[pd.DataFrame]) -> Iterator[Summar
 
 def _common(curve: Curve) -> dict[str, str]:
     run, system = curve.run, curve.system
-    calibrated = system.published in run.engine.fitted_to and run.trace.name == FITTED_TRACE
-    evidence = "measured" if run.clock == "measured" else "calibrated" if calibrated else "predicted"
     panel = panel_of(run, curve.panel.trace)
+    modelled = run.engine.evidence(curve.figure, panel, system.published)
+    evidence = "measured" if run.clock == "measured" else modelled
     return {"experiment": NAME, "panel": panel, "evidence": evidence, **columns(run, system)}
 
 
@@ -222,7 +134,7 @@ def _rows(curve: Curve, point: pd.Series, common: dict[str, str]) -> Iterator[Su
     """A curve out of sample has its latency alone, under a name of its own beside the calibrated one."""
     published, ours = {"paper": "pagedattention", "figure": curve.figure}, {"paper": "kvarena", "figure": NAME}
     if point.kind == "crossing":
-        yield row(float(point.rate), quantity="rate_at_0.5_s_per_token", unit="req/s", **published, **common)
+        yield row(float(point.rate), quantity=CROSSING, unit="req/s", **published, **common)
         return
     latency, at = float(point.normalized_latency_s), {"x": point.rate, **common}
     if curve.out_of_sample:

@@ -32,13 +32,10 @@ class EngineConfig:
     flop_efficiency: float = 1.0  # share of the device's arithmetic
     cuda_graphs: bool = False  # measured on a GPU: steps that only decode are replayed as CUDA graphs
     fitted: dict[str, FittedStep] = field(default_factory=dict)  # "model" or "model/scheduler" -> constants
-    hosts: dict[int, HostTime] = field(
-        default_factory=dict
-    )  # tensor-parallel degree -> host work, in place of the above
-    calibrated_on: list[str] = field(default_factory=list)  # points of the fit: "figure/panel/system/x", * for any
+    hosts: dict[int, HostTime] = field(default_factory=dict)  # by tensor-parallel degree: in place of the above
+    calibrated_on: list[str] = field(default_factory=list)  # published points of the fit, as patterns (`evidence`)
     left_out: list[str] = field(default_factory=list)  # those of them that were not used
     attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies
-    fitted_to: list[str] = field(default_factory=list)  # published systems whose curves gave the constants
 
     def __post_init__(self) -> None:
         """Refuse efficiencies that no kernel has."""
@@ -71,7 +68,11 @@ class EngineConfig:
         return self.attention[kernel]
 
     def evidence(self, figure: str, panel: str, system: str, x: float | None = None) -> str:
-        """`calibrated` for the published points that the constants were fitted on, else `predicted`."""
+        """`calibrated` for the published points that the constants were fitted on, else `predicted`.
+
+        A point is "figure/panel/system/x", with nothing for x where it has none; in `calibrated_on` * stands for any
+        text and [abc] for one of these letters.
+        """
         point = "/".join((figure, panel, system, "" if x is None else f"{x:g}"))
         used = any(fnmatchcase(point, each) for each in self.calibrated_on)
         return "calibrated" if used and point not in self.left_out else "predicted"

@@ -14,6 +14,9 @@ import pytest
 from kvarena.errors import UserError
 from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.serving_latency import HEADLINE
+from kvarena.harness.config import load, typed
+from kvarena.harness.engine_config import EngineConfig
+from kvarena.harness.schemas import of
 
 
 def panel(*rates: float, duration_s: int = 30) -> str:
@@ -50,6 +53,20 @@ def test_an_engine_run_by_itself_is_predicted_where_it_was_not_fitted(summary_of
     summary = summary_of("serving_latency", *TINY, "engine=vllm2023_from_orca")
     own = summary[summary.quantity == HEADLINE].set_index("system")
     assert own.evidence.to_dict() == {"Orca(Oracle)": "calibrated", "vLLM": "predicted"}
+
+
+@pytest.mark.parametrize(
+    ("point", "evidence"),
+    [
+        (("fig12b", "OPT-66B ShareGPT", "Orca(Max)", 0.1), "calibrated"),
+        (("fig12c", "OPT-175B ShareGPT", "FasterTransformer"), "calibrated"),
+        (("fig12d", "OPT-13B Alpaca", "vLLM", 24.0), "predicted"),
+        (("fig12a", "OPT-13B ShareGPT", "vAttention/2MB", 1.0), "predicted"),
+    ],
+)
+def test_the_engine_was_fitted_to_the_papers_own_curves_of_sharegpt(point: tuple[str, str, str], evidence: str) -> None:
+    engine: EngineConfig = typed(of("engine", "vllm2023"), load("engine", "vllm2023"), "engine")
+    assert engine.evidence(*point) == evidence
 
 
 def test_the_nearer_of_two_published_points_counts() -> None:
