@@ -52,10 +52,6 @@ class SharedRows(VirtualRows):
         """Page-groups that a fork of a sequence of `length` tokens has for its own."""
         return self.page_groups_for(length) - self._page_groups(self.shareable(length))
 
-    def owners(self, group: int, slab: int) -> int:
-        """Rows that own a slab of a layer group."""
-        return self._slabs[group].owners(slab)
-
     def fork(self, parent: Row, seq_id: int, length: int, final: int, actions: list[Action]) -> Row:
         """Give a copy of the parent's first `length` tokens a row: what can be shared is mapped again, for the rest
         there is room.
@@ -103,45 +99,6 @@ class SharedRows(VirtualRows):
                 row.slabs[group].append(slab)
                 row.mapped += self.geometries[group].num_tensors
                 actions.append(Map(group, row.index, ordinal, slab))
-
-    def shares_past(self, row: Row, length: int) -> bool:
-        """Whether a live row shares more than its first `length` tokens, which fill whole page-groups."""
-        return any(self._shared_past(slabs, group, keep) for group, slabs, keep in self._cut_at(row, length))
-
-    def hand_over(self, old_id: int, new_id: int, length: int, final: int, actions: list[Action]) -> Row:
-        """Let another sequence live in a row, with the first `length` tokens of the one before.
-
-        What others own too lies below the length of each: past the new one, the row gives up its part in it.
-        """
-        row = self.live.pop(old_id)
-        for group, slabs, keep in self._cut_at(row, length):
-            if self._shared_past(slabs, group, keep):
-                self._give_up_past(keep, row, group, actions)
-        self.sums = self.sums.replaced(row.marks, NOTHING)
-        row.marks = NOTHING
-        self._settle_in(row, new_id, length, final)
-        self.extend(row, length, actions)
-        return row
-
-    def _cut_at(self, row: Row, length: int) -> list[tuple[int, list[int], int]]:
-        """By layer group: its number, the row's slabs, and how many of them lie wholly below a length."""
-        return [(group, row.slabs[group], keep) for group, keep in enumerate(self.shareable(length))]
-
-    def _shared_past(self, slabs: list[int], group: int, keep: int) -> bool:
-        return len(slabs) > keep and self._slabs[group].is_shared(slabs[keep])
-
-    def _give_up_past(self, keep: int, row: Row, group: int, actions: list[Action]) -> None:
-        """Unmap all but a live row's first slabs; those that are shared stay the others'."""
-        slabs, tensors = row.slabs[group], self.geometries[group].num_tensors
-        foreign = self._unshare(group, slabs[keep:])
-        self._count_aliases(-foreign * tensors)
-        while len(slabs) > keep:
-            slab = slabs.pop()
-            row.mapped -= tensors
-            actions.append(Unmap(group, row.index, len(slabs), slab))
-            if len(slabs) >= keep + foreign:
-                self._slabs[group].give(slab)
-                self.free += tensors
 
     def vacate(self, seq_id: int) -> Row:
         """Let the sequence's row go. If others own a part of it with it, the row is left to a fork or `clear_left`."""

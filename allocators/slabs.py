@@ -1,4 +1,8 @@
-"""Which slabs are free. A slab is one page-group in every tensor of a layer group."""
+"""Which slabs are free, and which nobody needs. A slab is one page-group in every tensor of a layer group.
+
+Each slab knows how many rows own it, and how many of these are at rest: kept for what they hold, when their sequence
+has gone (`resting_rows.py`). So what only the prefix cache holds is known without a search.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +18,8 @@ class SlabList:
         self._first_unused = 0  # slabs from here on were never taken
         self._returned: dict[int, None] = {}  # a set that remembers its order
         self._extra: dict[int, int] = {}  # slab -> rows that own it beyond the first, where there are any
+        self._resting: dict[int, int] = {}  # slab -> rows at rest that own it, where there are any
+        self.num_at_rest = 0  # slabs that only rows at rest own
 
     def __len__(self) -> int:
         return self.num_slabs - self._first_unused + len(self._returned)
@@ -39,31 +45,56 @@ class SlabList:
         self._returned[slab] = None
 
     def share(self, slab: int) -> None:
-        """Let one more row own a slab that somebody owns."""
+        """Let one more row, which is not at rest, own a slab that somebody owns."""
+        self.num_at_rest -= self.is_at_rest(slab)
         self._extra[slab] = self._extra.get(slab, 0) + 1
 
     def is_shared(self, slab: int) -> bool:
         """Whether several rows own it."""
         return slab in self._extra
 
-    def owners(self, slab: int) -> int:
-        """Rows that own a slab which is not free."""
-        return 1 + self._extra.get(slab, 0)
-
     def unshare(self, slab: int) -> None:
-        """Let one of several rows own it no more."""
+        """Let one of several rows, which is not at rest, own it no more."""
         self._extra[slab] -= 1
         if not self._extra[slab]:
             del self._extra[slab]
+        self.num_at_rest += self.is_at_rest(slab)
 
-    def check_integrity(self, owned: Iterable[int]) -> None:
-        """Check that `owned` are all the slabs that are not free, each as often as it is counted."""
+    def is_at_rest(self, slab: int) -> bool:
+        """Whether only rows at rest own it."""
+        return slab in self._resting and self._resting[slab] == 1 + self._extra.get(slab, 0)
+
+    def rest(self, slabs: Iterable[int]) -> None:
+        """Let one of the rows that own these go to rest."""
+        for slab in slabs:
+            self._resting[slab] = self._resting.get(slab, 0) + 1
+            self.num_at_rest += self.is_at_rest(slab)
+
+    def wake(self, slabs: Iterable[int]) -> None:
+        """Let one of the rows at rest that own these be so no more."""
+        for slab in slabs:
+            self.num_at_rest -= self.is_at_rest(slab)
+            self._resting[slab] -= 1
+            if not self._resting[slab]:
+                del self._resting[slab]
+
+    def check_integrity(self, owned: Iterable[int], resting: Iterable[int] = ()) -> None:
+        """Check that `owned` are all the slabs that are not free, each as often as it is counted.
+
+        `resting` are those of rows at rest, each as often as there is such a row.
+        """
         owners = Counter(owned)
         if sorted(owners) != sorted(self._taken()):
             raise IntegrityError(f"slabs in rows {sorted(owners)}, slabs not free {sorted(self._taken())}")
         extra = {slab: count - 1 for slab, count in owners.items() if count > 1}
         if extra != self._extra:
             raise IntegrityError(f"slabs in rows more than once: {self._extra} kept, {extra} recounted")
+        at_rest = Counter(resting)
+        if at_rest != self._resting:
+            raise IntegrityError(f"slabs in rows at rest: {self._resting} kept, {dict(at_rest)} recounted")
+        alone = sum(owners[slab] == count for slab, count in at_rest.items())
+        if alone != self.num_at_rest:
+            raise IntegrityError(f"slabs in rows at rest alone: {self.num_at_rest} kept, {alone} recounted")
 
     def _taken(self) -> Iterator[int]:
         return (slab for slab in range(self._first_unused) if slab not in self._returned)

@@ -20,8 +20,8 @@ from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import resident_bytes
 from kvarena.allocators.page_groups import checked_page_group, row_geometries
 from kvarena.allocators.policy import Action, Sequence
+from kvarena.allocators.resting_rows import RestingRows
 from kvarena.allocators.row_growth import Held, RowGrowth
-from kvarena.allocators.shared_rows import SharedRows
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention_cache import CachedRows
@@ -98,7 +98,7 @@ class VAttentionPolicy(CachedRows):
         )
 
         page_groups = self._page_groups_of_pool()
-        self._rows = SharedRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
+        self._rows = RestingRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
         self._watermark = int(watermark * page_groups)
         self._threshold = int(reclaim_threshold * page_groups)
         self._actions: list[Action] = []

@@ -37,7 +37,6 @@ class Row:
     slabs: list[list[int]]  # by layer group, in the order of positions
     mapped: int = 0  # page-groups, over all tensors
     seq_id: int | None = None
-    kept: bool = False  # at rest: its sequence has ended, and what it holds may be found (`vattention_cache.py`)
     admitted: int = 0  # serial number of the admission
     length: int = 0  # tokens
     final: int = 0  # tokens

@@ -28,7 +28,8 @@ class VirtualRows:
         self.total = self.free = page_groups
         self.max_tokens = max_tokens
         self.live: dict[int, Row] = {}  # by seq_id, in order of admission
-        self.sums = NOTHING  # over live rows; what several of them share, once
+        self.resting: dict[int, Row] = {}  # by id: in the sums as live rows, but nobody is in them (`resting_rows.py`)
+        self.sums = NOTHING  # over live rows and those at rest; what several of them share, once
         self.aliased = 0  # page-groups of live rows that others own too, beyond the first (`shared_rows.py`)
         self.slot: Row | None = None  # the idle row kept ready; has at least `_slot_slabs`
         self._slabs = [SlabList(page_groups // g.num_tensors) for g in geometries]
@@ -136,7 +137,7 @@ class VirtualRows:
 
         What others were mapped for their next iteration is not touched.
         """
-        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens and not row.kept]
+        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
         missing = [self.missing(row, row.length + 1) for row in full]
         wanted = sum(missing)
         if wanted > self.free and wanted > (left := self.obtainable(margin=1)):
@@ -234,16 +235,17 @@ class VirtualRows:
     def check_integrity(self) -> None:
         """Recount slabs, rows and sums. Raises IntegrityError with what differs."""
         for group, slabs in enumerate(self._slabs):
-            slabs.check_integrity(slab for row in self._rows for slab in self._owned(row, group))
+            owned = [slab for row in self._rows for slab in self._owned(row, group)]
+            slabs.check_integrity(owned, self._slabs_at_rest(group))
         mapped = [self._page_groups([len(slabs) for slabs in row.slabs]) for row in self._rows]
         expect("page-groups by row", [row.mapped for row in self._rows], mapped)
-        owned = sum(self._page_groups([len(self._owned(row, g)) for g in range(len(row.slabs))]) for row in self._rows)
-        expect("page-groups mapped + free, an alias once", owned - self.aliased + self.free, self.total)
+        owners = sum(self._page_groups([len(self._owned(row, g)) for g in range(len(row.slabs))]) for row in self._rows)
+        expect("page-groups mapped + free, an alias once", owners - self.aliased + self.free, self.total)
         expect("page-groups free are none or more", self.free >= 0, True)
         idle = sorted((row.mapped, row.index) for row in self._rows if row.seq_id is None and not self._is_left(row))
         expect("idle rows by page-groups", [(row.mapped, row.index) for row in self._idle], idle)
         needed = 0
-        for row in self.live.values():
+        for row in [*self.live.values(), *self.resting.values()]:
             needed += self.page_groups_for(row.length)
             fits = self.missing(row, row.length) == 0 and row.length <= row.capacity
             expect(f"row {row.index} holds its {row.length} tokens", fits, True)
@@ -254,6 +256,10 @@ class VirtualRows:
     def _owned(self, row: Row, group: int) -> list[int]:
         """Slabs that a row owns, alone or with others."""
         return row.slabs[group]
+
+    def _slabs_at_rest(self, group: int) -> list[int]:
+        """Slabs of a layer group that rows at rest are kept for, each as often as there is such a row."""
+        return []
 
     def _is_left(self, row: Row) -> bool:
         """Whether a row without a request may not be inherited."""
