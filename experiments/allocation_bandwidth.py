@@ -31,12 +31,11 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.decode_need import decode_need
 from kvarena.experiments.driver_calls import check_counts, page_groups_of, shared_columns
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "allocation_bandwidth"
 HEADLINE = "allocation_bandwidth"
@@ -150,8 +149,7 @@ def _supply(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Table 9, ours and the paper's; Fig 4, predicted and published."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[theirs.paper == "vattention"]
+    theirs = published_values("vattention")
     figure, axes = plots.canvas(1, 3, width=5)
     _bars(axes[0], ours, f"this run\n{ours.device.iloc[0]}, {ours.clock.iloc[0]}")
     _bars(axes[1], theirs[theirs.figure == "table9"], "published: vAttention Table 9, A100\n64KB to 256KB: own driver")

@@ -29,13 +29,12 @@ from kvarena.experiments import plots
 from kvarena.experiments.mapping import the_system
 from kvarena.experiments.overlap_cell import Way, measure, system_in
 from kvarena.experiments.overlap_replay import replayed
-from kvarena.harness.model import panel_name
-from kvarena.harness.paths import PUBLISHED
+from kvarena.experiments.replay import columns
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "allocation_overlap"
 HEADLINE = "decode_iteration_latency_p99"
@@ -171,13 +170,9 @@ def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
 
 
 def _columns(run: Run, way: Way) -> dict[str, Any]:
-    system = system_in(way, the_system(run))
-    return {
-        "experiment": NAME, "panel": panel_name(run.model) if run.imitates else run.model.name,
-        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
-        "model": run.model.name, "clock": run.clock, "device": run.device_name,
-        "evidence": "measured" if run.clock == "measured" else "conditional" if way is Way.IN_TURN else "predicted",
-    }  # fmt: skip
+    evidence = "measured" if run.clock == "measured" else "conditional" if way is Way.IN_TURN else "predicted"
+    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence}
+    return shared | columns(run, system_in(way, the_system(run)))
 
 
 def events(steps: pd.DataFrame) -> pd.DataFrame:
@@ -212,8 +207,7 @@ def draw(summary: pd.DataFrame) -> Figure:
         axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
         axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, limit))
         axis.set_title(f"{way}\n{rows.panel.iloc[0]}; {rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[theirs.figure == "fig12"]
+    theirs = published_values("vattention", figure="fig12")
     ours = summary[summary.figure == "fig12"]
     _tails(axes[-1], ours, theirs if set(ours.panel) & set(theirs.panel) else theirs.iloc[:0])
     figure.tight_layout()

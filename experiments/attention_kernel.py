@@ -20,12 +20,11 @@ from kvarena.experiments import plots
 from kvarena.experiments.attention_time import USUAL_BLOCK, Arrangement, WorkingSet, seconds_per_call
 from kvarena.experiments.block_sweep import block_axis, check_block_sizes
 from kvarena.harness.calibration import StreamingRead
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
@@ -205,8 +204,7 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 18a, ours above and the published one below; and what scattered blocks cost one and the same kernel."""
     ours = summary[summary.quantity == HEADLINE]
-    published = read_published(PUBLISHED)
-    published = published[(published.paper == "pagedattention") & (published.figure == "fig18a")]
+    published = published_values("pagedattention", figure="fig18a")
     where = f"{ours.model.iloc[0]}, {ours.clock.iloc[0]}, {ours.device.iloc[0]}"
     panels = list(ours.groupby("panel", sort=False))
     theirs = list(published.groupby("panel", sort=False))

@@ -16,11 +16,10 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, window
 from kvarena.experiments.replay import Replayer, columns, panel_of, trace_named, workload_of
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
@@ -119,8 +118,7 @@ def _rows(run: Run, system: System, load: Load, panel: str, means: pd.DataFrame)
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 13, ours beside the published bars; dots for the window without a drain."""
-    published = read_published(PUBLISHED)
-    theirs = published[(published.paper == "pagedattention") & (published.quantity == HEADLINE)]
+    theirs = published_values("pagedattention", quantity=HEADLINE)
     batches = summary[summary.quantity.str.partition(":")[0] == HEADLINE]
     panels = list(dict.fromkeys(batches.panel))
     figure, axes = plots.canvas(1, len(panels), width=6)

@@ -20,11 +20,10 @@ from kvarena.experiments import block_sweep as blocks
 from kvarena.experiments import plots
 from kvarena.experiments.replay import TITLES, Replayer, columns, trace_named, workload_of
 from kvarena.harness.engine_config import EngineConfig
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 
 NAME = "block_size"
@@ -128,8 +127,7 @@ def _rows(
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 18b, a panel per trace, and below it what the block size does to memory and to the batch."""
     panels = list(dict.fromkeys(summary.panel))
-    published = read_published(PUBLISHED)
-    published = published[(published.figure == "fig18b") & (published.paper == "pagedattention")]
+    published = published_values("pagedattention", figure="fig18b")
     figure, axes = plots.canvas(2, len(panels))
     for number, panel in enumerate(panels):
         rows = summary[summary.panel == panel]

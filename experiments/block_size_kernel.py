@@ -26,12 +26,11 @@ from kvarena.experiments.block_sweep import check_block_sizes
 from kvarena.experiments.drawn_blocks import DrawnBlocks
 from kvarena.experiments.driver_calls import check_counts
 from kvarena.harness.model import panel_name
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
@@ -171,8 +170,7 @@ def _columns(run: Run, kernel: str, tables: str, size: int) -> dict[str, Any]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Time over that of blocks of 16: one panel for each way the tables point, and the published one."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "fig3")]
+    theirs = published_values("vattention", figure="fig3")
     panels = list(ours.groupby("panel", sort=False))
     figure, axes = plots.canvas(1, len(panels) + 1, width=4)
     limit = 1.1 * max(2.0, ours.value.max())

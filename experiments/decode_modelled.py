@@ -20,7 +20,6 @@ from kvarena.experiments.replay import columns, pool_bytes_of
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.model import panel_name
 from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.request import Request, RequestState
@@ -28,7 +27,7 @@ from kvarena.harness.roofline import attention_key, make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step_model import PS_PER_S
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 
 NAME = "decode_throughput"
@@ -136,8 +135,7 @@ def _rows(run: Run, table: pd.DataFrame, context: int) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 8: a panel per model, lines modelled, dots published."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "fig8")]
+    theirs = published_values("vattention", figure="fig8")
     panels = list(dict.fromkeys(ours.panel))
     figure, axes = plots.canvas(1, len(panels), width=5)
     for axis, panel in zip(axes, panels, strict=True):

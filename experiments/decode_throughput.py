@@ -20,15 +20,15 @@ from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments import decode_modelled, plots
 from kvarena.experiments.decode_cell import measure_cell
+from kvarena.experiments.replay import columns
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.model import panel_name
 from kvarena.harness.model.build import build_model
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.trace import Trace, load_trace
 
 NAME = "decode_throughput"
@@ -138,10 +138,8 @@ def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Sum
         )
         for paper, figure, quantity, value, unit, evidence in _quantities(run, here, cell.iloc[0]):
             yield row(
-                    value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind),
-                    system=run.shown_as(system), allocator=system.allocator.name, kernel=system.kernel.name,
-                    model=run.model.name,
-                    quantity=quantity, x=batch, unit=unit, clock=run.clock, device=run.device_name, evidence=evidence,
+                    value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind), quantity=quantity,
+                    x=batch, unit=unit, evidence=evidence, **columns(run, system),
                 )  # fmt: skip
 
 
@@ -198,8 +196,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     """Ours, the bandwidth behind it and the memory under it; below, the paper's Fig 8."""
     if set(summary.clock) == {"modelled"}:
         return decode_modelled.draw(summary)
-    published = read_published(PUBLISHED)
-    theirs = published[(published.paper == "vattention") & (published.figure == "fig8")]
+    theirs = published_values("vattention", figure="fig8")
     ours = summary[summary.quantity == HEADLINE]
     device = f"{ours.device.iloc[0]}, {ours.clock.iloc[0]}"
     columns = 1 + max(ours["panel"].nunique(), theirs["panel"].nunique())

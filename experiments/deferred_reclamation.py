@@ -29,15 +29,14 @@ from kvarena.allocators.static import StaticConfig
 from kvarena.experiments import plots
 from kvarena.experiments.driver_calls import check_counts
 from kvarena.experiments.mapping import on_gpus, the_system
-from kvarena.experiments.replay import Replayer
-from kvarena.harness.model import load_preset, panel_name
-from kvarena.harness.paths import PUBLISHED
+from kvarena.experiments.replay import Replayer, columns
+from kvarena.harness.model import load_preset
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.step_model import PS_PER_S
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
@@ -182,20 +181,15 @@ def _estimate(samples: pd.Series) -> Estimate | float:
 
 
 def _columns(run: Run, way: Way) -> dict[str, Any]:
-    system = system_in(way, the_system(run))
-    return {
-        "experiment": NAME, "panel": panel_name(run.model) if run.imitates else run.model.name,
-        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
-        "model": run.model.name, "clock": run.clock, "device": run.device_name,
-        "evidence": "measured" if run.clock == "measured" else "predicted",
-    }  # fmt: skip
+    evidence = "measured" if run.clock == "measured" else "predicted"
+    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence}
+    return shared | columns(run, system_in(way, the_system(run)))
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """What mapping adds to a prefill, one panel for each model; diamonds are what the published times say."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "fig13")]
+    theirs = published_values("vattention", figure="fig13")
     panels = list(ours.groupby("panel", sort=False))
     figure, axes = plots.canvas(1, len(panels), width=5)
     for axis, (panel, rows) in zip(axes, panels, strict=True):

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 
 from kvarena.experiments.latency_curve import LATENCY
-from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.summary import read_published
+from kvarena.harness.summary import published_values
 
 
 def log_errors(points: pd.DataFrame, figure: str) -> pd.Series:
@@ -13,8 +12,8 @@ def log_errors(points: pd.DataFrame, figure: str) -> pd.Series:
 
     Where the paper draws two points at one rate (vLLM at 1.5 in Fig 12a), the nearer counts.
     """
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.figure == figure) & theirs.quantity.str.startswith(LATENCY)]
+    theirs = published_values("pagedattention", figure=figure)
+    theirs = theirs[theirs.quantity.str.startswith(LATENCY)]
     both = (
         points[["panel", "system", "x", "value"]]
         .reset_index()

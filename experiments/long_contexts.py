@@ -7,7 +7,6 @@ from typing import Any
 from kvarena.experiments.published_models import runs_by_model
 from kvarena.experiments.replay import columns
 from kvarena.harness.kv_pool import kv_pool_bytes
-from kvarena.harness.model import panel_name
 from kvarena.harness.run import Run
 from kvarena.harness.systems import System
 
@@ -28,9 +27,8 @@ def _with_pool(run: Run) -> Run:
 
 def by_system(run: Run, experiment: str) -> Iterator[tuple[System, dict[str, Any]]]:
     """Every system of the run, with what its summary rows share."""
-    panel = panel_name(run.model) if run.imitates else run.model.name
     for system in run.systems:
-        yield system, {"experiment": experiment, "panel": panel, **columns(run, system)}
+        yield system, {"experiment": experiment, "panel": run.shown_model, **columns(run, system)}
 
 
 def evidence(run: Run, figure: str, shared: dict[str, Any]) -> str:

@@ -23,10 +23,9 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.kv_pool import GIB, kv_pool_bytes
 from kvarena.harness.model import load_preset, panel_name
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, beside_published, frame, read_published
+from kvarena.harness.summary import SummaryRow, beside_published, frame, published_values
 from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
@@ -146,8 +145,7 @@ def draw(summary: pd.DataFrame) -> Figure:
 
     Of a measured run there are the middle two.
     """
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[theirs.paper == "pagedattention"]
+    theirs = published_values("pagedattention")
     by_batch = (("memory_vs_batch", "memory, GB"), ("throughput_vs_batch", "tokens/s"))
     modelled = "table1" in set(summary.figure)
     figure, axes = plots.canvas(1, 4 if modelled else 2, width=5)

@@ -16,11 +16,10 @@ from kvarena.allocators.usage import LEAVES, paper_rollup, paper_vllm_rollup, st
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, leaves, shares, usage_of, window
 from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
@@ -140,8 +139,7 @@ KINDS = {
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 2, ours beside the published bars, and the nine leaves of every system."""
     ours = summary[(summary.figure == "fig2") & (summary.paper == "pagedattention")]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.paper == "pagedattention") & (theirs.figure == "fig2")]
+    theirs = published_values("pagedattention", figure="fig2")
     device = f"{summary.panel.iloc[0]}; {summary.clock.iloc[0]}, {summary.device.iloc[0]}"
     figure, (left, right) = plots.canvas(1, 2, width=7.5, height=4.6)
     _fig2(left, ours, theirs)

@@ -19,11 +19,10 @@ from kvarena.experiments.averages import Average, averages
 from kvarena.experiments.long_contexts import CONDITION, by_system, evidence, runs_of_long_contexts
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.metrics import makespan_s
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "offline_throughput"
 HEADLINE = "offline_throughput"
@@ -107,8 +106,7 @@ def _evidence(run: Run, figure: str, shared: dict[str, Any]) -> str:
 def draw(summary: pd.DataFrame) -> Figure:
     """Bars by system, a panel per model; the published ones beside them."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.quantity == HEADLINE) & (theirs.figure == ours.figure.iloc[0])]
+    theirs = published_values("vattention", quantity=HEADLINE, figure=ours.figure.iloc[0])
     panels = list(dict.fromkeys(ours.panel))
     figure, axes = plots.canvas(1, len(panels), width=4.2)
     for axis, panel in zip(axes, panels, strict=True):

@@ -22,11 +22,10 @@ from kvarena.experiments import plots
 from kvarena.experiments.long_contexts import CONDITION, by_system, evidence, runs_of_long_contexts
 from kvarena.experiments.replay import Replayer, Served, workload_of
 from kvarena.harness.metrics import latencies, summarize
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.workload import Workload
 
 NAME = "online_latency"
@@ -143,8 +142,7 @@ def _point(run: Run, point: dict[Any, Any], shared: dict[str, Any]) -> Iterator[
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Above, request latency at the paper's rates, ours over published; below, P99 of TTFT and TBT under capacity."""
-    published = read_published(PUBLISHED)
-    published = published[(published.paper == "vattention") & (published.figure == "fig10")]
+    published = published_values("vattention", figure="fig10")
     panels = list(dict.fromkeys(summary.panel))
     rated = summary[summary.quantity.str.startswith("request_latency_") & summary.quantity.str.contains("_vs_qps")]
     figure, axes = plots.canvas(2 if len(rated) else 1, len(panels), width=5)

@@ -8,7 +8,6 @@ the largest batch is counted. The paper does not say how long the trace was, or 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,13 +19,12 @@ from kvarena.experiments.driver_calls import check_counts, page_groups_of
 from kvarena.experiments.page_group_batch import Variant
 from kvarena.experiments.page_group_kernels import Point
 from kvarena.experiments.page_group_tables import token_rows
-from kvarena.harness.model import panel_name
-from kvarena.harness.paths import PUBLISHED
+from kvarena.experiments.replay import columns
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, kernel_spec, missing
 
@@ -117,15 +115,11 @@ def _check(run: Run) -> None:
 
 def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
     """The largest batch, and, seed by seed, over that of the first unit listed."""
-    system = variant.system
-    columns: dict[str, Any] = {
-        "experiment": NAME, "panel": panel_name(run.model) if run.imitates else run.model.name,
-        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
-        "model": run.model.name, "clock": run.clock, "device": run.device_name, "unit": "requests",
-        "evidence": "measured" if run.clock == "measured" else "conditional",
-    }  # fmt: skip
-    yield row(median_interval(points.max_batch), paper="vattention", figure="fig15", quantity=HEADLINE, **columns)
-    ours = {**columns, "paper": "kvarena", "figure": NAME}
+    evidence = "measured" if run.clock == "measured" else "conditional"
+    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence, "unit": "requests"}
+    shared |= columns(run, variant.system)
+    yield row(median_interval(points.max_batch), paper="vattention", figure="fig15", quantity=HEADLINE, **shared)
+    ours = {**shared, "paper": "kvarena", "figure": NAME}
     yield row(median_interval(points.mean_batch), quantity="mean_batch_while_waiting_vs_page_group", **ours)
     yield row(median_interval(points.max_batch / first.max_batch), quantity=f"max_batch_over_{first.unit.iloc[0]}",
               **{**ours, "unit": "ratio"})  # fmt: skip
@@ -142,7 +136,7 @@ def _kernel_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
         suffix = "" if point.phase == "prefill" else f" {point.context}"
         yield row(
             median_interval(seconds[small] / seconds[large]), experiment=NAME, paper="vattention", figure="fig14",
-            panel=panel_name(run.model) if run.imitates else run.model.name, x=point.x, unit="ratio",
+            panel=run.shown_model, x=point.x, unit="ratio",
             system=f"{kernel} {point.phase}{suffix}", allocator="vattention", kernel=str(kernel),
             model=run.model.name, quantity=f"kernel_time_{names}_vs_{axis}", clock=run.clock, device=run.device_name,
             evidence="measured",
@@ -158,8 +152,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     for axis, (panel, rows) in zip(axes, panels, strict=False):
         _bars(axis, rows, f"{panel}\n{rows.clock.iloc[0]}, {rows.device.iloc[0]}")
     if len(kernels):
-        theirs = read_published(PUBLISHED)
-        theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "fig14")]
+        theirs = published_values("vattention", figure="fig14")
         for axis, phase in zip(axes[len(panels) :], ("context", "batch"), strict=True):
             ours, published = (table[table.quantity.str.endswith(phase)] for table in (kernels, theirs))
             _kernel_lines(axis, ours, published, phase)

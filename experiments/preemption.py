@@ -18,11 +18,10 @@ from kvarena.experiments import plots
 from kvarena.experiments import preemption_cost as cost
 from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
 from kvarena.harness.model.build import build_model
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, beside_published, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, beside_published, frame, published_values, row
 from kvarena.harness.systems import System
 
 NAME = "preemption"
@@ -172,9 +171,8 @@ def _replay_rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
 
 def _log_errors(summary: pd.DataFrame) -> dict[str, float]:
     """RMS of log(ours / published) by curve of Fig 19a; empty where nothing is published of this panel."""
-    pairs = beside_published(summary[summary.quantity == HEADLINE], read_published(PUBLISHED)).dropna(
-        subset="published"
-    )
+    pairs = beside_published(summary[summary.quantity == HEADLINE], published_values("pagedattention"))
+    pairs = pairs.dropna(subset="published")
     return {
         str(name): float(np.sqrt((np.log(rows.value / rows.published) ** 2).mean()))
         for name, rows in pairs.groupby("system")
@@ -186,8 +184,7 @@ COLOURS = {"recompute": "#D55E00", "swap in+out": "#0072B2", "swap in": "#56B4E9
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 19: left what one preemption costs, right what it does to the trace."""
-    published = read_published(PUBLISHED)
-    published = published[published.paper == "pagedattention"]
+    published = published_values("pagedattention")
     figure, (left, right) = plots.canvas(1, 2, width=5.6, height=4.0)
     cost = summary[summary.quantity == HEADLINE]
     _cost_axis(left, cost, published[(published.figure == "fig19a") & published.panel.isin(cost.panel)])

@@ -22,13 +22,11 @@ from kvarena.experiments.driver_calls import check_counts
 from kvarena.experiments.prefill_cell import measured_cell, modelled_cell, shown
 from kvarena.experiments.published_models import runs_by_model
 from kvarena.experiments.replay import columns
-from kvarena.harness.model import panel_name
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "prefill_throughput"
 HEADLINE = "prefill_throughput_vs_context"
@@ -72,7 +70,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 
 
 def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    panel = panel_name(run.model) if run.imitates else run.model.name
+    panel = run.shown_model
     for system in run.systems:
         for tokens, mine in shown(samples, system.name):
             shared = {"experiment": NAME, "panel": panel, "x": tokens, **columns(run, system)}
@@ -104,7 +102,7 @@ def _ratios(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     """Attention time of one system over another's, round by round: Fig 2's pairs, or those that share a kernel."""
     by_name = {run.shown_as(system): system for system in run.systems}
     imitated = run.imitates and set(FIG2["FA2_Paged / FA2"]) <= set(by_name)
-    panel = panel_name(run.model) if run.imitates else run.model.name
+    panel = run.shown_model
     for line, (over, under) in (FIG2 if imitated else _same_kernel(run)).items():
         if not {over, under} <= set(by_name):
             continue
@@ -132,8 +130,7 @@ def _same_kernel(run: Run) -> dict[str, tuple[str, str]]:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Throughput by prompt length, a panel per model, and attention of one layout over another's; dots published."""
-    published = read_published(PUBLISHED)
-    published = published[published.paper == "vattention"]
+    published = published_values("vattention")
     ours, ratios = summary[summary.quantity == HEADLINE], summary[summary.quantity == RATIO]
     panels = list(dict.fromkeys(ours.panel))
     figure, axes = plots.canvas(1, len(panels) + 1, width=5)

@@ -26,7 +26,6 @@ from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine import Engine
 from kvarena.harness.kv_pool import kv_pool_bytes
-from kvarena.harness.model import panel_name
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
@@ -192,5 +191,4 @@ TITLES = {"sharegpt": "ShareGPT", "alpaca": "Alpaca"}  # traces as PagedAttentio
 
 def panel_of(run: Run, trace: str) -> str:
     """`<model> <trace>`: the published panel where the run imitates that model, else with the model that ran."""
-    model = panel_name(run.model) if run.imitates else run.model.name
-    return f"{model} {TITLES.get(trace, trace)}"
+    return f"{run.shown_model} {TITLES.get(trace, trace)}"

@@ -19,11 +19,10 @@ from kvarena.experiments.replay import Served, columns, panel_of, workload_of
 from kvarena.experiments.serving_panels import Curve, OutOfSample, Panel, chosen_panels, curves_of, run_of_panel
 from kvarena.harness.capacity import capacity
 from kvarena.harness.metrics import latencies, summarize
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "serving_latency"
 HEADLINE = LATENCY
@@ -171,8 +170,7 @@ COLOURS = {  # by allocator; vAttention's systems are told apart by their dashes
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 12: a panel per figure, our curves as lines, the published points as circles."""
     ours = summary[summary.quantity == HEADLINE]
-    published = read_published(PUBLISHED)
-    published = published[(published.paper == "pagedattention") & (published.quantity == HEADLINE)]
+    published = published_values("pagedattention", quantity=HEADLINE)
     others = summary[summary.quantity == f"{HEADLINE}:{OUT_OF_SAMPLE}"]
     figures = list(dict.fromkeys(ours.figure))
     columns, curves = min(3, len(figures)), ours.system.nunique()

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.replay import TITLES, trace_named
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record import Outcome, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.trace import load_trace
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.length_table import length_table
@@ -100,7 +99,7 @@ def _histogram(params: Params, name: str, system: str, lengths: Ints) -> Iterato
 
 def _as_published(lefts: NDArray[np.float64], name: str, system: str) -> list[float]:
     """Left edges to a thousandth of a token; those read out of the figure are taken as read, so that rows join."""
-    rows = _published()
+    rows = published_values("pagedattention", figure="fig11")
     read = rows[(rows.panel == TITLES.get(name)) & (rows.system == system) & (rows.quantity == COUNTS)]["x"].to_numpy()
     edges = []
     for left in lefts.tolist():
@@ -109,14 +108,9 @@ def _as_published(lefts: NDArray[np.float64], name: str, system: str) -> list[fl
     return edges
 
 
-def _published() -> pd.DataFrame:
-    table = read_published(PUBLISHED)
-    return table[(table.paper == "pagedattention") & (table.figure == "fig11")]
-
-
 def draw(summary: pd.DataFrame) -> Figure:
     """Densities as Fig 11 draws them, and the published counts where there are any."""
-    theirs = _published()
+    theirs = published_values("pagedattention", figure="fig11")
     panels = list(dict.fromkeys(summary.panel))
     figure, axes = plots.canvas(1, len(panels), width=6)
     for axis, panel in zip(axes, panels, strict=True):

@@ -18,12 +18,11 @@ from matplotlib.figure import Figure
 from kvarena.allocators.sizes import format_bytes
 from kvarena.experiments import driver_samples, plots
 from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, check_counts, page_groups_of, shared_columns
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "vmm_api_latency"
 HEADLINE = "api_latency"
@@ -108,8 +107,7 @@ def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Table 3 as bars, ours and the paper's, and the three sweeps."""
     device = f"{summary.device.iloc[0]}, {summary.clock.iloc[0]}"
-    theirs = read_published(PUBLISHED)
-    theirs = theirs[(theirs.paper == "vattention") & (theirs.figure == "table3")]
+    theirs = published_values("vattention", figure="table3")
     figure, axes = plots.canvas(2, 3)
     for axis, quantity, title in (
         (axes[0], HEADLINE, "this run"),

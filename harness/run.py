@@ -48,6 +48,11 @@ class Run:
         """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
         return system.published if self.imitates and system.published else system.label_with(self.kernel_of(system))
 
+    @property
+    def shown_model(self) -> str:
+        """The model as published figures name it where the run imitates one, else by its own name."""
+        return panel_name(self.model) if self.imitates else self.model.name
+
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
         return str(self.engine.name if self.clock == "modelled" else system.kernel.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.statistics import Estimate
 
 EVIDENCE = ("exact", "measured", "predicted", "calibrated", "conditional")
@@ -78,6 +79,15 @@ def read_published(folder: Path) -> pd.DataFrame:
     table = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("*_figures.csv"))], ignore_index=True)
     table["x"] = pd.to_numeric(table["x"], errors="coerce").map(lambda x: float(f"{x:.6g}"))  # as `row` rounds ours
     return table
+
+
+def published_values(paper: str, **chosen: str) -> pd.DataFrame:
+    """What a paper published, as `read_published` gives it; `figure="fig8"` keeps the rows of that figure."""
+    table = read_published(PUBLISHED)
+    kept = table.paper == paper
+    for column, value in chosen.items():
+        kept &= table[column] == value
+    return table[kept]
 
 
 def beside_published(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
