@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from two_clocks import Keeper, Scripted, noted_decisions
 
 from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.registry import config_class, make_policy
@@ -19,13 +20,9 @@ from kvarena.harness.engine import Engine
 from kvarena.harness.group import Group
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
-from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.step import StepTime
-from kvarena.harness.step_model import StepModel
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.registry import get_kernel
 
 CONFIG = typed(ModelConfig, load("model", "tiny-llama"), "model")
@@ -65,36 +62,6 @@ def model():
     return build_model(CONFIG, "cpu")
 
 
-class Keeper(TorchExecutor):
-    """Keeps what finished sequences said, and who lived on."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.finished, self.lived_on = {}, []
-
-    def finish(self, request):
-        self.finished[request.seq_id] = self.known(request)[request.prompt_tokens :]
-        super().finish(request)
-
-    def survivors(self, group):
-        self.lived_on.append(super().survivors(group))
-        return self.lived_on[-1]
-
-
-class Scripted(ModelledExecutor):
-    """Takes, step by step, the times it is told, and lets those live on."""
-
-    def __init__(self, durations_ps, survivors):
-        super().__init__(StepModel(False, 1, 0, 0, 0, 0))
-        self._durations_ps, self._survivors = iter(durations_ps), iter(survivors)
-
-    def execute(self, plan):
-        return StepTime(next(self._durations_ps))
-
-    def survivors(self, group):
-        return next(self._survivors)
-
-
 def requests_of(load, gap_ps):
     requests = []
     for i, (prompt, output, decoding) in enumerate(load):
@@ -112,21 +79,7 @@ def serve(system, executor_of, gap_ps=10**9, layout=LAYOUT, only=None):
     config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
     policy = make_policy(config, layout, tokens * layout.token_bytes, MAX_TOKENS)
     scheduler = make_scheduler(scheduler_class(name)(name=name, **limits), policy, MAX_TOKENS)
-    decisions, schedule, rank = [], scheduler.schedule, scheduler.rank
-
-    def noted(now_ps):
-        plan = schedule(now_ps)
-        policy.check_integrity()
-        ids = [[r.seq_id for r in part] for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in)]
-        chunks = [(chunk.request.seq_id, chunk.start, chunk.tokens) for chunk in plan.prefills]
-        decisions.append((*ids, chunks, plan.actions, plan.ahead))
-        return plan
-
-    def checked(survivors):
-        rank(survivors)
-        policy.check_integrity()
-
-    scheduler.schedule, scheduler.rank = noted, checked
+    decisions = noted_decisions(scheduler)
     executor = executor_of(policy)
     requests = [r for r in requests_of(LOAD, gap_ps) if only in (None, r.request_id)]
     done = Engine(scheduler, executor, jump=False).run(requests)

@@ -1,11 +1,10 @@
 """How schedulers treat the sequences of one request: all of them, or none. Batches small enough to follow by hand."""
 
 import pytest
+from by_hand import BLOCK_BYTES, LAYOUT, make, paged
 
 from kvarena.allocators.actions import CopyBlock, SwapIn, SwapOut
-from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.orca import OrcaPolicy
-from kvarena.allocators.paged import PagedPolicy
 from kvarena.errors import UserError
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.engine import Engine
@@ -13,26 +12,7 @@ from kvarena.harness.group import Group, catch_up
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request, RequestState
-from kvarena.harness.scheduler.registry import config_class, make_scheduler
 from kvarena.harness.step_model import StepModel
-
-LAYOUT = attention_layout(1, 1, 8)
-BLOCK_BYTES = 4 * LAYOUT.token_bytes
-
-
-def paged(blocks, watermark=0.0, swap_blocks=0):
-    return PagedPolicy(
-        LAYOUT,
-        blocks * BLOCK_BYTES,
-        max_tokens=64,
-        block_size=4,
-        watermark=watermark,
-        swap_bytes=swap_blocks * BLOCK_BYTES,
-    )
-
-
-def make(name, policy, **options):
-    return make_scheduler(config_class(name)(name=name, **options), policy, max_tokens=64)
 
 
 def gangs_of(*shapes, prefix=None):

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from by_hand import LAYOUT, make, paged
 
-from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
 from kvarena.allocators.policy import SwapIn, SwapOut
 from kvarena.allocators.registry import config_class as allocator_config
 from kvarena.allocators.registry import make_policy
@@ -13,24 +12,6 @@ from kvarena.errors import UserError
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.registry import SCHEDULERS, config_class, make_scheduler
-
-LAYOUT = attention_layout(1, 1, 8)
-BLOCK_BYTES = 4 * LAYOUT.token_bytes
-
-
-def paged(blocks, watermark=0.0, swap_blocks=0):
-    return PagedPolicy(
-        LAYOUT,
-        blocks * BLOCK_BYTES,
-        max_tokens=64,
-        block_size=4,
-        watermark=watermark,
-        swap_bytes=swap_blocks * BLOCK_BYTES,
-    )
-
-
-def make(name, policy, **options):
-    return make_scheduler(config_class(name)(name=name, **options), policy, max_tokens=64)
 
 
 def submit(scheduler, *lengths):

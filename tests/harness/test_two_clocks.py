@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from two_clocks import Keeper, Scripted, noted_decisions
 
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
@@ -11,13 +12,10 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.engine import Engine
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
-from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step import Executor, StepTime
-from kvarena.harness.step_model import StepModel
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.registry import get_kernel
 
 CONFIG = typed(ModelConfig, load("model", "tiny-llama"), "model")
@@ -41,42 +39,13 @@ def model():
     return build_model(CONFIG, "cpu")
 
 
-class Keeper(TorchExecutor):
-    """Keeps the tokens of finished requests."""
-
-    def finish(self, request):
-        self.finished = getattr(self, "finished", {})
-        self.finished[request.seq_id] = self.known(request)[request.prompt_tokens :]
-        super().finish(request)
-
-
-class Scripted(ModelledExecutor):
-    """Takes, step by step, the times it is told."""
-
-    def __init__(self, durations_ps):
-        super().__init__(StepModel(False, 1, 0, 0, 0, 0))
-        self._durations_ps = iter(durations_ps)
-
-    def execute(self, plan):
-        return StepTime(next(self._durations_ps))
-
-
 def serve(system, executor_of, gap_ps=10**9):
     """Serve LENGTHS, one every millisecond by default. Returns the replay, its decisions and the executor."""
     allocator, options, name, limits, tokens = SYSTEMS[system]
     config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
     policy = make_policy(config, LAYOUT, tokens * LAYOUT.token_bytes, MAX_TOKENS)
     scheduler = make_scheduler(scheduler_class(name)(name=name, **limits), policy, MAX_TOKENS)
-    decisions, schedule = [], scheduler.schedule
-
-    def noted(now_ps):
-        plan = schedule(now_ps)
-        ids = [[r.seq_id for r in part] for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in)]
-        chunks = [(chunk.request.seq_id, chunk.start, chunk.tokens) for chunk in plan.prefills]
-        decisions.append((*ids, chunks, plan.actions, plan.ahead))
-        return plan
-
-    scheduler.schedule = noted
+    decisions = noted_decisions(scheduler)
     executor = executor_of(policy)
     requests = [Request(i, p, n, arrival_ps=i * gap_ps) for i, (p, n) in enumerate(LENGTHS)]
     return Engine(scheduler, executor, jump=False).run(requests), decisions, executor
