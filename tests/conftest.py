@@ -4,12 +4,16 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from packaging.version import Version
 
 from kvarena.harness.paths import ROOT
 from kvarena.kernels.threads import set_compute_threads
@@ -27,6 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch sees none here"))
+
+
+@pytest.fixture
+def interpreted() -> Callable[[Path], None]:
+    """Runs a file of tests in Triton's interpreter: in a process of its own, for Triton chooses when it is imported."""
+    triton = pytest.importorskip("triton")
+    if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton before 3.7 needs numpy before 2.4")
+
+    def run(script: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

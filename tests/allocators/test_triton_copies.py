@@ -1,33 +1,17 @@
 """The kernel that copies on a GPU: interpreted, and compiled for GPUs that are not here."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
 copies = pytest.importorskip("kvarena.allocators.triton_copies")
 
-TOO_OLD = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
 
-
-@pytest.mark.skipif(TOO_OLD, reason="the interpreter of Triton before 3.7 needs numpy before 2.4")
-def test_the_interpreted_kernel_is_right():
-    script = Path(__file__).with_name("interpreted_copies.py")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_interpreted_kernel_is_right(interpreted):
+    interpreted(Path(__file__).with_name("interpreted_copies.py"))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
