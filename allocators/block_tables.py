@@ -13,6 +13,7 @@ Slots are counted as they are filled, so that asking where all of them are costs
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.policy import CopyBlock, IntegrityError, NotResidentError
@@ -27,6 +28,15 @@ class Resident:
     length: int
     table: list[int]
     rounding: int = 0  # slots of the last block past both length and final; 0 where others share it
+
+
+class Slots(NamedTuple):
+    """Every slot of the pool; or their sums over steps."""
+
+    live: int  # filled, those of shared blocks once
+    reserved: int  # empty, but to be written
+    rounding: int  # empty and past the end
+    free: int  # in free blocks
 
 
 class BlockTables:
@@ -149,16 +159,14 @@ class BlockTables:
         """Whether any sequence must copy its last block before it writes."""
         return bool(self._sharers)
 
-    def slots(self) -> tuple[int, int, int, int]:
-        """Slots of the pool: live, empty but to be written, empty and past the end, in free blocks.
-
-        Slots of shared blocks count once; empty ones are to be written if any of their sequences reaches them.
-        """
+    def slots(self) -> Slots:
+        """All slots of the pool; empty ones of a shared block are to be written if any of its holders reaches them."""
         rounding = self._rounding + (self._rounding_of_sharers() if self._sharers else 0)
         free = self.pool.free_units * self.block_size
-        return self._live, self.pool.num_units * self.block_size - free - self._live - rounding, rounding, free
+        reserved = self.pool.num_units * self.block_size - free - self._live - rounding
+        return Slots(self._live, reserved, rounding, free)
 
-    def stretch(self, seq_ids: Seq[int], steps: int) -> tuple[int, int, int, int]:
+    def stretch(self, seq_ids: Seq[int], steps: int) -> Slots:
         """Grow every sequence by one token, `steps` times over; the sum of `slots()` over these steps.
 
         There are no forks, there are blocks enough, and nobody passes its final length.
@@ -183,7 +191,7 @@ class BlockTables:
         live = steps * self._live + len(seq_ids) * (steps * (steps + 1) // 2)
         self._live += len(seq_ids) * steps
         total = self.pool.num_units * block_size * steps
-        return live, held * block_size - live - rounding, rounding, total - held * block_size
+        return Slots(live, held * block_size - live - rounding, rounding, total - held * block_size)
 
     def _must_copy(self, resident: Resident) -> bool:
         """Whether the next token would be written into a block that others read."""

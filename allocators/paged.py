@@ -9,10 +9,11 @@ them, they would need block tables of their own.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import add
 
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.block_size import checked_block_size
-from kvarena.allocators.block_tables import BlockTables
+from kvarena.allocators.block_tables import BlockTables, Slots
 from kvarena.allocators.cpu_blocks import CpuBlocks
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.paged_groups import BlockGroups
@@ -148,7 +149,7 @@ class PagedPolicy(BlockGroups):
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """Steps, `limit` at most, that leave as many blocks free as vLLM asks for before an append."""
         spare = self._pool.free_units - margin
-        if self._tables.any_forked or self._cache:
+        if self._tables.any_forked:
             return super().quiet_steps(seq_ids, limit) if spare >= 0 else 0
         if len(seq_ids) * self.blocks_for(limit) <= spare:
             return limit  # even if each took its first block at once
@@ -158,19 +159,30 @@ class PagedPolicy(BlockGroups):
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens, new blocks included; the sum of `usage()` over these steps."""
-        if self._tables.any_forked or self._cache:
+        if self._tables.any_forked:
             return super().advance(seq_ids, steps, head)
-        return self._usage(self._tables.stretch(seq_ids, steps), steps)
+        if self._cache is None:
+            return self._usage(self._tables.stretch(seq_ids, steps), 0, steps)
+        # Blocks without a name are taken first: until they are gone as many are cached as before, then all free ones.
+        before = min(steps, longest_stretch(self._tables.slacks(seq_ids), self._cache.num_unnamed, self.block_size))
+        cached = self._cache.num_cached * self.block_size * before
+        slots = self._tables.stretch(seq_ids, before)
+        if before < steps:
+            after = self._tables.stretch(seq_ids, steps - before)
+            cached += after.free
+            slots = Slots(*map(add, slots, after))
+        return self._usage(slots, cached, steps)
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf."""
-        return self._usage(self._tables.slots(), 1)
+        return self._usage(self._tables.slots(), self._pool.num_cached * self.block_size, 1)
 
-    def _usage(self, slots: tuple[int, int, int, int], steps: int) -> Usage:
+    def _usage(self, slots: Slots, cached: int, steps: int) -> Usage:
+        """Leaves from slots, those of cached blocks among the free ones; both summed over steps."""
         size = self._token_bytes
         live, reserved, rounding, free = (count * size for count in slots)
-        cached = self._pool.num_cached * self.block_size * size * steps
-        return Usage(live, cached, reserved, 0, rounding, 0, 0, free - cached, self._remainder_bytes * steps)
+        kept = cached * size
+        return Usage(live, kept, reserved, 0, rounding, 0, 0, free - kept, self._remainder_bytes * steps)
 
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""

@@ -44,6 +44,11 @@ class CachedBlockPool(BlockPool):
         return len(self._cached)
 
     @property
+    def num_unnamed(self) -> int:
+        """Free blocks that cannot be found."""
+        return len(self._free)
+
+    @property
     def free_units(self) -> int:
         """Blocks that nobody holds, those that can be found included."""
         return len(self._free) + len(self._cached)
@@ -55,10 +60,10 @@ class CachedBlockPool(BlockPool):
     def find(self, names: Seq[Hashable]) -> list[int]:
         """The longest leading run of these names that there are blocks for."""
         blocks = []
-        for name in names:
-            if name not in self._block_of:
+        for block in map(self._block_of.get, names):
+            if block is None:
                 break
-            blocks.append(self._block_of[name])
+            blocks.append(block)
         return blocks
 
     def name(self, blocks: Seq[int], names: Seq[Hashable]) -> None:

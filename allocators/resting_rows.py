@@ -25,6 +25,7 @@ class RestingRows(SharedRows):
         """As of all rows."""
         super().__init__(geometries, page_groups, num_rows, max_tokens, slot_groups)
         self._past_rest = 0  # page-groups that rows at rest need past what they hold (`read_past`)
+        self._untrimmed: dict[int, Row] = {}  # of those at rest, by id: may have more than they need
 
     @property
     def held_at_rest(self) -> int:
@@ -55,7 +56,7 @@ class RestingRows(SharedRows):
         row = self.live.pop(seq_id)
         self._take_out(row)
         row.seq_id, row.length, row.final = resting_id, length, length
-        self.resting[resting_id] = row
+        self.resting[resting_id] = self._untrimmed[resting_id] = row
         self.settle(row)
         self._past_rest += self.page_groups_to_fork(length)
         for group, slabs, count in self._cut_at(row, length):
@@ -64,6 +65,7 @@ class RestingRows(SharedRows):
     def wake(self, resting_id: int) -> Row:
         """Let a row rest no more: it is live, as a sequence of the same id."""
         row = self.live[resting_id] = self.resting.pop(resting_id)
+        self._untrimmed.pop(resting_id, None)
         self._past_rest -= self.page_groups_to_fork(row.length)
         for group, slabs, count in self._cut_at(row, row.length):
             self._slabs[group].wake(slabs[:count])
@@ -83,6 +85,13 @@ class RestingRows(SharedRows):
         self._settle_in(row, seq_id, length, final)
         self.extend(row, length, actions)
         return row
+
+    def trim_resting(self, actions: list[Action]) -> None:
+        """Unmap what rows at rest do not need: nobody inherits it but who goes on from all that they hold."""
+        for row in self._untrimmed.values():
+            self._trim(row, self._slabs_for(row.length), self.total, actions)
+            self.settle(row)
+        self._untrimmed.clear()
 
     def _take_out(self, row: Row) -> None:
         """Take a row out of the sums, until it is settled again."""

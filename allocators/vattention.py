@@ -108,7 +108,7 @@ class VAttentionPolicy(CachedRows):
         self._bytes_of = resident_bytes(kv_layout)
         self._token_bytes = kv_layout.token_bytes
         self._growth = RowGrowth(self._rows, self._threshold)
-        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows and not prefix_cache
+        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
 
     def _page_groups_of_pool(self) -> int:
         """Page-groups that can be used: with one layer group, whole slabs."""
@@ -176,7 +176,7 @@ class VAttentionPolicy(CachedRows):
         """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
         row = self._vacate(seq_id)
         if row is not None:
-            self._give_back(row)
+            self._give_back(row, self._actions)
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -246,7 +246,9 @@ class VAttentionPolicy(CachedRows):
         """
         actions, self._ahead = self._ahead, []
         self._rows.clear_left(actions)
+        self._rows.trim_resting(actions)
         if self.overlap:
+            self._make_room_ahead(actions)
             self._rows.map_ahead(actions)
         self._rows.take_back_idle(self._threshold, actions)
         if self.eager_allocation:

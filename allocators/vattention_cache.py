@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from itertools import takewhile
 from math import lcm
 
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Action, Sequence
 from kvarena.allocators.resting_rows import RestingRows
 from kvarena.allocators.vattention_groups import RowGroups
 from kvarena.allocators.virtual_row import Row
@@ -174,12 +174,21 @@ class CachedRows(RowGroups):
 
     def _make_room(self, page_groups: int, rows: int = 0) -> None:
         while self._kept and not super()._fits(page_groups, rows):
-            oldest, _ = self._kept.popitem(last=False)
-            self._forget(oldest)
-            self._rows.wake(oldest)
-            row = super()._vacate(oldest)
-            assert row is not None
-            self._give_back(row)
+            self._give_up_oldest(self._actions)
+
+    def _make_room_ahead(self, actions: list[Action]) -> None:
+        """Give up kept rows for what live ones need in the next iteration, so that it is mapped beside this one."""
+        if self._kept and (wanted := self._rows.missing_ahead()) > self._rows.free:
+            while self._kept and wanted > self._rows.obtainable(margin=1):
+                self._give_up_oldest(actions)
+
+    def _give_up_oldest(self, actions: list[Action]) -> None:
+        oldest, _ = self._kept.popitem(last=False)
+        self._forget(oldest)
+        self._rows.wake(oldest)
+        row = super()._vacate(oldest)
+        assert row is not None
+        self._give_back(row, actions)
 
     @property
     def _cached_bytes(self) -> int:

@@ -138,8 +138,8 @@ class RowGroups(Policy):
         self._live_bytes -= self._bytes_of(length) - (aliased - rows.aliased) * self.page_group_bytes
         return row
 
-    def _give_back(self, row: Row) -> None:
+    def _give_back(self, row: Row, actions: list[Action]) -> None:
         """An idle row keeps its page-groups, unless reclamation is not deferred."""
         self._looked_ahead = False
         if not self.deferred_reclamation:
-            self._rows.trim_idle(row, self._rows.total, self._actions)
+            self._rows.trim_idle(row, self._rows.total, actions)

@@ -137,7 +137,7 @@ class VirtualRows:
 
         What others were mapped for their next iteration is not touched.
         """
-        full = [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
+        full = self._full()
         missing = [self.missing(row, row.length + 1) for row in full]
         wanted = sum(missing)
         if wanted > self.free and wanted > (left := self.obtainable(margin=1)):
@@ -149,6 +149,14 @@ class VirtualRows:
         self._take_back(wanted, actions, margins=(1,))
         for row in full:
             self.map(row, row.length + 1, actions)
+
+    def missing_ahead(self) -> int:
+        """Page-groups that `map_ahead` would map if memory sufficed."""
+        return sum([self.missing(row, row.length + 1) for row in self._full()])
+
+    def _full(self) -> list[Row]:
+        """Live rows that their next token outgrows."""
+        return [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
 
     def map(self, row: Row, length: int, actions: list[Action]) -> None:
         """Map what a live row lacks for `length` tokens from what is free."""

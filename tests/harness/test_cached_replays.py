@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from two_clocks import Keeper, Scripted, noted_decisions
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.registry import config_class, make_policy
@@ -31,9 +32,7 @@ from kvarena.harness.request_list import make_requests
 from kvarena.harness.request_log import request_frame
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.step import StepTime
 from kvarena.harness.step_model import StepModel
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.harness.workload import Workload
 from kvarena.kernels.registry import get_kernel
 
@@ -71,26 +70,7 @@ def serve(system, layout, requests, executor_of, *, jump=False, cache=True, pref
         config = replace(config, prefix_cache=True)
     policy = make_policy(config, layout, tokens * layout.token_bytes, MAX_TOKENS)
     scheduler = make_scheduler(scheduler_class(name)(name=name, **limits), policy, MAX_TOKENS)
-    decisions, schedule, complete, rank = [], scheduler.schedule, scheduler.complete, scheduler.rank
-
-    def noted(now_ps):
-        plan = schedule(now_ps)
-        policy.check_integrity()
-        ids = [[r.seq_id for r in part] for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in)]
-        chunks = [(chunk.request.seq_id, chunk.start, chunk.tokens) for chunk in plan.prefills]
-        assert all(count > 0 for _, _, count in chunks), "at least the last token is fed"
-        decisions.append((*ids, chunks, plan.actions, plan.ahead))
-        return plan
-
-    def completed(plan, now_ps):
-        complete(plan, now_ps)
-        policy.check_integrity()
-
-    def ranked(survivors):
-        rank(survivors)
-        policy.check_integrity()
-
-    scheduler.schedule, scheduler.complete, scheduler.rank = noted, completed, ranked
+    decisions = noted_decisions(scheduler)
     executor = executor_of(policy)
     done = Engine(scheduler, executor, jump=jump, prefixes=prefixes).run(requests)
     if not prefixes:
@@ -122,36 +102,6 @@ MEASURED = {
 @pytest.fixture(scope="module")
 def model():
     return build_model(WIDE, "cpu")
-
-
-class Keeper(TorchExecutor):
-    """Keeps what finished sequences said, and who lived on."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.finished, self.lived_on = {}, []
-
-    def finish(self, request):
-        self.finished[request.seq_id] = self.known(request)[request.prompt_tokens :]
-        super().finish(request)
-
-    def survivors(self, group):
-        self.lived_on.append(super().survivors(group))
-        return self.lived_on[-1]
-
-
-class Scripted(ModelledExecutor):
-    """Takes, step by step, the times it is told, and lets those live on."""
-
-    def __init__(self, durations_ps, survivors):
-        super().__init__(StepModel(False, 1, 0, 0, 0, 0))
-        self._durations_ps, self._survivors = iter(durations_ps), iter(survivors)
-
-    def execute(self, plan):
-        return StepTime(next(self._durations_ps))
-
-    def survivors(self, group):
-        return next(self._survivors)
 
 
 def measured(system, model, **options):
@@ -232,10 +182,28 @@ def test_walking_and_jumping_agree_and_everyone_ends(system, shapes, gap_ps):
         assert all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name != "group")
     rows, steps = jumped.steps.to_frame(), walked.steps.to_frame()
     sums = steps.groupby(rows.index.repeat(rows.steps)).sum()
-    for column in ("steps", "duration_ps", "prefill_tokens", "reused_tokens", "live", "cached", "free", "actions"):
-        pd.testing.assert_series_equal(sums[column], rows[column], check_names=False)
+    of_each = ["start_ps", "slope_ps", "decodes", "waiting"]  # all others are sums over the steps of a row
+    pd.testing.assert_frame_equal(sums.drop(columns=of_each), rows.drop(columns=of_each), check_names=False)
     for request in walked.requests:
         assert request.state is RequestState.REFUSED or request.generated == request.output_tokens
+
+
+@pytest.mark.parametrize("tokens", [400, 3000], ids=["evicting", "roomy"])
+@pytest.mark.parametrize("allocator", ["paged", "vattention"])
+def test_the_clock_jumps_with_the_cache_too(allocator, tokens):
+    """Steps that only decode are jumped over, also where blocks that could be found are taken. A kept row is given up
+    in a step of its own.
+    """
+    options = {"block_size": 4} if allocator == "paged" else {"page_group": "64KB", "max_rows": 40}
+    load = [(family_ids(i % 9, 3, 4), 30, 60, GREEDY) for i in range(30)]
+    rows = {}
+    for cache in (False, True):
+        requests, system = requests_of(load, 3_000_000), (allocator, options, "vllm", {}, tokens)
+        done = serve(system, LAYOUT, requests, lambda _: ModelledExecutor(MODEL, PRICES), jump=True, cache=cache)[0]
+        rows[cache] = done.steps.to_frame()
+    assert rows[True].reused_tokens.sum() > 0
+    given_up = len(load) * 60 / 20 if (allocator, tokens) == ("vattention", 400) else 0
+    assert len(rows[True]) <= 1.3 * len(rows[False]) + given_up < 0.2 * rows[True].steps.sum()
 
 
 @pytest.mark.parametrize("system", MODELLED)
