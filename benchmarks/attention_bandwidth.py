@@ -8,19 +8,17 @@ One thread. Goal for numba, contiguous, float32, batch 64, context 2048: 0.43, b
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from kvarena.harness.statistics import median_interval
+from kvarena.harness.timed_call import seconds
+from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.catalogue import CATALOGUE
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel
 from kvarena.kernels.threads import set_compute_threads
-from kvarena.kernels.view import BatchView, LayerCache
 
 READ = "read-only reduction"
 BASE = ("numba", "rows")
@@ -48,27 +46,6 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def make_views(given: argparse.Namespace, k: Tensor, v: Tensor) -> dict[str, tuple[LayerCache, BatchView]]:
-    """The same bytes as rows and as blocks."""
-    batch, context, size = given.batch, given.context, given.block_size
-    lengths = torch.full((batch,), context, dtype=torch.int32)
-    starts = torch.arange(batch + 1, dtype=torch.int32)
-    blocks = torch.arange(batch * context // size, dtype=torch.int32)
-    paged = LayerCache(Layout.PAGED, *(x.view(-1, size, *x.shape[2:]) for x in (k, v)))
-
-    def table(order: Tensor) -> BatchView:
-        return BatchView(lengths, starts, None, blocks[order].view(batch, -1), context, 1)
-
-    return {
-        "rows": (
-            LayerCache(Layout.CONTIGUOUS, k, v),
-            BatchView(lengths, starts, torch.arange(batch), None, context, 1),
-        ),
-        "ordered blocks": (paged, table(torch.arange(len(blocks)))),
-        "scattered blocks": (paged, table(torch.randperm(len(blocks)))),
-    }
-
-
 def calls(given: argparse.Namespace) -> tuple[Callable[[], object], dict[Line, Callable[[], None]], int]:
     """The plain reduction, every kernel on every arrangement that it reads, and the bytes that each reads."""
     dtype = getattr(torch, given.dtype)
@@ -79,20 +56,19 @@ def calls(given: argparse.Namespace) -> tuple[Callable[[], object], dict[Line, C
     q = torch.randn(given.batch, given.query_heads, given.head_size).to(dtype)
     out = torch.empty_like(q)
     words = [x.view(torch.int64) for x in (k, v)]
+    places = {
+        "rows": Arrangement(None),
+        "ordered blocks": Arrangement(given.block_size),
+        "scattered blocks": Arrangement(given.block_size, scattered=True),
+    }
     lines: dict[Line, Callable[[], None]] = {}
     for name in given.kernels:
         kernel = get_kernel(name)
-        for arrangement, (cache, view) in make_views(given, k, v).items():
-            if fits(kernel.spec, cache.layout, "cpu", given.dtype, given.head_size, given.block_size) is None:
-                lines[name, arrangement] = partial(kernel.decode, q, cache, view, out)
+        for place, arrangement in places.items():
+            if fits(kernel.spec, arrangement.layout, "cpu", given.dtype, given.head_size, given.block_size) is None:
+                cache, [view] = arranged(k, v, arrangement, given.batch, given.context)
+                lines[name, place] = partial(kernel.decode, q, cache, view, out)
     return lambda: [x.sum() for x in words], lines, 2 * k.nbytes
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -107,9 +83,9 @@ def main() -> None:
     readings = []
     for number in range(given.rounds):
         turn = number % len(lines)
-        before = seconds(read)
-        taken = {line: seconds(lines[line]) for line in [*list(lines)[turn:], *list(lines)[:turn]]}
-        after = seconds(read)
+        before = seconds(read, "cpu")
+        taken = {line: seconds(lines[line], "cpu") for line in [*list(lines)[turn:], *list(lines)[:turn]]}
+        after = seconds(read, "cpu")
         reading = (num_bytes / before + num_bytes / after) / 2e9
         readings.append(reading)
         for line, time_s in taken.items():
@@ -127,21 +103,15 @@ def report(
         f"{given.query_heads} query heads of {given.head_size}, blocks of {given.block_size}, 1 thread, "
         f"n = {given.rounds}"
     )
-    print(f"{READ:33} {shown(readings)} GB/s")
+    print(f"{READ:33} {median_interval(readings):6.2f} GB/s")
     for (kernel, arrangement), samples in rates.items():
-        ratios = shares[kernel, arrangement]
-        print(f"{kernel:14} {arrangement:18} {shown(samples)} GB/s   of the reading {shown(ratios)}")
+        rate, share = median_interval(samples), median_interval(shares[kernel, arrangement])
+        print(f"{kernel:14} {arrangement:18} {rate:6.2f} GB/s   of the reading {share:.2f}")
     if BASE in rates:
         for line in (line for line in rates if line[0] == BASE[0] and line != BASE):
             cost = [rows / blocks for rows, blocks in zip(rates[BASE], rates[line], strict=True)]
-            print(f"one body, time of {line[1]} over rows: {shown(cost)}")
+            print(f"one body, time of {line[1]} over rows: {median_interval(cost):.2f}")
         print(f"goal: {' on '.join(BASE)} at least {GOAL} of the reading: {median_interval(shares[BASE]).median:.2f}")
-
-
-def shown(samples: list[float]) -> str:
-    """Median and interval."""
-    estimate = median_interval(samples)
-    return f"{estimate.median:6.2f} [{estimate.ci_low:6.2f}, {estimate.ci_high:6.2f}]"
 
 
 if __name__ == "__main__":

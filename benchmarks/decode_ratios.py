@@ -64,7 +64,7 @@ def report(steps: pd.DataFrame) -> None:
 
 def line(what: str, estimate: Estimate) -> None:
     """One line: median, interval, samples."""
-    print(f"{what:44} {estimate.median:.3f}  [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]  n={estimate.n}")
+    print(f"{what:44} {estimate:.3f}  n={estimate.n}")
 
 
 if __name__ == "__main__":

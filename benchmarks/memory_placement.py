@@ -55,7 +55,7 @@ def main() -> None:
         print(f"held {format_bytes(held)} of scattered pages, taken in {perf_counter() - start:.1f} s")
         held_back = speeds(given.pools, given.mib * MB)
     for name, estimates in (("as they come", as_they_come), ("scattered pages held", held_back)):
-        cells = "  ".join(f"{e.median:.1f} [{e.ci_low:.1f}, {e.ci_high:.1f}]" for e in estimates)
+        cells = "  ".join(f"{e:.1f}" for e in estimates)
         medians = [e.median for e in estimates]
         print(f"{name:22} GB/s: {cells}   fastest / slowest {max(medians) / min(medians):.2f}")
 

@@ -60,10 +60,7 @@ def main() -> None:
     print(f"{given.dtype}, one prompt of {given.tokens} tokens, 8 KV heads, 32 query heads of 128, n = {given.rounds}")
     for name in calls:
         gflops, share = median_interval(rates[name]), median_interval(shares[name])
-        print(
-            f"{name:14} {gflops.median:6.1f} [{gflops.ci_low:6.1f}, {gflops.ci_high:6.1f}] GFLOP/s   "
-            f"of the product {share.median:.2f} [{share.ci_low:.2f}, {share.ci_high:.2f}]"
-        )
+        print(f"{name:14} {gflops:6.1f} GFLOP/s   of the product {share:.2f}")
 
 
 if __name__ == "__main__":

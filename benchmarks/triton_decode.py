@@ -16,14 +16,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from kvarena.harness.statistics import median_interval
+from kvarena.harness.timed_call import seconds
+from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
-from kvarena.kernels.view import BatchView, LayerCache
 
 GPU_KERNELS = [name for name, (spec, *_) in CATALOGUE.items() if spec.devices == {"cuda"}]
 Call = Callable[[], None]
@@ -42,25 +41,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--kernels", nargs="+", choices=GPU_KERNELS, default=GPU_KERNELS)
     return parser.parse_args()
-
-
-def arrangements(
-    given: argparse.Namespace, k: Tensor, v: Tensor, block_size: int
-) -> dict[str, tuple[LayerCache, BatchView]]:
-    """The same bytes as rows and as blocks."""
-    batch, context = given.batch, given.context
-    lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    rows = torch.arange(batch, device="cuda")
-    paged = LayerCache(Layout.PAGED, *(x.view(-1, block_size, *x.shape[2:]) for x in (k, v)))
-    ordered = torch.arange(paged.k.shape[0], dtype=torch.int32, device="cuda")
-    scattered = ordered[torch.randperm(len(ordered), device="cuda")]
-    tables = {"ordered blocks": ordered, "scattered blocks": scattered}
-    contiguous = LayerCache(Layout.CONTIGUOUS, k, v), BatchView(lengths, starts, rows, None, context, 1)
-    return {"rows": contiguous} | {
-        name: (paged, BatchView(lengths, starts, None, table.view(batch, -1), context, 1))
-        for name, table in tables.items()
-    }
 
 
 def chosen(given: argparse.Namespace) -> dict[str, tuple[AttentionKernel, int]]:
@@ -101,28 +81,23 @@ def calls(given: argparse.Namespace) -> tuple[Call, dict[str, Call], int]:
     q = torch.randn(given.batch, given.query_heads, given.head_size, device="cuda", dtype=torch.bfloat16)
     lines: dict[str, Call] = {}
     for name, (kernel, block_size) in chosen(given).items():
-        for arrangement, (cache, view) in arrangements(given, k, v, block_size).items():
-            if fits(kernel.spec, cache.layout, "cuda", "bfloat16", given.head_size, block_size) is None:
-                label = f"{name}, {arrangement}" + (f" of {block_size}" if cache.layout is Layout.PAGED else "")
-                lines[label] = partial(kernel.decode, q, cache, view, torch.empty_like(q))
+        places = {
+            "rows": Arrangement(None),
+            f"ordered blocks of {block_size}": Arrangement(block_size),
+            f"scattered blocks of {block_size}": Arrangement(block_size, scattered=True),
+        }
+        for place, arrangement in places.items():
+            if fits(kernel.spec, arrangement.layout, "cuda", "bfloat16", given.head_size, block_size) is None:
+                cache, [view] = arranged(k, v, arrangement, given.batch, given.context)
+                lines[f"{name}, {place}"] = partial(kernel.decode, q, cache, view, torch.empty_like(q))
     words = [x.view(torch.int64) for x in (k, v)]
     return lambda: [x.sum() for x in words] and None, lines, 2 * k.nbytes
-
-
-def milliseconds(call: Call) -> float:
-    """Time of one call on the GPU."""
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
 
 
 def runs(name: str, call: Call) -> bool:
     """Whether it runs at all: compile it, and say what failed."""
     try:
-        milliseconds(call)
+        seconds(call, "cuda")
     except Exception as error:
         print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
         return False
@@ -139,15 +114,15 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in lines}
     shares: dict[str, list[float]] = {name: [] for name in lines}
     readings = []
-    milliseconds(read)
+    seconds(read, "cuda")
     for number in range(given.rounds):
         turn = number % len(lines)
-        before = milliseconds(read)
-        taken = {name: milliseconds(lines[name]) for name in [*list(lines)[turn:], *list(lines)[:turn]]}
-        reading = (num_bytes / before + num_bytes / milliseconds(read)) / 2e6
+        before = seconds(read, "cuda")
+        taken = {name: seconds(lines[name], "cuda") for name in [*list(lines)[turn:], *list(lines)[:turn]]}
+        reading = (num_bytes / before + num_bytes / seconds(read, "cuda")) / 2e9
         readings.append(reading)
-        for name, time_ms in taken.items():
-            rates[name].append(num_bytes / time_ms / 1e6)
+        for name, time_s in taken.items():
+            rates[name].append(num_bytes / time_s / 1e9)
             shares[name].append(rates[name][-1] / reading)
     report(given, readings, rates, shares)
 
@@ -161,15 +136,10 @@ def report(
         f"{given.context}, {given.kv_heads} KV heads, {given.query_heads} query heads of {given.head_size}, "
         f"n = {given.rounds}"
     )
-    print(f"{'read-only reduction':52} {shown(readings)} GB/s")
+    print(f"{'read-only reduction':52} {median_interval(readings):8.2f} GB/s")
     for name in sorted(rates, key=lambda name: -median_interval(shares[name]).median):
-        print(f"{name:52} {shown(rates[name])} GB/s   of the reading {shown(shares[name])}")
-
-
-def shown(samples: list[float]) -> str:
-    """Median and interval."""
-    estimate = median_interval(samples)
-    return f"{estimate.median:8.2f} [{estimate.ci_low:8.2f}, {estimate.ci_high:8.2f}]"
+        rate, share = median_interval(rates[name]), median_interval(shares[name])
+        print(f"{name:52} {rate:8.2f} GB/s   of the reading {share:.2f}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Decode:
 
 def show(what: str, estimate: Estimate, unit: str) -> None:
     """One line: median and interval."""
-    print(f"{what:44} {estimate.median:9.3f} {unit:3} [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}] n={estimate.n}")
+    print(f"{what:44} {estimate:.3f} {unit} n={estimate.n}")
 
 
 def main() -> None:

@@ -80,8 +80,7 @@ def with_mappings_present(present: int, calls: int) -> tuple[list[float], list[f
 
 def cell(values: list[float]) -> str:
     """Median and interval."""
-    estimate = median_interval(values)
-    return f"{estimate.median:8.1f} [{estimate.ci_low:.1f}, {estimate.ci_high:.1f}]"
+    return f"{median_interval(values):.1f}"
 
 
 def main() -> None:

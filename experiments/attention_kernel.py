@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.attention_time import USUAL_BLOCK, Arrangement, WorkingSet, seconds_per_call
+from kvarena.experiments.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
 from kvarena.experiments.block_sweep import block_axis, check_block_sizes
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.progress import Progress
@@ -25,6 +25,7 @@ from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing

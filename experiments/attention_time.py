@@ -1,24 +1,17 @@
 """How long one call of a decode kernel takes, cold: over more K/V than any cache holds, as layer after layer does.
 
-The same bytes serve as rows and as blocks, in order or scattered:
-
-    rows        k, v: [R, S, H, D]            batch c of B sequences owns rows [c B, (c + 1) B)
-    blocks      k, v: [R S / P, P, H, D]      the same memory; a table of S / P blocks per sequence
+The same bytes serve as rows and as blocks, in order or scattered (`kernels/arrangement.py`).
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from kvarena.harness.model.config import ModelConfig
+from kvarena.harness.timed_call import captured, seconds
+from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.reference import reference_attention
-from kvarena.kernels.view import BatchView, LayerCache
 
 # Kernels sum in different orders: their outputs differ from float64's by this part of the largest, at most.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -26,18 +19,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 USUAL_BLOCK = 16  # tokens: vLLM's, and the one that others are compared with
 
 Call = Callable[[], None]
-
-
-class Arrangement(NamedTuple):
-    """Where a sequence's tokens lie."""
-
-    block_size: int | None  # tokens; None: one row
-    scattered: bool = False
-
-    @property
-    def layout(self) -> Layout:
-        """What a kernel must be able to read."""
-        return Layout.CONTIGUOUS if self.block_size is None else Layout.PAGED
 
 
 class WorkingSet:
@@ -61,7 +42,7 @@ class WorkingSet:
 
     def calls(self, kernel: AttentionKernel, arrangement: Arrangement) -> list[Call]:
         """One call for each batch of the set, checked against float64 on the first. Raises RuntimeError."""
-        cache, views = self._arranged(arrangement)
+        cache, views = arranged(self._k, self._v, arrangement, self._batch, self._context, self._generator)
         out = torch.empty_like(self._q)
         kernel.decode(self._q, cache, views[0], out)
         expected = reference_attention(self._q, cache, views[0])
@@ -69,29 +50,6 @@ class WorkingSet:
         if not gap <= TOLERANCE[self._model.dtype]:
             raise RuntimeError(f"{kernel.spec.name} on {arrangement}: off by {gap:.2e} of the largest output")
         return [lambda view=view: kernel.decode(self._q, cache, view, out) for view in views]  # type: ignore[misc]
-
-    def _arranged(self, arrangement: Arrangement) -> tuple[LayerCache, list[BatchView]]:
-        size, rows = arrangement.block_size, torch.arange(len(self._k))
-        if size is None:
-            return LayerCache(Layout.CONTIGUOUS, self._k, self._v), self._views(rows, None)
-        cache = LayerCache(Layout.PAGED, *(x.view(-1, size, *x.shape[2:]) for x in (self._k, self._v)))
-        blocks = torch.arange(cache.k.shape[0])
-        if arrangement.scattered:
-            blocks = torch.randperm(len(blocks), generator=self._generator)
-        needed = math.ceil(self._context / size)
-        return cache, self._views(None, blocks.view(len(self._k), -1)[:, :needed].to(torch.int32))
-
-    def _views(self, rows: Tensor | None, table: Tensor | None) -> list[BatchView]:
-        device, size = self._k.device, self._batch
-        lengths = torch.full((size,), self._context, dtype=torch.int32, device=device)
-        starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-
-        def of(owners: Tensor | None, batch: int) -> Tensor | None:
-            return None if owners is None else owners[batch * size : (batch + 1) * size].contiguous().to(device)
-
-        return [
-            BatchView(lengths, starts, of(rows, n), of(table, n), self._context, 1) for n in range(self.num_batches)
-        ]
 
 
 def seconds_per_call(calls: Sequence[Call], device: torch.device, in_graph: bool) -> Callable[[], float]:
@@ -106,30 +64,5 @@ def seconds_per_call(calls: Sequence[Call], device: torch.device, in_graph: bool
             call()
 
     all_calls()
-    if device.type != "cuda":
-        return lambda: _wall_s(all_calls) / len(calls)
-    run = _captured(all_calls) if in_graph else all_calls
-    return lambda: _device_s(run) / len(calls)
-
-
-def _wall_s(run: Call) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _captured(run: Call) -> Call:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def _device_s(run: Call) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) / 1e3
+    run = captured(all_calls) if in_graph and device.type == "cuda" else all_calls
+    return lambda: seconds(run, device) / len(calls)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.attention_time import USUAL_BLOCK, Arrangement, Call, WorkingSet, seconds_per_call
+from kvarena.experiments.attention_time import USUAL_BLOCK, Call, WorkingSet, seconds_per_call
 from kvarena.experiments.block_sweep import check_block_sizes
 from kvarena.experiments.drawn_blocks import DrawnBlocks
 from kvarena.experiments.driver_calls import check_counts
@@ -31,6 +31,7 @@ from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing

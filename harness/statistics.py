@@ -15,6 +15,10 @@ class Estimate(NamedTuple):
     ci_low: float
     ci_high: float
 
+    def __format__(self, spec: str) -> str:
+        """`median [low, high]`, each number as `spec` has it."""
+        return f"{self.median:{spec}} [{self.ci_low:{spec}}, {self.ci_high:{spec}}]"
+
 
 def median_interval(samples: ArrayLike, confidence: float = 0.95) -> Estimate:
     """Median with the tightest symmetric pair of order statistics that covers it with `confidence`.

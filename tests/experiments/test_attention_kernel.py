@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.attention_time import Arrangement, WorkingSet, seconds_per_call
+from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
 from kvarena.experiments.compose import compose_run
+from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
 

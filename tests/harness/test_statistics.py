@@ -15,6 +15,10 @@ def test_six_samples_are_the_fewest_that_reach_95_percent() -> None:
     assert (six.median, six.n, six.ci_low, six.ci_high) == (3.5, 6, 1, 6)
 
 
+def test_an_estimate_is_shown_with_its_interval() -> None:
+    assert f"{median_interval([3, 1, 2, 6, 5, 4]):.2f}" == "3.50 [1.00, 6.00]"
+
+
 @pytest.mark.parametrize("n", [6, 9, 10, 17, 40, 101])
 def test_the_interval_is_the_tightest_that_covers(n: int) -> None:
     estimate = median_interval(np.arange(1, n + 1))

@@ -50,7 +50,5 @@ def over_static(folder: Path) -> Values:
         seconds = part.pivot_table(index="round", columns="allocator", values="step_s", aggfunc="sum")
         for allocator in ALLOCATORS[1:]:
             ratio = median_interval(seconds["static"] / seconds[allocator])
-            found[f"{allocator} over static, batch {batch}"] = (
-                f"{ratio.median:.3f} [{ratio.ci_low:.3f}, {ratio.ci_high:.3f}]"
-            )
+            found[f"{allocator} over static, batch {batch}"] = f"{ratio:.3f}"
     return found

@@ -17,12 +17,11 @@ from torch import Tensor
 from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.kernels import ARRANGEMENTS, TOLERANCE, kernel_names
-from kvarena.experiments.gpu_validation.steps.timing import seconds
+from kvarena.harness.timed_call import captured, seconds
+from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, missing
-from kvarena.kernels.view import BatchView, LayerCache
 
 GOAL = (32, 16384)  # batch and context that the goals are stated for
 GRID = {
@@ -84,10 +83,12 @@ class Memory:
         found: dict[str, Callable[[], object]] = {"read": self._reduction}
         first: dict[str, Tensor] = {}  # by arrangement: shuffled blocks make other sequences of the same bytes
         for name, arrangement in itertools.product(kernel_names(self.context.device), ARRANGEMENTS):
-            if (block := self._block(name, arrangement)) is None:
+            if (where := self._readable(name, arrangement)) is None:
                 continue
             kernel, out = get_kernel(name), torch.empty_like(self.q)
-            calls = [partial(kernel.decode, self.q, *view, out) for view in self._views(arrangement, block)]
+            random = torch.Generator().manual_seed(0)  # shuffled blocks are shuffled alike for every kernel
+            cache, views = arranged(self.k, self.v, where, self.batch, self.tokens, random)
+            calls = [partial(kernel.decode, self.q, cache, view, out) for view in views]
             calls[0]()
             reference = first.setdefault(arrangement.removesuffix(" in order").replace("blocks", "rows"), out.clone())
             gap = float((out - reference).abs().max() / reference.abs().max())
@@ -99,32 +100,17 @@ class Memory:
     def _reduction(self) -> list[Tensor]:
         return [x.view(torch.int64).sum() for x in (self.k, self.v)]
 
-    def _block(self, name: str, arrangement: str) -> int | None:
-        """Tokens of a block, 0 for rows; None where the kernel is absent, too slow or cannot read it."""
-        spec = CATALOGUE[name][0]
-        layout = Layout.CONTIGUOUS if arrangement == "rows" else Layout.PAGED
+    def _readable(self, name: str, arrangement: str) -> Arrangement | None:
+        """Where tokens lie then; None where the kernel is absent, too slow or cannot read it."""
+        spec, scattered = CATALOGUE[name][0], ARRANGEMENTS[arrangement]
         block = BLOCK if spec.block_sizes is None or BLOCK in spec.block_sizes else min(spec.block_sizes)
         dtype = str(self.dtype).removeprefix("torch.")
-        if name in SLOW or missing(spec) or fits(spec, layout, self.context.device, dtype, SIZE, block):
+        where = Arrangement(None) if scattered is None else Arrangement(block, scattered)
+        if name in SLOW or missing(spec) or fits(spec, where.layout, self.context.device, dtype, SIZE, block):
             return None
         if not spec.in_graph and self.copies > 1 and self.context.on_gpu:
             return None  # what it does on the host for every batch would be timed
-        return 0 if layout is Layout.CONTIGUOUS else block
-
-    def _views(self, arrangement: str, block: int) -> list[tuple[LayerCache, BatchView]]:
-        device, batch = self.k.device, self.batch
-        lengths = torch.full((batch,), self.tokens, dtype=torch.int32, device=device)
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        if not block:
-            cache = LayerCache(Layout.CONTIGUOUS, self.k, self.v)
-            owners = torch.arange(self.copies * batch, dtype=torch.int32, device=device).view(-1, batch).unbind()
-            return [(cache, BatchView(lengths, starts, rows, None, self.tokens, 1)) for rows in owners]
-        cache = LayerCache(Layout.PAGED, *(x.view(-1, block, HEADS, SIZE) for x in (self.k, self.v)))
-        blocks = torch.arange(len(cache.k), dtype=torch.int32, device=device)
-        if ARRANGEMENTS[arrangement]:
-            blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).to(device)]
-        tables = blocks.view(self.copies, batch, -1).unbind()
-        return [(cache, BatchView(lengths, starts, None, table, self.tokens, 1)) for table in tables]
+        return where
 
     def _all(self, kernel: AttentionKernel, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         def run_all() -> None:
@@ -132,10 +118,4 @@ class Memory:
                 call()
 
         run_all()
-        if not (self.context.on_gpu and kernel.spec.in_graph):
-            return run_all
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run_all()
-        return graph.replay
+        return captured(run_all) if self.context.on_gpu and kernel.spec.in_graph else run_all
