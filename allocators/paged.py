@@ -17,7 +17,7 @@ from kvarena.allocators.block_tables import BlockTables, Slots
 from kvarena.allocators.cpu_blocks import CpuBlocks
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.paged_groups import BlockGroups
-from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, NotResidentError, Sequence
+from kvarena.allocators.policy import Action, IntegrityError, NotResidentError, Sequence
 from kvarena.allocators.prefix_cache import CachedBlockPool
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.stretch import longest_stretch
@@ -134,9 +134,7 @@ class PagedPolicy(BlockGroups):
             return
         if seq_id not in self._tables.residents:
             raise NotResidentError(seq_id)
-        freed = self._tables.remove(seq_id)
-        if self._actions:  # a copy that nobody will read
-            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
+        self._drop_copies_to(self._tables.remove(seq_id))
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -144,7 +142,7 @@ class PagedPolicy(BlockGroups):
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each, in order, as long as a block is free."""
-        return super().grow_each(seq_ids) if self._tables.any_forked else self._tables.grow_each(seq_ids)
+        return self._tables.grow_each(seq_ids, self._actions)
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """Steps, `limit` at most, that leave as many blocks free as vLLM asks for before an append."""

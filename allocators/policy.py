@@ -197,6 +197,15 @@ class Policy(ABC):
         """
         raise UserError(f"allocator={self.name} cannot fork a sequence")
 
+    def reseat(self, moves: Seq[tuple[int, Sequence]]) -> bool:
+        """Make resident sequences copies of others, (parent, child) each; what the children held goes (beam search).
+
+        No child is a parent. False where memory lacks for a child; its sequences are to be given up then.
+        """
+        for _, child in moves:
+            self.release(child.seq_id)
+        return all(self.fork(parent_id, child) for parent_id, child in moves)
+
     def register_prefix(self, prefix_id: int, tokens: int) -> bool:
         """Keep memory for a prefix that requests begin with (section 4.4), resident as `prefix_id` until released.
 

@@ -68,6 +68,15 @@ class SharedRows(VirtualRows):
         self.extend(row, length, actions)
         return row
 
+    def in_place(self, row: Row, parent: Row, length: int) -> list[int]:
+        """Leading slabs by layer group, wholly below `length` tokens, that a row maps as another does."""
+        return self._in_place(row, parent, self.shareable(length))
+
+    def owns_alone(self, row: Row, length: int, beyond: Seq[int]) -> bool:
+        """Whether no other row owns what a row maps of `length` tokens beyond so many slabs by layer group."""
+        wanted = zip(self._slabs, row.slabs, beyond, self.shareable(length), strict=True)
+        return not any([any(map(known.is_shared, slabs[first:count])) for known, slabs, first, count in wanted])
+
     def _row_for(self, parent: Row, length: int, shared: list[int]) -> Row:
         """The left row that maps most of what will be shared; else an idle one: the emptiest, where it must make way
         for what is shared.

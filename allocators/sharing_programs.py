@@ -51,7 +51,10 @@ class Programs:
 
     def play(self, choose: Choose, length: int) -> None:
         """Do so many operations, then end everything; nothing is left in the pool."""
-        operations = (self.admit, self.grow, self.grow, self.beam, self.finish, self.preempt, self.return_, self.step)
+        operations = (
+            self.admit, self.grow, self.grow, self.beam, self.reseat,
+            self.finish, self.preempt, self.return_, self.step,
+        )  # fmt: skip
         for _ in range(length):
             operations[choose(len(operations))](choose)
             self.policy.check_integrity()
@@ -125,6 +128,19 @@ class Programs:
         self.tags[child.seq_id] = self.tags[parent].copy()
         self.owed.add(child.seq_id)
         return True
+
+    def reseat(self, choose: Choose) -> None:
+        """Some members become copies of others. Memory never lacks for that: each gives up what it had."""
+        group = self.written_group(choose)
+        if group is None or len(group.members) < 2 or self.unwritten.keys() & set(group.members):
+            return
+        parents = [group.members[choose(len(group.members))] for _ in group.members]
+        pairs = zip(parents, group.members, strict=True)
+        moves = [(parent, Sequence(seat, group.prompt, group.output)) for parent, seat in pairs if seat not in parents]
+        assert self.policy.reseat(moves)
+        for parent, child in moves:
+            self.tags[child.seq_id] = self.tags[parent].copy()
+            self.owed.add(child.seq_id)
 
     def finish(self, choose: Choose) -> None:
         """One member ends before the others, or with the last of them the group."""

@@ -47,6 +47,7 @@ class VAttentionConfig:
     tensor_slicing: bool = False
     read_past: int | None = None  # tokens kept mapped past a sequence's end, for a kernel that reads on there
     prefix_cache: bool = False  # keep rows for what they hold
+    copy_beams: bool = False  # where a beam dies, its own page-groups are written over: copies in place of driver calls
 
 
 class VAttentionPolicy(CachedRows):
@@ -72,6 +73,7 @@ class VAttentionPolicy(CachedRows):
         tensor_slicing: bool = False,
         read_past: int | None = None,
         prefix_cache: bool = False,
+        copy_beams: bool = False,
     ) -> None:
         """Raises UserError for an option out of range, and for a pool smaller than one page-group in every tensor."""
         for option, share in (("watermark", watermark), ("reclaim_threshold", reclaim_threshold)):
@@ -89,6 +91,7 @@ class VAttentionPolicy(CachedRows):
         self.max_rows = max_rows
         self.page_group_bytes = checked_page_group(page_group)
         self.prefix_cache = prefix_cache
+        self.copy_beams = copy_beams
         self.tensor_slicing = tensor_slicing
         self.overlap = overlap
         self.deferred_reclamation = deferred_reclamation

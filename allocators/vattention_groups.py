@@ -22,6 +22,7 @@ class RowGroups(Policy):
     max_tokens: int
     max_rows: int
     page_group_bytes: int
+    copy_beams: bool
     deferred_reclamation: bool
     geometries: tuple[RowGeometry, ...]
     _rows: SharedRows
@@ -74,9 +75,10 @@ class RowGroups(Policy):
     def grow_group(self, seq_ids: Seq[int]) -> bool:
         """One position for each, if the page-groups that all of them need suffice."""
         rows = [self._rows.live[seq_id] for seq_id in seq_ids]
-        if any(row.length >= self.max_tokens for row in rows):
+        if any([row.length >= self.max_tokens for row in rows]):
             return False
-        more = sum(self._rows.page_groups_for(row.length + 1) - row.marks.needed for row in rows)
+        full = [row for row in rows if row.length >= row.enough_until]
+        more = sum([self._rows.page_groups_for(row.length + 1) - row.marks.needed for row in full])
         return self._fits(more) and self.grow_each(seq_ids) == len(seq_ids)
 
     def fork(self, parent_id: int, child: Sequence) -> bool:
@@ -96,6 +98,25 @@ class RowGroups(Policy):
         rows.fork(rows.live[parent_id], child.seq_id, length, child.final_tokens, self._actions)
         self._live_bytes += self._bytes_of(length) - (rows.aliased - aliased) * self.page_group_bytes
         self._looked_ahead = False
+        return True
+
+    def reseat(self, moves: Seq[tuple[int, Sequence]]) -> bool:
+        """A child whose row maps all that it is going to share stays there, without a driver call.
+
+        With `copy_beams` it also stays where page-groups of its own lie in the way: they are written over.
+        """
+        return super().reseat([move for move in moves if not self._reseat_in_row(*move)])
+
+    def _reseat_in_row(self, parent_id: int, child: Sequence) -> bool:
+        length, rows = self._resident(parent_id), self._rows
+        parent, row = rows.live[parent_id], rows.live[child.seq_id]
+        if (row.length, row.final) != (length, child.final_tokens) or self.cache_unit_tokens is not None:
+            return False
+        in_place = rows.in_place(row, parent, length)
+        if in_place != rows.shareable(length) and not (self.copy_beams and rows.owns_alone(row, length, in_place)):
+            return False
+        self._leave(child.seq_id)
+        self._due.owe(parent_id, child.seq_id, length, self._actions)
         return True
 
     @property
@@ -119,8 +140,10 @@ class RowGroups(Policy):
     def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
         """What the child does not map as the parent does, up to `tokens`."""
         source, target = self._rows.live[source_id], self._rows.live[target_id]
-        for group, (g, shared) in enumerate(zip(self.geometries, self._rows.shareable(tokens), strict=True)):
-            start, stop = shared * g.page_group, g.resident_bytes(tokens)
+        for group, (g, same) in enumerate(
+            zip(self.geometries, self._rows.in_place(target, source, tokens), strict=True)
+        ):
+            start, stop = same * g.page_group, g.resident_bytes(tokens)
             if start < stop:
                 yield CopyRow(group, source.index, target.index, start, stop)
 

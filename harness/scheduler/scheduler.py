@@ -310,9 +310,9 @@ class Scheduler(ABC):
             if not group.needs_ranking:
                 continue
             group.ranked = group.first.generated
-            moves = [(parent, seat) for seat, parent in enumerate(survivors(group)) if parent != seat]
-            for _, seat in moves:
-                self.policy.release(group.members[seat].seq_id)
-            for parent, seat in moves:
-                if not self.policy.fork(group.members[parent].seq_id, group.members[seat]):
-                    raise RuntimeError(f"{self.policy.name} has no room for a beam where one has just died")
+            beams = group.members
+            moves = [
+                (beams[parent].seq_id, beams[seat]) for seat, parent in enumerate(survivors(group)) if parent != seat
+            ]
+            if moves and not self.policy.reseat(moves):
+                raise RuntimeError(f"{self.policy.name} has no room for a beam where one has just died")

@@ -72,4 +72,4 @@ def test_a_policy_that_breaks_its_word_is_caught() -> None:
         return policy
 
     with pytest.raises(AssertionError):
-        check_policy(make, LAYOUTS["MHA"], programs=100, shorten=False)
+        check_policy(make, LAYOUTS["MHA"], programs=1000, shorten=False)

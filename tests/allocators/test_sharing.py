@@ -29,6 +29,7 @@ OPTIONS = {
 CASES = [(name, {}) for name in ALLOCATORS] + [
     ("vattention", {"tensor_slicing": True}),  # 32 tokens a page-group
     ("vattention", {"tensor_slicing": True, "overlap": False, "deferred_reclamation": False}),
+    ("vattention", {"tensor_slicing": True, "copy_beams": True}),
 ]
 
 
