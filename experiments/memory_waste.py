@@ -72,7 +72,7 @@ def _summary(run: Run, means: pd.DataFrame) -> Iterator[SummaryRow]:
     like_fig2 = all(getattr(run.arrival, key) == value for key, value in FIG2.items())
     panel = panel_of(run, run.trace.name)
     if not (like_fig2 and run.params.window_s == FIG2_WINDOW_S):
-        panel += f" {run.arrival.rate:g} req/s for {run.arrival.duration_s:g} s"
+        panel += f" {run.arrival}"
     for system in run.systems:
         for _, mean in means[means.system == system.name].iterrows():
             for paper, figure, quantity, value, unit in _quantities(system, mean):

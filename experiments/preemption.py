@@ -62,7 +62,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         progress.stage(f"one request of {params.tokens} tokens")
         costs = recorder.cell("cost", lambda: {"costs": _costs(run, paged)})["costs"]
         progress.advance()
-        progress.stage(f"{run.trace.name}, {run.arrival.rate:g} req/s")
+        progress.stage(f"{run.trace.name}, {run.arrival}")
         points = recorder.cell("replay", lambda: _replays(run))["points"]
         progress.advance()
     summary = frame([*_cost_rows(run, paged, costs), *_replay_rows(run, points)])

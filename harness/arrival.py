@@ -25,6 +25,11 @@ class ArrivalConfig:
     seed: int | None = None  # null: the trace's
     quantum_s: float = 0.01  # artifact only: arrivals fall on multiples of this
 
+    def __str__(self) -> str:
+        """As a panel's title has it: `4 req/s for 900 s`, or the process where it has no rate."""
+        what = self.process.replace("_", " ") if self.rate is None else f"{self.rate:g} req/s"
+        return what if self.duration_s is None else f"{what} for {self.duration_s:g} s"
+
 
 DRAWN = ("poisson", "gamma", "constant", "artifact", "sarathi")
 UNDRAWN = ("recorded", "all_at_once")

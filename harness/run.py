@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.harness import schemas, systems
+from kvarena.harness.arrival import UNDRAWN
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, load, names, no_such_key, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.fit import check_fit
@@ -103,7 +104,7 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         device=device,
         model=model,
         trace=typed(schemas.of("trace"), _filled(config.trace, profile.get("trace")), "trace"),
-        arrival=typed(schemas.of("arrival"), _filled(config.arrival, profile.get("arrival")), "arrival"),
+        arrival=typed(schemas.of("arrival"), _filled(config.arrival, _drawn(config.arrival, profile)), "arrival"),
         engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
         systems=built,
         decoding=typed(DecodingConfig, _filled(config.decoding, profile.get("decoding")), "decoding"),
@@ -120,6 +121,11 @@ def _filled(node: DictConfig, profile: DictConfig | None) -> DictConfig:
     """A group whose nulls are taken from the profile of the device."""
     given = {key: value for key, value in node.items() if value is not None}
     return OmegaConf.create({**(profile or {}), **given})
+
+
+def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:
+    """The profile's arrivals; they are drawn, so arrivals that are recorded, or all at once, take nothing of them."""
+    return None if arrival.process in UNDRAWN else profile.get("arrival")
 
 
 def _device(config: DictConfig) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 
 from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
+from kvarena.harness.arrival import UNDRAWN
 from kvarena.harness.config import load, names
 from kvarena.harness.fit import misfit
 from kvarena.harness.model import load_preset
@@ -53,6 +54,14 @@ def test_null_params_come_from_the_profile_of_the_device() -> None:
     assert run.model.name == "bench-llama"
     assert run.params.rounds == 9
     assert run.params.batch_sizes == [1, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("process", UNDRAWN)
+def test_arrivals_that_are_not_drawn_take_no_rate_from_a_profile(process: str) -> None:
+    run = compose_run("experiment=memory_waste", f"arrival={process}")
+    assert (run.arrival.process, run.arrival.rate, run.arrival.duration_s) == (process, None, None)
+    assert str(run.arrival) == process.replace("_", " ")
+    assert str(compose_run("experiment=memory_waste").arrival) == "4 req/s for 900 s"
 
 
 def test_allocator_keeps_the_systems_that_use_it_and_sets_its_fields() -> None:
