@@ -7,10 +7,12 @@ A page-group is shared only where it lies wholly below the length in bytes: it i
 window) is overwritten, so that nothing of it is shared. So an alias is live in each of its rows, below every mark, and
 counting it once is one correction of the sums.
 
-A row that is left while it shares keeps its mappings until `look_ahead`, although what it shared is not its own any
-more. In beam search its next sequence is often a fork of a sibling, and finds most of its page-groups mapped.
+Where a beam dies, a child of another follows in its row: only full page-groups that differ are mapped anew.
 
-    left     | s0 | s1 | s4..|           a fork of `parent` maps nothing here: s0, s1 are in place, s4 is written
+    dead     | s0 | s4 | s5..|           s0 is in place, s1 is mapped instead of s4, s5 is written
+
+A row that is left while it shares keeps its mappings until `look_ahead`, although what it shared is not its own any
+more: a fork before that may find most of what it needs mapped.
 """
 
 from collections.abc import Sequence as Seq
@@ -71,6 +73,28 @@ class SharedRows(VirtualRows):
     def in_place(self, row: Row, parent: Row, length: int) -> list[int]:
         """Leading slabs by layer group, wholly below `length` tokens, that a row maps as another does."""
         return self._in_place(row, parent, self.shareable(length))
+
+    def follow(self, row: Row, parent: Row, length: int, actions: list[Action]) -> None:
+        """Map whatever of `length` tokens can be shared as another live row does, in place of what the row has there.
+
+        Both have that length, so the row needs no more memory, and has as much mapped as before.
+        """
+        for group, (first, end) in enumerate(
+            zip(self.in_place(row, parent, length), self.shareable(length), strict=True)
+        ):
+            wanted, left = parent.slabs[group][first:end], row.slabs[group][first:end]
+            if not wanted:
+                continue
+            actions += [Unmap(group, row.index, first + i, slab) for i, slab in reversed(list(enumerate(left)))]
+            actions += [Map(group, row.index, first + i, slab) for i, slab in enumerate(wanted)]
+            row.slabs[group][first:end] = wanted
+            shared, tensors = self._unshare(group, left), self.geometries[group].num_tensors
+            for slab in reversed(left[shared:]):
+                self._slabs[group].give(slab)
+            for slab in wanted:
+                self._slabs[group].share(slab)
+            self.free += tensors * (len(left) - shared)
+            self._count_aliases(tensors * (len(wanted) - shared))
 
     def owns_alone(self, row: Row, length: int, beyond: Seq[int]) -> bool:
         """Whether no other row owns what a row maps of `length` tokens beyond so many slabs by layer group."""

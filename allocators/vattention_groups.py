@@ -101,9 +101,9 @@ class RowGroups(Policy):
         return True
 
     def reseat(self, moves: Seq[tuple[int, Sequence]]) -> bool:
-        """A child whose row maps all that it is going to share stays there, without a driver call.
+        """A child stays in its row, where page-groups that it does not share with its parent make way for the parent's.
 
-        With `copy_beams` it also stays where page-groups of its own lie in the way: they are written over.
+        With `copy_beams` they are written over instead, if nobody else has them.
         """
         return super().reseat([move for move in moves if not self._reseat_in_row(*move)])
 
@@ -112,10 +112,12 @@ class RowGroups(Policy):
         parent, row = rows.live[parent_id], rows.live[child.seq_id]
         if (row.length, row.final) != (length, child.final_tokens) or self.cache_unit_tokens is not None:
             return False
-        in_place = rows.in_place(row, parent, length)
-        if in_place != rows.shareable(length) and not (self.copy_beams and rows.owns_alone(row, length, in_place)):
-            return False
         self._leave(child.seq_id)
+        if not (self.copy_beams and rows.owns_alone(row, length, rows.in_place(row, parent, length))):
+            aliased = rows.aliased
+            rows.follow(row, parent, length, self._actions)
+            self._live_bytes -= (rows.aliased - aliased) * self.page_group_bytes
+            self._looked_ahead = False
         self._due.owe(parent_id, child.seq_id, length, self._actions)
         return True
 
