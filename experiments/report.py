@@ -1,7 +1,5 @@
 """`./run.sh report` writes the scorecard; `./run.sh claim=ID` runs what one claim needs, and judges it."""
 
-import os
-import tempfile
 from pathlib import Path
 
 from kvarena.errors import UserError
@@ -9,6 +7,7 @@ from kvarena.harness.paths import RESULTS
 from kvarena.harness.scorecard.markdown import markdown
 from kvarena.harness.scorecard.page import page
 from kvarena.harness.scorecard.scorecard import make_scorecard
+from kvarena.harness.writing import write_whole
 
 FILES = ("report.html", "SCORECARD.md")
 
@@ -18,19 +17,11 @@ def write_report(results: Path = RESULTS) -> list[Path]:
     card = make_scorecard(results)
     paths = [results / name for name in FILES]
     for path, content in zip(paths, (page(card), markdown(card)), strict=True):
-        _replace(path, content)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
     counts = ", ".join(f"{count} {verdict}" for verdict, count in card.counts.items())
     print(f"{len(card.findings)} claims, {len(card.runs)} kept runs: {counts}")
     print("\n".join(f"report:  {path}" for path in paths))
     return paths
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 
 from kvarena.experiments import registry
 from kvarena.harness.provenance import identity
-from kvarena.harness.record import Outcome, explained, publish, runs_folder, write_outcome
+from kvarena.harness.record import ADVICE, Outcome, publish, runs_folder, write_outcome
 from kvarena.harness.summary import COLUMNS
+from kvarena.harness.writing import explained
 
 _VARIABLE = "KVARENA_SWEEP"  # inherited by the worker processes of Hydra's launchers
 
@@ -33,7 +34,7 @@ class Sweep:
         self._name = f"sweep-{identity({'arguments': arguments})}"
         self._home = runs_folder() / experiment
         self._folder = self._home / ".unfinished" / self._name
-        with explained(self._folder):
+        with explained(self._folder, ADVICE):
             self._folder.mkdir(parents=True, exist_ok=True)
         os.environ[_VARIABLE] = str(self._folder)
 
@@ -54,7 +55,7 @@ class Sweep:
             )
             shutil.copytree(self._folder, partial / "jobs", ignore=shutil.ignore_patterns(".*"))
 
-        with explained(self._home):
+        with explained(self._home, ADVICE):
             target = publish(self._home, self._name, write)
         shutil.rmtree(self._folder, ignore_errors=True)
         return target, outcome

@@ -8,13 +8,11 @@ A cell is one point with all its systems. Finished cells of an unfinished run ar
 continued by the same command; once the run has ended, its cells are gone and the next command measures again.
 """
 
-import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -24,11 +22,12 @@ import matplotlib as mpl
 import pandas as pd
 from omegaconf import OmegaConf
 
-from kvarena.errors import UserError
 from kvarena.harness.paths import RESULTS
 from kvarena.harness.provenance import identity, provenance
+from kvarena.harness.writing import explained, whole_folder
 
 Frames = dict[str, pd.DataFrame]
+ADVICE = "Free some space or set KVARENA_RUNS to a folder that can be written."
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Recorder:
         self._hash = identity(config)
         # Cells of a job lie in its sweep's folder and go with it, whenever the job was killed.
         self._unfinished = (self._home if job is None else job.parent) / ".unfinished" / self._hash
-        with explained(self._home):
+        with explained(self._home, ADVICE):
             self._unfinished.mkdir(parents=True, exist_ok=True)
             _probe(self._unfinished)
 
@@ -68,7 +67,7 @@ class Recorder:
         folder = self._unfinished / key
         if not folder.is_dir():
             frames = measure()
-            with explained(folder), whole_folder(folder) as partial:
+            with explained(folder, ADVICE), whole_folder(folder) as partial:
                 for name, table in frames.items():
                     table.to_parquet(partial / f"{name}.parquet")
         return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
@@ -79,7 +78,7 @@ class Recorder:
 
     def finish(self, outcome: Outcome) -> Path:
         """Write the run's folder and forget its cells. Returns the folder."""
-        with explained(self._home):
+        with explained(self._home, ADVICE):
             if self._job is None:
                 folder = publish(self._home, self._hash, lambda partial: write_outcome(partial, outcome, self._config))
             else:
@@ -115,42 +114,6 @@ def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> Non
         with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
             outcome.figure.savefig(folder / "figure.png", dpi=150, bbox_inches="tight")
             outcome.figure.savefig(folder / "figure.svg", bbox_inches="tight", metadata={"Date": None})
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` that takes its name at the end, or vanishes where anything fails."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what a file system refuses into a message a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "no space is left there",
-            errno.EDQUOT: "the quota there is used up",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "writing there is not permitted",
-            errno.EPERM: "writing there is not permitted",
-            errno.ENOENT: "no such folder can be made",
-            errno.ENOTDIR: "a file is in the way",
-        }
-        if error.errno not in reasons:
-            raise
-        raise UserError(
-            f"cannot write results to {path}: {reasons[error.errno]}. Nothing half-written is left. "
-            "Free some space or set KVARENA_RUNS to a folder that can be written."
-        ) from error
 
 
 def _probe(folder: Path) -> None:

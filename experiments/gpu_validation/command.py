@@ -1,6 +1,7 @@
 """`./run.sh gpu-validation`: the command line. It needs no Hydra."""
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -13,6 +14,7 @@ from kvarena.experiments.gpu_validation.folder import Folder
 from kvarena.experiments.gpu_validation.plan import STEPS, step_named
 from kvarena.experiments.gpu_validation.record import BAD, Record
 from kvarena.experiments.gpu_validation.session import Session
+from kvarena.experiments.gpu_validation.step import Step
 
 ALL_PASSED, SOMETHING_BAD, USER_ERROR, NO_GPU = 0, 1, 2, 4
 
@@ -67,11 +69,21 @@ def _run(given: argparse.Namespace) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {given.out}: the folder cannot be made: {error.strerror}") from error
-    folder = Folder(given.out.resolve())
+    return _status(_validated(Folder(given.out.resolve()), steps, given), given.device)
+
+
+def _validated(folder: Folder, steps: Sequence[Step], given: argparse.Namespace) -> list[Record]:
+    """Run the steps. Where the folder takes no more, the experiments' runs that are not in it yet are left outside."""
     with tempfile.TemporaryDirectory(prefix="kvarena-validation-", ignore_cleanup_errors=True) as scratch:
-        folder.unpack(Path(scratch))
-        records = Session(folder, given.device, Path(scratch), given.budget_s).run(steps)
-    return _status(records, given.device)
+        try:
+            folder.unpack(Path(scratch))
+            return Session(folder, given.device, Path(scratch), given.budget_s).run(steps)
+        except UserError as error:
+            runs = Path(scratch, "runs")
+            if not runs.is_dir():
+                raise
+            left = shutil.move(runs, tempfile.mkdtemp(prefix="kvarena-validation-runs-"))
+            raise UserError(f"{error} The experiments' runs so far are in {left}.") from error
 
 
 def _status(records: Sequence[Record], device: str) -> int:

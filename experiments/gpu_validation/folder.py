@@ -10,12 +10,14 @@ kept.tar.xz        the experiments' runs, as results/ wants them
 import io
 import json
 import tarfile
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvarena.experiments.gpu_validation import matrix, record
 from kvarena.experiments.gpu_validation.record import Origin, Record
+from kvarena.harness.writing import explained, write_whole
 
 LARGE_BYTES = 1 << 20  # a table of single steps beyond this is not kept
 _SHOWN = ("torch", "triton", "vllm", "flashinfer-python", "flash-attn", "cuda-bindings")
@@ -31,7 +33,15 @@ class Folder:
 
     def add(self, made: Record) -> None:
         """Write down what a case came to."""
-        record.append(self.records_file, made)
+        with self._explained():
+            record.append(self.records_file, made)
+
+    def opened_log(self, heading: str) -> BinaryIO:
+        """The log, open behind a heading for what comes next."""
+        with self._explained():
+            with self.log.open("ab") as log:
+                log.write(f"\n==== {heading}\n".encode())
+            return self.log.open("ab")
 
     def records(self) -> list[Record]:
         """All records so far."""
@@ -46,7 +56,8 @@ class Folder:
 
     def write_environment(self, found: dict[str, Any]) -> None:
         """Keep what the first step found."""
-        (self.path / "environment.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+        with self._explained():
+            write_whole(self.path / "environment.json", json.dumps(found, indent=2, default=str) + "\n")
 
     def origin(self) -> Origin:
         """Where records of this folder come from."""
@@ -59,10 +70,14 @@ class Folder:
 
     def rewrite(self, scratch: Path) -> None:
         """Bring the table and the archive up to date."""
-        (self.path / "matrix.md").write_text(matrix.written(self.records()))
         runs = scratch / "runs"
-        if runs.is_dir():
-            _pack(runs, self.path / "kept.tar.xz")
+        with self._explained():
+            write_whole(self.path / "matrix.md", matrix.written(self.records()))
+            if runs.is_dir():
+                write_whole(self.path / "kept.tar.xz", _packed(runs))
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.path, "What is recorded stays: once there is room, the same command goes on from there.")
 
     def unpack(self, scratch: Path) -> None:
         """Take up the runs of an earlier session over the same folder."""
@@ -72,14 +87,12 @@ class Folder:
                 tar.extractall(scratch / "runs", filter="data")
 
 
-def _pack(runs: Path, archive: Path) -> None:
-    """`<experiment>/<file>` of every finished run, the last one of each name; whole, or not replaced."""
+def _packed(runs: Path) -> bytes:
+    """An archive with `<experiment>/<file>` of every finished run, the last one of each name."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
         for file in sorted(runs.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(runs).parts)
             if file.is_file() and not hidden and file.stat().st_size <= LARGE_BYTES:
                 tar.add(file, file.relative_to(runs).as_posix())
-    partial = archive.with_name(f".{archive.name}")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(archive)
+    return buffer.getvalue()

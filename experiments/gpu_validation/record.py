@@ -1,5 +1,6 @@
 """What a case came to, as a line of `validation.jsonl`. A line is written in one piece, when its case has ended."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -67,11 +68,14 @@ def now() -> str:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line: in one write, so that whoever is killed leaves whole lines."""
-    line = json.dumps(asdict(record), default=str) + "\n"
+    """Add a line, whole or not at all: in one write, so that whoever is killed leaves whole lines. Raises OSError."""
+    line = (json.dumps(asdict(record), default=str) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):  # a disk that is nearly full takes a part
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

@@ -87,9 +87,7 @@ class Session:
     def _run_child(self, step: Step, cases: list[str], deadline: float) -> list[str]:
         """Run one process; returns the cases that are left."""
         known = len(self._folder.records())
-        with self._folder.log.open("ab") as log:
-            log.write(f"\n==== {step.name}: {', '.join(cases)}\n".encode())
-            log.flush()
+        with self._folder.opened_log(f"{step.name}: {', '.join(cases)}") as log:
             started = log.tell()
             process = subprocess.Popen(
                 self._command(step, self._device, self._folder, self._scratch, cases),

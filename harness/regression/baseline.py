@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import RESULTS
+from kvarena.harness.writing import write_whole
 
 BASELINES = RESULTS / "baselines"
 LOG = "CHANGES.md"
@@ -67,8 +68,8 @@ def accept(name: str, text: str, reason: str, changes: Sequence[str], folder: Pa
     entry = [f"## {date.today()} {name} {fingerprint(text)}", "", reason.strip(), "", *listed]
     older = _log(folder).removeprefix(_HEADER).strip("\n")
     parts = [_HEADER.rstrip("\n"), "\n".join(entry).rstrip("\n"), *([older] if older else [])]
-    _replace(folder / name, text)
-    _replace(folder / LOG, "\n\n".join(parts) + "\n")
+    write_whole(folder / name, text)
+    write_whole(folder / LOG, "\n\n".join(parts) + "\n")
 
 
 def retired(folder: Path | None = None) -> set[str]:
@@ -84,9 +85,3 @@ def _newest(log: str, name: str) -> str | None:
 def _log(folder: Path) -> str:
     path = folder / LOG
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

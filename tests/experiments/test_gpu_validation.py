@@ -1,6 +1,8 @@
 """gpu-validation: whatever happens to a child, every case has a record and the rest goes on."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -172,6 +174,94 @@ def test_the_latest_record_counts_unless_it_was_not_run():
     assert latest([passed, not_run]) == {("s", "c"): passed}
     assert latest([not_run, passed, failed]) == {("s", "c"): failed}
     assert latest([not_run]) == {("s", "c"): not_run}
+
+
+# ---- a disk that fills -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk_of(monkeypatch):
+    """Lets `disk_of(n)` take n more bytes of records: what begins below the limit and does not fit is cut there."""
+
+    def limit(num_bytes):
+        left = [num_bytes]
+
+        def write(descriptor, line):
+            taken = write_all(descriptor, line[: left[0]])
+            left[0] -= taken
+            if not taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return taken
+
+        write_all = os.write
+        monkeypatch.setattr("kvarena.experiments.gpu_validation.record.os.write", write)
+
+    return limit
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_line_that_does_not_fit_is_not_begun(tmp_path, disk_of, room):
+    kept = Record("s", "a", Result.PASSED)
+    Folder(tmp_path).add(kept)
+    disk_of(room)
+    with pytest.raises(UserError, match=r"no space is left there.*the same command goes on"):
+        Folder(tmp_path).add(Record("s", "b", Result.PASSED, reason="x" * 200))
+    assert read(tmp_path / "validation.jsonl") == [kept]
+
+
+def test_a_full_disk_ends_the_session_with_one_message_and_whole_records(tmp_path, monkeypatch, disk_of, capsys):
+    """The child's record of `b` does not fit, nor what the parent would say of that."""
+    monkeypatch.setattr(command, "Session", lambda folder, *_: session(folder.path))
+    monkeypatch.setattr(command, "STEPS", [fake("a", "exit", "b")])
+    disk_of(50)
+    with pytest.raises(SystemExit) as left:
+        command.main(["--out", str(tmp_path)])
+    assert left.value.code == command.USER_ERROR
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert errors == [
+        f"error: cannot write results to {tmp_path}: no space is left there. Nothing half-written is left. What is "
+        "recorded stays: once there is room, the same command goes on from there."
+    ]
+    assert outcomes(read(tmp_path / "validation.jsonl")) == [("a", "passed")]
+
+
+def test_runs_that_the_folder_does_not_take_are_left_outside(tmp_path, monkeypatch, capsys):
+    class Full:
+        def __init__(self, folder, device, scratch, budget_s):
+            self._runs = scratch / "runs" / "decode"
+
+        def run(self, steps):
+            self._runs.mkdir(parents=True)
+            (self._runs / "summary.csv").write_text("kept\n")
+            raise UserError("no space is left there.")
+
+    monkeypatch.setattr(command, "Session", Full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path / "out")])
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: no space is left there. The experiments' runs so far are in ")
+    runs = Path(message.split(" are in ")[1].rstrip("."))
+    assert (runs / "decode" / "summary.csv").read_text() == "kept\n"
+    assert [path for path in tmp_path.iterdir() if path.name != "out"] == [runs.parent]
+
+
+@pytest.mark.parametrize("name", ["environment.json", "matrix.md"])
+def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, monkeypatch, name):
+    folder = Folder(tmp_path)
+    folder.write_environment({"device": "a-gpu"})
+    folder.rewrite(tmp_path / "scratch")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, content):
+        with path.open("wb") as file:
+            file.write(content[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="no space is left there"):
+        folder.write_environment({}) if name == "environment.json" else folder.rewrite(tmp_path / "scratch")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
