@@ -89,28 +89,6 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
     assert found["batched_sequences"] == pytest.approx((2 * 2 + 6 * 3) / 8)
 
 
-def test_mooncakes_counts(summary_of: Callable[..., pd.DataFrame], shared: Callable) -> None:
-    path = shared("data/mooncake_synthetic.jsonl")
-    summary = summary_of(
-        "prefix_cache", f"trace.path={path}", "trace.format=mooncake", "systems=[vattention-2mb]",
-        "params.capacities_gb=[100,1000]",
-    )  # fmt: skip
-    trace = summary[summary.system == "trace"].set_index("quantity").value
-    assert trace["blocks"] == 121_877
-    assert trace["hit_blocks:every_id"] == 77_953
-    assert trace["hit_blocks:whole_blocks"] == 77_740
-    hits = summary[summary.quantity == "hit_ratio_vs_capacity"].set_index("x").value
-    unlimited = summary[summary.quantity == "hit_ratio_unlimited"].value.item()
-    assert 0 < hits[100] < hits[1000] < unlimited < 100 * 77_740 / 121_877 * 1.02
-
-
-def test_chats_without_a_file(summary_of: Callable[..., pd.DataFrame]) -> None:
-    summary = summary_of("prefix_cache", "trace.num_requests=400", "params.capacities_gb=[30]")
-    unlimited = summary[summary.quantity == "hit_ratio_unlimited"].set_index("system").value
-    assert unlimited["vattention-2MB/lean"] < unlimited["vattention-64KB/lean"]
-    assert set(summary.evidence) == {"exact"}
-
-
 @pytest.mark.parametrize(
     ("experiment", "override", "reason"),
     [
@@ -119,10 +97,8 @@ def test_chats_without_a_file(summary_of: Callable[..., pd.DataFrame]) -> None:
         ("parallel_sampling", "params.panels={fig14a: {n: 2}}", r"params\.guess"),
         ("shared_prefix", "params.panels={a: {name: a, trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",
          "does not reach past its prefix"),
-        ("prefix_cache", "systems=[orca-max]", "keeps no prefixes"),
     ],
 )  # fmt: skip
 def test_refusals(finished: Callable, experiment: str, override: str, reason: str) -> None:
-    systems = () if experiment == "prefix_cache" else ("systems=[paged]",)
     with pytest.raises(UserError, match=reason):
-        finished(experiment, override, *systems)
+        finished(experiment, override, "systems=[paged]")

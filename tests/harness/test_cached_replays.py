@@ -24,7 +24,7 @@ from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
 from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
 from kvarena.harness.prefix import Prefix
-from kvarena.harness.prefix_hits import Unit, count_hits
+from kvarena.harness.prefix_hits import count_hits
 from kvarena.harness.prompt import block_spans, conversation_span
 from kvarena.harness.prompt_names import PromptNames
 from kvarena.harness.request import Request, RequestState
@@ -285,12 +285,13 @@ def test_groups_that_are_recomputed_find_their_prompt():
 
 
 def test_the_engine_finds_what_the_count_says():
-    """One request at a time in a large pool: as `prefix_hits.py` counts them, blocks and page-groups."""
+    """One request at a time in a large pool: as `prefix_hits.py` counts them."""
     rng = np.random.default_rng(0)
     shapes = [(int(rng.integers(3)), int(rng.integers(8)), int(rng.integers(1, 64)), 1, GREEDY) for _ in range(60)]
     load = load_of(shapes)
     ids, prompts = [np.array(ids) for ids, *_ in load], np.array([prompt for _, prompt, *_ in load])
-    counted = count_hits(ids, prompts, BLOCK, Unit(4, 1)).hit_tokens
+    pool = make_policy(config_class("paged")(block_size=4, prefix_cache=True), LAYOUT, 4000 * LAYOUT.token_bytes, 96)
+    counted = count_hits(pool, ids, prompts, BLOCK).hit_tokens
     assert sum(found_by(ROOMY, requests_of(load, 10**9))) == counted > 0
 
 

@@ -1,19 +1,60 @@
-"""What a prefix cache finds: Mooncake's counts, the policy's own cache, page-groups that straddle blocks."""
+"""What a prefix cache finds: Mooncake's counts, and the allocators' caches beside a cache of units by itself."""
+
+from collections import OrderedDict
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.errors import UserError
-from kvarena.harness.prefix_hits import Unit, count_hits, count_ids
+from kvarena.harness.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.trace.block_ids import block_ids
 
-BLOCK = Unit(512, 1)  # one byte a token
+LAYOUT = attention_layout(num_layers=2, num_kv_heads=8, head_size=128)  # 64 KB hold 32 tokens of a layer
+UNIT = 32
+
+
+def lru_hits(ids, prompt_tokens, block_tokens, unit, limit=None):
+    """Tokens that a cache of units finds which gives up the least recently used: of a prompt its end first.
+
+    A prompt of more units than the cache holds is not kept.
+    """
+    kept, found = OrderedDict(), 0
+    for mine, tokens in zip(ids, prompt_tokens.tolist(), strict=True):
+        names = [(int(mine[((j + 1) * unit - 1) // block_tokens]), j) for j in range(tokens // unit)]
+        hit = 0
+        while hit < (tokens - 1) // unit and names[hit] in kept:
+            hit += 1
+        found += hit * unit
+        if limit is None or len(names) <= limit:
+            for name in reversed(names):
+                kept[name] = None
+                kept.move_to_end(name)
+            while limit is not None and len(kept) > limit:
+                kept.popitem(last=False)
+    return found
+
+
+def blocks(num_blocks, block_size):
+    pool = num_blocks * block_size * LAYOUT.token_bytes
+    return PagedPolicy(LAYOUT, pool, max_tokens=10**6, block_size=block_size, watermark=0, prefix_cache=True)
+
+
+def rows(tokens, **options):
+    options = {"page_group": "64KB", "max_rows": 4000, "watermark": 0, "prefix_cache": True} | options
+    return VAttentionPolicy(LAYOUT, tokens * LAYOUT.token_bytes, max_tokens=200_000, **options)
+
+
+def hits(policy, ids, prompt_tokens, block_tokens):
+    found = count_hits(policy, ids, prompt_tokens, block_tokens)
+    policy.check_integrity()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -24,78 +65,94 @@ def mooncake(shared):
 def test_mooncakes_synthetic_trace_without_a_limit(mooncake):
     assert sum(map(len, mooncake.hash_ids)) == 121_877
     assert count_ids(mooncake.hash_ids) == 77_953
-    hits = count_hits(mooncake.hash_ids, mooncake.prompt_tokens, 512, BLOCK)
-    assert hits.hit_tokens == 77_740 * 512
+    assert count_blocks(mooncake.hash_ids, mooncake.prompt_tokens, 512) == 77_740
+    assert lru_hits(mooncake.hash_ids, mooncake.prompt_tokens, 512, 512) == 77_740 * 512
 
 
-def policy_hits(ids, prompt_tokens, block_size, num_blocks, ids_of=512):
-    """The paged policy's cache, each request admitted and released before the next."""
-    layout = attention_layout(num_layers=1, num_kv_heads=1, head_size=1)
-    policy = PagedPolicy(
-        layout, num_blocks * block_size * layout.token_bytes, max_tokens=10**6, block_size=block_size, watermark=0,
-        prefix_cache=True,
-    )  # fmt: skip
-    found = 0
-    for i, (mine, tokens) in enumerate(zip(ids, prompt_tokens.tolist(), strict=True)):
-        names = [(int(mine[j * block_size // ids_of]), j) for j in range(tokens // block_size)]
-        hit = policy.admit_cached([Sequence(i, tokens, 1)], tokens, names)
-        if hit is not None:
-            found += hit
-            policy.release(i)
-    policy.check_integrity()
-    return found
-
-
-def test_the_policys_cache_finds_the_same(mooncake):
-    """Without a limit: blocks of 256 on the whole trace, blocks of 64 on its beginning."""
+def test_the_allocators_caches_find_all_of_it(mooncake):
+    """In a pool that holds all prompts side by side: blocks of 256 tokens, and page-groups of 512."""
     ids, prompts = mooncake.hash_ids, mooncake.prompt_tokens
-    assert policy_hits(ids, prompts, 256, 130_000) == count_hits(ids, prompts, 512, Unit(256, 1)).hit_tokens
-    few = count_hits(ids[:300], prompts[:300], 512, Unit(64, 1))
-    assert policy_hits(ids[:300], prompts[:300], 64, 200_000) == few.hit_tokens > 0
+    of_blocks = hits(blocks(250_000, 256), ids, prompts, 512)
+    assert of_blocks.hit_tokens == lru_hits(ids, prompts, 512, 256)
+    large = rows(64_000_000, page_group="2MB", tensor_slicing=True)
+    assert large.cache_unit_tokens == 512
+    of_rows = hits(large, ids, prompts, 512)
+    assert of_rows.hit_tokens == 77_740 * 512
+    assert of_blocks.refused == of_rows.refused == 0
+    full = {
+        block for mine, tokens in zip(ids, prompts.tolist(), strict=True) for block in mine[: tokens // 512].tolist()
+    }
+    assert of_rows.cached_bytes == len(full) * 512 * LAYOUT.token_bytes
+
+
+def test_the_allocators_caches_on_its_beginning_in_a_small_pool(mooncake):
+    """Rows go as a whole, so that a few tokens less are found than by a cache of units."""
+    ids, prompts = mooncake.hash_ids[:600], mooncake.prompt_tokens[:600]
+    units = 2_000_000 // 64
+    model = lru_hits(ids, prompts, 512, 64, units)
+    assert model < lru_hits(ids, prompts, 512, 64)
+    assert hits(blocks(units, 64), ids, prompts, 512).hit_tokens == pytest.approx(model, rel=0.01)
+    assert hits(rows(2_000_000), ids, prompts, 512).hit_tokens == pytest.approx(model, rel=0.1)
+
+
+CHATS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=25)
+
+
+def chats(turns, unit):
+    """Whole units and a token more, so that a prompt's last unit is never one that is found."""
+    ids = tuple(np.append(100 * c + np.arange(count), -1 - i) for i, (c, count) in enumerate(turns))
+    return ids, np.array([unit * count + 1 for _, count in turns])
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=25), st.integers(7, 20))
-def test_the_policys_cache_finds_the_same_in_any_small_pool(turns, num_blocks):
-    """Chats of whole blocks and a token more, so that a prompt's last block is never one that is found."""
-    ids = tuple(np.append(100 * c + np.arange(blocks), -1 - i) for i, (c, blocks) in enumerate(turns))
-    prompts = np.array([8 * blocks + 1 for _, blocks in turns])
-    ours = count_hits(ids, prompts, 8, Unit(8, 1), num_blocks * 8)
-    theirs = policy_hits(ids, prompts, 8, num_blocks + 1, ids_of=8)  # a block for the token more
-    assert ours.hit_tokens <= theirs <= count_hits(ids, prompts, 8, Unit(8, 1)).hit_tokens
+@given(turns=CHATS, num_blocks=st.integers(7, 20))
+def test_blocks_in_any_small_pool(turns, num_blocks):
+    ids, prompts = chats(turns, 8)
+    found = hits(blocks(num_blocks + 1, 8), ids, prompts, 8).hit_tokens  # a block for the token more
+    assert lru_hits(ids, prompts, 8, 8, num_blocks) <= found <= lru_hits(ids, prompts, 8, 8)
 
 
-def test_a_page_group_is_found_only_where_all_of_it_is_the_same():
-    """Stride 3 of page-groups of 8 bytes: group 0 ends in token 2, group 1 in token 5, group 2 in token 7."""
-    unit = Unit(8, 3)
-    assert [unit.end(j) for j in range(3)] == [3, 6, 8]
-    assert [unit.whole(n) for n in (2, 3, 5, 6, 8)] == [0, 1, 1, 2, 3]
-    same, other = np.array([1, 2]), np.array([1, 3])  # blocks of 4 tokens: tokens 0 to 3 are the same
-    prompts = np.array([8, 8])
-    assert count_hits((same, same), prompts, 4, unit).hit_tokens == 5  # two page-groups; the third has the last token
-    assert count_hits((same, other), prompts, 4, unit).hit_tokens == 2  # the second reaches into the other block
+@settings(max_examples=60)
+@given(turns=CHATS, units=st.integers(7, 200))
+@example(turns=[(0, 6), (1, 6), (0, 3), (2, 6), (1, 6), (0, 6)], units=14)
+def test_rows_in_any_small_pool(turns, units):
+    """Never more than there is to be found; all of it where all have room; and what was just served is still there."""
+    ids, prompts = chats(turns, UNIT)
+    found = hits(rows((units + 2) * UNIT), ids, prompts, UNIT).hit_tokens
+    everything = lru_hits(ids, prompts, UNIT, UNIT)
+    assert found <= everything
+    if units >= sum(count for _, count in turns):
+        assert found == everything
+    again = [min(a, b) for (c, a), (d, b) in pairwise(turns) if c == d]
+    assert found >= UNIT * sum(again)
 
 
 def test_the_last_token_is_always_fed():
     ids = (np.array([1, 2]),) * 2
-    assert count_hits(ids, np.array([8, 8]), 4, Unit(4, 1)).hit_tokens == 4
-    assert count_hits(ids, np.array([9, 9]), 4, Unit(4, 1)).hit_tokens == 8
+    assert hits(blocks(9, 4), ids, np.array([8, 8]), 4).hit_tokens == 4
+    assert hits(blocks(9, 4), ids, np.array([9, 9]), 4).hit_tokens == 8
+    assert count_blocks(ids, np.array([8, 8]), 4) == 1
     assert count_ids(ids) == 2
 
 
 def test_the_least_recently_used_goes_first():
     a, b, c = np.array([1, 2]), np.array([3, 4]), np.array([5, 6])
     prompts = np.full(4, 9)
-    unit = Unit(4, 1)
-    assert count_hits((a, b, a, b), prompts, 4, unit, 16).hit_tokens == 16
-    assert count_hits((a, b, c, a), prompts, 4, unit, 16).hit_tokens == 0, "two prompts fit, a's was the older"
-    assert count_hits((a, b, c, a), prompts, 4, unit, 20).hit_tokens == 4, "the end went before the beginning"
+    assert hits(blocks(5, 4), (a, b, a, b), prompts, 4).hit_tokens == 16
+    assert hits(blocks(5, 4), (a, b, c, a), prompts, 4).hit_tokens == 0, "two prompts fit, a's was the older"
+    assert hits(blocks(6, 4), (a, b, c, a), prompts, 4).hit_tokens == 4, "the end went before the beginning"
 
 
-def test_a_prompt_larger_than_the_cache_leaves_it_as_it_was():
+def test_a_prompt_larger_than_the_pool_is_refused_and_leaves_it_as_it_was():
     a, big = np.array([1]), np.arange(10, 20)
-    hits = count_hits((a, big, a), np.array([5, 41, 5]), 4, Unit(4, 1), 12)
-    assert hits.hit_tokens == 4
+    found = hits(blocks(3, 4), (a, big, a), np.array([5, 41, 5]), 4)
+    assert (found.hit_tokens, found.refused) == (4, 1)
+
+
+def test_an_allocator_without_a_cache_is_refused():
+    policy = PagedPolicy(LAYOUT, 100 * LAYOUT.token_bytes, max_tokens=64)
+    with pytest.raises(ValueError, match="paged keeps nothing"):
+        count_hits(policy, (np.array([1]),), np.array([4]), 4)
 
 
 def test_chats_share_what_they_said():

@@ -1,0 +1,123 @@
+"""Serving the first requests of a trace with and without a prefix cache: time to first token, and tokens prefilled."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from kvarena.errors import UserError
+from kvarena.experiments import plots
+from kvarena.experiments.replay import Replayer, columns, workload_of
+from kvarena.harness.metrics import reused_share, summarize
+from kvarena.harness.model import load_preset
+from kvarena.harness.record import Frames
+from kvarena.harness.run import Run
+from kvarena.harness.statistics import median_interval
+from kvarena.harness.summary import SummaryRow, row
+from kvarena.harness.systems import System
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.workload import Workload
+
+WAYS = {False: "without_cache", True: "with_cache"}
+QUANTITIES = {  # metric -> quantity, unit, factor
+    "ttft_mean_s": ("ttft_mean", "s", 1.0),
+    "ttft_p99_s": ("ttft_p99", "s", 1.0),
+    "prefill_tokens": ("prefill_tokens", "tokens", 1.0),
+    "reused_share": ("reused_share", "%", 100.0),
+    "stall_mean_s": ("stall_mean", "s", 1.0),
+    "rate_reached_per_s": ("rate_reached", "req/s", 1.0),
+    "preemptions": ("preemptions", "count", 1.0),
+}
+
+
+def with_ids(trace: TraceConfig) -> TraceConfig:
+    """The trace with the ids of its blocks, where it has them."""
+    return replace(trace, keep_hash_ids=trace.path is not None and trace.format == "mooncake")
+
+
+def with_cache(system: System, requests: int, on: bool = True) -> System:
+    """The system with its prefix cache on or off. Raises UserError for an allocator that has none.
+
+    Rows of virtual tensors are addresses only: there are as many as requests, so that memory alone limits what is kept.
+    """
+    allocator = system.allocator
+    if not hasattr(allocator, "prefix_cache"):
+        raise UserError(f"systems: {system.name} keeps no prefixes; allocators paged and vattention do")
+    if hasattr(allocator, "max_rows"):
+        allocator = replace(allocator, max_rows=max(allocator.max_rows, requests + 1))
+    return replace(system, allocator=replace(allocator, prefix_cache=on))
+
+
+class Service:
+    """A trace's first requests, on as many devices as `params.serve_tp` says."""
+
+    def __init__(self, run: Run) -> None:
+        trace = replace(with_ids(run.trace), num_requests=run.params.serve_requests or run.trace.num_requests)
+        tp: int = run.params.serve_tp
+        self.run = replace(run, trace=trace, model=run.model if tp == 1 else load_preset(run.model.name, tp=tp))
+        self._replayer = Replayer(self.run)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """What is served: arrivals as the run says."""
+        return workload_of(self.run)
+
+    def cell(self, system: System) -> Frames:
+        """A row for each way and time: without the cache and with it, in turn."""
+        rows = []
+        for repeat in range(self.run.params.repeats):
+            for on, way in WAYS.items():
+                served = self._replayer.serve(with_cache(system, len(self.workload), on), self.workload)
+                metrics = summarize(served.requests, served.steps, served.resumed_gaps_ps) | {
+                    "prefill_tokens": float(served.steps.prefill_tokens.sum()),
+                    "reused_share": reused_share(served.steps),
+                }
+                rows.append({"system": system.name, "way": way, "repeat": repeat, **metrics})
+        return {"served": pd.DataFrame(rows)}
+
+
+def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Medians over the repeats, at the rate that was asked for."""
+    evidence = "measured" if run.clock == "measured" else "predicted"
+    for system in run.systems:
+        shared: dict[str, Any] = {
+            "experiment": experiment, "paper": "kvarena", "figure": experiment, "panel": trace, "evidence": evidence,
+            **columns(run, system),
+        }  # fmt: skip
+        of_system = served[served.system == system.name]
+        for way in WAYS.values():
+            table = of_system[of_system.way == way]
+            for metric, (quantity, unit, factor) in QUANTITIES.items():
+                yield row(median_interval(factor * table[metric]), quantity=f"{quantity}:{way}", unit=unit,
+                          x=table.rate_asked_per_s.iloc[0], **shared)  # fmt: skip
+
+
+def draw(axis: Axes, summary: pd.DataFrame) -> None:
+    """Two bars for each system, mean and P99 of TTFT, and over them the tokens that were prefilled."""
+    value = summary.set_index(["quantity", "system"]).value
+    names = list(dict.fromkeys(summary[summary.quantity == "ttft_mean:with_cache"].system))
+    for shift, (way, alpha) in enumerate(zip(WAYS.values(), (0.35, 1.0), strict=True)):
+        for place, name in enumerate(names):
+            x = place + 0.4 * shift - 0.2
+            allocator = summary[summary.system == name].allocator.iloc[0]
+            mean, p99 = value[f"ttft_mean:{way}", name], value[f"ttft_p99:{way}", name]
+            axis.bar(x, mean, 0.36, color=plots.COLOURS.get(allocator, "#000000"), alpha=alpha)
+            axis.plot([x, x], [mean, p99], color="#444444", lw=0.8)
+            axis.plot(x, p99, "_", color="#444444", ms=10)
+            axis.annotate(_short(value[f"prefill_tokens:{way}", name]), (x, p99), (0, 3), textcoords="offset points",
+                          ha="center", fontsize=7)  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(names)), [name.replace("/", "\n") for name in names], fontsize=8)
+    axis.set_ylabel("TTFT, s: mean (bar), P99 (mark)")
+    served = summary[summary.quantity == "ttft_mean:with_cache"]
+    if len(served):
+        first = served.iloc[0]
+        axis.set_title(f"served at {first.x:.3g} req/s, {first.clock}, {first.device}: pale without the cache;\n"
+                       "above, tokens prefilled", fontsize=9)  # fmt: skip
+
+
+def _short(tokens: float) -> str:
+    return f"{tokens / 1e6:.3g} M" if tokens >= 1e6 else f"{tokens / 1e3:.3g} k"

@@ -1,0 +1,62 @@
+"""What the allocators' prefix caches find, and what they save when they serve."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+
+from kvarena.errors import UserError
+
+
+def by_way(summary: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """[system, way] of a quantity that has both."""
+    rows = summary[summary.quantity.str.startswith(f"{quantity}:")]
+    return rows.assign(way=rows.quantity.str.split(":").str[1]).pivot(index="system", columns="way", values="value")
+
+
+def test_mooncakes_counts(summary_of: Callable[..., pd.DataFrame], shared: Callable) -> None:
+    path = shared("data/mooncake_synthetic.jsonl")
+    summary = summary_of(
+        "prefix_cache", f"trace.path={path}", "trace.format=mooncake", "systems=[vattention-2mb]",
+        "params.capacities_gb=[100,1000]", "params.serve_requests=60", "params.serve_tp=8", "arrival.rate=2",
+    )  # fmt: skip
+    trace = summary[summary.system == "trace"].set_index("quantity").value
+    assert trace["blocks"] == 121_877
+    assert trace["hit_blocks:every_id"] == 77_953
+    assert trace["hit_blocks:whole_blocks"] == 77_740
+    hits = summary[summary.quantity == "hit_ratio_vs_capacity"].set_index("x").value
+    unlimited = summary[summary.quantity == "hit_ratio_unlimited"].value.item()
+    assert 0 < hits[100] < hits[1000] < unlimited < 100 * 77_740 / 121_877 * 1.02
+
+
+def test_chats_without_a_file(summary_of: Callable[..., pd.DataFrame]) -> None:
+    """The cache saves every system prefills; who keeps the smaller units finds no less."""
+    summary = summary_of("prefix_cache", "trace.num_requests=400", "params.capacities_gb=[30]")
+    unlimited = summary[summary.quantity == "hit_ratio_unlimited"].set_index("system").value
+    assert unlimited["vattention-2MB/lean"] < unlimited["vattention-64KB/lean"]
+    assert set(summary.evidence) == {"exact", "predicted"}
+    fed, ttft, reused = (by_way(summary, q) for q in ("prefill_tokens", "ttft_mean", "reused_share"))
+    assert len(fed) == 4
+    assert (fed.with_cache < 0.8 * fed.without_cache).all()
+    assert (ttft.with_cache < ttft.without_cache).all()
+    assert (reused.without_cache == 0).all()
+    assert (reused.with_cache > 20).all()
+    assert by_way(summary, "stall_mean").loc["vLLM"].tolist() == [0, 0]
+
+
+def test_measured(summary_of: Callable[..., pd.DataFrame]) -> None:
+    """Real tokens and real aliases: what is found is not fed."""
+    summary = summary_of(
+        "prefix_cache", "clock=measured", "device=cpu", "threads=1", "trace.num_requests=30",
+        "params.capacities_gb=[0.05]", "params.serve_requests=12", "params.repeats=1", "trace.cut_output=12",
+        "systems=[paged,vattention-64kb]",
+    )  # fmt: skip
+    assert set(summary.evidence) == {"exact", "measured"}
+    fed, reused = by_way(summary, "prefill_tokens"), by_way(summary, "reused_share")
+    assert (fed.with_cache < fed.without_cache).all()
+    assert (reused.with_cache > 0).all()
+
+
+def test_an_allocator_that_keeps_nothing_is_refused(finished: Callable) -> None:
+    with pytest.raises(UserError, match="orca-max keeps no prefixes"):
+        finished("prefix_cache", "systems=[orca-max]")
