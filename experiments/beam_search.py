@@ -24,10 +24,10 @@ from kvarena.harness.run import Run
 NAME = "beam_search"
 HEADLINE = CROSSING
 SURVIVAL = "neutral"  # of the rows that are compared
-BAND = ("one", "all")  # what any scores could do lies between
+BAND = ("one", "all")  # the memory of any scores lies between
 ASSUMED = {
     "survival": "modelled: each place of the next beam is filled from a parent drawn uniformly; no scores are known",
-    "band": "extremes of memory, not of time; one: all beams of the next step have one parent; all: every beam lives on",
+    "band": "extremes of memory, not time; one: all beams of the next step have one parent; all: every beam lives on",
 }
 
 

@@ -9,8 +9,8 @@ see. A survival model says whose child fills it:
              Wright-Fisher model of population genetics (Wright, Genetics 16, 1931): two beams descend from one a
              step ago with probability 1/k, so that on average they part k steps back
 
-`all` and `one` bound the memory that any scores could lead to; `neutral` needs no constant. A draw depends on seed, request and
-position alone, so that every allocator and every preemption sees the same.
+`all` and `one` bound the memory that any scores could lead to; `neutral` needs no constant. A draw depends on seed,
+request and position alone, so that every allocator and every preemption sees the same.
 """
 
 from collections.abc import Sequence
