@@ -2,146 +2,26 @@
 
 A policy is deterministic and imports no torch: the same object decides in a measured and in a modelled run. What has
 to be done to real memory it says as *actions* (`actions.py`), which a store performs or a device model prices.
+
+    sequences one by one           `sequence_policy.py`: the nine methods that every policy must have
+    groups, forks, prefixes        below; a policy without them refuses, or serves groups of one
+    a prefix cache                 below; without one nothing is ever found
+    a CPU pool to swap to          below; without one `can_swap` is False
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
-from kvarena.allocators.actions import Action as Action
-from kvarena.allocators.actions import CopyBlock as CopyBlock
-from kvarena.allocators.actions import CopyRow as CopyRow
-from kvarena.allocators.actions import Map as Map
-from kvarena.allocators.actions import SwapIn as SwapIn
-from kvarena.allocators.actions import SwapOut as SwapOut
-from kvarena.allocators.actions import Unmap as Unmap
-from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.actions import Action, CopyBlock, CopyRow, Map, SwapIn, SwapOut, Unmap
+from kvarena.allocators.sequence_policy import IntegrityError, NotResidentError, Sequence, SequencePolicy
 from kvarena.errors import UserError
-from kvarena.kernels.layout import Layout
+
+__all__ = ["Action", "CopyBlock", "CopyRow", "IntegrityError", "Map", "NotResidentError", "Policy", "Sequence",
+           "SwapIn", "SwapOut", "Unmap"]  # fmt: skip
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A sequence as a policy sees it. `output_tokens` is the true output, known in a replay."""
-
-    seq_id: int
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def final_tokens(self) -> int:
-        """Length at its end: prompt + true output."""
-        return self.prompt_tokens + self.output_tokens
-
-
-class IntegrityError(AssertionError):
-    """A policy's books do not add up; the message shows the sum that fails. Always a bug of ours."""
-
-
-class NotResidentError(KeyError):
-    """A sequence was named that owns no memory: it was released already, or never admitted. A bug of the caller."""
-
-    def __init__(self, seq_id: int) -> None:
-        super().__init__(seq_id)
-        self.seq_id = seq_id
-
-    def __str__(self) -> str:
-        return f"sequence {self.seq_id} is not resident: it was released or swapped out, or never admitted"
-
-
-class Policy(ABC):
-    """Who owns which bytes of one pool.
-
-    Running out is an answer (False), not an exception; a False leaves the policy as it was. A `seq_id` that is not
-    resident, or is admitted twice, is a bug of the caller and raises KeyError or ValueError.
-    """
-
-    name: str
-    memory_layout: Layout
-    kv_layout: KVLayout
-    pool_bytes: int
-
-    @abstractmethod
-    def fits_pool(self, seq: Sequence) -> bool:
-        """Whether the sequence could ever run to its end, alone in an empty pool."""
-
-    @abstractmethod
-    def can_admit(self, seq: Sequence, tokens: int) -> bool:
-        """Whether `admit` would succeed now."""
-
-    @abstractmethod
-    def admit(self, seq: Sequence, tokens: int) -> bool:
-        """Give the sequence memory for its first `tokens` positions (a prompt, or one to be recomputed)."""
-
-    @abstractmethod
-    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Whether `grow` would succeed now."""
-
-    @abstractmethod
-    def grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Give the sequence memory for `tokens` more positions. Many at once are legal."""
-
-    @abstractmethod
-    def release(self, seq_id: int) -> None:
-        """Take back all that the sequence owns."""
-
-    @abstractmethod
-    def length(self, seq_id: int) -> int:
-        """Positions that the sequence has been given."""
-
-    @abstractmethod
-    def usage(self, head: Sequence | None = None) -> Usage:
-        """Every byte of the pool in one leaf; `head` is the request that waits at the head of the line."""
-
-    @abstractmethod
-    def check_integrity(self) -> None:
-        """Recount everything from scratch. Raises IntegrityError with the sum that does not add up."""
-
-    def tokens_until_growth(self, seq_id: int) -> int:
-        """How many more positions fit into what the sequence owns already. 0 is always a safe answer."""
-        return 0
-
-    @property
-    def free_units(self) -> int | None:
-        """Units (blocks) that any sequence may still take; None where growth does not draw on such a count."""
-        return None
-
-    def grow_each(self, seq_ids: Seq[int]) -> int:
-        """Give each of these sequences one more position, in this order, up to the first that finds no memory.
-
-        Returns how many have got theirs. Where `free_units` counts units, a sequence is given nothing unless one is
-        free, even if it needs none (vLLM's rule, PagedAttention's artifact).
-        """
-        for count, seq_id in enumerate(seq_ids):
-            if self.free_units == 0 or not self.grow(seq_id):
-                return count
-        return len(seq_ids)
-
-    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
-        """How many decode steps in a row, `limit` at most, these sequences can surely take with nothing to decide.
-
-        In each of them every sequence grows by one position and finds memory, at least `margin` units stay free where
-        `free_units` counts them (a gang asks for one for each of its sequences), and there is no action to perform,
-        except that `look_ahead` may map, `ahead` times a step at most. The answer may be too small, never too large.
-        The caller's limit lets no sequence pass its final length (only rows of a padded batch may).
-        """
-        if self.kv_layout.has_windows:
-            return 0  # leaves of a ring that fills up do not change evenly
-        return min([limit, *map(self.tokens_until_growth, seq_ids)])
-
-    def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
-        """Grow every sequence by one position, `steps` times over; the sum of `usage(head)` over these steps.
-
-        For quiet steps only; what they map in the background is handed over by the next `look_ahead`. Here no
-        sequence takes a new unit, so every leaf changes by the same amount each step.
-        """
-        before = self.usage(head)
-        for seq_id in seq_ids:
-            self.grow(seq_id, steps)
-        after = self.usage(head)
-        return Usage(*[steps * a + (b - a) * (steps + 1) // 2 for a, b in zip(before, after, strict=True)])
+class Policy(SequencePolicy):
+    """Who owns which bytes of one pool, and what sequences share of them."""
 
     # ---- groups: sequences of one request, which share its prompt -----------------------------------------------
     #
@@ -216,6 +96,16 @@ class Policy(ABC):
             raise UserError(f"a prefix of {tokens} tokens does not fit {self.name}'s pool of {self.pool_bytes} bytes")
         return self.admit(prefix, tokens)
 
+    @property
+    def shared_bytes(self) -> int:
+        """What sharing saves: bytes that would be attached in addition if every sequence held its own."""
+        return 0
+
+    def _alone(self, seqs: Seq[Sequence], prefix: int | None = None) -> bool:
+        if len(seqs) != 1 or prefix is not None:
+            raise UserError(f"allocator={self.name} serves no groups of sequences")
+        return True
+
     # ---- a prefix cache: K/V that is found again by what it holds ------------------------------------------------
     #
     # `names` are hashes of the leading units of a prompt, each of which stands for all up to its end
@@ -238,20 +128,10 @@ class Policy(ABC):
         """As `admit_group`, with what is found. Returns how many leading tokens need no prefill; None where refused."""
         return 0 if self.admit_group(seqs, tokens) else None
 
-    def cache_blocks(self, seq_id: int, names: Seq[Hashable]) -> None:  # noqa: B027
+    def cache_blocks(self, seq_id: int, names: Seq[Hashable]) -> None:
         """Let what the sequence has written be found from now on, as far as there are names."""
 
-    @property
-    def shared_bytes(self) -> int:
-        """What sharing saves: bytes that would be attached in addition if every sequence held its own."""
-        return 0
-
-    def _alone(self, seqs: Seq[Sequence], prefix: int | None = None) -> bool:
-        if len(seqs) != 1 or prefix is not None:
-            raise UserError(f"allocator={self.name} serves no groups of sequences")
-        return True
-
-    # ---- swapping ----------------------------------------------------------------------------------------------
+    # ---- swapping to a CPU pool --------------------------------------------------------------------------------
 
     @property
     def can_swap(self) -> bool:
@@ -292,11 +172,3 @@ class Policy(ABC):
     def swap_in(self, seq_id: int) -> None:
         """As `swap_in_group`, for a sequence alone."""
         self.swap_in_group([seq_id])
-
-    def look_ahead(self) -> list[Action]:
-        """Plan, after scheduling, what the next iteration will need: actions for the background."""
-        return []
-
-    def drain(self) -> list[Action]:
-        """Hand over, once, the actions decided since the last call: they precede this step's forward pass."""
-        return []
