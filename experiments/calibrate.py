@@ -1,8 +1,6 @@
 """A device model of this machine: fitted to its kernels, tested on loads it was not fitted to, and on whole replays.
 
-Every round runs each known load once and serves the trace once with each system, so that whatever disturbs the machine
-disturbs all of them. Half of the loads are fitted, in turn along each axis; the other half, and the replays, are
-predicted.
+Half of the loads are fitted, in turn along each axis; the other half, and the replays, are predicted.
 """
 
 from collections.abc import Iterator
@@ -11,34 +9,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.known_steps import KnownStep, Load, decode_load, prefill_load
+from kvarena.experiments.calibration_rounds import measured_rounds, replay_metrics
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.step_fit import Fitted, Limits, fit, predicted_s, yaml_files
-from kvarena.harness.calibration import StreamingRead
-from kvarena.harness.metrics import summarize
-from kvarena.harness.model.build import build_model
-from kvarena.harness.model.contract import Model
-from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.record import Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.step_model import StepLoad
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
-from kvarena.harness.workload import Workload
 
 NAME = "calibrate"
 HEADLINE = "modelled_over_measured"
 METRICS = {"e2el_mean": "e2el_mean_s", "ttft_mean": "ttft_mean_s", "tpot_mean": "tpot_mean_s",
            "makespan": "makespan_s"}  # fmt: skip
 PHASES = ("step_s", "host_s", "append_s", "attention_s", "projections_s")
-GEMM_SIZE = 1024  # of the square matrices whose product is the machine's best
 
 
 @dataclass
@@ -57,7 +47,7 @@ class Params:
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Measure, fit, predict, compare."""
     _check(run)
-    frames = recorder.cell("rounds", lambda: _measure(run, workload_of(run)))
+    frames = recorder.cell("rounds", lambda: measured_rounds(run, workload_of(run)))
     loads = _loads(frames["steps"])
     limits = Limits(*frames["limits"].max()[list(Limits._fields)])
     fitted = fit(loads[loads.fitted], limits, run.model, run.params.name)
@@ -89,73 +79,6 @@ def _check(run: Run) -> None:
         raise UserError("systems: the first is calibrated, and must be one with allocator paged")
 
 
-def _measure(run: Run, workload: Workload) -> Frames:
-    """All rounds: frames `steps` (one row per step), `limits` and `replays` (one row per round)."""
-    params: Params = run.params
-    model, replayer = build_model(run.model, run.device.kind), Replayer(run)
-    named = _named_loads(run, run.systems[0], model)
-    rows: dict[str, list[dict[str, Any]]] = {"steps": [], "limits": [], "replays": []}
-    read = StreamingRead(model.device)
-    try:
-        _steps(named, -1, 2)  # compile, and touch
-        with Progress(NAME, params.rounds) as progress:
-            for number in range(params.rounds):
-                progress.stage(f"round {number + 1}")
-                rows["limits"].append({"read_gb_per_s": read.gb_per_s(), "tflop_per_s": gemm_tflop_per_s(model)})
-                rows["steps"] += _steps(named, number, params.steps_per_round)
-                rows["replays"] += [
-                    {"system": s.name, "round": number, **_metrics(replayer, s, workload)} for s in run.systems
-                ]
-                progress.advance()
-    finally:
-        for _, load in named:
-            load.close()
-    return {name: pd.DataFrame(table) for name, table in rows.items()}
-
-
-def _named_loads(run: Run, system: System, model: Model) -> list[tuple[dict[str, Any], Load]]:
-    """Every load and its labels: `axis`, `group` and `x` place it in a plot, `fitted` says which half it is of."""
-    params: Params = run.params
-    steps = 2 + params.rounds * params.steps_per_round
-    named: list[tuple[dict[str, Any], Load]] = []
-    for i, batch in enumerate(params.batch_sizes):
-        for j, context in enumerate(params.contexts):
-            labels = {"axis": "decode", "group": batch, "x": context, "fitted": (i + j) % 2 == 0}
-            named.append((labels, decode_load(run, system, model, batch, context, steps)))
-    for i, tokens in enumerate(params.prompts):
-        labels = {"axis": "prefill", "group": 1, "x": tokens, "fitted": i % 2 == 0}
-        named.append((labels, prefill_load(run, system, model, tokens)))
-    return named
-
-
-def _steps(named: list[tuple[dict[str, Any], Load]], number: int, count: int) -> list[dict[str, Any]]:
-    rows = []
-    for labels, load in named:
-        for _ in range(count):
-            step: KnownStep = load.sample()
-            rows.append({**labels, "round": number, **step._asdict(), "projections_s": step.projections_s})
-    return rows
-
-
-def gemm_tflop_per_s(model: Model, repetitions: int = 5) -> float:
-    """Best of a few products of square matrices, in 1e12 operations per second."""
-    import time
-
-    dtype = getattr(torch, model.config.dtype)
-    left, right = torch.rand(2, GEMM_SIZE, GEMM_SIZE, device=model.device).to(dtype)
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - start)
-    return 2 * GEMM_SIZE**3 / min(seconds) / 1e12
-
-
-def _metrics(replayer: Replayer, system: System, workload: Workload) -> dict[str, float]:
-    served = replayer.serve(system, workload)
-    return summarize(served.requests, served.steps, served.resumed_gaps_ps)
-
-
 def _loads(steps: pd.DataFrame) -> pd.DataFrame:
     """One row per load: its mean, since contexts grow by one a step, and the mean seconds of every phase.
 
@@ -169,7 +92,7 @@ def _modelled_replays(run: Run, fitted: Fitted) -> pd.DataFrame:
     """The same requests on the fitted device, one row per system."""
     modelled = replace(run, clock="modelled", device=fitted.device, engine=fitted.engine)
     replayer, workload = Replayer(modelled), workload_of(run)
-    return pd.DataFrame([{"system": s.name, **_metrics(replayer, s, workload)} for s in run.systems])
+    return pd.DataFrame([{"system": s.name, **replay_metrics(replayer, s, workload)} for s in run.systems])
 
 
 def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
