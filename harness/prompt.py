@@ -1,7 +1,8 @@
 """What prompts have in common: spans of known source.
 
     blocks of a trace      | block 7 ....| block 9 ....| own ..|     Mooncake's ids, which also stand for all before
-    a conversation         | what was said in it so far .......|     each turn's prompt begins with the one before
+    a conversation         | what was said in it so far .......|     each turn's prompt begins with the one before,
+                                                                     and the answer that was given to it
     a prefix               | prefix .| own ....................|     (`prefix.py`)
 
 Where two prompts have the same source at one position, they hold the same tokens up to there. A source is written as
@@ -62,9 +63,23 @@ def spans_of(request: "Request") -> Iterator[Span]:
         yield Span(prefix_source(request.prefix.prefix_id), 0, request.prefix.tokens)
 
 
+def answer_source(request: "Request") -> Source | None:
+    """Of what a request is going to say, where the trace says it: the next turn of its conversation repeats it.
+
+    A replay then feeds the trace's tokens, whatever the model would choose, as it stops where the trace stops. Samples
+    and beams say different things.
+    """
+    if not request.spans or request.decoding.name != "greedy":
+        return None
+    source = request.spans[-1].source
+    return source if source[1:] == (_CONVERSATION,) else None
+
+
 def source_at(request: "Request", position: int) -> Source:
-    """Where the token at a position comes from. What is generated is the request's own."""
+    """Where the token at a position comes from. What is generated is the request's own, or a conversation's."""
     if request.prefix is not None and position < request.prefix.tokens:
         return prefix_source(request.prefix.prefix_id)
     span = bisect_right(request.spans, position, key=lambda span: span.end)
-    return request.spans[span].source if span < len(request.spans) else own_source(request)
+    if span < len(request.spans):
+        return request.spans[span].source
+    return answer_source(request) or own_source(request)

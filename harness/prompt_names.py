@@ -11,9 +11,9 @@ from kvarena.harness.request import Request
 
 
 class PromptNames:
-    """Names by request, each made once. What follows a prompt is named as the request's own: recomputed after a
-    preemption it is found again, and nobody else finds it. The members of a group write different tokens there, so of
-    a group only the prompt has names.
+    """Names by request, each made once. What follows a prompt is named as a conversation's, where its next turn repeats
+    it, else as the request's own: recomputed after a preemption it is found again, and nobody else finds it. The
+    members of a group write different tokens there, so of a group only the prompt has names.
     """
 
     def __init__(self, unit_tokens: int) -> None:

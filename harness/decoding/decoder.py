@@ -12,7 +12,7 @@ from torch import Tensor
 from kvarena.harness.decoding.beam import first_generation, next_generation
 from kvarena.harness.decoding.sampling import sample
 from kvarena.harness.group import Group
-from kvarena.harness.prompt import Source, own_source, spans_of
+from kvarena.harness.prompt import Source, answer_source, own_source, spans_of
 from kvarena.harness.request import Request
 from kvarena.harness.seeded import Floats
 from kvarena.harness.step import StepPlan
@@ -25,6 +25,7 @@ class Decoder:
         self.tokens: dict[int, list[int]] = {}
         self._vocab_size = vocab_size
         self._seed = seed
+        self._said: dict[int, list[int]] = {}  # prompt and output, where the trace has both (`prompt.py`)
         self._totals: dict[int, Floats] = {}  # request_id -> accumulated log-probability of its beams
         self._sources: dict[int, tuple[int, ...]] = {}  # request_id -> which beam each one continues, since last asked
 
@@ -56,7 +57,8 @@ class Decoder:
         for row, request in _yielding(plan):
             is_padding = request.generated >= request.output_tokens  # of a row that goes on to the end of its batch
             if request.decoding.name == "greedy" or is_padding:
-                self.known(request).append(likeliest[row])
+                tokens = self.known(request)
+                tokens.append(self._answer(request, len(tokens), likeliest[row]))
             else:
                 yielding.setdefault(request.request_id, (request, []))[1].append(row)
         for request, rows in yielding.values():
@@ -69,8 +71,17 @@ class Decoder:
 
     def finish(self, request: Request) -> None:
         """Forget a finished sequence."""
-        for book in (self.tokens, self._totals, self._sources):
+        for book in (self.tokens, self._said, self._totals, self._sources):
             book.pop(request.seq_id, None)
+
+    def _answer(self, request: Request, position: int, likeliest: int) -> int:
+        """The trace's token at a position, where it has one; else the likeliest."""
+        source = answer_source(request)
+        if source is None or position >= request.final_tokens:
+            return likeliest
+        if request.seq_id not in self._said:
+            self._said[request.seq_id] = self._drawn(source, request.final_tokens)
+        return self._said[request.seq_id][position]
 
     def _sample(self, gang: list[Request], scores: Floats) -> None:
         for member, request in enumerate(gang):

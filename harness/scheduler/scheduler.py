@@ -18,6 +18,7 @@ from kvarena.allocators.policy import Policy, Sequence
 from kvarena.errors import UserError
 from kvarena.harness.group import Group
 from kvarena.harness.prefix import Prefix
+from kvarena.harness.prompt import answer_source
 from kvarena.harness.prompt_names import PromptNames
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.step import PrefillChunk, StepPlan
@@ -279,6 +280,8 @@ class Scheduler(ABC):
         for request in done:
             request.finish_ps = now_ps
             request.state = RequestState.FINISHED
+            if self._names is not None and answer_source(request) is not None:
+                self._keep(request, request.computed)
             self.policy.release(request.seq_id)
             if self._names is not None:
                 self._names.forget(request)

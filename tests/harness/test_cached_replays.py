@@ -129,6 +129,63 @@ def test_the_same_tokens_with_and_without_the_cache_under_both_clocks(model):
         assert [r.finish_ps for r in again.requests] == [r.finish_ps for r in done.requests]
 
 
+CHAT = [(1, 20, 9), (2, 9, 14), (1, 6, 12), (3, 30, 5), (1, 4, 10), (2, 12, 8), (3, 3, 20), (1, 5, 12), (2, 7, 20)]
+
+
+def turns_of(chat, gap_ps=0):
+    """A request for each (conversation, question, answer); its prompt is all that was said before, and the question."""
+    said, requests = {}, []
+    for i, (conversation, question, answer) in enumerate(chat):
+        prompt = said.get(conversation, 0) + question
+        said[conversation] = prompt + answer
+        spans = conversation_span(conversation, prompt)
+        requests.append(Request(i, prompt, answer, arrival_ps=i * gap_ps, spans=spans))
+    return requests
+
+
+class Listener(Decoder):
+    """Notes what the model would have said where the trace says something else."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.likeliest = {}
+
+    def _answer(self, request, position, likeliest):
+        self.likeliest.setdefault(request.seq_id, []).append(likeliest)
+        return super()._answer(request, position, likeliest)
+
+
+@pytest.mark.parametrize("allocator", ["paged", "vattention"])
+def test_a_turn_finds_what_was_answered_to_the_one_before(model, allocator):
+    """With the cache the model is of the same mind: so what is found is what was written. And both clocks agree."""
+    options = {"block_size": 4} if allocator == "paged" else ROWS
+    system = (allocator, options, "vllm", {"max_seqs": 1}, 400)  # one after the other
+
+    def listening(policy):
+        store = make_store(policy, WIDE.num_layers, WIDE.num_kv_heads, WIDE.head_size, WIDE.dtype)
+        executor = Keeper(model, store, get_kernel("numba"))
+        executor._decoder = Listener(WIDE.vocab_size, 0)
+        executor.tokens = executor._decoder.tokens
+        return executor
+
+    done, decisions, cached = serve(system, WIDE.kv_layout(), turns_of(CHAT), listening)
+    _, _, plain = serve(system, WIDE.kv_layout(), turns_of(CHAT), listening, cache=False)
+    assert cached._decoder.likeliest == plain._decoder.likeliest
+    assert cached.finished == plain.finished
+    assert cached.finished[0] == Decoder(WIDE.vocab_size, 0).known(turns_of(CHAT)[2])[20:29], "as turn 2 repeats it"
+    unit, written, expected = 4 if allocator == "paged" else 8, {}, []
+    for (conversation, _, _), request in zip(CHAT, done.requests, strict=True):
+        expected.append(min(written.get(conversation, 0), request.prompt_tokens - 1) // unit * unit)
+        written[conversation] = request.final_tokens - 1  # the last token is never fed
+    assert [request.reused_tokens for request in done.requests] == expected
+    assert sum(expected) > 100
+    script = done.steps.to_frame().duration_ps.tolist()
+    _, same, _ = serve(system, WIDE.kv_layout(), turns_of(CHAT), lambda _: Scripted(script))
+    assert same == decisions
+    cached.store.close()
+    plain.store.close()
+
+
 # ---- the modelled clock ----------------------------------------------------------------------------------------
 
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=64, head_size=128)  # a page-group of 64 KB holds 4 tokens
@@ -167,7 +224,10 @@ def load_of(shapes):
 
 
 def modelled(system, shapes, gap_ps=40_000, **options):
-    requests = requests_of(load_of(shapes), gap_ps)
+    return modelled_requests(system, requests_of(load_of(shapes), gap_ps), **options)
+
+
+def modelled_requests(system, requests, **options):
     return serve(MODELLED[system], LAYOUT, requests, lambda policy: ModelledExecutor(MODEL, PRICES), **options)[0]
 
 
@@ -177,7 +237,23 @@ def modelled(system, shapes, gap_ps=40_000, **options):
 @example(shapes=HEAVY, gap_ps=0)
 @example(shapes=HEAVY, gap_ps=100_000)
 def test_walking_and_jumping_agree_and_everyone_ends(system, shapes, gap_ps):
-    walked, jumped = (modelled(system, shapes, gap_ps, jump=jump) for jump in (False, True))
+    agree(*(modelled(system, shapes, gap_ps, jump=jump) for jump in (False, True)))
+
+
+@pytest.mark.parametrize("system", MODELLED)
+@settings(max_examples=5, deadline=None)
+@given(
+    chat=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=20),
+    gap_ps=st.sampled_from([0, 200_000, 900_000]),
+)
+@example(chat=CHAT, gap_ps=300_000)
+def test_walking_and_jumping_agree_on_chats(system, chat, gap_ps):
+    """Turns that come before the one before has ended, too; those that outgrow the context are refused."""
+    agree(*(modelled_requests(system, turns_of(chat, gap_ps), jump=jump) for jump in (False, True)))
+
+
+def agree(walked, jumped):
+    """Whether both clocks gave the same, request by request, and row by row."""
     for a, b in zip(walked.requests, jumped.requests, strict=True):
         assert all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name != "group")
     rows, steps = jumped.steps.to_frame(), walked.steps.to_frame()
