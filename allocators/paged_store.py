@@ -33,25 +33,17 @@ class BlockPolicy(Protocol):
 class PagedStore(ResidentStore):
     """Blocks over a resident pool."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        num_layers: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, policy: Policy, shape: ModelShape, device: torch.device | str = "cpu") -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
         blocks: BlockPolicy = policy  # type: ignore[assignment]  # a policy of blocks
         self._policy = blocks
-        shape = ModelShape(num_layers, num_kv_heads, head_size, dtype)
         super().__init__(policy, shape, policy.pool_bytes, device)
+        num_layers = shape.num_layers
         block_bytes = blocks.block_size * shape.token_bytes
         tensor_bytes = blocks.num_blocks * block_bytes
-        dims = (2 * num_layers, blocks.num_blocks, blocks.block_size, num_kv_heads, head_size)
+        dims = (2 * num_layers, blocks.num_blocks, blocks.block_size, shape.num_kv_heads, shape.head_size)
         strides = (tensor_bytes, block_bytes, shape.token_bytes, *shape.head_strides)
-        self._blocks = strided_tensor(self.driver, self.base, dtype, dims, strides)  # [2 * layers, N, P, H, D]
+        self._blocks = strided_tensor(self.driver, self.base, shape.dtype, dims, strides)  # [2 * layers, N, P, H, D]
         self._layers = [
             LayerCache(Layout.PAGED, self._blocks[2 * n], self._blocks[2 * n + 1]) for n in range(num_layers)
         ]

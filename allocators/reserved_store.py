@@ -39,19 +39,11 @@ class RowPolicy(Protocol):
 class ReservedStore(ResidentStore):
     """Contiguous rows over a resident pool."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        num_layers: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, policy: Policy, shape: ModelShape, device: torch.device | str = "cpu") -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
         rows: RowPolicy = policy  # type: ignore[assignment]  # a policy of contiguous rows
         self._policy = rows
-        shape = ModelShape(num_layers, num_kv_heads, head_size, dtype)
+        num_layers = shape.num_layers
         num_rows = policy.pool_bytes // policy.kv_layout.token_bytes // rows.row_tokens
         tensor_tokens = num_rows * rows.row_tokens
         last_row_end = (num_rows - 1) * rows.row_tokens + rows.max_tokens  # may lie past the tensor, and the pool
@@ -60,10 +52,10 @@ class ReservedStore(ResidentStore):
         super().__init__(policy, shape, addressed_bytes, device)
         self._make_view = view_maker(torch.device(self.driver.device))
 
-        dims = (num_rows, rows.max_tokens, num_kv_heads, head_size)  # [R, S, H, D]
+        dims = (num_rows, rows.max_tokens, shape.num_kv_heads, shape.head_size)  # [R, S, H, D]
         strides = (rows.row_tokens * shape.token_bytes, shape.token_bytes, *shape.head_strides)
         tensors = [
-            strided_tensor(self.driver, self.base + i * tensor_bytes, dtype, dims, strides)
+            strided_tensor(self.driver, self.base + i * tensor_bytes, shape.dtype, dims, strides)
             for i in range(2 * num_layers)
         ]
         self._layers = [LayerCache(Layout.CONTIGUOUS, k, v) for k, v in zip(tensors[::2], tensors[1::2], strict=True)]

@@ -2,6 +2,7 @@
 
 import torch
 
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.paged_store import PagedStore
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.reserved_store import ReservedStore
@@ -25,7 +26,8 @@ def make_store(
     runs, or no driver serves the device.
     """
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    shape = ModelShape(num_layers, num_kv_heads, head_size, resolved)
     if isinstance(policy, VAttentionPolicy):
-        return VirtualStore(policy, num_layers, num_kv_heads, head_size, resolved, device=device)
+        return VirtualStore(policy, shape, device=device)
     kind = PagedStore if policy.memory_layout is Layout.PAGED else ReservedStore
-    return kind(policy, num_layers, num_kv_heads, head_size, resolved, device)
+    return kind(policy, shape, device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.virtual_store import VirtualStore
@@ -49,7 +50,7 @@ class VAttention:
             watermark=0.0,
             **self._switches,
         )
-        self.store = VirtualStore(self._policy, N, H, D, dtype)
+        self.store = VirtualStore(self._policy, ModelShape(N, H, D, dtype))
         self._seq_ids: dict[int, int] = {}  # by request id
         self._next_seq_id = 0
         return self.store.tensors

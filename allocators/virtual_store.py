@@ -43,17 +43,13 @@ class VirtualStore(Store):
     def __init__(
         self,
         policy: Policy,
-        num_layers: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
+        shape: ModelShape,
         driver: Driver | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
         if not isinstance(policy, VAttentionPolicy):
             raise TypeError(f"VirtualStore serves VAttentionPolicy, not {type(policy).__name__}")
-        shape = ModelShape(num_layers, num_kv_heads, head_size, dtype)
         shape.check(policy.kv_layout)
         self._policy = policy
         self._page_group = policy.page_group_bytes
@@ -72,7 +68,7 @@ class VirtualStore(Store):
             if not self.driver.new_memory_is_zero:  # kernels weigh what lies past a length with 0: no NaN may be there
                 self.driver.clear(self._handles)
             self.tensors = self._make_tensors(shape)
-            self._layers = self._make_layers(num_layers)
+            self._layers = self._make_layers(shape.num_layers)
         except BaseException:
             self.close()
             raise

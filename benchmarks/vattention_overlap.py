@@ -22,6 +22,7 @@ from time import perf_counter
 import torch
 
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.vattention import VAttentionPolicy
@@ -54,7 +55,7 @@ class Decode:
             eager_allocation=False,
             reclaim_threshold=0.0,
         )
-        self.store = VirtualStore(self.policy, LAYERS, KV_HEADS, SIZE, torch.float32)
+        self.store = VirtualStore(self.policy, ModelShape(LAYERS, KV_HEADS, SIZE, torch.float32))
         self.kernel = get_kernel("numba")
         self.query = torch.randn(batch, HEADS, SIZE)
         self.out = torch.empty_like(self.query)

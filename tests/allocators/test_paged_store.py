@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.block_copies import batches
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.paged import PagedPolicy
 from kvarena.allocators.paged_store import BlockTable, PagedStore
 from kvarena.allocators.policy import CopyBlock, Map, Sequence, SwapIn, SwapOut
@@ -21,7 +22,7 @@ def make(blocks: int = 32, cpu_blocks: int = 8) -> tuple[PagedPolicy, PagedStore
     policy = PagedPolicy(
         layout, blocks * block_bytes, max_tokens=64, block_size=BLOCK, swap_bytes=cpu_blocks * block_bytes
     )
-    return policy, PagedStore(policy, LAYERS, HEADS, SIZE, torch.float32)
+    return policy, PagedStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32))
 
 
 def fill(store: PagedStore) -> torch.Tensor:
@@ -156,6 +157,6 @@ def test_forks_copy_the_shared_last_block():
 def test_a_pool_that_is_no_multiple_of_a_page_is_rounded_up():
     layout = attention_layout(1, 1, 8, "float32")
     policy = PagedPolicy(layout, 5 * KB, max_tokens=64, block_size=BLOCK)
-    store = PagedStore(policy, 1, 1, 8, torch.float32)
+    store = PagedStore(policy, ModelShape(1, 1, 8, torch.float32))
     assert store.physical() == (8 * KB, 0, 8 * KB)
     store.close()

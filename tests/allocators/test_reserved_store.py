@@ -5,6 +5,7 @@ import torch
 
 from kvarena.allocators.contiguous import ContiguousPolicy
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.orca import OrcaPolicy
 from kvarena.allocators.policy import CopyBlock, Map, Sequence
 from kvarena.allocators.reserved_store import ReservedStore
@@ -16,7 +17,7 @@ LAYOUT = attention_layout(LAYERS, HEADS, SIZE, "float32")
 
 
 def store_of(policy) -> ReservedStore:
-    return ReservedStore(policy, LAYERS, HEADS, SIZE, torch.float32)
+    return ReservedStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32))
 
 
 def test_static_rows_lie_side_by_side():

@@ -10,6 +10,7 @@ from test_stores import Churn, check, write
 
 from kvarena.allocators import kernel_fence
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import CopyBlock, Map, Policy, Sequence, SwapIn, SwapOut, Unmap
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.sizes import GB, KB, MB
@@ -137,7 +138,7 @@ TestChurnOnTheFake.settings = settings(max_examples=10, stateful_step_count=20, 
 def virtual(fake: FakeCuda, slabs: int = 16, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
     options = {"max_tokens": MAX_TOKENS, "max_rows": 6, "page_group": "64KB", "eager_allocation": False} | switches
     policy = VAttentionPolicy(attention_layout(LAYERS, HEADS, SIZE, "float32"), slabs * TENSORS * 64 * KB, **options)
-    store = VirtualStore(policy, LAYERS, HEADS, SIZE, torch.float32, FakedCudaDriver(64 * KB, fake))
+    store = VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32), FakedCudaDriver(64 * KB, fake))
     fake.calls.clear()
     return policy, store
 

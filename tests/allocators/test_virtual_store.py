@@ -8,6 +8,7 @@ import torch
 
 from kvarena.allocators import cores
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import CopyBlock, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vattention import VAttentionPolicy
@@ -27,7 +28,7 @@ def make(pool_slabs: int = 16, driver: HostDriver | None = None, **switches) -> 
     layout = attention_layout(LAYERS, HEADS, SIZE)
     options = {"max_tokens": 1000, "max_rows": 6, "page_group": "64KB"} | switches
     policy = VAttentionPolicy(layout, pool_slabs * TENSORS * 64 * KB, **options)
-    return policy, VirtualStore(policy, LAYERS, HEADS, SIZE, torch.float16, driver)
+    return policy, VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float16), driver)
 
 
 def step(policy: VAttentionPolicy, store: VirtualStore, ids: list[int]) -> None:

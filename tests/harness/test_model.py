@@ -12,17 +12,9 @@ from kvarena.harness.model.parameters import list_parameters
 from kvarena.harness.model.reference import Reference
 from kvarena.harness.model.weights import random_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FAMILIES = ["tiny-llama", "tiny-opt"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on a busy machine wait for each other's threads: 12 times slower with two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompt_of(config, tokens, seed=0):

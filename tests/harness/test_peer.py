@@ -15,6 +15,7 @@ from kvarena.harness.model.weights import weights_from_hf
 
 transformers = pytest.importorskip("transformers", reason="transformers, the peer, is a development dependency")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-5  # of the largest logit: float32, summed in another order (8e-7 was seen)
 PROMPTS = (1, 7, 40)  # tokens; decoded together in one batch, by the peer one by one
 DECODE_STEPS = 32
@@ -26,15 +27,6 @@ CONFIGS = {
     "opt": load_preset("tiny-opt"),
     "opt-without-biases": load_preset("tiny-opt", biases=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on a busy machine wait for each other's threads: 12 times slower with two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def peer_of(config: ModelConfig):

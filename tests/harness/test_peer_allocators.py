@@ -23,6 +23,7 @@ from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec, missing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = (40, 500, 1, 7)  # tokens; while it decodes, the second crosses into another page-group of 64 KB
 OUTPUT = 33  # one token of the prompt's step, 32 of decode steps
 MAX_TOKENS = 1024
@@ -63,15 +64,6 @@ class Recorder(Executor):
     def finish(self, request):
         self.tokens[request.seq_id] = list(self.executor.known(request))
         self.executor.finish(request)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on a busy machine wait for each other's threads: 12 times slower with two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def serve(
