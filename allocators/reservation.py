@@ -38,7 +38,10 @@ class ReservingPolicy(Policy, Generic[Place]):
         bytes_of: Callable[[int], int],
         make_arena: Callable[[int], Arena[Place]],
     ) -> None:
-        """`bytes_of(n)` is the bytes of n positions that lie together; `make_arena(n)` an arena of n units."""
+        """`bytes_of(n)` is the bytes of n positions that lie together; `make_arena(n)` an arena of n units.
+
+        Raises UserError for a pool that does not hold one unit.
+        """
         self.kv_layout = kv_layout
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens

@@ -72,7 +72,8 @@ class VAttention:
     def step(self, seq_lens: Seq[int]) -> int:
         """Back the first `seq_lens[reqid]` positions of every request: 0, or -1 where memory is short.
 
-        What could be backed stays so; after a preemption the same call goes on from there.
+        What could be backed stays so; after a preemption the same call goes on from there. Raises ValueError for a
+        length of a request id that is not allocated.
         """
         short = False
         for reqid, length in enumerate(seq_lens):

@@ -58,7 +58,7 @@ class Params:
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Measure what the driver gives and model what decoding takes."""
+    """Measure what the driver gives and model what decoding takes. Raises UserError for parameters that do not fit."""
     params: Params = run.params
     sizes, pool = page_groups_of(params.page_groups), parse_bytes(params.pool, "params.pool")
     check_counts(params, "run_groups", "rounds", "need_batches", "need_context")

@@ -57,7 +57,7 @@ class Params:
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Serve every load with every system."""
+    """Serve every load with every system. Raises UserError where there is none, or one twice."""
     loads: list[Load] = run.params.loads
     if not loads or len({load.key for load in loads}) < len(loads):
         raise UserError("params.loads: at least one load, and no figure with the same window twice")

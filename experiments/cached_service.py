@@ -82,9 +82,10 @@ class Service:
 def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterator[SummaryRow]:
     """Medians over the repeats, at the rate that was asked for."""
     evidence = "measured" if run.clock == "measured" else "predicted"
+    panel = trace if run.model.tp == 1 else f"{trace}, {run.model.tp} devices"
     for system in run.systems:
         shared: dict[str, Any] = {
-            "experiment": experiment, "paper": "kvarena", "figure": experiment, "panel": trace, "evidence": evidence,
+            "experiment": experiment, "paper": "kvarena", "figure": experiment, "panel": panel, "evidence": evidence,
             **columns(run, system),
         }  # fmt: skip
         of_system = served[served.system == system.name]
@@ -115,8 +116,8 @@ def draw(axis: Axes, summary: pd.DataFrame) -> None:
     served = summary[summary.quantity == "ttft_mean:with_cache"]
     if len(served):
         first = served.iloc[0]
-        axis.set_title(f"served at {first.x:.3g} req/s, {first.clock}, {first.device}: pale without the cache;\n"
-                       "above, tokens prefilled", fontsize=9)  # fmt: skip
+        axis.set_title(f"{first.panel}: served at {first.x:.3g} req/s, {first.clock}, {first.device}\n"
+                       "pale: without the cache; above: tokens prefilled", fontsize=9)  # fmt: skip
 
 
 def _short(tokens: float) -> str:

@@ -34,7 +34,7 @@ class Params(Curves):
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Both runs; a system whose probability is the same in both is replayed once."""
+    """Both runs; a system whose probability is the same in both is replayed once. Raises UserError without a run."""
     if not run.params.new_conversation:
         raise UserError("params.new_conversation: at least one run, e.g. {fair: {others: 0.5}}")
     summary, points = measure_lines(run, recorder, list(_lines(run)))

@@ -54,7 +54,7 @@ class Params:
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Serve one overloaded trace with every unit of every system."""
+    """Serve one overloaded trace with every unit of every system. Raises UserError for no seeds, or one twice."""
     params: Params = run.params
     if not params.seeds or len(set(params.seeds)) < len(params.seeds):
         raise UserError(f"params.seeds={params.seeds}: at least one seed, and none twice")

@@ -94,7 +94,10 @@ def running_lengths(workload: Workload) -> Ints:
 
 
 def attached_bytes(run: Run, system: System, longest: int) -> Ints:
-    """Bytes that a system's policy attaches to one sequence, alone, by its length: [longest + 1]."""
+    """Bytes that a system's policy attaches to one sequence, alone, by its length: [longest + 1].
+
+    Raises UserError where the pool does not hold one.
+    """
     policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context_of(run))
     if not policy.admit(Sequence(0, 1, context_of(run) - 1), 1):
         raise UserError(f"params.pool_bytes: {policy.name} cannot hold one sequence")

@@ -44,7 +44,10 @@ class Params:
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Replay, step by step, and draw. A second's work: there are no cells to continue with."""
+    """Replay, step by step, and draw. A second's work: there are no cells to continue with.
+
+    Raises UserError for another clock than the modelled one, and for too few samples.
+    """
     if run.clock != "modelled":
         raise UserError(f"clock={run.clock}: {NAME} stops a replay at every step, which takes clock=modelled")
     if run.params.samples < 2:

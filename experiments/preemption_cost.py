@@ -96,7 +96,10 @@ class PreemptionBench:
             self._recompute(request)
 
     def check(self) -> None:
-        """Correctness before time: what was swapped out, overwritten and brought back is what it was."""
+        """Correctness before time: what was swapped out, overwritten and brought back is what it was.
+
+        Raises RuntimeError where it is not.
+        """
         victim = self._requests[0]
         before = self._contents(victim)
         swaps = _swaps(self._policy, victim.seq_id)

@@ -74,6 +74,8 @@ def context_of(run: Run) -> int:
 def pool_bytes_of(run: Run, system: System) -> int:
     """Bytes of K/V on one device: `params.pool_bytes`, else the pool that the engine's constants were fitted with,
     else what weights and activations leave of the device.
+
+    Raises UserError where the clock is measured, and `params.pool_bytes` is not given.
     """
     given: int | None = getattr(run.params, "pool_bytes", None)
     if given is not None:

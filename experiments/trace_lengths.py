@@ -49,7 +49,7 @@ class Params:
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
-    """Read every trace and count."""
+    """Read every trace and count. Raises UserError where there is nothing to count."""
     params: Params = run.params
     if not params.traces or params.num_bins < 1:
         raise UserError(f"params.traces={params.traces}, params.num_bins={params.num_bins}: at least one of each")

@@ -56,7 +56,8 @@ def check(config: ArrivalConfig) -> None:
 def draw_arrivals(config: ArrivalConfig, num_requests: int | None, seed: int) -> Ints:
     """Times of arrival, ascending, in picoseconds: [N] int64.
 
-    Ends before `config.duration_s` and after `num_requests`, whichever comes first; one of them must be given.
+    Ends before `config.duration_s` and after `num_requests`, whichever comes first. Raises UserError where neither is
+    given, and for whatever else of `config` makes no sense.
     """
     check(config)
     if num_requests is None and config.duration_s is None:

@@ -1,11 +1,12 @@
 """The machine's own limit, measured beside every cell: how fast it can only read."""
 
-import time
 from collections.abc import Callable
 
 import numba
 import numpy as np
 import torch
+
+from kvarena.harness.timed_call import seconds
 
 READ_BYTES = 256 << 20  # several times any last-level cache
 GPU_READ_BYTES = 2 << 30  # half a millisecond on the fastest GPU: launching it weighs nothing
@@ -30,7 +31,7 @@ class StreamingRead:
     def __init__(self, device: torch.device, num_bytes: int | None = None) -> None:
         on_gpu = device.type == "cuda"
         self._bytes = num_bytes or (GPU_READ_BYTES if on_gpu else READ_BYTES)
-        self._seconds = _gpu_seconds if on_gpu else _wall_seconds
+        self._device = device
         if on_gpu:
             values = torch.ones(self._bytes // 4, device=device)
             self._read: Callable[[], object] = values.sum
@@ -44,20 +45,4 @@ class StreamingRead:
         return max(self._once() for _ in range(repetitions))
 
     def _once(self) -> float:
-        return self._bytes / self._seconds(self._read) / 1e9
-
-
-def _wall_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _gpu_seconds(call: Callable[[], object]) -> float:
-    """By the GPU's own clock."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    call()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / 1e3
+        return self._bytes / seconds(self._read, self._device) / 1e9

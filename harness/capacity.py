@@ -25,7 +25,8 @@ def capacity(
 
     Starts at `guess` and multiplies or divides by `stride`, which is less than 2 for a good guess, until the limit
     lies between two rates. Near the knee, latency over one trace need not rise with every small step in rate; the
-    bracket is one crossing. Raises UserError where no rate within a factor of 1024 of the guess crosses it.
+    bracket is one crossing. Raises UserError for arguments out of range, and where no rate within a factor of 1024 of
+    the guess crosses the limit.
     """
     if not (guess > 0 and limit > 0 and tolerance > 0 and stride > 1):
         raise UserError(
@@ -60,7 +61,8 @@ def _bisect(latency_at: LatencyAt, limit: float, low: float, high: float, tolera
 def paired_ratio(rates: pd.DataFrame, system: str, baseline: str) -> Estimate:
     """Median and 95 % interval of system / baseline over seeds; `rates` has a row per seed, a column per system.
 
-    The same seed gives both the same requests and arrivals, so that what the traces share cancels.
+    The same seed gives both the same requests and arrivals, so that what the traces share cancels. Raises UserError
+    for a system that is not there.
     """
     for name in (system, baseline):
         if name not in rates.columns:

@@ -57,7 +57,10 @@ class EngineConfig:
         return self.hosts[tp]
 
     def attention_cost(self, kernel: str | None) -> AttentionCost:
-        """What attention costs with `kernel` ("library/layout"); one cost for all where the engine tells none apart."""
+        """What attention costs with `kernel` ("library/layout"); one cost for all where the engine tells none apart.
+
+        Raises UserError for a kernel that the engine does not know.
+        """
         if not self.attention:
             return AttentionCost(self.kv_efficiency, self.flop_efficiency)
         if kernel not in self.attention:

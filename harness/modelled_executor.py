@@ -50,7 +50,7 @@ class ModelledExecutor(Executor):
         self._moved_ps = max(self.prices.map_ps, default=0) + max(self.prices.unmap_ps, default=0)
 
     def execute(self, plan: StepPlan) -> StepTime:
-        """The step, the actions before it, and what of the background work outlasts the step."""
+        """The step, the actions before it, and what of the background work outlasts the step. For one step alone."""
         if plan.steps != 1:
             raise ValueError("a stretch is priced by `steady`")
         step_ps = self.model.step_ps(load_of(plan))

@@ -8,7 +8,10 @@ _BY_NAME = ("allocator", "kernel", "scheduler")  # groups in which every name ha
 
 
 def of(group: str, name: str | None = None) -> type:
-    """The schema of one choice of a group. Imports late: composing a configuration must not need torch."""
+    """The schema of one choice of a group. Imports late: composing a configuration must not need torch.
+
+    Raises UserError for a name that does not exist, ValueError for a group.
+    """
     match group:
         case "allocator":
             from kvarena.allocators.registry import config_class as allocator_config

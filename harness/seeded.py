@@ -18,6 +18,7 @@ class Stream:
     """A named stream of raw words: streams of one seed but of different names are independent."""
 
     def __init__(self, seed: int, name: str) -> None:
+        """Raises UserError for a negative seed."""
         if seed < 0:
             raise UserError(f"seed={seed}: a seed is a whole number, 0 or more")
         self._bits = np.random.PCG64(np.random.SeedSequence([seed, *name.encode()]))

@@ -89,7 +89,8 @@ class Executor(ABC):
     def survivors(self, group: "Group") -> Sequence[int]:
         """For each beam of a group, the beam that its next token continues, [n]: its own where it lives on.
 
-        Asked once after each step that gave every beam a token. Beams that nobody continues are dead.
+        Asked once after each step that gave every beam a token. Beams that nobody continues are dead. Raises
+        NotImplementedError where it serves no beams.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks no beams")
 

@@ -30,6 +30,7 @@ class FA3Attention(AttentionKernel):
     spec = FA3
 
     def __init__(self, num_splits: int = 0) -> None:
+        """Raises UserError where the library is missing, or the GPU is none of Hopper's."""
         operators = load_operators(FA3, "_vllm_fa3_C", LIBRARY)
         major, minor = torch.cuda.get_device_capability()
         if major != 9:

@@ -34,7 +34,10 @@ def load_operators(spec: KernelSpec, namespace: str, file: str) -> Any:
 
 
 def library_path(spec: KernelSpec, file: str) -> Path:
-    """Where the library lies: the file its environment variable names, else the installed vLLM's."""
+    """Where the library lies: the file its environment variable names, else the installed vLLM's.
+
+    Raises UserError where there is neither, or it lacks the library.
+    """
     named = os.environ.get(spec.library_variable)
     package = find_spec("vllm")
     if named:

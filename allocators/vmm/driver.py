@@ -67,6 +67,7 @@ class Driver(ABC):
     new_memory_is_zero: bool  # else it may hold anything, a NaN too: whoever lets kernels read it must clear it first
 
     def __init__(self, page_group_bytes: int) -> None:
+        """Raises UserError for a size that this driver does not map."""
         if page_group_bytes <= 0 or page_group_bytes % self.granularity:
             raise UserError(
                 f"page_group={page_group_bytes} bytes: this driver maps multiples of {self.granularity} bytes"

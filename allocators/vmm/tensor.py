@@ -17,7 +17,8 @@ def strided_tensor(
     """Tensor over the addresses from `base` on; touching an element that is not mapped is a fault: SIGSEGV on the
     host, an illegal address on a GPU, whose context is lost then.
 
-    The tensor keeps the driver, and so its memory, alive; after `driver.close()` it must not be touched.
+    The tensor keeps the driver, and so its memory, alive; after `driver.close()` it must not be touched. Raises
+    ValueError for an empty tensor, and for strides that are no multiple of the element's size.
     """
     span_bytes = dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides_bytes, strict=True))
     if any(stride % dtype.itemsize for stride in strides_bytes) or math.prod(shape) == 0:

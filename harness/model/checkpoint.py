@@ -39,7 +39,10 @@ def config_of_checkpoint(checkpoint: str, dtype: str = "float32", seed: int = 0)
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """Folder of a checkpoint: `checkpoint` itself if it exists, else a download of that name from the hub."""
+    """Folder of a checkpoint: `checkpoint` itself if it exists, else a download of that name from the hub.
+
+    Raises UserError where it is neither.
+    """
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder

@@ -55,7 +55,10 @@ def read(name: str, folder: Path | None = None) -> str:
 
 
 def accept(name: str, text: str, reason: str, changes: Sequence[str], folder: Path | None = None) -> None:
-    """Write a baseline and the entry that explains it; nothing where the newest entry names it already."""
+    """Write a baseline and the entry that explains it; nothing where the newest entry names it already.
+
+    Raises UserError without a reason.
+    """
     folder = folder or BASELINES
     if not reason.strip():
         raise UserError("--accept takes a reason: what was changed, and why its cost is right")

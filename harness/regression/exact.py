@@ -57,7 +57,10 @@ def run(replays: Iterable[tuple[str, Counts]]) -> Outcome:
 
 
 def accept(replays: Iterable[tuple[str, Counts]], reason: str) -> list[str]:
-    """Make the counts of this tree the baseline, with a reason. Returns how they differ from the last one."""
+    """Make the counts of this tree the baseline, with a reason. Returns how they differ from the last one.
+
+    Raises BaselineError where a count is not a number, UserError without a reason.
+    """
     head, path = dict(replays), baseline.BASELINES / BASELINE
     base = from_csv(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if bad := [replay for replay, counts in head.items() if not all(map(_is_number, counts.values()))]:

@@ -32,7 +32,7 @@ def base_revision(asked: str | None, root: Path = ROOT) -> str | None:
 
 @contextmanager
 def checkout(commit: str, root: Path = ROOT) -> Iterator[Path]:
-    """A worktree of a commit, in a temporary folder, until the end of the block."""
+    """A worktree of a commit, in a temporary folder, until the block ends. Raises UserError where git makes none."""
     _git(root, "worktree", "prune")  # what a killed run left behind
     with tempfile.TemporaryDirectory(prefix="kvarena-base-") as folder:
         tree = Path(folder) / "tree"

@@ -27,6 +27,7 @@ class Side:
     """`tree` is a checkout; the benchmarks are always this tree's file `suite`, only the package differs."""
 
     def __init__(self, tree: Path, suite: str, environment: Mapping[str, str] | None = None) -> None:
+        """Raises UserError for a tree that is no checkout."""
         if not (tree / ".import").is_dir():
             raise UserError(f"{tree} has no folder .import: it is no checkout that the gate could run")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115

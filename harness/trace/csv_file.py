@@ -15,7 +15,10 @@ from kvarena.harness.trace.formats import LengthFormat, fitting, no_format
 
 
 def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
-    """Columns of a CSV with a header line, as text; rows of the wrong width go to `bad`. Blank lines do not count."""
+    """Columns of a CSV with a header line, as text; rows of the wrong width go to `bad`. Blank lines do not count.
+
+    Raises UserError for a header that fits no format, and for what is no CSV.
+    """
     with path.open(encoding="utf-8-sig") as file:
         header = [name.strip() for name in next(csv.reader(file))]
     found = fitting(header, format_name)

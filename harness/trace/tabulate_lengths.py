@@ -45,7 +45,7 @@ def _bins(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def main(arguments: list[str]) -> None:
-    """The command above."""
+    """The command above. Raises UserError for other than two arguments."""
     if len(arguments) != 2:
         raise UserError("takes two arguments: a CSV file of lengths, and the table to write")
     data = pd.read_csv(arguments[0])
