@@ -13,7 +13,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(size: int | str, what: str = "size") -> int:
-    """Bytes of a size: an integer, or text such as `2MB`. Raises UserError for anything else, and names `what` it was."""
+    """Bytes of a size: an integer, or text such as `2MB`. Raises UserError, with `what` the setting is called."""
     if isinstance(size, int) and not isinstance(size, bool):
         if size < 0:
             raise UserError(f"{what}={size}: a size cannot be negative")
