@@ -173,16 +173,17 @@ def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
     if len(rows):
         axis.set_title(f"{rows.panel.iloc[0]}, {rows.model.iloc[0]}: counted, no clock is read", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="lower right")
-    _draw_differences(axis.inset_axes((0.12, 0.55, 0.34, 0.3)), rows)
+    if rows.system.nunique() > 1:
+        _draw_differences(axis.inset_axes((0.12, 0.55, 0.34, 0.3)), rows)
 
 
 def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
-    """The same curves less the first of them, which lie too close to tell apart."""
+    """The same curves less the first of them: they lie too close to tell apart."""
     curves = rows.pivot_table(index="x", columns="system", values="value", sort=False).sort_index()
     for number, (name, curve) in enumerate(curves.items()):
-        allocator = rows[rows.system == name].allocator.iloc[0]
-        axis.plot(curve.index, curve - curves.iloc[:, 0], plots.DASHES[number % len(plots.DASHES)],
-                  color=plots.COLOURS.get(allocator, "#000000"), marker=plots.MARKERS[number], ms=3, mfc="none", lw=1)  # fmt: skip
+        colour = plots.COLOURS.get(rows[rows.system == name].allocator.iloc[0], "#000000")
+        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number]
+        axis.plot(curve.index, curve - curves.iloc[:, 0], dash, color=colour, marker=marker, ms=3, mfc="none", lw=1)
     axis.set(xscale="log")
-    axis.set_title(f"points less than {curves.columns[0]}" if len(curves.columns) else "", fontsize=7)
+    axis.set_title(f"difference to {curves.columns[0]}, points", fontsize=7)
     axis.tick_params(labelsize=6)
