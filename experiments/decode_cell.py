@@ -36,7 +36,7 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
         with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
             for system in run.systems:
                 batches[system.name] = resident(run, system, model, prompts, pool_bytes)
-        same_tokens(run, batches)
+        same_logits(run, batches)
         for _ in range(params.warmup_steps):
             for batch in batches.values():
                 batch.step()
@@ -93,7 +93,7 @@ def resident(
     return batch
 
 
-def same_tokens(run: Run, batches: dict[str, FixedBatch]) -> None:
+def same_logits(run: Run, batches: dict[str, FixedBatch]) -> None:
     """Correctness before time: every system yields the first one's logits. Raises RuntimeError where one does not.
 
     They may differ as much as those of kernels that sum in different orders (TOLERANCE).

@@ -1,7 +1,7 @@
 """Decode throughput by batch size (vAttention Fig 8 and Table 7): what does the memory layout cost a decode step?
 
-Every system of a cell holds the same K/V of the same sequences. They are checked to yield the same tokens, then
-decode in turn, round by round, so that whatever disturbs the machine disturbs them all.
+Every system of a cell holds the same K/V of the same sequences. They are checked to yield the same logits, as far as
+kernels round alike, then decode in turn, round by round, so that whatever disturbs the machine disturbs them all.
 """
 
 import itertools

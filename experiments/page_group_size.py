@@ -38,17 +38,17 @@ ASSUMED = "The trace's length and how its chats were cut are not published; 8192
 class Params:
     """`params.*` of conf/experiment/page_group_size.yaml; null there means: by the profile."""
 
-    page_groups: list[str] = field(default_factory=list)
-    sliced_page_groups: list[str] = field(default_factory=list)
-    block_sizes: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
+    page_groups: list[str] = field(default_factory=list)  # of vattention: 64KB ...
+    sliced_page_groups: list[str] = field(default_factory=list)  # and with its tensor slicing
+    block_sizes: list[int] = field(default_factory=list)  # of paged, tokens
+    seeds: list[int] = field(default_factory=list)  # of the trace; at least 6 give a 95 % interval
     pool_bytes: int | None = None  # measured clock
     gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
     # Fig 14, measured clock
     kernels: list[str] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)  # two page-groups, the smaller first
-    prefill_contexts: list[int] = field(default_factory=list)
-    decode_context: int = 0
+    prefill_contexts: list[int] = field(default_factory=list)  # tokens of one prompt
+    decode_context: int = 0  # tokens of every sequence
     decode_batches: list[int] = field(default_factory=list)
     rounds: int = 0  # each in fresh memory
 

@@ -44,7 +44,7 @@ class Params:
     created: list[int] = field(default_factory=list)  # page-groups created before the call, beside one
     runs: list[int] = field(default_factory=list)  # page-groups mapped, or unmapped, at once
     rounds: int = 0  # interleaved over page-groups or points; the samples of every interval
-    calls: int = 0  # per round and point of a sweep, which counts their mean
+    calls: int = 0  # per round and point of a sweep, which counts their median
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:

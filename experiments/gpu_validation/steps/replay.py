@@ -29,7 +29,7 @@ def run(case: str, context: Context) -> Values:
             raise FailedError(
                 f"{allocator} yields other tokens than {ALLOCATORS[0]} in {1 - agree:.0%} of the requests"
             )
-        values[f"{allocator}, token/s"] = round(one.outputs_per_s, 1)
+        values[f"{allocator}, token/s"] = round(one.tokens_per_s, 1)
         values[f"{allocator}, preemptions"] = one.preemptions
         values[f"{allocator}, critical driver calls"] = one.driver_calls
         values[f"{allocator}, requests that agree"] = round(agree, 3)

@@ -54,8 +54,8 @@ class Served(NamedTuple):
     driver_calls: int  # on the critical path
 
     @property
-    def outputs_per_s(self) -> float:
-        """Tokens of prompt and output, over the whole replay."""
+    def tokens_per_s(self) -> float:
+        """Tokens of prompts and outputs, over the whole replay."""
         return sum(map(len, self.tokens.values())) / self.seconds
 
 
