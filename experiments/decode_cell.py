@@ -11,6 +11,7 @@ from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
+from kvarena.experiments.same_logits import check_same_logits
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.fixed_batch import FixedBatch, StepRecord, WarmCache
 from kvarena.harness.memory import available_bytes, human
@@ -23,9 +24,6 @@ from kvarena.harness.systems import System
 from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.registry import get_kernel
 
-# Kernels sum in different orders: their logits differ by this part of the largest one, at most.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-
 
 def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
     """All systems at one batch size, interleaved."""
@@ -36,7 +34,7 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
         with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
             for system in run.systems:
                 batches[system.name] = resident(run, system, model, prompts, pool_bytes)
-        same_logits(run, batches)
+        check_steps(run, batches)
         for _ in range(params.warmup_steps):
             for batch in batches.values():
                 batch.step()
@@ -93,22 +91,15 @@ def resident(
     return batch
 
 
-def same_logits(run: Run, batches: dict[str, FixedBatch]) -> None:
-    """Correctness before time: every system yields the first one's logits. Raises RuntimeError where one does not.
-
-    They may differ as much as those of kernels that sum in different orders (TOLERANCE).
-    """
+def check_steps(run: Run, batches: dict[str, FixedBatch]) -> None:
+    """Steps whose logits must agree between the systems, before anything is timed. Raises RuntimeError."""
     for _ in range(run.params.check_steps):
-        reference: torch.Tensor | None = None
+        logits: dict[str, torch.Tensor] = {}
         for name, batch in batches.items():
             batch.step()
-            logits = batch.executor.logits
-            assert logits is not None
-            if reference is None:
-                reference = logits
-            gap = float((logits.double() - reference.double()).abs().max() / reference.double().abs().max())
-            if not gap <= TOLERANCE[run.model.dtype]:
-                raise RuntimeError(f"{name} computes other logits than {next(iter(batches))}: {gap:.2e} of the largest")
+            assert batch.executor.logits is not None
+            logits[name] = batch.executor.logits
+        check_same_logits(logits, run.model.dtype, "a step")
 
 
 def _rounds(params: Any, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pandas as pd
 from kvarena.allocators.page_groups import checked_page_group, row_geometries
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.vmm.fragments import scattered_pages_held
-from kvarena.experiments.decode_cell import resident, same_logits
+from kvarena.experiments.decode_cell import check_steps, resident
 from kvarena.experiments.mapping import the_system
 from kvarena.harness.fixed_batch import FixedBatch
 from kvarena.harness.model.contract import Model
@@ -51,7 +51,7 @@ def measure(run: Run, model: Model, number: int) -> Frames:
             for way in MEASURED[turn:] + MEASURED[:turn]:
                 system = system_in(way, the_system(run))
                 batches[way] = resident(run, system, model, prompts, pool_bytes, _prime(way, params, len(prompts)))
-        same_logits(run, batches)
+        check_steps(run, batches)
         for batch in batches.values():
             for _ in range(params.warmup_steps):
                 batch.step()

@@ -14,6 +14,7 @@ from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.replay import pool_bytes_of
+from kvarena.experiments.same_logits import check_same_logits
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames
@@ -68,21 +69,12 @@ def measured_cell(run: Run, progress: Progress) -> Frames:
                 turn = turn[number % len(turn) :] + turn[: number % len(turn)]  # nobody always follows the same one
                 taken = [{"system": name, "round": number, **lane.prefill(tokens)} for name, lane in turn]
                 if number < 0:
-                    first = lanes[turn[0][0]]
-                    _same_logits({name: lane.logits for name, lane in turn}, first.logits, run.model.dtype, tokens)
+                    logits = {name: lane.logits for name, lane in turn}
+                    check_same_logits(logits, run.model.dtype, f"a prompt of {tokens} tokens")
                 else:
                     samples += taken
             progress.advance()
     return {"samples": pd.DataFrame(samples)}
-
-
-def _same_logits(logits: dict[str, Any], reference: Any, dtype: str, tokens: int) -> None:
-    from kvarena.experiments.decode_cell import TOLERANCE
-
-    for name, mine in logits.items():
-        gap = float((mine.double() - reference.double()).abs().max() / reference.double().abs().max())
-        if not gap <= TOLERANCE[dtype]:
-            raise RuntimeError(f"{name}: logits of a prompt of {tokens} tokens are off by {gap:.2e} of the largest")
 
 
 class _Lane:
