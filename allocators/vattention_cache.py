@@ -101,14 +101,18 @@ class CachedRows(RowGroups):
 
     def _begin(self, seq: Sequence, units: int, holder: int) -> None:
         """Let a sequence begin with what the holder's first units hold."""
-        last_row = not self._rows.num_idle and len(self._kept) == 1
-        if holder in self._kept and (len(self._names[holder]) == units or last_row):
+        if holder in self._kept and len(self._names[holder]) == units:
             self._take_over(seq, units, holder)
             return
+        length = units * self.unit_tokens
+        own = self._rows.page_groups_to_fork(length)  # for what may be read past them
         if holder in self._kept:
-            self._kept.move_to_end(holder)
-        self._make_room(0, 1)
-        aliased, length = self._rows.aliased, units * self.unit_tokens
+            self._kept.move_to_end(holder)  # the last to make room
+        self._make_room(own, 1, but=holder)
+        if not super()._fits(own, 1):
+            self._take_over(seq, units, holder)
+            return
+        aliased = self._rows.aliased
         self._rows.fork(self._row_of(holder), seq.seq_id, length, seq.final_tokens, self._actions)
         self._live_bytes += self._bytes_of(length) - (self._rows.aliased - aliased) * self.page_group_bytes
         self._looked_ahead = False
@@ -172,8 +176,8 @@ class CachedRows(RowGroups):
             return False
         return self._rows.sums.needed - self._rows.needed_at_rest + page_groups <= self._rows.total
 
-    def _make_room(self, page_groups: int, rows: int = 0) -> None:
-        while self._kept and not super()._fits(page_groups, rows):
+    def _make_room(self, page_groups: int, rows: int = 0, but: int | None = None) -> None:
+        while self._kept and next(iter(self._kept)) != but and not super()._fits(page_groups, rows):
             self._give_up_oldest(self._actions)
 
     def _make_room_ahead(self, actions: list[Action]) -> None:

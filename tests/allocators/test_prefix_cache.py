@@ -272,6 +272,94 @@ def test_kept_rows_go_when_rows_are_needed():
     policy.check_integrity()
 
 
+SWITCHES = {
+    "sliced": {},
+    "plain": {"tensor_slicing": False},
+    "reading past": {"read_past": 5},
+    "at once": {"overlap": False, "deferred_reclamation": False, "eager_allocation": False},
+    "few rows": {"max_rows": 2},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=list(SWITCHES))
+@settings(max_examples=25, deadline=None)
+@given(
+    operations=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 110), st.integers(0, 110), st.integers(0, 40), st.integers(0, 2)),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_random_programs_of_rows(switches, operations):
+    """Prompts of three families, which agree up to somewhere, come, grow and go; the books are recounted all along."""
+    policy = rows_of(**({"slabs": 14} | switches))
+    unit, served, resident = policy.unit_tokens, [], []
+    for seq_id, (family, length, agree, grow, releases) in enumerate(operations):
+        tokens = [1000 * family + i + (500 if i >= agree else 0) for i in range(length)]
+        before = policy.usage()
+        found = policy.admit_cached([Sequence(seq_id, length, 40)], length, block_names(tokens, unit))
+        policy.check_integrity()
+        if found is None:
+            assert policy.usage() == before
+        else:
+            assert found < length
+            assert found == 0 or any(tokens[:found] == other[:found] for other in served)
+            served.append(tokens)
+            resident.append(seq_id)
+            can, before = policy.can_grow(seq_id, grow), policy.length(seq_id)
+            assert policy.grow(seq_id, grow) == can
+            assert policy.length(seq_id) == before + grow * can
+        policy.drain()
+        policy.look_ahead()
+        policy.check_integrity()
+        assert policy.look_ahead() == []
+        for _ in range(min(releases, len(resident))):
+            policy.release(resident.pop(0))
+            policy.check_integrity()
+    for seq_id in resident:
+        policy.release(seq_id)
+    policy.drain()
+    policy.look_ahead()
+    policy.check_integrity()
+    usage = policy.usage()
+    assert usage.live == usage.reserved == usage.surplus == 0
+
+
+def test_what_a_row_at_rest_does_not_hold_is_given_back_in_the_background():
+    policy = rows_of(eager_allocation=False)
+    admit_row(policy, 0, list(range(40)))  # a unit of 32 tokens, and 8 more
+    policy.grow(0, 60)
+    policy.drain()
+    policy.look_ahead()
+    policy.release(0)
+    assert policy.usage().surplus == 3 * 2 * 64 * KB  # for the 68 tokens that nobody can find
+    assert [action.ordinal for action in policy.look_ahead()] == [3, 2, 1]
+    usage = policy.usage()
+    assert (usage.cached, usage.surplus) == (2 * 64 * KB, 0)
+    policy.check_integrity()
+
+
+def test_room_for_the_next_token_is_made_beside_this_step():
+    """The pool is full of what is kept; a row that is full gets its next page-group before it needs it."""
+    policy = rows_of(slabs=5, eager_allocation=False, reclaim_threshold=0.0)
+    for seq_id, tokens in ((0, 64), (1, 32)):
+        admit_row(policy, seq_id, list(range(1000 * seq_id, 1000 * seq_id + tokens)))
+        policy.release(seq_id)
+    policy.look_ahead()
+    assert admit_row(policy, 2, list(range(5000, 5063)), output=40) == 0  # the two that are left
+    policy.drain()
+    assert policy.look_ahead() == []
+    assert policy.grow(2)
+    assert policy.drain() == []
+    ahead = policy.look_ahead()  # 64 tokens: the row is full
+    assert [action.ordinal for action in ahead if isinstance(action, Map)] == [2]
+    assert policy.cached_tokens(block_names(list(range(65)), UNIT), 65) == 0, "the oldest went"
+    assert policy.cached_tokens(block_names(list(range(1000, 1033)), UNIT), 33) == 32
+    policy.grow(2)
+    assert policy.drain() == []
+    policy.check_integrity()
+
+
 OPTIONS = {
     "paged": {"block_size": 4, "watermark": 0.0},
     "vattention": {"page_group": "64KB", "max_rows": 5, "watermark": 0.0, "tensor_slicing": True},
