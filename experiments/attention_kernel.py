@@ -207,20 +207,11 @@ def draw(summary: pd.DataFrame) -> Figure:
     ours = summary[summary.quantity == HEADLINE]
     published = published_values("pagedattention", figure="fig18a")
     where = f"{ours.model.iloc[0]}, {ours.clock.iloc[0]}, {ours.device.iloc[0]}"
-    panels = list(ours.groupby("panel", sort=False))
-    theirs = list(published.groupby("panel", sort=False))
-    columns = 1 + max(len(panels), len(theirs))
-    figure, axes = plots.canvas(2, columns)
-    for axis, (panel, rows) in zip(axes, panels, strict=False):
-        _latency(axis, rows, f"this run: {panel}\n{where}")
-    for axis, (panel, rows) in zip(axes[columns:], theirs, strict=False):
-        _latency(axis, rows, f"published: {panel}\nOPT-13B's heads, A100")
-    _ratios(axes[columns - 1], summary[summary.quantity == "time_over_contiguous_vs_context"], where)
-    _block_sizes(axes[-1], summary[summary.quantity == "time_over_block_16_vs_block_size"], where)
-    for axis in axes:
-        axis.set_visible(axis.has_data())
-    figure.tight_layout()
-    return figure
+    titles = f"this run: {{panel}}\n{where}", "published: {panel}\nOPT-13B's heads, A100"
+    figure, above, below = plots.over_published(ours, published, _latency, titles)
+    _ratios(above, summary[summary.quantity == "time_over_contiguous_vs_context"], where)
+    _block_sizes(below, summary[summary.quantity == "time_over_block_16_vs_block_size"], where)
+    return plots.tidy(figure)
 
 
 def _latency(axis: Axes, rows: pd.DataFrame, title: str) -> None:

@@ -199,19 +199,11 @@ def draw(summary: pd.DataFrame) -> Figure:
     theirs = published_values("vattention", figure="fig8")
     ours = summary[summary.quantity == HEADLINE]
     device = f"{ours.device.iloc[0]}, {ours.clock.iloc[0]}"
-    columns = 1 + max(ours["panel"].nunique(), theirs["panel"].nunique())
-    figure, axes = plots.canvas(2, columns)
-    above, below = axes[:columns], axes[columns:]
-    for axis, (panel, rows) in zip(above, ours.groupby("panel", sort=False), strict=False):
-        _throughput(axis, rows, f"this run: {panel}\n{device}")
-    for axis, (panel, rows) in zip(below, theirs.groupby("panel", sort=False), strict=False):
-        _throughput(axis, rows, f"published: vAttention Fig 8\n{panel}, 16K tokens each, A100")
-    _bandwidth(above[-1], summary, device)
-    _memory(below[-1], summary, device)
-    for axis in axes:
-        axis.set_visible(axis.has_data())
-    figure.tight_layout()
-    return figure
+    titles = f"this run: {{panel}}\n{device}", "published: vAttention Fig 8\n{panel}, 16K tokens each, A100"
+    figure, above, below = plots.over_published(ours, theirs, _throughput, titles)
+    _bandwidth(above, summary, device)
+    _memory(below, summary, device)
+    return plots.tidy(figure)
 
 
 def _throughput(axis: Axes, rows: pd.DataFrame, title: str) -> None:

@@ -1,6 +1,6 @@
 """The look shared by all figures: one colour per allocator, one line style per kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -39,6 +39,29 @@ def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> 
         axis.spines[["top", "right"]].set_visible(False)
     plt.close(figure)  # it lives on as an object; pyplot need not keep it
     return figure, list(axes.flat)
+
+
+def over_published(
+    ours: pd.DataFrame, theirs: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame, str], None], titles: tuple[str, str]
+) -> tuple[Figure, Axes, Axes]:
+    """Our panels above the paper's, each drawn by `draw(axis, rows, title)`; `titles` of both have a {panel} in them.
+
+    Returns the figure, and two axes at its right, above and below, for what the paper does not show.
+    """
+    columns = 1 + max(ours.panel.nunique(), theirs.panel.nunique())
+    figure, axes = canvas(2, columns)
+    for row, table, title in zip((axes[:columns], axes[columns:]), (ours, theirs), titles, strict=True):
+        for axis, (panel, rows) in zip(row, table.groupby("panel", sort=False), strict=False):
+            draw(axis, rows, title.format(panel=panel))
+    return figure, axes[columns - 1], axes[-1]
+
+
+def tidy(figure: Figure) -> Figure:
+    """The figure without the axes on which nothing was drawn."""
+    for axis in figure.axes:
+        axis.set_visible(axis.has_data())
+    figure.tight_layout()
+    return figure
 
 
 def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:

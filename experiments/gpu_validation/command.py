@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; at most six flat files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results: five flat files")
     parser.add_argument("--only", action="append", metavar="STEP", help="run this step; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the steps and their cases")
     parser.add_argument("--budget-s", type=float, default=480.0, metavar="S", help="of the whole session (480)")
