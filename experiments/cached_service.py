@@ -34,8 +34,10 @@ QUANTITIES = {  # metric -> quantity, unit, factor
 
 
 def with_ids(trace: TraceConfig) -> TraceConfig:
-    """The trace with the ids of its blocks, where it has them."""
-    return replace(trace, keep_hash_ids=trace.path is not None and trace.format == "mooncake")
+    """The trace with the ids of its blocks, where it has them: then it has no conversations to be put in order."""
+    if trace.path is None or trace.format != "mooncake":
+        return trace
+    return replace(trace, keep_hash_ids=True, new_conversation=None)
 
 
 def with_cache(system: System, requests: int, on: bool = True) -> System:
@@ -65,22 +67,24 @@ class Service:
         """What is served: arrivals as the run says."""
         return workload_of(self.run)
 
-    def cell(self, system: System) -> Frames:
-        """A row for each way and time: without the cache and with it, in turn."""
+    def cell(self) -> Frames:
+        """A row for each time, system and way: all of them in turn."""
         rows = []
         for repeat in range(self.run.params.repeats):
-            for on, way in WAYS.items():
-                served = self._replayer.serve(with_cache(system, len(self.workload), on), self.workload)
-                metrics = summarize(served.requests, served.steps, served.resumed_gaps_ps) | {
-                    "prefill_tokens": float(served.steps.prefill_tokens.sum()),
-                    "reused_share": reused_share(served.steps),
-                }
-                rows.append({"system": system.name, "way": way, "repeat": repeat, **metrics})
+            for system in self.run.systems:
+                for on, way in WAYS.items():
+                    metrics = self._metrics(with_cache(system, len(self.workload), on))
+                    rows.append({"system": system.name, "way": way, "repeat": repeat, **metrics})
         return {"served": pd.DataFrame(rows)}
+
+    def _metrics(self, system: System) -> dict[str, float]:
+        served = self._replayer.serve(system, self.workload)
+        fed = {"prefill_tokens": float(served.steps.prefill_tokens.sum()), "reused_share": reused_share(served.steps)}
+        return summarize(served.requests, served.steps, served.resumed_gaps_ps) | fed
 
 
 def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterator[SummaryRow]:
-    """Medians over the repeats, at the rate that was asked for."""
+    """Medians over the repeats, at the rate that was asked for; the ratio of TTFT is of what was served in turn."""
     evidence = "measured" if run.clock == "measured" else "predicted"
     panel = trace if run.model.tp == 1 else f"{trace}, {run.model.tp} devices"
     for system in run.systems:
@@ -89,6 +93,9 @@ def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterato
             **columns(run, system),
         }  # fmt: skip
         of_system = served[served.system == system.name]
+        ttft = of_system.pivot(index="repeat", columns="way", values="ttft_mean_s")
+        yield row(median_interval(ttft[WAYS[True]] / ttft[WAYS[False]]), quantity="ttft_mean:with_over_without",
+                  unit="ratio", x=of_system.rate_asked_per_s.iloc[0], **shared)  # fmt: skip
         for way in WAYS.values():
             table = of_system[of_system.way == way]
             for metric, (quantity, unit, factor) in QUANTITIES.items():

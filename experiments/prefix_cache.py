@@ -27,6 +27,7 @@ from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
 from kvarena.harness.trace.block_ids import MOONCAKE_BLOCK, block_ids
+from kvarena.harness.trace.chatbot_order import chatbot_order
 from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.trace import Trace
 
@@ -57,30 +58,32 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     trace = _trace(run)
     run = replace(run, params=replace(run.params, context=_context(run, trace)))
     policies = {system.name: _policy(run, trace, system, None) for system in run.systems}  # refuses before it counts
-    hits, served = list[pd.DataFrame](), list[pd.DataFrame]()
+    hits = []
     service = cached_service.Service(run)
-    with Progress(NAME, 2 * len(run.systems)) as progress:
+    with Progress(NAME, len(run.systems) + 1) as progress:
         for system in run.systems:
             progress.stage(f"{system.name}: counting")
             hits.append(recorder.cell(system.name, partial(_count, run, trace, system))["hits"])
             progress.advance()
-        for system in run.systems:
-            progress.stage(f"{system.name}: serving")
-            served.append(recorder.cell(f"served-{system.name}", partial(service.cell, system))["served"])
-            progress.advance()
+        progress.stage("serving")
+        served = recorder.cell("served", service.cell)["served"]
+        progress.advance()
     counts = pd.concat(hits, ignore_index=True)
     units = {name: policy.cache_unit_tokens or 0 for name, policy in policies.items()}
     rows = [*_trace_rows(run, trace), *_rows(run, trace, counts, units)]
-    rows += cached_service.rows(NAME, service.run, trace.name, pd.concat(served, ignore_index=True))
+    rows += cached_service.rows(NAME, service.run, trace.name, served)
     summary = frame(rows)
     notes = {"trace": trace.provenance, "ways_of_counting": WAYS, "served": service.workload.provenance}
-    return Outcome(summary, pd.concat(served, ignore_index=True), counts, HEADLINE, draw(summary), notes)
+    return Outcome(summary, served, counts, HEADLINE, draw(summary), notes)
 
 
 def _trace(run: Run) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
     limit = None if run.trace.path is not None else run.params.context or run.model.max_tokens
-    trace = load_trace(cached_service.with_ids(run.trace), limit)
+    config = cached_service.with_ids(run.trace)
+    trace = load_trace(config, limit)
+    if config.new_conversation is not None and trace.conversation_ids is not None:
+        trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
     return replace(trace, hash_ids=block_ids(trace, run.params.block_tokens))
 
 
@@ -166,15 +169,19 @@ def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
         axis.plot(line.x, line.value, dash, color=colour, marker=marker, ms=4, mfc="none", label=label)
     if len(unlimited):
         top = float(unlimited.value.max())
+        axis.set_ylim(0, 1.1 * top)
         axis.axhline(top, color="#999999", ls=":", lw=1)
         axis.annotate(f"without a limit: {top:.1f} %", (0.02, top), xycoords=("axes fraction", "data"),
                       va="bottom", fontsize=8)  # fmt: skip
-    axis.set(xscale="log", xlabel="K/V pool, GB", ylabel="prompt tokens found, %", ylim=(0, None))
+    axis.set(xscale="log", xlabel="K/V pool, GB", ylabel="prompt tokens found, %")
+    capacities = sorted(rows.x.unique())
+    axis.set_xticks(capacities, [f"{capacity:g}" for capacity in capacities])
+    axis.minorticks_off()
     if len(rows):
         axis.set_title(f"{rows.panel.iloc[0]}, {rows.model.iloc[0]}: counted, no clock is read", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="lower right")
     if rows.system.nunique() > 1:
-        _draw_differences(axis.inset_axes((0.12, 0.55, 0.34, 0.3)), rows)
+        _draw_differences(axis.inset_axes((0.12, 0.48, 0.32, 0.26)), rows)
 
 
 def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
@@ -184,6 +191,7 @@ def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
         colour = plots.COLOURS.get(rows[rows.system == name].allocator.iloc[0], "#000000")
         dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number]
         axis.plot(curve.index, curve - curves.iloc[:, 0], dash, color=colour, marker=marker, ms=3, mfc="none", lw=1)
-    axis.set(xscale="log")
+    axis.set(xscale="log", xticks=[])
+    axis.minorticks_off()
     axis.set_title(f"difference to {curves.columns[0]}, points", fontsize=7)
     axis.tick_params(labelsize=6)
