@@ -1,4 +1,4 @@
-"""Helpers of these tests that are no tests: `fake_cuda` and `sharing_cases` are imported by their names."""
+"""Helpers of these tests that are no tests (`fake_cuda`, `sharing_cases`, `vattention_by_hand`) are imported by name."""
 
 import sys
 from pathlib import Path

@@ -1,53 +1,15 @@
-"""The vAttention policy: rows, growth, the order of taking back, and each switch by its counts.
-
-One layer, K and V: a slab is two page-groups. 64 KB hold 64 tokens of 1 KB.
-"""
+"""The vAttention policy: growth, each switch by its counts, and the books."""
 
 import pytest
+from vattention_by_hand import ALL_OFF, LAYOUT, SLAB, TOKENS, admit, counts, policy_of
 
 from kvarena.allocators.kv_layout import attention_layout, sliding_layout
-from kvarena.allocators.policy import IntegrityError, Map, Sequence, Unmap
+from kvarena.allocators.policy import IntegrityError, Map, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
-
-LAYOUT = attention_layout(1, 4, 128)  # 1 KB a token in K, and in V
-SLAB = 128 * KB
-TOKENS = 64  # of one slab
-ALL_OFF = {
-    "overlap": False,
-    "deferred_reclamation": False,
-    "eager_allocation": False,
-    "reclaim_threshold": 0.0,
-    "watermark": 0.0,
-}
-
-
-def policy_of(slabs: int = 8, rows: int = 4, **switches) -> VAttentionPolicy:
-    options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": rows} | switches
-    return VAttentionPolicy(LAYOUT, slabs * SLAB, **options)
-
-
-def admit(policy: VAttentionPolicy, seq_id: int, slabs: int, final_slabs: int | None = None) -> bool:
-    """Admit a sequence that fills so many slabs; in the end it will fill `final_slabs`."""
-    prompt = slabs * TOKENS
-    return policy.admit(Sequence(seq_id, prompt, (final_slabs or slabs) * TOKENS - prompt), prompt)
-
-
-def counts(actions) -> tuple[int, int]:
-    """(maps, unmaps)."""
-    return sum(isinstance(a, Map) for a in actions), sum(isinstance(a, Unmap) for a in actions)
-
-
-def rows_mapped(policy: VAttentionPolicy, actions, before: dict[int, int] | None = None) -> dict[int, int]:
-    """Slabs by row, after `actions`."""
-    slabs = dict(before or {})
-    for action in actions:
-        slabs[action.row] = slabs.get(action.row, 0) + (1 if isinstance(action, Map) else -1)
-    return slabs
-
 
 # ---- growth ----------------------------------------------------------------------------------------------------
 
@@ -214,127 +176,6 @@ def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
     assert sliced.mapped_bytes == 2 * 2 * 64 * KB  # two page-groups of 8 tokens in two tensors
     assert plain.usage().rounding == plain.mapped_bytes - 9 * 16 * KB
     assert sliced.usage().rounding == sliced.mapped_bytes - 9 * 16 * KB
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------
-
-
-def with_idle_rows(*slabs: int, **switches) -> VAttentionPolicy:
-    """A policy whose rows 0, 1, ... were left with so many slabs."""
-    policy = policy_of(sum(slabs) + 4, rows=len(slabs), deferred_reclamation=True, **switches)
-    for seq_id, count in enumerate(slabs):
-        admit(policy, 100 + seq_id, count)
-    assert [policy.row(100 + i) for i in range(len(slabs))] == list(range(len(slabs)))
-    for seq_id in range(len(slabs)):
-        policy.release(100 + seq_id)
-    policy.drain()
-    return policy
-
-
-@pytest.mark.parametrize(
-    ("left", "needed", "row", "maps"),
-    [
-        ((4, 1, 2, 3), 2, 2, 0),  # the least full that suffices
-        ((4, 1, 2, 3), 3, 3, 0),
-        ((4, 1, 2, 3), 5, 0, 1),  # none suffices: the fullest
-        ((4, 0, 2, 3), 1, 2, 0),  # an empty row is no bargain
-        ((2, 2, 2), 2, 0, 0),  # the first of equals
-        ((2, 3, 3), 0, 1, 0),  # of unknown length: the fullest
-    ],
-)
-def test_a_request_gets_the_row_that_fits_best(left, needed, row, maps):
-    policy = with_idle_rows(*left)
-    admit(policy, 0, needed)
-    assert policy.row(0) == row
-    assert counts(policy.drain()) == (maps, 0)
-
-
-def test_memory_is_taken_back_from_idle_rows_then_surplus_then_the_slot():
-    policy = policy_of(slabs=16, rows=6, deferred_reclamation=True)
-    admit(policy, 0, 4)  # becomes an idle row of 4
-    admit(policy, 1, 5)  # its row is inherited by a short request: surplus of 3
-    admit(policy, 2, 2)
-    policy.release(1)
-    admit(policy, 3, 2)
-    policy.release(0)
-    policy.eager_allocation = True
-    slabs = rows_mapped(policy, policy.drain())
-    policy.look_ahead()  # the idle row is the slot: 1 of its 4 slabs is premapped
-    idle, surplus, other = policy._rows.slot.index, policy.row(3), policy.row(2)
-    assert slabs == {idle: 4, surplus: 5, other: 2}
-    assert policy.usage()._asdict().items() >= {"deferred": 3 * SLAB, "surplus": 3 * SLAB, "free": 5 * SLAB}.items()
-
-    assert policy.grow(2, 6 * TOKENS)  # 5 are free: 1 from the idle row
-    slabs = rows_mapped(policy, policy.drain(), slabs)
-    assert slabs == {idle: 3, surplus: 5, other: 8}
-    assert policy.grow(2, 4 * TOKENS)  # the idle row's other 2, then 2 of the surplus
-    slabs = rows_mapped(policy, policy.drain(), slabs)
-    assert slabs == {idle: 1, surplus: 3, other: 12}
-    assert policy.grow(2, 2 * TOKENS)  # the last of the surplus, then the slot
-    slabs = rows_mapped(policy, policy.drain(), slabs)
-    assert slabs == {idle: 0, surplus: 2, other: 14}
-    assert not policy.grow(2)  # only now
-    policy.check_integrity()
-
-
-def test_what_was_mapped_for_the_next_iteration_is_taken_last():
-    policy = policy_of(slabs=6, rows=4, overlap=True)
-    admit(policy, 0, 2, 4)
-    admit(policy, 1, 2, 4)
-    policy.drain()
-    assert counts(policy.look_ahead()) == (2, 0)  # both are full
-    policy.grow(0)
-    assert policy.usage().free == 0
-    assert admit(policy, 2, 1)  # at the cost of what 1 will need next
-    assert [type(a) for a in policy.drain()] == [Unmap, Map]
-    assert policy.tokens_until_growth(0) > 0
-    assert policy.tokens_until_growth(1) == 0
-    assert policy.look_ahead() == []  # 1 cannot be mapped ahead: not at the cost of others' next iteration
-    policy.check_integrity()
-
-
-def test_look_ahead_rather_gives_up_the_slot_than_what_another_row_needs_next():
-    policy = policy_of(slabs=6, rows=4, overlap=True, eager_allocation=True)
-    admit(policy, 0, 2, 4)
-    admit(policy, 1, 1, 4)
-    policy.grow(1, TOKENS - 1)
-    policy.drain()
-    policy.look_ahead()  # 0 is full: a third slab; the slot has the sixth
-    assert (policy.tokens_until_growth(0), policy.usage().premapped) == (TOKENS, SLAB)
-    policy.grow(1)
-    assert [type(a) for a in policy.look_ahead()] == [Unmap, Map]
-    assert (policy.tokens_until_growth(0), policy.tokens_until_growth(1)) == (TOKENS, TOKENS)
-    assert policy.usage().premapped == 0
-
-
-def with_surplus(policy: VAttentionPolicy, seq_id: int, slabs: int, surplus: int) -> None:
-    """Admit a sequence to a row that was left with `surplus` slabs more than it needs."""
-    admit(policy, 1000 + seq_id, slabs + surplus)
-    policy.release(1000 + seq_id)
-    admit(policy, seq_id, slabs, slabs + surplus + 1)
-
-
-def test_surplus_is_taken_from_the_latest_admitted_first():
-    policy = policy_of(slabs=7, deferred_reclamation=True)
-    with_surplus(policy, 0, 1, 2)
-    with_surplus(policy, 1, 1, 2)
-    admit(policy, 2, 1)
-    policy.drain()
-    policy.grow(2)
-    assert [(a.row, type(a)) for a in policy.drain()] == [(policy.row(1), Unmap), (policy.row(2), Map)]
-
-
-def test_inherited_surplus_goes_before_what_a_later_row_needs_next():
-    policy = policy_of(slabs=6, deferred_reclamation=True, overlap=True)
-    with_surplus(policy, 0, 1, 2)
-    admit(policy, 1, 1, 3)
-    admit(policy, 2, 1, 3)
-    policy.grow(2, 0)
-    policy.drain()
-    policy.look_ahead()  # 1 and 2 are full: one slab is free, the other comes from 0
-    assert policy.tokens_until_growth(0) == TOKENS
-    assert policy.grow(2, TOKENS + 1)  # one more than was mapped ahead
-    assert [(a.row, type(a)) for a in policy.drain()] == [(policy.row(1), Unmap), (policy.row(2), Map)]
 
 
 # ---- the books -------------------------------------------------------------------------------------------------
