@@ -1,4 +1,4 @@
-"""Helpers of these tests that are no tests (`fake_cuda`, `sharing_cases`, `vattention_by_hand`) are imported by name."""
+"""Helpers of these tests that are no tests are imported by name: `fake_cuda`, `sharing_cases`, `vattention_by_hand`."""
 
 import sys
 from pathlib import Path
