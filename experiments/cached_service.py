@@ -22,6 +22,7 @@ from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.workload import Workload
 
 WAYS = {False: "without_cache", True: "with_cache"}
+_LABELS = {False: "without the cache", True: "with it"}
 QUANTITIES = {  # metric -> quantity, unit, factor
     "ttft_mean_s": ("ttft_mean", "s", 1.0),
     "ttft_p99_s": ("ttft_p99", "s", 1.0),
@@ -104,27 +105,30 @@ def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterato
 
 
 def draw(axis: Axes, summary: pd.DataFrame) -> None:
-    """Two bars for each system, mean and P99 of TTFT, and over them the tokens that were prefilled."""
+    """Mean and P99 of TTFT for each system, hollow without the cache; above, the tokens that were prefilled."""
     value = summary.set_index(["quantity", "system"]).value
-    names = list(dict.fromkeys(summary[summary.quantity == "ttft_mean:with_cache"].system))
-    for shift, (way, alpha) in enumerate(zip(WAYS.values(), (0.35, 1.0), strict=True)):
-        for place, name in enumerate(names):
-            x = place + 0.4 * shift - 0.2
-            allocator = summary[summary.system == name].allocator.iloc[0]
-            mean, p99 = value[f"ttft_mean:{way}", name], value[f"ttft_p99:{way}", name]
-            axis.bar(x, mean, 0.36, color=plots.COLOURS.get(allocator, "#000000"), alpha=alpha)
-            axis.plot([x, x], [mean, p99], color="#444444", lw=0.8)
-            axis.plot(x, p99, "_", color="#444444", ms=10)
-            axis.annotate(_short(value[f"prefill_tokens:{way}", name]), (x, p99), (0, 3), textcoords="offset points",
-                          ha="center", fontsize=7)  # fmt: skip
+    served = summary[summary.quantity == f"ttft_mean:{WAYS[True]}"]
+    for place, (name, allocator) in enumerate(zip(served.system, served.allocator, strict=True)):
+        colour = plots.COLOURS.get(allocator, "#000000")
+        for x, on in ((place - 0.18, False), (place + 0.18, True)):
+            mean, p99 = value[f"ttft_mean:{WAYS[on]}", name], value[f"ttft_p99:{WAYS[on]}", name]
+            axis.plot([x, x], [mean, p99], color=colour, lw=1.2, zorder=1)
+            axis.plot(x, mean, "o", ms=9, color=colour, mfc=colour if on else "white", label=f"mean, {_LABELS[on]}")
+            axis.plot(x, p99, "_", ms=12, color=colour, label="P99")
+            axis.annotate(_short(value[f"prefill_tokens:{WAYS[on]}", name]), (x, p99), (0, 4),
+                          textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
     axis.set_yscale("log")
-    axis.set_xticks(range(len(names)), [name.replace("/", "\n") for name in names], fontsize=8)
-    axis.set_ylabel("TTFT, s: mean (bar), P99 (mark)")
-    served = summary[summary.quantity == "ttft_mean:with_cache"]
+    axis.set_xlim(-0.6, len(served) - 0.4)
+    axis.set_xticks(range(len(served)), [name.replace("/", "\n") for name in served.system], fontsize=8)
+    axis.set_ylabel("time to first token, s")
+    axis.margins(y=0.12)
+    axis.set_ylim(axis.get_ylim()[0] / 1.5, None)  # room for the legend
+    first_of_each = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(first_of_each.values(), first_of_each.keys(), fontsize=7, frameon=False, ncols=3, loc="lower center")
     if len(served):
         first = served.iloc[0]
         axis.set_title(f"{first.panel}: served at {first.x:.3g} req/s, {first.clock}, {first.device}\n"
-                       "pale: without the cache; above: tokens prefilled", fontsize=9)  # fmt: skip
+                       "above: tokens prefilled", fontsize=9)  # fmt: skip
 
 
 def _short(tokens: float) -> str:
