@@ -8,13 +8,14 @@ import torch
 
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
+from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments.same_logits import check_same_logits
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.fixed_batch import FixedBatch, StepRecord, WarmCache
-from kvarena.harness.memory import available_bytes, human
+from kvarena.harness.memory import available_bytes
 from kvarena.harness.model.contract import Model
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames
@@ -56,8 +57,8 @@ def _pool_bytes(run: Run, batch: int) -> int:
     if needed > left:
         fits = batch * left // needed
         raise UserError(
-            f"params.batch_sizes: a batch of {batch} cannot fit: {len(run.systems)} systems x {human(pool)} = "
-            f"{human(needed)}, and {human(left)} is free. About {fits} sequences of params.max_tokens="
+            f"params.batch_sizes: a batch of {batch} cannot fit: {len(run.systems)} systems x {format_bytes(pool)} = "
+            f"{format_bytes(needed)}, and {format_bytes(left)} is free. About {fits} sequences of params.max_tokens="
             f"{params.max_tokens} fit, or fewer systems"
         )
     return pool

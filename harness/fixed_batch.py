@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from kvarena.allocators.policy import Map
+from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.store import Store
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
-from kvarena.harness.memory import human
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import StepPlan
@@ -80,8 +80,8 @@ class FixedBatch:
                 needed = sum(layout.resident_bytes(r.prompt_tokens) for r in self.requests)
                 raise UserError(
                     f"a batch of {len(self.requests)} does not fit {self.policy.name}'s pool of "
-                    f"{human(self.policy.pool_bytes)}: the K/V of its prompts alone takes {human(needed)}; {count} "
-                    "sequences fit. Lower params.batch_sizes or raise params.pool_bytes"
+                    f"{format_bytes(self.policy.pool_bytes)}: the K/V of its prompts alone takes {format_bytes(needed)}; "
+                    f"{count} sequences fit. Lower params.batch_sizes or raise params.pool_bytes"
                 )
 
     def fill(self, warm: WarmCache, num_layers: int) -> None:
@@ -123,8 +123,8 @@ class FixedBatch:
         if len(plan.decodes) < len(self.requests):
             longest = max(r.computed for r in self.requests)
             raise UserError(
-                f"{self.policy.name}'s pool of {human(self.policy.pool_bytes)} is full at {longest} tokens of the "
-                f"longest of {len(self.requests)} sequences: raise params.pool_bytes or decode fewer steps"
+                f"{self.policy.name}'s pool of {format_bytes(self.policy.pool_bytes)} is full at {longest} tokens of "
+                f"the longest of {len(self.requests)} sequences: raise params.pool_bytes or decode fewer steps"
             )
 
     def leaves(self) -> dict[str, int]:
