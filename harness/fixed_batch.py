@@ -80,7 +80,7 @@ class FixedBatch:
                 needed = sum(layout.resident_bytes(r.prompt_tokens) for r in self.requests)
                 raise UserError(
                     f"a batch of {len(self.requests)} does not fit {self.policy.name}'s pool of "
-                    f"{format_bytes(self.policy.pool_bytes)}: the K/V of its prompts alone takes {format_bytes(needed)}; "
+                    f"{format_bytes(self.policy.pool_bytes)}: the K/V of its prompts takes {format_bytes(needed)}; "
                     f"{count} sequences fit. Lower params.batch_sizes or raise params.pool_bytes"
                 )
 
