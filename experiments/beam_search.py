@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kvarena.experiments.latency_curve import CROSSING, LATENCY, Line, draw_curves, guess_of, measure_lines
 from kvarena.experiments.parallel_sampling import Params as SamplingParams
-from kvarena.experiments.parallel_sampling import chosen, notes, panel_named, serving
+from kvarena.experiments.parallel_sampling import chosen, notes, panel_named, serving, with_rows
 from kvarena.experiments.replay import Replayer
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.record import Outcome, Recorder
@@ -51,7 +51,7 @@ def _lines(run: Run) -> Iterator[Line]:
         for survival in (SURVIVAL,) if measured else (SURVIVAL, *BAND):
             decoding = DecodingConfig("beam", n=panel.n, survival=survival)
             name = panel_named(run, f"beam w={panel.n}")
-            for system in run.systems:
+            for system in with_rows(run.systems, run.params.max_rows):
                 if survival == SURVIVAL or system.name in run.params.band:
                     yield Line(
                         key=f"{figure} {system.name} {survival}",

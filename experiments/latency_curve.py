@@ -142,7 +142,7 @@ def _rows(run: Run, line: Line, points: pd.DataFrame) -> Iterator[SummaryRow]:
                           **ours, **shared)  # fmt: skip
 
 
-COLOURS = {  # of the systems that have one policy only; the others' by allocator, told apart by dashes
+COLOURS = {  # of the systems that have one policy only; the others' by allocator, told apart by dashes and markers
     "fastertransformer": "#666666", "orca_max": "#D55E00", "orca_pow2": "#E69F00", "orca_oracle": "#CC79A7",
     "paged": "#0072B2",
 }  # fmt: skip
@@ -169,14 +169,14 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None
     """The axis ends at 1 s/token, as the paper's do, or sooner where no curve comes near."""
     curves = ours[ours.quantity == LATENCY]
     crossings = ours[ours.quantity == CROSSING].set_index("system").value
-    dashes = iter(plots.DASHES[1:] * 3)
+    styles = iter([(dash, marker) for marker in ".x+" for dash in plots.DASHES[1:]])
     for name, rows in curves.groupby("system", sort=False):
         rows = rows.sort_values("x")
         allocator = str(rows.allocator.iloc[0])
         colour = COLOURS.get(allocator) or plots.COLOURS.get(allocator.split("_")[0], "#000000")
-        dash = "-" if allocator in COLOURS else next(dashes)
+        dash, marker = ("-", ".") if allocator in COLOURS else next(styles)
         at = f": {crossings[name]:.3g}/s" if name in crossings else ""
-        axis.plot(rows.x, rows.value, dash, color=colour, lw=1.3, marker=".", ms=3, label=f"{name}{at}")
+        axis.plot(rows.x, rows.value, dash, color=colour, lw=1.3, marker=marker, ms=4, label=f"{name}{at}")
         theirs = published[published.system == name]
         axis.plot(*_points(theirs), "o", mfc="none", color=colour, ms=6)
     top_s = min(1.0, 1.6 * float(curves.value.max()))  # room for the legend above flat curves

@@ -4,8 +4,8 @@ Blocks share the prompt and copy its last one on the first write; vAttention map
 sample's row; Orca reserves and writes a copy for each.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -36,6 +36,7 @@ class Params(Curves):
     panels: dict[str, Panel] = field(default_factory=dict)  # by figure
     only: list[str] | None = None  # figures to run; null: all
     pool_bytes: int | None = None  # null: the pool the engine ran with
+    max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
@@ -49,7 +50,7 @@ def _lines(run: Run) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen(run.params).items():
         decoding = DecodingConfig("parallel", n=panel.n)
-        for system in run.systems:
+        for system in with_rows(run.systems, run.params.max_rows):
             yield Line(
                 key=f"{figure} {system.name}",
                 system=system,
@@ -64,6 +65,18 @@ def _lines(run: Run) -> Iterator[Line]:
 def chosen(params: Params) -> dict[str, Panel]:
     """The panels that are to be run."""
     return {name: panel for name, panel in params.panels.items() if name in (params.only or params.panels)}
+
+
+def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[System]:
+    """The systems, those of vAttention with so many rows: where page-groups are shared, rows may run out before memory.
+
+    Rows are addresses, so that more of them take no memory.
+    """
+    for system in systems:
+        if max_rows is None or not hasattr(system.allocator, "max_rows"):
+            yield system
+        else:
+            yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
 
 
 def panel_named(run: Run, name: str) -> str:

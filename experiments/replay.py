@@ -129,11 +129,25 @@ class Replayer:
     ) -> Served:
         """Serve all requests to their end, decoded as asked for, else as the run says.
 
-        All prompts begin with `prefix`, which is kept resident and shared, or fed with every prompt.
+        All prompts begin with `prefix`, which is kept resident and shared, or fed with every prompt. Raises UserError
+        where every request is refused.
         """
-        run = self._run
-        if run.clock == "measured":
+        if self._run.clock == "measured":
             self._warm_up(system, workload)
+        served = self._serve(system, workload, decoding, prefix, share_prefix)
+        if len(workload) and served.steps.empty:
+            raise UserError(f"{system.name} refuses all {len(workload)} requests; {served.requests.refusal.iloc[0]}")
+        return served
+
+    def _serve(
+        self,
+        system: System,
+        workload: Workload,
+        decoding: DecodingConfig | None = None,
+        prefix: Prefix | None = None,
+        share_prefix: bool = True,
+    ) -> Served:
+        run = self._run
         layout = run.model.shard().kv_layout()
         policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
         scheduler = make_scheduler(system.scheduler, policy, context_of(run))
@@ -149,7 +163,7 @@ class Replayer:
         if kind not in self._warm:
             self._warm.add(kind)
             prompts, outputs = workload.prompt_tokens[:2], workload.output_tokens[:2].clip(max=4)
-            self.serve(system, Workload(prompts, outputs, workload.arrival_ps[:2] * 0))
+            self._serve(system, Workload(prompts, outputs, workload.arrival_ps[:2] * 0))
 
     @contextmanager
     def _executor(self, system: System, policy: Policy) -> Iterator[Executor]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from kvarena.allocators.usage import LEAVES
 from kvarena.experiments import plots
 from kvarena.experiments.averages import PS, window
-from kvarena.experiments.parallel_sampling import panel_named
+from kvarena.experiments.parallel_sampling import panel_named, with_rows
 from kvarena.experiments.replay import Replayer, columns, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.paths import PUBLISHED
@@ -43,6 +43,7 @@ class Params:
     window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
     survivals: list[str] = field(default_factory=lambda: [SURVIVAL])  # of beams under clock=modelled
     pool_bytes: int | None = None  # null: the pool the engine ran with
+    max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
 
 
 def run(run: Run, recorder: Recorder) -> Outcome:
@@ -50,7 +51,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     replayer, cells = Replayer(run), []
     ways = list(_ways(run))
     with Progress(NAME, len(ways) * len(run.systems)) as progress:
-        for system in run.systems:
+        for system in with_rows(run.systems, run.params.max_rows):
             for decoding in ways:
                 key = f"{system.name} {decoding.name} n={decoding.n} {decoding.survival}"
                 progress.stage(key)
