@@ -154,7 +154,7 @@ def draw_curves(summary: pd.DataFrame, columns: int = 3) -> Figure:
     published = read_published(PUBLISHED)
     published = published[published.paper == "pagedattention"]
     columns = min(columns, len(panels))
-    figure, axes = plots.canvas(-(-len(panels) // columns), columns, width=4.8, height=3.6)
+    figure, axes = plots.canvas(-(-len(panels) // columns), columns, width=4.8, height=4.8)
     for axis, panel in zip(axes, panels, strict=False):
         ours = summary[summary.panel == panel]
         theirs = published[(published.panel == panel) & published.figure.isin(ours.figure)]
@@ -179,7 +179,7 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None
         axis.plot(rows.x, rows.value, dash, color=colour, lw=1.3, marker=marker, ms=4, label=f"{name}{at}")
         theirs = published[published.system == name]
         axis.plot(*_points(theirs), "o", mfc="none", color=colour, ms=6)
-    top_s = min(1.0, 1.6 * float(curves.value.max()))  # room for the legend above flat curves
+    top_s = min(1.0, 1.1 * float(curves.value.max()))
     if top_s > LIMIT_S:
         axis.axhline(LIMIT_S, color="#BBBBBB", lw=0.8, zorder=0)
     circles = ", circles: published" if len(published) else ""
@@ -190,7 +190,8 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None
     axis.set_xlim(0, None)
     axis.set_ylim(0, top_s)
     heading = "reaches 0.5 s/token at" if len(crossings) else None
-    axis.legend(fontsize=6.5, frameon=False, loc="upper left", title=heading, title_fontsize=6.5)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}  # steep curves leave no room inside
+    axis.legend(fontsize=6.5, frameon=False, title=heading, title_fontsize=6.5, **below)
 
 
 def _points(theirs: pd.DataFrame) -> tuple[list[float], list[float]]:
