@@ -13,8 +13,6 @@ Slots are counted as they are filled, so that asking where all of them are costs
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import eq
 from typing import NamedTuple
 
 from kvarena.allocators.block_pool import BlockPool
@@ -143,20 +141,6 @@ class BlockTables:
         parent = self.resident(parent_id)
         self.pool.share(parent.table)
         child = self.residents[child_id] = Resident(final, parent.length, parent.table.copy())
-        self._share_last_block(parent_id, parent, child_id, child)
-
-    def reseat(self, parent_id: int, child_id: int, final: int) -> list[int]:
-        """Give a resident sequence the blocks of another, to share, for its own; returns those that are free now."""
-        parent, child = self.resident(parent_id), self.resident(child_id)
-        same = sum(takewhile(bool, map(eq, child.table, parent.table)))
-        self.pool.share(parent.table[same:])
-        freed = self._give_up(child_id, child, same)
-        child.final, child.length, child.table, child.rounding = final, parent.length, parent.table.copy(), 0
-        self._share_last_block(parent_id, parent, child_id, child)
-        return freed
-
-    def _share_last_block(self, parent_id: int, parent: Resident, child_id: int, child: Resident) -> None:
-        """Where the last block of two equal tables is not full, whoever writes to it first has to copy it."""
         if parent.length % self.block_size:
             self._rounding -= parent.rounding
             parent.rounding = 0
@@ -164,14 +148,11 @@ class BlockTables:
 
     def remove(self, seq_id: int) -> list[int]:
         """Strike a sequence out; returns the blocks that are free now."""
-        return self._give_up(seq_id, self.residents.pop(seq_id), 0)
-
-    def _give_up(self, seq_id: int, resident: Resident, keep: int) -> list[int]:
-        """Drop all but a sequence's first blocks; returns those that are free now."""
+        resident = self.residents.pop(seq_id)
         if self._must_copy(resident):
             self._share_no_more(seq_id, resident)
         self._rounding -= resident.rounding
-        freed = self.pool.drop(resident.table[keep:])
+        freed = self.pool.drop(resident.table)
         self._live -= len(freed) * self.block_size
         if freed and freed[-1] == resident.table[-1]:  # which need not be full
             self._live += len(resident.table) * self.block_size - resident.length

@@ -17,7 +17,7 @@ from kvarena.allocators.block_tables import BlockTables, Slots
 from kvarena.allocators.cpu_blocks import CpuBlocks
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.paged_groups import BlockGroups
-from kvarena.allocators.policy import Action, IntegrityError, NotResidentError, Sequence
+from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, NotResidentError, Sequence
 from kvarena.allocators.prefix_cache import CachedBlockPool
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.stretch import longest_stretch
@@ -134,7 +134,9 @@ class PagedPolicy(BlockGroups):
             return
         if seq_id not in self._tables.residents:
             raise NotResidentError(seq_id)
-        self._drop_copies_to(self._tables.remove(seq_id))
+        freed = self._tables.remove(seq_id)
+        if self._actions:  # a copy that nobody will read
+            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""

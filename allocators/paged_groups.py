@@ -6,7 +6,7 @@ Sharing is a matter of block tables (PagedAttention section 4.4): whoever shares
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 
-from kvarena.allocators.actions import Action, CopyBlock
+from kvarena.allocators.actions import Action
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.block_tables import BlockTables
 from kvarena.allocators.cpu_blocks import CpuBlocks
@@ -75,17 +75,6 @@ class BlockGroups(Policy):
             raise ValueError(f"sequence {child.seq_id} is swapped out")
         self._tables.fork(parent_id, child.seq_id, child.final_tokens)
         return True
-
-    def reseat(self, moves: Seq[tuple[int, Sequence]]) -> bool:
-        """Blocks that a child and its parent hold together stay where they are."""
-        for parent_id, child in moves:
-            self._drop_copies_to(self._tables.reseat(parent_id, child.seq_id, child.final_tokens))
-        return True
-
-    def _drop_copies_to(self, freed: list[int]) -> None:
-        """Strike out copies that nobody will read."""
-        if self._actions:
-            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
 
     @property
     def shared_bytes(self) -> int:

@@ -190,8 +190,10 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None
     axis.set_xlim(0, None)
     axis.set_ylim(0, top_s)
     heading = "reaches 0.5 s/token at" if len(crossings) else None
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}  # steep curves leave no room inside
-    axis.legend(fontsize=6.5, frameon=False, title=heading, title_fontsize=6.5, **below)
+    axis.legend(  # below: steep curves leave no room inside
+        fontsize=6.5, frameon=False, title=heading, title_fontsize=6.5,
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
+    )  # fmt: skip
 
 
 def _points(theirs: pd.DataFrame) -> tuple[list[float], list[float]]:

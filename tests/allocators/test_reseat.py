@@ -92,7 +92,7 @@ def blocks():
     return PagedPolicy(LAYOUT, 40 * 16 * LAYOUT.token_bytes, max_tokens=256)
 
 
-def test_blocks_that_a_child_and_its_parent_hold_stay():
+def test_blocks_of_the_dead_are_free_and_the_last_of_the_living_is_copied():
     policy = blocks()
     seqs = beams(policy, length=100)
     prompt = policy.block_table(0)[: PROMPT // 16]
@@ -108,10 +108,9 @@ def test_blocks_that_a_child_and_its_parent_hold_stay():
     policy.check_integrity()
 
 
-@pytest.mark.parametrize("make", [rows, blocks])
-def test_reseating_is_releasing_and_forking(make):
+def test_reseating_is_releasing_and_forking():
     """The books agree with those of the two operations that it stands for."""
-    moved, forked = make(), make()
+    moved, forked = rows(), rows()
     for policy in (moved, forked):
         seqs = beams(policy)
     moves = [(2, seqs[0]), (2, seqs[1])]
