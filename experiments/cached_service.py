@@ -87,7 +87,7 @@ class Service:
 def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterator[SummaryRow]:
     """Medians over the repeats, at the rate that was asked for; the ratio of TTFT is of what was served in turn."""
     evidence = "measured" if run.clock == "measured" else "predicted"
-    panel = trace if run.model.tp == 1 else f"{trace}, {run.model.tp} devices"
+    panel = trace if run.model.tp == 1 else f"{trace} on {run.model.tp} devices"
     for system in run.systems:
         shared: dict[str, Any] = {
             "experiment": experiment, "paper": "kvarena", "figure": experiment, "panel": panel, "evidence": evidence,
