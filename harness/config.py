@@ -31,12 +31,13 @@ def names(group: str) -> list[str]:
 
 
 def load(group: str, name: str) -> DictConfig:
-    """One file of a group. Raises UserError with the names that exist."""
+    """What one file of a group states; its schema has the rest. Raises UserError with the names that exist."""
     path: Path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"{group}={name}: no such {group}. There are: {', '.join(names(group))}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    config.pop("defaults", None)  # conf/base/, for Hydra: it refuses overrides of keys that no file has
     return config
 
 

@@ -52,8 +52,8 @@ def test_keys_and_choices_of_a_page_exist(page: Path) -> None:
         for group, key in KEY.findall(part):
             if f"{group}.{key}" in MADE or key in ("yaml", "py"):
                 continue
-            files = [OmegaConf.load(path) for path in (CONF / group).glob("*.yaml")]
-            assert any(key in file for file in files), f"{group}.{key} of {page.name}"
+            paths = [*(CONF / group).glob("*.yaml"), *(CONF / "base").glob(f"{group}.yaml")]
+            assert any(key in OmegaConf.load(path) for path in paths), f"{group}.{key} of {page.name}"
         for group, name in CHOICE.findall(part):
             assert name in names(group), f"{group}={name} of {page.name}"
 

@@ -122,7 +122,7 @@ def test_given_lengths():
 
 
 def test_every_table_has_a_trace():
-    assert set(table_names()) <= {load("trace", name).table for name in names("trace")}
+    assert set(table_names()) <= {load("trace", name).get("table") for name in names("trace")}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 import random
-from dataclasses import fields
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import pytest
 from kvarena.errors import UserError
 from kvarena.harness.arrival import PS, ArrivalConfig
 from kvarena.harness.config import load, names, typed
+from kvarena.harness.paths import CONF
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.workload import make_workload
 
@@ -126,11 +127,17 @@ def test_all_at_once():
     assert workload.rate == float("inf")
 
 
+def test_every_trace_begins_with_every_key():
+    base = load("base", "trace")
+    assert base == asdict(TraceConfig())  # a key that it lacks could not be overridden
+    for name in names("trace"):
+        assert "defaults: [/base/trace@_here_, _self_]" in (CONF / "trace" / f"{name}.yaml").read_text(), name
+
+
 @pytest.mark.parametrize("name", names("trace"))
 def test_every_trace_of_conf_loads(name):
     config = typed(TraceConfig, load("trace", name), "trace")
     assert config.name == name
-    assert set(load("trace", name)) == {field.name for field in fields(TraceConfig)}  # else Hydra refuses overrides
     assert len(make_workload(config, poisson(duration_s=20), max_tokens=262_144)) > 20
 
 
