@@ -167,8 +167,9 @@ def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame, published: pd.Data
         colour = SHADES["paged"] if rows.allocator.iloc[0] == "paged" else _shade(name)
         axis.bar(at, rows.value, width, color=colour, label=name)
         for x, place, value in zip(rows.x, at, rows.value, strict=True):
-            axis.annotate(f"{value:.3g}", (place, value), ha="center", va="bottom", fontsize=6)
             extremes = band[(band.system == name) & (band.x == x)].value
+            top = max([value, *extremes])
+            axis.annotate(f"{value:.3g}", (place, top), ha="center", va="bottom", fontsize=6)
             if len(extremes):
                 axis.vlines(place, extremes.min(), extremes.max(), color="#000000", lw=1)
         theirs = published[published.system == name]
