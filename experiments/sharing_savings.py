@@ -175,7 +175,7 @@ def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame, published: pd.Data
         theirs = published[published.system == name]
         axis.plot([counts.index(x) for x in theirs.x], theirs.value, "o", mfc="none", color=colour)
     axis.set_xticks(range(len(counts)), [f"{x:g}" for x in counts])
-    said = f"{ours.clock.iloc[0]}, {ours.device.iloc[0]}, {ours.evidence.iloc[0]}"
+    said = ", ".join(dict.fromkeys(str(ours[name].iloc[0]) for name in ("clock", "device", "evidence")))
     axis.set_title(f"{ours.panel.iloc[0]}\n{said}", fontsize=9)
     axis.set(xlabel="samples, or width of the beam", ylabel="memory saved by sharing, %")
 
