@@ -79,7 +79,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     steps, requests, cells = (
         pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "requests", "cells")
     )
-    summary = frame(_summary(run, steps, cells))
+    summary = frame(itertools.chain(_summary(run, steps, cells), _over_paged(run, steps)))
     notes = {"trace": trace_notes, "calibration": cells.to_dict("records")}
     return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
 
@@ -140,6 +140,22 @@ def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Sum
             yield row(
                     value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind), quantity=quantity,
                     x=batch, unit=unit, evidence=evidence, **columns(run, system),
+                )  # fmt: skip
+
+
+def _over_paged(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Throughput over that of blocks under the same kernel, round by round: noise that both share cancels."""
+    paged = {system.kernel.name: system.name for system in run.systems if system.allocator.name == "paged"}
+    for (kind, batch), cell in steps.groupby(["prompts", "batch"], sort=False):
+        seconds = cell.groupby(["system", "round"])["step_s"].sum()  # of as many steps and tokens everywhere
+        for system in run.systems:
+            other = paged.get(system.kernel.name, system.name)
+            if system.name != other:
+                ratio = median_interval(seconds[other] / seconds[system.name])
+                yield row(
+                    ratio, experiment=NAME, paper="kvarena", figure=NAME, panel=_panel(run, str(kind)), x=batch,
+                    quantity="throughput_over_paged_vs_batch", unit="ratio", evidence="measured",
+                    **columns(run, system),
                 )  # fmt: skip
 
 

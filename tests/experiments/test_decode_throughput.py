@@ -52,6 +52,12 @@ def test_a_run_reports_every_system_at_every_point(tmp_path: Path, monkeypatch: 
     steps = pd.read_parquet(folder / "steps.parquet")
     assert len(steps) == 6 * 2 * 2 * 6  # systems x batch sizes x steps of a round x rounds
     assert (steps[list(LEAVES)].sum(axis=1).groupby(steps.batch).nunique() == 1).all()  # one pool for all systems
+    over_paged = summary[summary.quantity == "throughput_over_paged_vs_batch"]
+    assert set(over_paged.system) == {"static/numba", "vattention/numba"}, "no paged system has sdpa's kernel"
+    seconds = steps[steps.batch == 3].groupby(["system", "round"]).step_s.sum()
+    by_hand = (seconds["paged-numba"] / seconds["vattention-numba"]).median()
+    (ratio,) = over_paged[(over_paged.system == "vattention/numba") & (over_paged.x == 3)].value
+    assert ratio == pytest.approx(by_hand)
 
 
 def test_paged_and_vattention_take_less_than_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
