@@ -112,9 +112,15 @@ def test_a_modelled_run_never_settles_what_is_to_be_measured():
     assert judge(claim, [modelled, on_cpu, on_gpu], THEIRS).verdict is Verdict.HOLDS
 
 
+TWO = "q('fig8','m','{}/numba','decode_throughput_vs_batch',32)"
+COMPARED = replace(  # a claim whose stand-in joins two measured numbers
+    CLAIMED["VA-15"], stand_in=("decode_throughput", f"{TWO.format('vattention')}/{TWO.format('paged')}")
+)
+
+
 def stand_in(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> list[KeptRun]:
-    """A CPU run with the two throughputs of VA-15's stand-in: median, low, high."""
-    points = points_of(CLAIMED["VA-15"].stand_in[1])
+    """A CPU run with the two throughputs of that stand-in: median, low, high."""
+    points = points_of(COMPARED.stand_in[1])
     rows = [
         replace(a_row("vattention", p, m, clock="measured", device="cpu", evidence="measured",
                       experiment="decode_throughput"), n=8, ci_low=low, ci_high=high)
@@ -124,20 +130,20 @@ def stand_in(ours: tuple[float, float, float], theirs: tuple[float, float, float
 
 
 def test_a_stand_in_shows_the_direction_at_most():
-    finding = judge(CLAIMED["VA-15"], stand_in((100, 99, 101), (100, 99, 101)), THEIRS)
+    finding = judge(COMPARED, stand_in((100, 99, 101), (100, 99, 101)), THEIRS)
     assert (finding.verdict, finding.settled) == (Verdict.DIRECTION, False)
-    finding = judge(CLAIMED["VA-15"], stand_in((150, 149, 151), (100, 99, 101)), THEIRS)
+    finding = judge(COMPARED, stand_in((150, 149, 151), (100, 99, 101)), THEIRS)
     assert finding.verdict is Verdict.FAILS
 
 
 def test_what_is_too_coarse_is_undecided():
     for median in (100, 120):  # whichever side the median is on
-        finding = judge(CLAIMED["VA-15"], stand_in((median, 90, 150), (100, 99, 101)), THEIRS)
+        finding = judge(COMPARED, stand_in((median, 90, 150), (100, 99, 101)), THEIRS)
         assert finding.verdict is Verdict.UNDECIDED
 
 
 def test_the_interval_of_a_ratio():
-    answer = judge(CLAIMED["VA-15"], stand_in((100, 97, 103), (100, 96, 104)), THEIRS).answer
+    answer = judge(COMPARED, stand_in((100, 97, 103), (100, 96, 104)), THEIRS).answer
     assert answer is not None
     assert answer.low == pytest.approx(1 - math.hypot(0.03, 1 - 1 / 1.04))
     assert answer.high == pytest.approx(1 + math.hypot(0.03, 1 / 0.96 - 1))
