@@ -184,14 +184,14 @@ def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
 
 def _below(axis: Axes, rows: pd.DataFrame) -> None:
     capacity = rows[rows.quantity == "capacity"].set_index("system").value
-    for number, (name, mine) in enumerate(rows.groupby("system", sort=False)):
-        colour = plots.PAPER_COLOURS.get(str(name), f"C{number}")
+    for (name, mine), marker in zip(rows.groupby("system", sort=False), plots.MARKERS, strict=False):
+        colour = plots.PAPER_COLOURS.get(str(name)) or plots.COLOURS[mine.allocator.iloc[0]]
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
             line = mine[mine.quantity == f"{quantity}_vs_share_of_capacity"]
             label = f"{name}: capacity {capacity[name]:.3g}/s" if style == "-" else None
-            axis.plot(100 * line.x, line.value, style, marker=".", color=colour, label=label)
+            axis.plot(100 * line.x, line.value, style, marker=marker, ms=4, mfc="none", color=colour, label=label)
     axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
     axis.set_title(
         f"{rows.panel.iloc[0]}: P99 of TTFT (solid) and TBT (dotted)\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}"
     )
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
