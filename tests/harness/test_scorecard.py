@@ -13,7 +13,7 @@ from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.scorecard.claims import ARITHMETIC, CLAIMS, COLUMNS, load_claims
 from kvarena.harness.scorecard.expression import evaluate, points_of
 from kvarena.harness.scorecard.figures import compare, not_run
-from kvarena.harness.scorecard.judge import Verdict, judge
+from kvarena.harness.scorecard.judge import Verdict, answered, judge
 from kvarena.harness.scorecard.kept_runs import KeptRun, MissingPointError, Published, kept_runs
 from kvarena.harness.scorecard.rule import Direction, Tolerance
 from kvarena.harness.statistics import Estimate
@@ -110,6 +110,15 @@ def test_a_modelled_run_never_settles_what_is_to_be_measured():
     assert judge(claim, [modelled, on_cpu], THEIRS).verdict is Verdict.DIRECTION
     on_gpu = run_for(claim, clock="measured", device="nvidia-h200", evidence="measured")
     assert judge(claim, [modelled, on_cpu, on_gpu], THEIRS).verdict is Verdict.HOLDS
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMED.values() if claim.stand_in], ids=lambda claim: claim.id)
+def test_the_kept_run_of_a_stand_in_answers(claim):
+    experiment, expression = claim.stand_in
+    (run,) = (run for run in kept_runs() if run.experiment == experiment and run.folder.parent.name == "cpu")
+    answer = answered(claim, expression, run)
+    assert answer.clock == "measured"
+    assert answer.low <= answer.value <= answer.high
 
 
 TWO = "q('fig8','m','{}/numba','decode_throughput_vs_batch',32)"
