@@ -5,8 +5,7 @@ import json
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.config import typed
-from kvarena.harness.paths import CONF
+from kvarena.harness.config import load, typed
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.trace.few_shot import few_shot
 
@@ -19,9 +18,7 @@ def pair(english, german):
 
 def named(trace, **changes):
     """The trace of conf/trace/ of that name, with changes."""
-    from omegaconf import OmegaConf
-
-    return typed(TraceConfig, {**OmegaConf.load(CONF / "trace" / f"{trace}.yaml"), **changes}, "trace")
+    return typed(TraceConfig, {**load("trace", trace), **changes}, "trace")
 
 
 @pytest.fixture
