@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvarena.errors import UserError
 from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
@@ -70,8 +71,10 @@ def chosen(params: Params) -> dict[str, Panel]:
 def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[System]:
     """The systems, those of vAttention with so many rows: where page-groups are shared, rows may run out before memory.
 
-    Rows are addresses, so that more of them take no memory.
+    Rows are addresses, so that more of them take no memory. Raises UserError for a number below 1.
     """
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"params.max_rows={max_rows}: must be 1 or more")
     for system in systems:
         if max_rows is None or not hasattr(system.allocator, "max_rows"):
             yield system

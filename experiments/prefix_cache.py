@@ -55,6 +55,7 @@ class Params:
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
+    _check(run.params)
     trace = _trace(run)
     run = replace(run, params=replace(run.params, context=_context(run, trace)))
     policies = {system.name: _policy(run, trace, system, None) for system in run.systems}  # refuses before it counts
@@ -75,6 +76,13 @@ def run(run: Run, recorder: Recorder) -> Outcome:
     summary = frame(rows)
     notes = {"trace": trace.provenance, "ways_of_counting": WAYS, "served": service.workload.provenance}
     return Outcome(summary, served, counts, HEADLINE, draw(summary), notes)
+
+
+def _check(params: Params) -> None:
+    if params.repeats < 1:
+        raise UserError(f"params.repeats={params.repeats}: must be 1 or more")
+    if not all(capacity > 0 for capacity in params.capacities_gb):
+        raise UserError(f"params.capacities_gb={params.capacities_gb}: every capacity must be above 0")
 
 
 def _trace(run: Run) -> Trace:

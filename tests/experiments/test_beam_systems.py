@@ -25,6 +25,8 @@ def test_rows_are_vattentions_alone():
     assert paged is run.systems[0]
     assert rows.allocator.max_rows == 1024
     assert list(with_rows(run.systems, None)) == list(run.systems)
+    with pytest.raises(UserError, match=r"params.max_rows=0: must be 1 or more"):
+        list(with_rows(run.systems, 0))
 
 
 def test_more_rows_than_are_used_change_nothing():

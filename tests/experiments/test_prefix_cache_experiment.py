@@ -60,3 +60,15 @@ def test_measured(summary_of: Callable[..., pd.DataFrame]) -> None:
 def test_an_allocator_that_keeps_nothing_is_refused(finished: Callable) -> None:
     with pytest.raises(UserError, match="orca-max keeps no prefixes"):
         finished("prefix_cache", "systems=[orca-max]")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("params.repeats=0", "params.repeats=0: must be 1 or more"),
+        ("params.capacities_gb=[30,0]", "every capacity must be above 0"),
+    ],
+)
+def test_what_cannot_be_counted_or_served_is_refused_first(override: str, said: str, finished: Callable) -> None:
+    with pytest.raises(UserError, match=said):
+        finished("prefix_cache", override)
