@@ -13,9 +13,17 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvarena.experiments.latency_curve import CROSSING, LATENCY, Line, draw_curves, guess_of, measure_lines
+from kvarena.experiments.latency_curve import (
+    CROSSING,
+    LATENCY,
+    Line,
+    chosen_panels,
+    draw_curves,
+    guess_of,
+    measure_lines,
+)
 from kvarena.experiments.parallel_sampling import Params as SamplingParams
-from kvarena.experiments.parallel_sampling import chosen, notes, panel_named, serving, with_rows
+from kvarena.experiments.parallel_sampling import notes, panel_named, serving, with_rows
 from kvarena.experiments.replay import Replayer
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.record import Outcome, Recorder
@@ -47,7 +55,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 def _lines(run: Run) -> Iterator[Line]:
     replayer = Replayer(run)
     measured = run.clock == "measured"
-    for figure, panel in chosen(run.params).items():
+    for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         for survival in (SURVIVAL,) if measured else (SURVIVAL, *BAND):
             decoding = DecodingConfig("beam", n=panel.n, survival=survival)
             name = panel_named(run, f"beam w={panel.n}")

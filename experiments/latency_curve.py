@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp, log
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -35,6 +35,17 @@ CROSSING = "rate_at_0.5_s_per_token"
 LIMIT_S = 0.5  # s/token: the usual reading of the paper's "similar latency"
 
 ServeAt = Callable[[float], Served]  # requests/s -> what happened
+
+
+Panel = TypeVar("Panel")
+
+
+def chosen_panels(panels: dict[str, Panel], only: list[str] | None) -> dict[str, Panel]:
+    """The panels to run, by figure. Raises UserError for one that is not there."""
+    for figure in only or ():
+        if figure not in panels:
+            raise UserError(f"params.only: no panel is called {figure!r}. There are: {', '.join(panels)}")
+    return {figure: panel for figure, panel in panels.items() if figure in (only or panels)}
 
 
 @dataclass

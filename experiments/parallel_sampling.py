@@ -11,7 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.latency_curve import (
+    CROSSING,
+    Curves,
+    Line,
+    ServeAt,
+    chosen_panels,
+    draw_curves,
+    guess_of,
+    measure_lines,
+)
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.record import Outcome, Recorder
@@ -49,7 +58,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 def _lines(run: Run) -> Iterator[Line]:
     """The engine's constants come from Fig 12a, with one sequence a request."""
     replayer = Replayer(run)
-    for figure, panel in chosen(run.params).items():
+    for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         decoding = DecodingConfig("parallel", n=panel.n)
         for system in with_rows(run.systems, run.params.max_rows):
             yield Line(
@@ -61,11 +70,6 @@ def _lines(run: Run) -> Iterator[Line]:
                 serve_at=serving(run, replayer, system, decoding),
                 guess=guess_of(panel.guess, system),
             )
-
-
-def chosen(params: Params) -> dict[str, Panel]:
-    """The panels that are to be run."""
-    return {name: panel for name, panel in params.panels.items() if name in (params.only or params.panels)}
 
 
 def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[System]:

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.experiments import plots
-from kvarena.experiments.latency_curve import CROSSING, LATENCY, LIMIT_S
+from kvarena.experiments.latency_curve import CROSSING, LATENCY, LIMIT_S, chosen_panels
 from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.replay import Served, columns, panel_of, workload_of
-from kvarena.experiments.serving_panels import Curve, OutOfSample, Panel, chosen_panels, curves_of, run_of_panel
+from kvarena.experiments.serving_panels import Curve, OutOfSample, Panel, curves_of, run_of_panel
 from kvarena.harness.capacity import capacity
 from kvarena.harness.metrics import latencies, summarize
 from kvarena.harness.progress import Progress
@@ -46,7 +46,7 @@ class Params:
 
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every point of every panel."""
-    panels = chosen_panels(run)
+    panels = chosen_panels(run.params.panels, run.params.only)
     curves, points = list(curves_of(run, panels)), list[pd.DataFrame]()
     with Progress(NAME, len(curves)) as progress:
         for curve in curves:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from kvarena.errors import UserError
 from kvarena.experiments.replay import Replayer, trace_named
 from kvarena.harness.config import load, typed
 from kvarena.harness.model import load_preset
@@ -38,16 +37,6 @@ class OutOfSample:
     figure: str
     engine: str  # of conf/engine/
     systems: list[str]
-
-
-def chosen_panels(run: Run) -> dict[str, Panel]:
-    """The panels to run, by figure. Raises UserError for one that is not there."""
-    panels: dict[str, Panel] = run.params.panels
-    only: list[str] = run.params.only or list(panels)
-    for figure in only:
-        if figure not in panels:
-            raise UserError(f"params.only: no panel is called {figure!r}. There are: {', '.join(panels)}")
-    return {figure: panels[figure] for figure in panels if figure in only}
 
 
 class Curve(NamedTuple):

@@ -13,7 +13,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.latency_curve import (
+    CROSSING,
+    Curves,
+    Line,
+    ServeAt,
+    chosen_panels,
+    draw_curves,
+    guess_of,
+    measure_lines,
+)
 from kvarena.experiments.parallel_sampling import panel_named
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
 from kvarena.harness.prefix import Prefix
@@ -52,16 +61,12 @@ class Params(Curves):
 def run(run: Run, recorder: Recorder) -> Outcome:
     """Replay every panel."""
     notes: dict[str, object] = {"assumed": ASSUMED} if run.clock == "modelled" else {}
-    for figure, panel in _chosen(run.params).items():
+    for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         workload = workload_of(_panel_run(run, panel), rate=8.0)
         _check_shared(panel, workload.provenance["trace"], figure)
         notes[figure] = {**workload.provenance, "mean_prompt_tokens": float(workload.prompt_tokens.mean())}
     summary, points = measure_lines(run, recorder, list(_lines(run)))
     return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes)
-
-
-def _chosen(params: Params) -> dict[str, Panel]:
-    return {name: panel for name, panel in params.panels.items() if name in (params.only or params.panels)}
 
 
 def _panel_run(run: Run, panel: Panel) -> Run:
@@ -84,7 +89,7 @@ def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
 
 def _lines(run: Run) -> Iterator[Line]:
     replayer = Replayer(run)
-    for figure, panel in _chosen(run.params).items():
+    for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         for system in run.systems:
             yield Line(
                 key=f"{figure} {system.name}",

@@ -97,6 +97,9 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
         ("parallel_sampling", "params.panels={fig14a: {n: 2}}", r"params\.guess"),
         ("shared_prefix", "params.panels={a: {name: a, trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",
          "does not reach past its prefix"),
+        ("parallel_sampling", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
+        ("beam_search", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
+        ("shared_prefix", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig16a, fig16b"),
     ],
 )  # fmt: skip
 def test_refusals(finished: Callable, experiment: str, override: str, reason: str) -> None:
