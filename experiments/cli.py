@@ -4,6 +4,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,10 +12,10 @@ from omegaconf import DictConfig
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry, show, sweep
+from kvarena.experiments.carry_out import carry_out, summarize
 from kvarena.harness.config import check_overrides
 from kvarena.harness.paths import CONF
 from kvarena.harness.record import Recorder, runs_folder
-from kvarena.harness.run import resolve
 from kvarena.harness.schemas import schema_of
 from kvarena.kernels.threads import set_compute_threads
 
@@ -57,6 +58,12 @@ def _command(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise UserError(f"report: takes no arguments, not {' '.join(arguments[1:])}")
         write_report()
+        return
+    if arguments[:1] == ["summarize"]:
+        if len(arguments) != 2:
+            raise UserError("summarize: takes the folder of one run")
+        folder = Path(arguments[1])
+        show.outcome(summarize(folder), folder)
         return
     if arguments[:1] and arguments[0].startswith("claim="):
         _claim(arguments[0].removeprefix("claim="), arguments[1:])
@@ -104,8 +111,7 @@ def _compose_and_run(config: DictConfig) -> None:
 
 
 def _job(config: DictConfig, overrides: list[str]) -> None:
-    module = registry.get(config.name)
-    run = resolve(config, overrides, module.Params)
+    run = registry.resolved(config, overrides)
     job = sweep.job_folder(run.plain())
     if job is not None and job.is_dir():
         print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
@@ -113,7 +119,7 @@ def _job(config: DictConfig, overrides: list[str]) -> None:
     if run.clock == "measured":
         set_compute_threads(run.threads)
     recorder = Recorder(run.experiment, run.plain(), job)
-    outcome = module.run(run, recorder)
+    outcome = carry_out(run, recorder)
     folder = recorder.finish(outcome)
     if job is None:
         show.outcome(outcome, folder)

@@ -5,15 +5,15 @@ from hydra import compose, initialize_config_dir
 from kvarena.experiments import registry
 from kvarena.harness.config import check_overrides
 from kvarena.harness.paths import CONF
-from kvarena.harness.run import Run, resolve
+from kvarena.harness.run import Run
 from kvarena.harness.schemas import schema_of
 
 
 def compose_run(*overrides: str) -> Run:
     """The run that `./run.sh <overrides>` would be. Raises UserError like the command line."""
     arguments = list(overrides)
-    module = registry.get(registry.named(arguments))
+    registry.named(arguments)
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", arguments)
-    return resolve(config, arguments, module.Params)
+    return registry.resolved(config, arguments)

@@ -2,10 +2,13 @@
 
 Fig 2 has four kinds, drawn from the artifact's counters; its vLLM bar gives the three small pieces the names of the
 Orca bars, which they are not. Here every bar has its true kinds, six stricter kinds, and the nine leaves below them.
+
+The published bars are one replay each, with the artifact's seed. So are the rows that carry their names; those over all
+seeds are ours.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import pandas as pd
@@ -15,25 +18,25 @@ from matplotlib.figure import Figure
 from kvarena.allocators.usage import LEAVES, paper_rollup, paper_vllm_rollup, strict_rollup
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, leaves, shares, usage_of, window
-from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
+from kvarena.experiments.seeds import check_seeds, seeded
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import is_earned, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
+from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
 NAME = "memory_waste"
 HEADLINE = "share_of_kv_memory"
-
-# What the artifact ran for Fig 2 (its experiments/fig2.sh): another load is another figure and wears another panel.
-FIG2 = {"rate": 4.0, "duration_s": 900.0}
-FIG2_WINDOW_S = [300.0, 900.0]
-FITTED = (
-    "Fig 2 gave the pool: 984 blocks, since Orca(Max) leaves 88 of them unused. Step times are those of the engine, "
-    "fitted to Fig 12; shares of a full pool hardly depend on them."
-)
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
 ON_DEMAND = ("paged", "vattention")  # promise nothing: the paper's vLLM bar has their kinds
+FIGURE = "fig2"
 
 
 @dataclass
@@ -41,79 +44,93 @@ class Params:
     """`params.*` of conf/experiment/memory_waste.yaml; null there means: by the profile."""
 
     window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
+    seeds: list[int] = field(default_factory=list)  # of trace and arrivals; at least 6 give a 95 % interval
     pool_bytes: int | None = None  # null: the pool the engine ran with, else what the device has left
-    record_every_s: float = 10.0  # steps.parquet sums them up by so many seconds
+    record_every_s: float = 10.0  # memory_by_interval.parquet sums the steps up by so many seconds
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Serve one overloaded trace with every system and average its memory."""
-    workload, replayer = workload_of(run), Replayer(run)
-    cells: list[Frames] = []
-    with Progress(NAME, len(run.systems)) as progress:
-        for system in run.systems:
-            progress.stage(system.name)
-            cells.append(recorder.cell(system.name, partial(_cell, run, replayer, system, workload)))
-            progress.advance()
-    means, steps, requests = (
-        pd.concat([cell[name] for cell in cells], ignore_index=True) for name in ("averages", "steps", "requests")
-    )
-    summary = frame(_summary(run, means))
-    notes = {"workload": workload.provenance, "rate_asked": workload.rate, "fitted": FITTED}
-    return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    return {
+        key: "params.seeds=[...] are the seeds of trace and arrivals" for key in ("trace.seed", "arrival.seed")
+    }
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Serve one overloaded trace with every system and average its memory; again for every seed."""
+    seeds = check_seeds(run.params.seeds)
+    replayer, cells, notes = Replayer(run), list[Frames](), {}
+    with Progress(NAME, len(seeds) * len(run.systems)) as progress:
+        for seed in seeds:
+            workload = workload_of(run, seed=seed)
+            notes = notes or {"workload": workload.provenance, "rate_asked": workload.rate}
+            for system in run.systems:
+                progress.stage(f"seed {seed}, {system.name}")
+                cell = recorder.cell(f"{seed}-{system.name}", partial(_cell, run, replayer, system, workload))
+                cells.append({name: table.assign(seed=seed) for name, table in cell.items()})
+                progress.advance()
+    return Measured(_frames(cells, seeds[0]), notes)
 
 
 def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
     requests, steps, _ = replayer.serve(system, workload)
     means = averages(window(steps, run.params.window_s)).assign(system=system.name)
-    return {"averages": means, "steps": by_interval(steps, run.params.record_every_s), "requests": requests}
+    memory = by_interval(steps, run.params.record_every_s)
+    return {"averages": means, "memory_by_interval": memory, "requests": requests}
 
 
-def _summary(run: Run, means: pd.DataFrame) -> Iterator[SummaryRow]:
-    like_fig2 = all(getattr(run.arrival, key) == value for key, value in FIG2.items())
-    panel = panel_of(run, run.trace.name)
-    if not (like_fig2 and run.params.window_s == FIG2_WINDOW_S):
-        panel += f" {run.arrival}"
+def _frames(cells: list[Frames], first_seed: int) -> Frames:
+    """The averages of every seed; requests and memory over time of the first, which would be too large otherwise."""
+    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
+    return {n: t if n == "averages" else t[t.seed == first_seed].reset_index(drop=True) for n, t in frames.items()}
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """The paper's row of every published bar, and ours of every system over the seeds."""
+    return frame(_rows(run, frames["averages"]))
+
+
+def _rows(run: Run, means: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
-        for _, mean in means[means.system == system.name].iterrows():
-            for paper, figure, quantity, value, unit in _quantities(system, mean):
-                yield row(
-                    value, experiment=NAME, paper=paper, figure=figure, panel=panel, quantity=quantity, unit=unit,
-                    evidence=_evidence(run, system), **columns(run, system),
-                )  # fmt: skip
+        for average, by_seed in means[means.system == system.name].groupby("average", sort=False):
+            values = pd.DataFrame([_quantities(system, mean) for _, mean in by_seed.iterrows()], index=by_seed.seed)
+            for quantity, unit in _units(values).items():
+                ours = named(run, system)
+                yield row(median_interval(values[quantity].dropna()), quantity=quantity, unit=unit, **ours)
+                published = named(seeded(run, 0), system, FIGURE)
+                is_bar = average == Average.OVER_ITERATIONS and quantity.startswith(f"{HEADLINE}:")
+                if is_bar and is_earned(published) and 0 in values.index:
+                    yield row(float(values[quantity][0]), quantity=quantity, unit=unit, **published)
 
 
-def _evidence(run: Run, system: System) -> str:
-    if run.clock == "measured":
-        return "measured"
-    return "calibrated" if run.imitates and system.published else "predicted"
+def _units(values: pd.DataFrame) -> dict[str, str]:
+    """Quantities that were taken at all, and their units: all are shares but for two."""
+    taken = values.dropna(axis="columns", how="all")
+    others = {"mean_batched_requests": "requests", "time_with_requests_waiting": "s"}
+    return {name: next((u for start, u in others.items() if name.startswith(start)), "%") for name in taken.columns}
 
 
-Quantity = tuple[str, str, str, float, str]
-
-
-def _quantities(system: System, mean: pd.Series) -> Iterator[Quantity]:
-    """(paper, figure, quantity, value, unit) of one system under one average."""
+def _quantities(system: System, mean: pd.Series) -> dict[str, float]:
+    """Every quantity of one system under one average."""
     if mean.num_steps == 0:
-        return
+        return {}
     usage, average = usage_of(mean), mean.average
     drawn = average == Average.OVER_ITERATIONS
-    paper = paper_vllm_rollup(usage) if system.allocator.name in ON_DEMAND else paper_rollup(usage)
+    on_demand = system.allocator.name in ON_DEMAND
+    paper = shares(paper_vllm_rollup(usage) if on_demand else paper_rollup(usage))
     suffix = "" if drawn else f"_{average}"
-    for kind, share in shares(paper).items():
-        if drawn:
-            yield "pagedattention", "fig2", f"share_of_kv_memory:{kind}", share, "%"
-        else:
-            yield "kvarena", NAME, f"share_of_kv_memory{suffix}:{kind}", share, "%"
-    for kind, share in shares(strict_rollup(usage)).items():
-        yield "kvarena", NAME, f"strict_share_of_kv_memory{suffix}:{kind}", share, "%"
-    for leaf, share in shares(leaves(usage)).items():
-        yield "kvarena", NAME, f"leaf_share_of_kv_memory{suffix}:{leaf}", share, "%"
-    if drawn and system.allocator.name in ON_DEMAND:
-        for kind, share in as_drawn(shares(paper)).items():
-            yield "kvarena", NAME, f"share_of_kv_memory_as_drawn:{kind}", share, "%"
-    yield "kvarena", NAME, f"mean_batched_requests{suffix or '_over_iterations'}", float(mean.batch), "requests"
+    kinds = {
+        f"{HEADLINE}{suffix}": paper,
+        f"strict_{HEADLINE}{suffix}": shares(strict_rollup(usage)),
+        f"leaf_{HEADLINE}{suffix}": shares(leaves(usage)),
+    }
+    if drawn and on_demand:
+        kinds[f"{HEADLINE}_as_drawn"] = as_drawn(paper)
+    values = {f"{name}:{kind}": share for name, each in kinds.items() for kind, share in each.items()}
+    values[f"mean_batched_requests{suffix or '_over_iterations'}"] = float(mean.batch)
     if average == Average.WHILE_WAITING:
-        yield "kvarena", NAME, "time_with_requests_waiting", float(mean.seconds), "s"
+        values["time_with_requests_waiting"] = float(mean.seconds)
+    return values
 
 
 def as_drawn(kinds: dict[str, float]) -> dict[str, float]:
@@ -137,34 +154,35 @@ KINDS = {
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 2, ours beside the published bars, and the nine leaves of every system."""
-    ours = summary[(summary.figure == "fig2") & (summary.paper == "pagedattention")]
-    theirs = published_values("pagedattention", figure="fig2")
-    device = f"{summary.panel.iloc[0]}; {summary.clock.iloc[0]}, {summary.device.iloc[0]}"
+    """The bars of Fig 2, each beside the published one where it stands for it; and the nine leaves of every system."""
+    theirs = published_values("pagedattention", figure=FIGURE)
+    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
     figure, (left, right) = plots.canvas(1, 2, width=7.5, height=4.6)
-    _fig2(left, ours, theirs)
-    left.set(ylabel="% of the K/V pool", title=f"PagedAttention Fig 2, with what its pieces are\n{device}")
+    title = "PagedAttention Fig 2, with what its pieces are" if plots.stands_for(summary, FIGURE) else "K/V memory"
+    _bars(left, summary, theirs)
+    left.set(ylabel="% of the K/V pool", title=f"{title}\n{device}")
     _leaves(right, summary)
     right.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, while requests wait\n{device}")
     figure.tight_layout()
     return figure
 
 
-def _fig2(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Bars in pairs where the paper has the system: ours, and paler the published one."""
-    kinds = ours.assign(kind=ours.quantity.str.split(":").str[1]).pivot(index="system", columns="kind", values="value")
+def _bars(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """A bar for every system; beside one that stands for a published system, paler, the published bar."""
+    rows = plots.preferring_earned(summary[summary.quantity.str.startswith(f"{HEADLINE}:")])
+    kinds = rows.assign(kind=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="kind", values="value")
     published = theirs.assign(kind=theirs.quantity.str.split(":").str[1])
-    names = list(dict.fromkeys(ours.system))
-    for x, name in enumerate(names):
-        pair = published[published.system == name].set_index("kind")["value"]
-        offset = -0.2 if len(pair) else 0.0
-        _bar(axis, x + offset, kinds.loc[name].dropna(), 1.0)
+    shown = plots.shown_names(rows)
+    for x, (label, name) in enumerate(shown.items()):
+        pair = published[(published.system == rows.system[rows.label == label].iloc[0])].set_index("kind")["value"]
+        _bar(axis, x - 0.2 if len(pair) else x, kinds.loc[label].dropna(), 1.0)
         if len(pair):
             _bar(axis, x + 0.2, pair, 0.45)
     handles = [axis.bar(0, 0, color=colour, label=kind.replace("_", " ")) for kind, colour in KINDS.items()]
-    handles.append(axis.bar(0, 0, color="black", alpha=0.3, label="paler: published"))
+    if len(rows) and (rows.paper != "kvarena").any():
+        handles.append(axis.bar(0, 0, color="black", alpha=0.3, label="paler: published"))
     axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=3)
-    axis.set_xticks(range(len(names)), [name.split("/")[0] for name in names], rotation=30, ha="right", fontsize=8)
+    axis.set_xticks(range(len(shown)), list(shown.values()), rotation=30, ha="right", fontsize=8)
 
 
 def _bar(axis: Axes, x: float, kinds: pd.Series, alpha: float) -> None:
@@ -179,12 +197,12 @@ def _bar(axis: Axes, x: float, kinds: pd.Series, alpha: float) -> None:
 
 
 def _leaves(axis: Axes, summary: pd.DataFrame) -> None:
-    prefix = f"leaf_share_of_kv_memory_{Average.WHILE_WAITING}:"
+    prefix = f"leaf_{HEADLINE}_{Average.WHILE_WAITING}:"
     rows = summary[summary.quantity.str.startswith(prefix)]
     if rows.empty:  # nobody ever waited
-        rows = summary[summary.quantity.str.startswith("leaf_share_of_kv_memory:")]
-    table = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="system", columns="leaf", values="value")
-    table = table.loc[list(dict.fromkeys(rows.system))]
+        rows = summary[summary.quantity.str.startswith(f"leaf_{HEADLINE}:")]
+    table = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
+    table = table.loc[list(dict.fromkeys(rows.label))]
     table.index = table.index.str.split("/").str[0]
     shown = [leaf for leaf in LEAVES if table[leaf].max() > 0.005]
     plots.stacked_bars(axis, table, shown)

@@ -8,6 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.harness.published import OURS
+
 mpl.use("Agg")
 
 # Colour-blind safe (Okabe and Ito, 2008); one per allocator, wherever it is drawn.
@@ -15,11 +17,14 @@ COLOURS = {
     "static": "#D55E00",
     "paged": "#0072B2",
     "vattention": "#009E73",
-    "orca": "#CC79A7",
-    "contiguous": "#E69F00",
+    "orca_max": "#D55E00",
+    "orca_pow2": "#E69F00",
+    "orca_oracle": "#CC79A7",
+    "contiguous": "#F0E442",
     "paged_reserved": "#56B4E9",
     "fastertransformer": "#666666",
 }
+NEWCOMERS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#661100")  # after Tol (2021), by order of sight
 PAPER_COLOURS = {
     "vLLM": "#56B4E9",
     "FA2_Paged": "#0072B2",
@@ -29,6 +34,38 @@ PAPER_COLOURS = {
 }
 MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":", "-.")
+
+
+def colour_of(allocator: str) -> str:
+    """The allocator's colour; one that the figures do not know gets one that no other has, by its name alone."""
+    if allocator in COLOURS:
+        return COLOURS[allocator]
+    return NEWCOMERS[sum(allocator.encode()) % len(NEWCOMERS)]
+
+
+def shown_names(rows: pd.DataFrame) -> dict[str, str]:
+    """label -> how a legend names it: `vLLM, replayed` of rows that earned a published name, else its own label.
+
+    Of our own what times it is left out where it is one for all.
+    """
+    first = rows.drop_duplicates("label")
+    ends = {label.rpartition("/")[2] for label in first.label}
+    named = {}
+    for label, system, paper in zip(first.label, first.system, first.paper, strict=True):
+        own = label.rpartition("/")[0] if len(ends) == 1 and "/" in label else label
+        named[str(label)] = f"{system}, replayed" if paper != OURS else own
+    return named
+
+
+def stands_for(rows: pd.DataFrame, figure: str) -> bool:
+    """Whether some rows earned that figure's name; only then may a title have it, or published points be drawn."""
+    return bool(((rows.figure == figure) & (rows.paper != OURS)).any())
+
+
+def preferring_earned(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each label, setup, quantity and x: that which earned a published name where there are two."""
+    order = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable")
+    return order.drop_duplicates(["label", "setup", "quantity", "x"]).sort_index().drop(columns="own")
 
 
 def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
@@ -70,7 +107,7 @@ def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:
     for number, (name, rows) in enumerate(table.groupby(label, sort=False)):
         rows = rows.sort_values("x")
         first = rows.iloc[0]
-        colour = COLOURS.get(str(first.get("allocator")).split("_")[0], PAPER_COLOURS.get(str(name)))
+        colour = PAPER_COLOURS.get(str(name)) or colour_of(str(first.get("allocator")))
         dash = DASHES[kernels.index(first["kernel"]) % len(DASHES)] if kernels else "-"
         axis.plot(
             rows["x"], rows["value"], dash, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, label=str(name)

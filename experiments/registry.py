@@ -1,17 +1,19 @@
 """Experiments by name: the file conf/experiment/<name>.yaml, and the module that runs it."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Protocol, cast
 
 import pandas as pd
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 
 from kvarena.errors import UserError
 from kvarena.harness.config import names
-from kvarena.harness.record import Outcome, Recorder
-from kvarena.harness.run import Run
+from kvarena.harness.record import Frames, Measured, Recorder
+from kvarena.harness.run import Run, resolve
+from kvarena.harness.unread import check_read
 
 
 class Experiment(Protocol):
@@ -19,9 +21,16 @@ class Experiment(Protocol):
 
     Params: type  # dataclass of the experiment's own keys, `params.<key>`
     HEADLINE: str  # the quantity that the run prints
+    READS: Mapping[str, Sequence[str]]  # clock -> groups of keys that it reads (harness/unread.py)
 
-    def run(self, run: Run, recorder: Recorder) -> Outcome:
-        """Measure every cell and return what is to be written."""
+    def unread(self, run: Run) -> Mapping[str, str]:
+        """Keys of those groups, and of `params`, that this run does not read: key -> what to write instead."""
+
+    def measure(self, run: Run, recorder: Recorder) -> Measured:
+        """Measure every cell. Raises UserError for what cannot be measured."""
+
+    def summarize(self, run: Run, frames: Frames) -> pd.DataFrame:
+        """The rows of `summary.csv`, from the frames alone: a finished run's make the same again."""
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Draw the figure from `summary.csv` alone, so that a reader can redraw a committed run."""
@@ -44,6 +53,14 @@ def named(overrides: Sequence[str]) -> str:
     if "," in chosen[-1]:
         raise UserError(f"experiment={chosen[-1]}: a multirun sweeps the keys of one experiment")
     return chosen[-1]
+
+
+def resolved(config: DictConfig, overrides: Sequence[str]) -> Run:
+    """The run of a composed configuration. Raises UserError for what does not exist, does not fit or is not read."""
+    module = get(config.name)
+    run = resolve(config, overrides, module.Params, module.READS)
+    check_read(run, module.unread(run))
+    return run
 
 
 def params_schema(overrides: Sequence[str]) -> type:

@@ -105,6 +105,11 @@ def _split(override: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The keys that the command line names, dotted: `model`, `arrival.rate`."""
+    return tuple(dict.fromkeys(key for key, _ in map(_split, overrides)))
+
+
 def fields_set(group: str, overrides: Sequence[str]) -> DictConfig:
     """The fields of a group that the command line names, e.g. {block_size: 32} for `allocator.block_size=32`."""
     dotted = [o.lstrip("+") for o in overrides if o.lstrip("+").startswith(f"{group}.")]

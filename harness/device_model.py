@@ -1,6 +1,7 @@
 """Devices as data: what a data sheet or a measurement says of one, and nothing about models or engines."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from kvarena.errors import UserError
 
@@ -24,11 +25,18 @@ class DeviceConfig:
     copy_out_us: float | None = None
     map_us: dict[str, float] = field(default_factory=dict)  # page-group -> map one and grant access
     unmap_us: dict[str, float] = field(default_factory=dict)
+    reported_as: list[str] = field(default_factory=list)  # by its driver: a GPU of that name is this device, measured
+    calibrated_on: list[str] = field(default_factory=list)  # published points that its numbers were fitted to
+    assumed: str = ""  # what of it is neither stated nor measured anywhere, and decides what it gives
 
     def __post_init__(self) -> None:
         """Refuse a kind that does not exist."""
         if self.kind not in KINDS:
             raise UserError(f"device.kind={self.kind} ({self.name}): is none of {', '.join(KINDS)}")
+
+    def was_fitted_to(self, point: str) -> bool:
+        """Whether a published point ("figure/panel/system/x") is one that its numbers were fitted to."""
+        return any(fnmatchcase(point, each) for each in self.calibrated_on)
 
     def need(self, key: str) -> float:
         """A number of a device model. Raises UserError where the device has none, or none above 0."""

@@ -17,6 +17,9 @@ class FittedStep:
     sequence_ms: float  # host work for one decoding sequence
     context_ms: float = 0.0  # reading the K/V of one token; 0 where it is folded into sequence_ms
     kv_blocks: int | None = None  # of 16 tokens: the pool that was run with
+    device: str | None = None  # of conf/device/: what they were fitted on; they hold nowhere else
+    tp: int = 1  # devices that shared the model
+    assumed: str = ""  # where they were not fitted but taken over: from what
 
 
 @dataclass
@@ -33,7 +36,9 @@ class EngineConfig:
     cuda_graphs: bool = False  # measured on a GPU: steps that only decode are replayed as CUDA graphs
     fitted: dict[str, FittedStep] = field(default_factory=dict)  # "model" or "model/scheduler" -> constants
     hosts: dict[int, HostTime] = field(default_factory=dict)  # by tensor-parallel degree: in place of the above
-    calibrated_on: list[str] = field(default_factory=list)  # published points of the fit, as patterns (`evidence`)
+    devices: list[str] = field(default_factory=list)  # that it was fitted on; empty: it holds on any
+    schedulers: list[str] = field(default_factory=list)  # that it was fitted under; empty: under any
+    calibrated_on: list[str] = field(default_factory=list)  # published points of the fit, as patterns
     left_out: list[str] = field(default_factory=list)  # those of them that were not used
     attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies
 
@@ -70,12 +75,9 @@ class EngineConfig:
             )
         return self.attention[kernel]
 
-    def evidence(self, figure: str, panel: str, system: str, x: float | None = None) -> str:
-        """`calibrated` for the published points that the constants were fitted on, else `predicted`.
+    def was_fitted_to(self, point: str) -> bool:
+        """Whether a published point, "figure/panel/system/x" with nothing for an x that it has not, entered the fit.
 
-        A point is "figure/panel/system/x", with nothing for x where it has none; in `calibrated_on` * stands for any
-        text and [abc] for one of these letters.
+        In `calibrated_on` * stands for any text and [abc] for one of these letters.
         """
-        point = "/".join((figure, panel, system, "" if x is None else f"{x:g}"))
-        used = any(fnmatchcase(point, each) for each in self.calibrated_on)
-        return "calibrated" if used and point not in self.left_out else "predicted"
+        return point not in self.left_out and any(fnmatchcase(point, each) for each in self.calibrated_on)

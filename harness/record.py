@@ -31,16 +31,22 @@ ADVICE = "Free some space or set KVARENA_RUNS to a folder that can be written."
 
 
 @dataclass
-class Outcome:
-    """What an experiment hands over to be written."""
+class Measured:
+    """What an experiment has measured. Nothing is made of it yet."""
 
-    summary: pd.DataFrame  # harness/summary.py
-    requests: pd.DataFrame
-    steps: pd.DataFrame
-    headline: str  # the quantity to print
-    figure: Any = None  # matplotlib figure
+    frames: Frames  # name -> table, written as <name>.parquet: named for what it holds
     notes: dict[str, Any] = field(default_factory=dict)  # goes into provenance.json: calibration, trace, counts
     files: dict[str, str] = field(default_factory=dict)  # name -> text, written beside the others
+
+
+@dataclass
+class Outcome:
+    """All that a run writes: what was measured, and what was made of it."""
+
+    measured: Measured
+    summary: pd.DataFrame  # harness/summary.py
+    headline: str  # the quantity to print
+    figure: Any = None  # matplotlib figure
 
 
 def runs_folder() -> Path:
@@ -70,11 +76,19 @@ class Recorder:
             with explained(folder, ADVICE), whole_folder(folder) as partial:
                 for name, table in frames.items():
                     table.to_parquet(partial / f"{name}.parquet")
-        return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+        return read_frames(folder)
 
     def has_cell(self, key: str) -> bool:
         """Whether an unfinished run left this cell."""
         return (self._unfinished / key).is_dir()
+
+    def keep(self, measured: Measured) -> Path:
+        """Keep what was measured of a run whose summary or figure failed; its cells stay too. Returns the folder."""
+        folder = self._home / ".unfinished" / f"{self._hash}-measured"
+        shutil.rmtree(folder, ignore_errors=True)
+        with explained(folder, ADVICE), whole_folder(folder) as partial:
+            write_measured(partial, measured, self._config)
+        return folder
 
     def finish(self, outcome: Outcome) -> Path:
         """Write the run's folder and forget its cells. Returns the folder."""
@@ -102,18 +116,35 @@ def publish(home: Path, name: str, write: Callable[[Path], None]) -> Path:
 
 def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> None:
     """Write the files of a finished run into an existing folder."""
-    outcome.summary.to_csv(folder / "summary.csv", index=False)
-    outcome.requests.to_parquet(folder / "requests.parquet", index=False)
-    outcome.steps.to_parquet(folder / "steps.parquet", index=False)
-    record = provenance(config, **outcome.notes)
+    write_measured(folder, outcome.measured, config)
+    write_summary(folder, outcome)
+
+
+def write_measured(folder: Path, measured: Measured, config: dict[str, Any]) -> None:
+    """Write what was measured, and where it comes from. Raises ValueError for a frame without rows."""
+    for name, table in measured.frames.items():
+        if table.empty:
+            raise ValueError(f"the frame {name} has no rows: a run that has none leaves it out")
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+    record = provenance(config, **measured.notes)
     (folder / "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    for name, text in outcome.files.items():
+    for name, text in measured.files.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_summary(folder: Path, outcome: Outcome) -> None:
+    """Write what was made of it: the summary and the figure."""
+    outcome.summary.to_csv(folder / "summary.csv", index=False)
     if outcome.figure is not None:
         with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
             outcome.figure.savefig(folder / "figure.png", dpi=150, bbox_inches="tight")
             outcome.figure.savefig(folder / "figure.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def read_frames(folder: Path) -> Frames:
+    """The frames of a run's folder, by name."""
+    return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
 
 
 def _probe(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Step models for a pair of engine and model: fitted constants where there are any, else the device's limits."""
 
 from kvarena.allocators.registry import memory_layout
-from kvarena.errors import UserError
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig, FittedStep
+from kvarena.harness.engine_fit import check_engine
 from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
 from kvarena.harness.step_model import PS_PER_S, StepModel
 from kvarena.harness.systems import System
@@ -17,17 +17,12 @@ def make_step_model(
 ) -> StepModel:
     """The step model of `model` served by `engine` on `model.tp` devices; `attention` is `attention_key`'s.
 
-    Fitted constants belong to the device that they were fitted on: they hold whatever `device` says. Raises
-    UserError where a device lacks a number, or the engine has fitted constants, but none for this model.
+    Raises UserError where a device lacks a number, or the engine was fitted on something else.
     """
+    check_engine(engine, device, model, scheduler)
     fitted = engine.constants(model.name, scheduler)
     if fitted is not None:
         return _fitted_model(fitted, engine.overlaps_host)
-    if engine.fitted:
-        raise UserError(
-            f"engine={engine.name} has no constants for model={model.name} under scheduler={scheduler}. "
-            f"There are: {', '.join(sorted(engine.fitted))}; engine=lean computes them for any model"
-        )
     return roofline(device, engine, model, attention)
 
 

@@ -1,7 +1,7 @@
 """A resolved run: everything an experiment needs to know, typed, with nothing left open."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,14 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 from kvarena.errors import UserError
 from kvarena.harness import schemas, systems
 from kvarena.harness.arrival import UNDRAWN
-from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, load, names, no_such_key, typed
+from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, keys_of, load, names, no_such_key, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.fit import check_fit
-from kvarena.harness.model import ModelConfig, panel_name
+from kvarena.harness.model import ModelConfig
+from kvarena.harness.published import Figure
 from kvarena.harness.systems import System
 
 CHECKPOINT = "checkpoint"
-_KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles")
+_KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
+_STATED = ("published", "reads", "given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +36,10 @@ class Run:
     params: Any  # the experiment's Params
     decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
-
-    @property
-    def imitates(self) -> bool:
-        """Whether the run stands for a published one: its model, modelled or on a GPU.
-
-        One that decodes all requests in another way does not; figures of other ways say so themselves.
-        """
-        published = panel_name(self.model) != self.model.name
-        as_published = self.decoding == GREEDY and getattr(self.trace, "mix", None) is None
-        return published and as_published and (self.clock == "modelled" or self.device.kind == "cuda")
-
-    def shown_as(self, system: System) -> str:
-        """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
-        return system.published if self.imitates and system.published else system.label_with(self.kernel_of(system))
-
-    @property
-    def shown_model(self) -> str:
-        """The model as published figures name it where the run imitates one, else by its own name."""
-        return panel_name(self.model) if self.imitates else self.model.name
+    # What the experiment states, and what the user wrote: no part of what defines the numbers.
+    published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
+    reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
+    given: tuple[str, ...] = ()  # keys of the command line
 
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
@@ -72,6 +59,7 @@ class Run:
         return {
             key: [asdict(s) for s in value] if key == "systems" else _plain(value)
             for key, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+            if key not in _STATED
         }
 
 
@@ -79,8 +67,13 @@ def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -> Run:
-    """Turn a composed configuration into a run. Raises UserError for whatever does not exist or does not fit."""
+def resolve(
+    config: DictConfig, overrides: Sequence[str], params_schema: type, reads: Mapping[str, Sequence[str]] | None = None
+) -> Run:
+    """Turn a composed configuration into a run; `reads`: clock -> groups of keys that the experiment reads under it.
+
+    Raises UserError for whatever does not exist or does not fit.
+    """
     unknown = [str(key) for key in config if key not in _KEYS]
     if unknown:
         raise no_such_key(unknown[0], _KEYS)
@@ -98,6 +91,8 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         check_fit(built, model, device.kind)
         if device.kind == "cuda":  # the host's kernels read nothing past a length
             built = tuple(map(systems.with_room_to_read, built))
+    engine = typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine")
+    by_kernel = config.clock == "measured" or bool(engine.attention)
     return Run(
         experiment=config.name,
         clock=config.clock,
@@ -105,12 +100,44 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         model=model,
         trace=typed(schemas.of("trace"), _filled(config.trace, profile.get("trace")), "trace"),
         arrival=typed(schemas.of("arrival"), _filled(config.arrival, _drawn(config.arrival, profile)), "arrival"),
-        engine=typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine"),
-        systems=built,
+        engine=engine,
+        systems=systems.distinct(built, by_kernel),
         decoding=typed(DecodingConfig, _filled(config.decoding, profile.get("decoding")), "decoding"),
         params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
         threads=config.threads,
+        published=_stated(config),
+        reads=tuple((reads or {}).get(config.clock, ())),
+        given=keys_of(overrides),
     )
+
+
+def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[str, Sequence[str]]) -> Run:
+    """The run that `plain` describes; what its experiment states is taken from conf/ as it is now."""
+    groups = ("device", "model", "trace", "arrival", "engine", "decoding")
+
+    def built(group: str, node: Any) -> Any:
+        return typed(schemas.of(group, node.get("name")), node, group)
+
+    listed = [
+        System(**{**each, **{group: built(group, each[group]) for group in ("allocator", "kernel", "scheduler")}})
+        for each in config["systems"]
+    ]
+    return Run(
+        experiment=config["experiment"],
+        clock=config["clock"],
+        systems=tuple(listed),
+        params=typed(params_schema, config["params"], "params"),
+        threads=config["threads"],
+        published=_stated(load("experiment", config["experiment"])),
+        reads=tuple(reads.get(config["clock"], ())),
+        **{group: built(group, config[group]) for group in groups},
+    )
+
+
+def _stated(experiment: DictConfig) -> dict[str, Figure]:
+    """What an experiment states of its published points, by figure."""
+    figures = experiment.get("published") or {}
+    return {str(name): typed(Figure, node, f"published.{name}") for name, node in figures.items()}
 
 
 def _as_config(group: str, name: str, node: DictConfig) -> Any:

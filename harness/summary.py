@@ -15,10 +15,10 @@ CLOCKS = ("measured", "modelled")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SummaryRow:
-    """One number. `paper` ... `x` are those of `results/published/` wherever the quantity is the same.
+    """One number. `paper` ... `x` are those of `results/published/` where the row earned them (`published.py`).
 
-    `system` is the published name where the run imitates that system, else `<allocator>/<kernel>`; `panel` is the
-    published panel where the run imitates it, else the model that ran. `x` is blank (None) or a number.
+    A row of our own has `paper=kvarena`, the experiment as its figure, `setup` as its panel and `label` as its system.
+    Rows that earned a published name have both too: what ran, whatever it is called. `x` is blank (None) or a number.
     """
 
     experiment: str
@@ -26,6 +26,8 @@ class SummaryRow:
     figure: str
     panel: str
     system: str
+    setup: str  # model, trace, devices
+    label: str  # <allocator>/<kernel>
     allocator: str
     kernel: str
     model: str

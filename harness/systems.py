@@ -1,17 +1,17 @@
 """Systems: what an experiment compares. An allocator, a kernel and a scheduling policy under one name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
-from kvarena.harness.config import ALL, fields_set, load, names, no_such_key
+from kvarena.harness.config import ALL, fields_set, load, names, no_such_key, typed
 from kvarena.kernels.registry import kernel_spec
 
 PAIRINGS = ("same body", "same library", "best of each")
-_KEYS = ("allocator", "kernel", "scheduler", "pairing", "published", "variant")
+_KEYS = ("allocator", "kernel", "scheduler", "pairing", "variant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +23,48 @@ class System:
     kernel: Any  # KernelConfig
     scheduler: Any  # SchedulerConfig
     pairing: str  # what a comparison with the others of that word isolates; only "same body" isolates the layout
-    published: str | None  # the paper's name for it, worn only where the run imitates that system
     variant: str | None = None  # tells apart systems of one allocator: vattention-64KB
 
     @property
-    def label(self) -> str:
-        """`<allocator>/<kernel>`: what a system that imitates nobody is called."""
-        return self.label_with(self.kernel.name)
+    def shown_allocator(self) -> str:
+        """The allocator as labels have it."""
+        return self.variant or str(self.allocator.name)
 
-    def label_with(self, kernel: str) -> str:
-        """The label where something else than its kernel says how long a step takes."""
-        return f"{self.variant or self.allocator.name}/{kernel}"
+    @property
+    def label(self) -> str:
+        """`<allocator>/<kernel>`."""
+        return f"{self.shown_allocator}/{self.kernel.name}"
+
+
+def described(allocator: Any) -> str:
+    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/."""
+    usual = load("allocator", allocator.name) if allocator.name in names("allocator") else {}
+    filed = {field.name: usual.get(field.name, field.default) for field in fields(allocator)}
+    changed = {name: getattr(allocator, name) for name, value in filed.items() if getattr(allocator, name) != value}
+    said = ", ".join(f"{name}: {value}" for name, value in changed.items())
+    return f"{allocator.name}{{{said}}}" if said else str(allocator.name)
+
+
+def distinct(systems: Sequence[System], by_kernel: bool) -> tuple[System, ...]:
+    """The systems, with labels that differ: where two would be called alike, by scheduler or by their own names."""
+
+    def shown(system: System) -> str:
+        return system.label if by_kernel else system.shown_allocator
+
+    told = []
+    for system in systems:
+        alike = [each for each in systems if shown(each) == shown(system)]
+        if len(alike) > 1:
+            by_scheduler = len({each.scheduler.name for each in alike}) == len(alike)
+            apart = system.scheduler.name if by_scheduler else system.name
+            system = replace(system, variant=f"{system.shown_allocator}, {apart}")
+        told.append(system)
+    return tuple(told)
 
 
 def with_room_to_read(system: System) -> System:
     """Keep as many tokens mapped past a row's end as its kernel may touch, unless the user says how many."""
-    if not hasattr(system.allocator, "read_past") or system.allocator.read_past is not None:
+    if getattr(system.allocator, "read_past", 0) is not None:
         return system
     return replace(system, allocator=replace(system.allocator, read_past=kernel_spec(system.kernel.name).reads_past))
 
@@ -46,18 +72,27 @@ def with_room_to_read(system: System) -> System:
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:
     """The system files that `allocator=` and `kernel=` keep.
 
-    Where both are named and no listed system is that pair, the pair runs all the same. Raises UserError where
-    nothing is left of an experiment's systems; one that compares none lists none.
+    Of the experiment's systems where some match; else of all system files, those on its kernels first; else the pair of
+    both, or of the allocator and the kernel of the first listed system. Raises UserError where nothing is left of an
+    experiment's systems; one that compares none lists none.
     """
     if not listed and allocator == kernel == ALL:
         return []
     files = [_read(name) for name in listed]
-    matching = [s for s in files if allocator in (ALL, s.allocator.name) and kernel in (ALL, s.kernel.name)]
-    if matching:
-        return matching
-    if ALL not in (allocator, kernel):
-        pair = {"allocator": {"name": allocator}, "kernel": {"name": kernel}}
-        return [OmegaConf.create({"name": f"{allocator}-{kernel}", "pairing": "best of each", **pair})]
+
+    def matching(those: Sequence[DictConfig]) -> list[DictConfig]:
+        return [s for s in those if allocator in (ALL, s.allocator.name) and kernel in (ALL, s.kernel.name)]
+
+    if found := matching(files):
+        return found
+    if allocator != ALL and files:
+        kernels = {s.kernel.name for s in files}
+        others = [s for s in matching([_read(name) for name in names("system")]) if s.kernel.name in kernels]
+        if others:
+            return others
+    if allocator != ALL and (kernel != ALL or files):
+        pair = {"allocator": {"name": allocator}, "kernel": {"name": files[0].kernel.name if kernel == ALL else kernel}}
+        return [OmegaConf.create({"name": f"{allocator}-{pair['kernel']['name']}", "pairing": "best of each", **pair})]
     used = ", ".join(f"{s.name} ({s.allocator.name} + {s.kernel.name})" for s in files)
     raise UserError(
         f"allocator={allocator} kernel={kernel}: no system of this experiment uses that. "
@@ -86,23 +121,45 @@ def build(
 ) -> System:
     """A system from its file. Fields: group file, then system file, then command line; the last one wins.
 
-    `as_config(group, name, node)` turns a node into its dataclass.
+    `scheduler` is the run's, for a system whose file names none; `scheduler=NAME` on the command line is for all.
+    `as_config(group, name, node)` turns a node into its dataclass. Raises UserError for fields that it does not have.
     """
     parts = {}
-    published = file.get("published")
+    variant = file.get("variant")
     for group in ("allocator", "kernel"):
         name = file[group].name
         as_filed = OmegaConf.merge(load(group, name), file[group])
         node = DictConfig(OmegaConf.merge(as_filed, fields_set(group, overrides)))
         parts[group] = as_config(group, name, node)
-        if node != as_filed:
-            published = None  # the paper's system had other fields
-    policy = load("scheduler", file.scheduler) if file.get("scheduler") else scheduler
+        if group == "allocator" and node != as_filed:
+            variant = described(parts[group])  # the file's word is for the file's fields
+    asked = any(override.startswith("scheduler=") for override in overrides)
+    policy = load("scheduler", file.scheduler) if file.get("scheduler") and not asked else scheduler
     return System(
         name=file.name,
-        scheduler=as_config("scheduler", policy.name, policy),
+        scheduler=as_config("scheduler", policy.name, _with_fields(policy, overrides)),
         pairing=file.pairing,
-        published=published,
-        variant=file.get("variant"),
+        variant=variant,
         **parts,
     )
+
+
+def _with_fields(policy: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A scheduler with those fields of the command line that it has: others are for other systems of the run."""
+    from kvarena.harness.schemas import of
+
+    own = {field.name for field in fields(of("scheduler", policy.name))}
+    given = {key: value for key, value in fields_set("scheduler", overrides).items() if key in own}
+    return DictConfig(OmegaConf.merge(policy, given))
+
+
+def as_filed(name: str, scheduler: Any) -> System:
+    """The system that a file of conf/system/ describes, nothing changed; `scheduler` where the file names none."""
+    from kvarena.harness import schemas
+
+    def as_config(group: str, choice: str, node: DictConfig) -> Any:
+        return typed(schemas.of(group, choice), node, group)
+
+    file = _read(name)
+    built = build(file, load("scheduler", scheduler.name), (), as_config)
+    return built if file.get("scheduler") else replace(built, scheduler=scheduler)

@@ -35,7 +35,6 @@ class ModelConfig:
     dtype: str  # of weights, activations and K/V
     seed: int  # of the random weights
     checkpoint: str | None = None  # local folder or hub name; null: random weights
-    published_panel: str | None = None  # this model's name in the papers' figures
     tp: int = 1  # tensor-parallel degree
     shard_only: bool = False  # run one of the tp shards, on one device
 
