@@ -22,6 +22,7 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.config import GREEDY
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
+from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
 from kvarena.harness.systems import System, as_filed, with_room_to_read
 from kvarena.harness.trace.config import TraceConfig
@@ -67,11 +68,13 @@ class Figure:
 
     def __post_init__(self) -> None:
         """Refuse keys that no `Ran` has."""
-        for panel in self.panels:
-            self.panel(panel)
+        self._ran = {name: self._merged(name) for name in self.panels}  # asked for every row
 
     def panel(self, name: str) -> Ran:
         """What the points of a panel ran with."""
+        return self._ran[name]
+
+    def _merged(self, name: str) -> Ran:
         own = self.panels[name] or {}
         merged = {**self.ran, **own}
         for key in ("trace_keys", "arrival", "params", "allocator", "point"):
@@ -188,7 +191,7 @@ def differences(run: "Run", figure: str, panel: str, **point: Any) -> list[str]:
 
 
 def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[str]:
-    if panel.model is not None and not _alike("model", run.model, load_preset(panel.model, tp=panel.tp)):
+    if panel.model is not None and not _alike("model", run.model, _model(panel.model, panel.tp)):
         yield "model"
     if panel.device is not None and not _is_device(run, panel.device):
         yield "device"
@@ -279,6 +282,11 @@ def assumptions(run: "Run", system: System | None) -> Iterator[str]:
 
 
 @cache
+def _model(name: str, tp: int) -> ModelConfig:
+    return load_preset(name, tp=tp)
+
+
+@cache
 def _engine(name: str) -> EngineConfig:
     engine: EngineConfig = typed(EngineConfig, load("engine", name), "engine")
     return engine
@@ -296,6 +304,7 @@ def _trace(name: str) -> TraceConfig:
     return trace
 
 
+@cache
 def _scheduler(name: str) -> Any:
     """The dataclass of a file of conf/scheduler/."""
     from kvarena.harness.schemas import of

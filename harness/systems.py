@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -155,11 +156,17 @@ def _with_fields(policy: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def as_filed(name: str, scheduler: Any) -> System:
     """The system that a file of conf/system/ describes, nothing changed; `scheduler` where the file names none."""
+    built, names_one = _built(name)
+    return built if names_one else replace(built, scheduler=scheduler)
+
+
+@cache  # asked for every row of a summary; nobody changes what it returns
+def _built(name: str) -> tuple[System, bool]:
+    """The system of a file, and whether it names a scheduler."""
     from kvarena.harness import schemas
 
     def as_config(group: str, choice: str, node: DictConfig) -> Any:
         return typed(schemas.of(group, choice), node, group)
 
     file = _read(name)
-    built = build(file, load("scheduler", scheduler.name), (), as_config)
-    return built if file.get("scheduler") else replace(built, scheduler=scheduler)
+    return build(file, load("scheduler", "vllm"), (), as_config), bool(file.get("scheduler"))
