@@ -37,6 +37,8 @@ def _covers(rule: str, key: str) -> bool:
 
 def _generic(run: Run) -> Unread:
     yield from _groups(run)
+    for group in ("device", "engine", "trace"):
+        yield f"{group}.name", f"a name is no setting; {group}=NAME takes another {group}"
     for speak in (_model, _trace, _arrival, _decoding, _engine, _device, _scheduler):
         yield from speak(run)
 
