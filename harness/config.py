@@ -7,6 +7,7 @@ dataclass afterwards (`typed`).
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,10 +36,15 @@ def load(group: str, name: str) -> DictConfig:
     path: Path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"{group}={name}: no such {group}. There are: {', '.join(names(group))}")
-    config = OmegaConf.load(path)
+    config = OmegaConf.create(_parsed(path))
     assert isinstance(config, DictConfig)
     config.pop("defaults", None)  # conf/base/, for Hydra: it refuses overrides of keys that no file has
     return config
+
+
+@cache  # parsing takes most of the time of a resolution, and nobody changes the files meanwhile
+def _parsed(path: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def typed(schema: type, node: Any, where: str) -> Any:

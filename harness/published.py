@@ -35,7 +35,7 @@ OURS = "kvarena"  # the paper of rows that are nobody else's
 LEAN = "lean"  # the engine that was fitted to no paper's
 _NOT_WEIGHED = {  # fields in which a run may differ and still be the published one
     "model": ("seed", "checkpoint", "shard_only"),  # lengths are the trace's, whatever the weights
-    "trace": ("path", "format", "tokenizer", "data_files", "split", "on_bad_record", "num_requests", "keep_hash_ids",
+    "trace": ("path", "format", "tokenizer", "data_files", "split", "on_bad_record", "keep_hash_ids",
               "prefix_path", "table"),  # where its lengths come from is told by `is_published`
 }  # fmt: skip
 

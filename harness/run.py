@@ -161,8 +161,8 @@ def _device(config: DictConfig) -> tuple[Any, str]:
     if config.clock == "modelled":
         if node.name == AUTO and (profile := config.profiles.get("modelled")):
             node = load("device", profile.device)
-        modelled = [name for name in names("device") if load("device", name).get("kind") == "modelled"]
         if node.get("kind") != "modelled":
+            modelled = [name for name in names("device") if load("device", name).get("kind") == "modelled"]
             raise UserError(
                 f"clock=modelled device={node.name}: not a device model. There are: {', '.join(modelled)}"
                 if "modelled" in config.profiles

@@ -18,9 +18,10 @@ from kvarena.harness.schemas import schema_of
 # (experiment, clock) -> overrides of its defaults
 TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_waste", "modelled"): (
-        "arrival.rate=40", "arrival.duration_s=2", "params.window_s=[0,8]", "params.seeds=[0]",
+        "systems=[orca-max,paged,vattention-64kb]", "arrival.rate=60", "arrival.duration_s=1", "params.window_s=[0,8]",
+        "params.seeds=[0]",
     ),
-    ("memory_waste", "measured"): ("device=cpu", "arrival.duration_s=0.01", "trace.max_tokens=64"),
+    ("memory_waste", "measured"): ("systems=[paged]", "device=cpu", "arrival.duration_s=0.01", "trace.max_tokens=64"),
 }  # fmt: skip
 _COMPOSED = (*GROUPS[:6], "engine", "device")  # groups of which another choice must be composed; others are read by name
 
