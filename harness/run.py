@@ -1,7 +1,7 @@
 """A resolved run: everything an experiment needs to know, typed, with nothing left open."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,9 +11,11 @@ from kvarena.harness import schemas, systems
 from kvarena.harness.arrival import UNDRAWN
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, load, names, no_such_key, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.file_arrivals import chosen_arrivals
 from kvarena.harness.fit import check_fit
 from kvarena.harness.model import ModelConfig, panel_name
 from kvarena.harness.systems import System
+from kvarena.harness.trace import told
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles")
@@ -34,6 +36,7 @@ class Run:
     params: Any  # the experiment's Params
     decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
+    arrival_chosen: str = ""  # by whom: of file_arrivals.py
 
     @property
     def imitates(self) -> bool:
@@ -48,6 +51,15 @@ class Run:
     def shown_as(self, system: System) -> str:
         """The published name where the run imitates that system, else `<allocator>/<kernel>`."""
         return system.published if self.imitates and system.published else system.label_with(self.kernel_of(system))
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
+
+        `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
+        """
+        context = getattr(self.params, "context", None) or self.model.max_tokens
+        return min(context, getattr(self.trace, "max_tokens", None) or context)
 
     @property
     def shown_model(self) -> str:
@@ -98,7 +110,7 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         check_fit(built, model, device.kind)
         if device.kind == "cuda":  # the host's kernels read nothing past a length
             built = tuple(map(systems.with_room_to_read, built))
-    return Run(
+    run = Run(
         experiment=config.name,
         clock=config.clock,
         device=device,
@@ -111,6 +123,9 @@ def resolve(config: DictConfig, overrides: Sequence[str], params_schema: type) -
         params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
         threads=config.threads,
     )
+    told.forget()  # what a run says of its traces it says anew
+    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context, hasattr(run.params, "seeds"))
+    return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by)
 
 
 def _as_config(group: str, name: str, node: DictConfig) -> Any:
