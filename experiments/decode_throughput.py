@@ -6,10 +6,11 @@ kernels round alike, then decode in turn, round by round, so that whatever distu
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -29,7 +30,9 @@ from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
-from kvarena.harness.trace import Trace, load_trace
+from kvarena.harness.trace import Trace, TraceConfig, load_trace
+from kvarena.harness.trace.account import account_of
+from kvarena.harness.trace.told import tell
 
 NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
@@ -107,7 +110,7 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     for kind in params.prompts:
         if kind == "trace":
             trace = load_trace(run.trace, params.max_tokens)
-            lengths[trace.name], notes = _trace_prompts(trace, largest, room)
+            lengths[trace.name], notes = _trace_prompts(run.trace, trace, largest, room)
         elif kind.isdecimal() and 0 < int(kind) <= room:
             lengths[f"{kind} tokens"] = [int(kind)] * largest
         else:
@@ -118,14 +121,18 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     return lengths, notes
 
 
-def _trace_prompts(trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
+def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
     """The first prompts of the trace that leave room for what is decoded; how many did not is in the notes."""
-    fitting = [int(p) for p in trace.prompt_tokens if p <= room]
+    fitting = np.flatnonzero(trace.prompt_tokens <= room)
     if len(fitting) < largest:
         raise UserError(
             f"trace {trace.name} has {len(fitting)} prompts of at most {room} tokens, a batch of {largest} needs more"
         )
-    return fitting[:largest], {**trace.provenance, "prompts_over_room": len(trace.prompt_tokens) - len(fitting)}
+    served, over = trace.take(fitting[:largest]), len(trace) - len(fitting)
+    account = account_of(config, served).without(f"prompts over {room}", over)
+    tell(account)
+    notes = {**trace.provenance, "prompts_over_room": over, "account": asdict(account)}
+    return served.prompt_tokens.tolist(), notes
 
 
 def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -29,6 +29,7 @@ from kvarena.harness.systems import System
 from kvarena.harness.trace.block_ids import MOONCAKE_BLOCK, block_ids
 from kvarena.harness.trace.chatbot_order import chatbot_order
 from kvarena.harness.trace.load import load_trace
+from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Trace
 
 NAME = "prefix_cache"
@@ -89,7 +90,7 @@ def _trace(run: Run) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
     limit = None if run.trace.path is not None else run.params.context or run.model.max_tokens
     config = cached_service.with_ids(run.trace)
-    trace = load_trace(config, limit)
+    trace = told(config, load_trace(config, limit))
     if config.new_conversation is not None and trace.conversation_ids is not None:
         trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
     return replace(trace, hash_ids=block_ids(trace, run.params.block_tokens))

@@ -25,6 +25,7 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine import Engine
+from kvarena.harness.file_arrivals import ASKED, RATES
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.prefix import Prefix
@@ -37,6 +38,7 @@ from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step import Executor
 from kvarena.harness.systems import System
 from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.told import tell, tell_once
 from kvarena.harness.workload import Workload, make_workload
 
 if TYPE_CHECKING:  # a modelled replay needs no torch, which is half of what the process would hold
@@ -54,21 +56,21 @@ def trace_named(run: Run, name: str, path: str | None = None) -> TraceConfig:
 def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
     """The run's workload, or that of another trace or seed, with arrivals changed as named (`rate`, `duration_s`).
 
-    A trace that a table draws and its arrivals both follow the seed.
+    A trace that a table draws and its arrivals both follow the seed. What becomes of the trace is told once on stderr.
     """
     trace, arrivals = trace or run.trace, replace(run.arrival, **arrival)
     if seed is not None:
         trace, arrivals = replace(trace, seed=seed), replace(arrivals, seed=seed)
-    return make_workload(trace, arrivals, context_of(run))
+    chosen = RATES if "rate" in arrival and run.arrival_chosen != ASKED else run.arrival_chosen
+    workload = make_workload(trace, arrivals, context_of(run), chosen)
+    assert workload.account is not None, "a workload that is made from a trace has its account"
+    tell(workload.account)
+    return workload
 
 
 def context_of(run: Run) -> int:
-    """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
-
-    `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
-    """
-    context = getattr(run.params, "context", None) or run.model.max_tokens
-    return min(context, run.trace.max_tokens or context)
+    """Tokens of the longest sequence, as the run says."""
+    return run.context
 
 
 def pool_bytes_of(run: Run, system: System) -> int:
@@ -137,6 +139,7 @@ class Replayer:
         served = self._serve(system, workload, decoding, prefix, share_prefix)
         if len(workload) and served.steps.empty:
             raise UserError(f"{system.name} refuses all {len(workload)} requests; {served.requests.refusal.iloc[0]}")
+        tell_refusals(system, served.requests)
         return served
 
     def _serve(
@@ -192,6 +195,14 @@ class Replayer:
         from kvarena.harness.model.build import build_model
 
         return build_model(self._run.model, self._run.device.kind)
+
+
+def tell_refusals(system: System, requests: pd.DataFrame) -> None:
+    """Say on stderr, once for each system, how many requests it refuses at arrival, and why the first."""
+    refused = requests[requests.refusal != ""].drop_duplicates("request_id")
+    if len(refused):
+        said = f"{system.name} refuses {len(refused)} of {requests.request_id.nunique()} requests"
+        tell_once(f"refused {system.name}", f"{said}; the first: {refused.refusal.iloc[0]}")
 
 
 def columns(run: Run, system: System) -> dict[str, str]:

@@ -23,6 +23,7 @@ from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.trace import load_trace
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.length_table import length_table
+from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Ints, Trace
 
 NAME = "trace_lengths"
@@ -62,9 +63,9 @@ def run(run: Run, recorder: Recorder) -> Outcome:
 
 def _whole(config: TraceConfig) -> Trace:
     """All of a file, or as many draws from a table as its data has records."""
-    if config.path is None and config.table is not None:
-        return load_trace(config, num_requests=length_table(config.table).num_records)
-    return load_trace(config)
+    drawn = config.path is None and config.table is not None
+    trace = load_trace(config, num_requests=length_table(str(config.table)).num_records if drawn else None)
+    return told(config, trace)
 
 
 def _summary(run: Run, name: str, trace: Trace) -> Iterator[SummaryRow]:

@@ -147,7 +147,7 @@ def _trace_name(run: "Run") -> str:
     if "trace" not in run.reads:
         return ""
     trace: TraceConfig = run.trace
-    return trace.name if is_published(trace) or trace.path is None else trace.path.rpartition("/")[2]
+    return trace.name if is_published(trace, run.files) or trace.path is None else trace.path.rpartition("/")[2]
 
 
 def label_of(run: "Run", system: System | None) -> str:
@@ -201,7 +201,7 @@ def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[s
         yield "engine.cuda_graphs"
     if panel.trace is not None:
         trace = replace(_trace(panel.trace), **panel.trace_keys)
-        if not (is_published(run.trace) and _alike("trace", run.trace, trace)):
+        if not (is_published(run.trace, run.files) and _alike("trace", run.trace, trace)):
             yield "trace"
         if run.decoding != GREEDY:
             yield "decoding"

@@ -1,7 +1,7 @@
 """A resolved run: everything an experiment needs to know, typed, with nothing left open."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,10 +11,13 @@ from kvarena.harness import schemas, systems
 from kvarena.harness.arrival import UNDRAWN
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, keys_of, load, names, no_such_key, typed
 from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.file_arrivals import chosen_arrivals
 from kvarena.harness.fit import check_fit
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.published import Figure
 from kvarena.harness.systems import System
+from kvarena.harness.trace import told
+from kvarena.harness.trace.published_files import hashes
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
@@ -36,10 +39,21 @@ class Run:
     params: Any  # the experiment's Params
     decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
+    arrival_chosen: str = ""  # by whom: of file_arrivals.py
+    files: dict[str, str] = field(default_factory=dict)  # the traces' files by path: hash of the content
     # What the experiment states, and what the user wrote: no part of what defines the numbers.
     published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
     reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
     given: tuple[str, ...] = ()  # keys of the command line
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
+
+        `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
+        """
+        context = getattr(self.params, "context", None) or self.model.max_tokens
+        return min(context, getattr(self.trace, "max_tokens", None) or context)
 
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
@@ -93,7 +107,7 @@ def resolve(
             built = tuple(map(systems.with_room_to_read, built))
     engine = typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine")
     by_kernel = config.clock == "measured" or bool(engine.attention)
-    return Run(
+    run = Run(
         experiment=config.name,
         clock=config.clock,
         device=device,
@@ -109,6 +123,10 @@ def resolve(
         reads=tuple((reads or {}).get(config.clock, ())),
         given=keys_of(overrides),
     )
+    told.forget()  # what a run says of its traces it says anew
+    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context, hasattr(run.params, "seeds"))
+    paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
+    return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
 
 
 def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[str, Sequence[str]]) -> Run:
@@ -128,6 +146,8 @@ def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[st
         systems=tuple(listed),
         params=typed(params_schema, config["params"], "params"),
         threads=config["threads"],
+        arrival_chosen=config.get("arrival_chosen", ""),
+        files=dict(config.get("files", {})),
         published=_stated(load("experiment", config["experiment"])),
         reads=tuple(reads.get(config["clock"], ())),
         **{group: built(group, config[group]) for group in groups},

@@ -1,14 +1,15 @@
 """A workload: which requests arrive, and when."""
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from kvarena.errors import UserError
-from kvarena.harness.arrival import PS, ArrivalConfig, check, draw_arrivals
+from kvarena.harness.arrival import DRAWN, PS, ArrivalConfig, check, draw_arrivals
 from kvarena.harness.seeded import Floats, Ints
+from kvarena.harness.trace.account import Arrivals, TraceAccount, account_of
 from kvarena.harness.trace.chatbot_order import chatbot_order
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.load import load_trace
@@ -25,6 +26,7 @@ class Workload:
     provenance: dict[str, Any] = field(default_factory=dict)
     conversation_ids: Ints | None = None
     hash_ids: tuple[Ints, ...] | None = None
+    account: TraceAccount | None = None  # of the trace as a whole, also in `first`
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -35,6 +37,7 @@ class Workload:
         return Workload(
             self.prompt_tokens[:count], self.output_tokens[:count], self.arrival_ps[:count], self.provenance,
             None if ids is None else ids[:count], None if self.hash_ids is None else self.hash_ids[:count],
+            self.account,
         )  # fmt: skip
 
     @property
@@ -49,11 +52,13 @@ class Workload:
         return (len(self) - 1) * PS / span_ps if span_ps else float("inf")
 
 
-def make_workload(trace: TraceConfig, arrival: ArrivalConfig, max_tokens: int | None = None) -> Workload:
+def make_workload(
+    trace: TraceConfig, arrival: ArrivalConfig, max_tokens: int | None = None, chosen: str = ""
+) -> Workload:
     """Requests and their arrivals: the same for the same seeds, on every platform.
 
     With `arrival.duration_s` as many requests are taken as arrive, else one arrives for each of the trace.
-    `max_tokens` is the model's context. Raises UserError for whatever the user got wrong.
+    `max_tokens` is the model's context, `chosen` who chose the arrivals. Raises UserError for what the user got wrong.
     """
     check(arrival)
     seed = trace.seed if arrival.seed is None else arrival.seed
@@ -73,10 +78,14 @@ def make_workload(trace: TraceConfig, arrival: ArrivalConfig, max_tokens: int | 
         requests = requests.take(chatbot_order(_conversations(requests), trace.new_conversation, seed))
     elif arrival.process == "artifact":
         requests = _shuffled(requests, seed)
-    facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}}
+    asked = len(times) if arrival.process in DRAWN and arrival.duration_s is not None else None
+    arrivals = Arrivals(replace(arrival, seed=seed), chosen, float(times.max() / PS))
+    account = account_of(trace, requests, asked, arrivals)
+    facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}, "account": asdict(account)}
     return Workload(
-        requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids
-    )
+        requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids,
+        account,
+    )  # fmt: skip
 
 
 def _conversations(requests: Trace) -> Ints:

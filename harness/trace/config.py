@@ -13,7 +13,8 @@ class TraceConfig:
     data_files: str | None = None  # hub only: the file of the data set to load
     split: str = "train"  # hub only
     tokenizer: str | None = None  # folder or hub name; needed where the file holds text
-    filter: str = "none"  # a recipe of recipes.py
+    filter: str | None = None  # a recipe of recipes.py; null: `paper_filter` where it belongs, else fits_context
+    paper_filter: str = "none"  # of the trace's table, and of files listed for it (published_files.py)
     on_bad_record: str = "error"  # error: the first malformed record stops the load; skip: count and report
     table: str | None = None  # an embedded length table
     prompt_tokens: int | None = None  # given lengths: the prompt's

@@ -47,22 +47,25 @@ def sample_conversations(
     drawn = Stream(seed, "turns").below(count, int(counts.sum()))
     turns = 1 + np.searchsorted(np.cumsum(counts), drawn, side="right")
     answer = said.output_tokens if cut_output is None else np.minimum(said.output_tokens, cut_output)
-    conversation, prompt = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    conversation, prompt, whole = (np.zeros(count, np.int64) for _ in range(3))
     number, left, history = -1, 0, 0
     for i, (question, reply) in enumerate(zip(said.prompt_tokens.tolist(), answer.tolist(), strict=True)):
-        length = _cut(history + question, cut_prompt)
+        whole[i] = history + question
+        length = _cut(int(whole[i]), cut_prompt)
         if left == 0 or (max_tokens is not None and length + reply > max_tokens):
             number, left, history = number + 1, int(turns[number + 1]), 0
-            length = _cut(question, cut_prompt)
+            whole[i], length = question, _cut(question, cut_prompt)
         conversation[i], prompt[i] = number, length
         left, history = left - 1, history + question + int(said.output_tokens[i])
+    prompts_cut, outputs_cut = int((whole > prompt).sum()), int((said.output_tokens > answer).sum())
     over = 0
     if max_tokens is not None:
         over = int((prompt + answer > max_tokens).sum())
         prompt = np.clip(prompt, 1, max_tokens - 1)
         answer = np.minimum(answer, max_tokens - prompt)
-    facts = {**said.provenance, "conversations": number + 1, "cut": over}
-    facts |= {"cut_prompt": cut_prompt, "cut_output": cut_output}
+    facts = {**said.provenance, "conversations": number + 1, "cut": over, "max_total": max_tokens}
+    facts |= {"cut_prompt": cut_prompt, "prompts_cut": prompts_cut}
+    facts |= {"cut_output": cut_output, "outputs_cut": outputs_cut}
     return Trace(name, said.source, prompt, answer, conversation_ids=conversation, provenance=facts)
 
 

@@ -43,7 +43,7 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
     config = TraceConfig(*fields)
     reading = read(config, recipe)
     clean = {name: reading.dataset.data.column(name).to_numpy() for name in reading.dataset.column_names}
-    trace = Trace(
+    whole = Trace(
         name=Path(str(config.path)).stem,
         source=str(config.path),
         prompt_tokens=clean["prompt_tokens"],
@@ -51,12 +51,20 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
         arrival_s=clean.get("arrival_s"),
         conversation_ids=clean.get("conversation_id"),
         hash_ids=tuple(clean["hash_ids"]) if "hash_ids" in clean else None,
-    ).cut(config.cut_prompt, config.cut_output)
+    )
+    trace = whole.cut(config.cut_prompt, config.cut_output)
     kept = np.flatnonzero(recipe.keeps(trace.prompt_tokens, trace.output_tokens))
-    over_long = BadRecords(trace.source, config.on_bad_record)
+    # Who asks for a filter hears of what it should have left out; else the context is the filter.
+    over_long = BadRecords(trace.source, "skip" if config.filter is None else config.on_bad_record)
     fitting = _within_context(trace, kept, clean["record"], max_tokens, over_long)
+    if config.filter is not None:  # else the run says it in the line of its trace
+        over_long.report()
     facts = {**reading.facts, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
     facts |= {"over_long": over_long.count, "over_long_reasons": over_long.reasons, "kept": len(fitting)}
+    facts |= {"max_total": max_tokens} | {
+        f"{name}s_cut": int((getattr(whole, f"{name}_tokens") != getattr(trace, f"{name}_tokens"))[fitting].sum())
+        for name in ("prompt", "output")
+    }
     if not len(fitting):
         counts = ("read", "malformed", "without_request", "filtered", "over_long")
         raise UserError(f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts)})")
@@ -74,5 +82,4 @@ def _within_context(trace: Trace, kept: Ints, records: Ints, max_tokens: int | N
             f"prompt + output = {total[i]} tokens, the context holds {max_tokens}; trace.filter=fits_context leaves "
             "such requests out",
         )
-    bad.report()
     return kept[total[kept] <= max_tokens]

@@ -6,6 +6,7 @@ from kvarena.harness.trace.conversation_table import has_conversations, sample_c
 from kvarena.harness.trace.file_trace import file_trace
 from kvarena.harness.trace.given import given_lengths
 from kvarena.harness.trace.length_table import length_table, sample, table_names
+from kvarena.harness.trace.published_files import filter_of
 from kvarena.harness.trace.recipes import recipe
 from kvarena.harness.trace.trace import Trace
 
@@ -15,13 +16,14 @@ DEFAULT_REQUESTS = 1000  # drawn where neither a file nor the user nor the arriv
 def load_trace(config: TraceConfig, max_tokens: int | None = None, num_requests: int | None = None) -> Trace:
     """The trace that `config` describes: the same for the same seed, on every platform.
 
-    max_tokens: the model's context; a file's request beyond it is a bad record, a table's is drawn within it.
+    max_tokens: the model's context. A table's request is drawn within it; a file's beyond it is dropped and counted, or
+    a bad record where the user asks for a filter that keeps it.
     num_requests: as many as arrive; None: `config.num_requests`, else the whole file, or 1000 where there is none.
     Raises UserError for whatever the user got wrong.
     """
     limits = [limit for limit in (max_tokens, config.max_tokens) if limit is not None]
     limit = min(limits) if limits else None
-    rule = recipe(config.filter, limit)
+    rule = recipe(filter_of(config, limit), limit)
     count = config.num_requests if num_requests is None else num_requests
     if count is not None and count < 1:
         raise UserError(f"trace.num_requests={count}: must be at least 1")

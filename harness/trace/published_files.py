@@ -1,16 +1,67 @@
-"""Whether a trace is the papers' own: drawn from the table made of it, or a file whose content hash is listed."""
+"""Which files are the papers' own data: by content, as results/published/trace_files.csv lists it, never by name.
 
-from functools import cache
+A paper's filter belongs to its data. Of anybody else's, it would leave out requests that nobody asked to lose.
+"""
+
+import csv
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
 
 from kvarena.harness.config import load, names
+from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.trace.config import TraceConfig
 
-
-def is_published(config: TraceConfig) -> bool:
-    """Stub until the branch on traces lands."""
-    return config.path is None and config.table is not None and config.table == _table(config.name)
+TRACE_FILES = PUBLISHED / "trace_files.csv"
+FITS_CONTEXT = "fits_context"
 
 
-@cache
-def _table(name: str) -> str | None:
-    return load("trace", name).get("table") if name in names("trace") else None
+def is_published(config: TraceConfig, known: Mapping[str, str] | None = None) -> bool:
+    """Whether lengths are those of conf/trace/<config.name>.yaml: its embedded table, or a file listed for that name.
+
+    Given lengths, other tables, other files and data sets of the hub are not. `known`: hashes by path, of files that may
+    be gone since.
+    """
+    if config.path is not None:
+        digest = (known or hashes([config.path])).get(config.path)
+        return (digest, config.name) in _listed()
+    if config.table is None or config.name not in names("trace"):
+        return False
+    return bool(load("trace", config.name).get("table") == config.table)
+
+
+def filter_of(config: TraceConfig, max_tokens: int | None) -> str:
+    """Name of the recipe that is applied: what the user asks for, else the paper's on its own data, else fits_context.
+
+    max_tokens: what the context holds; where it is None, nothing has to fit.
+    """
+    if config.filter is not None:
+        return config.filter
+    if is_published(config):
+        return config.paper_filter
+    return "none" if max_tokens is None else FITS_CONTEXT
+
+
+def hashes(paths: Iterable[str | None]) -> dict[str, str]:
+    """The hash of the content of each of these files, by path; names that are no files are left out."""
+    files = {path: Path(path).expanduser() for path in paths if path is not None}
+    return {path: sha256(file) for path, file in files.items() if file.is_file()}
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content; a file that has not changed is hashed once."""
+    stat = path.stat()
+    return _sha256(path.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, changed_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed() -> set[tuple[str | None, str]]:
+    """(hash, trace) of every file that is listed."""
+    with TRACE_FILES.open(newline="", encoding="utf-8") as file:
+        return {(row["sha256"], row["trace"]) for row in csv.DictReader(file)}

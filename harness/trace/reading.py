@@ -1,6 +1,5 @@
 """A trace's records, from a local file or the hub: checked one by one, then a `datasets.Dataset` of the clean ones."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from kvarena.harness.trace.csv_file import read_csv
 from kvarena.harness.trace.few_shot import few_shot
 from kvarena.harness.trace.formats import TextFormat
 from kvarena.harness.trace.json_file import json_records
+from kvarena.harness.trace.published_files import sha256
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.records import Records, detect, length_columns, well_formed
 from kvarena.harness.trace.texts import count_tokens, load_tokenizer, no_tokenizer
@@ -37,7 +37,7 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     path = Path(source).expanduser()
     bad = BadRecords(source, config.on_bad_record)
     if path.is_file():
-        origin: dict[str, Any] = {"path": str(path), "sha256": _sha256(path)}
+        origin: dict[str, Any] = {"path": str(path), "sha256": sha256(path)}
         columns, facts = _read_file(path, config, recipe, bad)
     elif path.exists():
         raise UserError(f"trace.path={source}: is a folder, not a file")
@@ -111,8 +111,3 @@ def _count_texts(
     facts |= shots.facts(tokenizer) if shots else {}
     counted = count_tokens(datasets.Dataset.from_list(rows), tokenizer)
     return Columns(*(counted[key][:] for key in ("record", "prompt_tokens", "output_tokens"))), facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,7 @@
 """One replay under either clock: the same frames; where pools, traces and names come from."""
 
+from pathlib import Path
+
 import pytest
 
 from kvarena.errors import UserError
@@ -53,6 +55,61 @@ def test_a_trace_is_the_runs_own_or_one_of_conf():
     assert trace_named(run, "sharegpt", "b.csv").path == "b.csv"
     assert trace_named(run, "alpaca", "b.csv").path == "b.csv"
     assert trace_named(run, "alpaca").path is None
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """Somebody's own file: one request over OPT's context, one a pool of 64 tokens never holds, four that it does."""
+    rows = ["2000,100", "90,9", *["20,5"] * 4]
+    path = tmp_path / "own.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i / 100},{r}\n" for i, r in enumerate(rows)))
+    return str(path)
+
+
+def test_somebodys_own_file_keeps_its_requests_and_arrivals(own: str, capsys: pytest.CaptureFixture[str]):
+    run = compose_run(WASTE, f"trace.path={own}")
+    assert (run.arrival.process, run.arrival_chosen) == ("recorded", "the file's own")
+    workload = workload_of(run)
+    assert workload.arrival_s.tolist() == [0.01, 0.02, 0.03, 0.04, 0.05]
+    assert workload.account is not None
+    assert (workload.account.filter, workload.account.dropped) == ("fits_context", {"over 2048": 1})
+    workload_of(run)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "6 read, 1 over 2048 dropped" in line
+    assert workload_of(compose_run(WASTE, f"trace.path={own}", "arrival.rate=4")).account.arrivals.chosen == "asked for"
+    asked = workload_of(compose_run(WASTE, f"trace.path={own}", "trace.filter=paper_artifact")).account
+    assert (asked.filter, asked.dropped) == ("paper_artifact", {"by paper_artifact": 1})
+
+
+def test_a_pool_that_is_small_leaves_out_what_is_counted(own: str):
+    account = workload_of(compose_run(WASTE, *SMALL, f"trace.path={own}")).account
+    assert account is not None
+    assert account.dropped == {"over 64": 2}
+
+
+def test_rates_that_are_the_axis_stay_drawn_and_each_trace_is_told(own: str, capsys: pytest.CaptureFixture[str]):
+    latency = "experiment=serving_latency"
+    run = compose_run(latency, f"params.paths.sharegpt={own}")
+    assert run.arrival.process == compose_run(latency, f"trace.path={own}").arrival.process == "artifact"
+    capsys.readouterr()
+    for name, rate in (("sharegpt", 1.0), ("alpaca", 1.0), ("sharegpt", 2.0)):
+        account = workload_of(run, trace_named(run, name, run.params.paths.get(name)), rate=rate, duration_s=9).account
+        assert account.arrivals.chosen == "at the experiment's rates"
+        assert account.filter == {"sharegpt": "fits_context", "alpaca": "none"}[name]
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_who_is_refused_is_said_once(own: str, capsys: pytest.CaptureFixture[str]):
+    pool_bytes = 5 * 16 * compose_run(WASTE, *SMALL).model.kv_layout().token_bytes  # 5 blocks, and the longest needs 7
+    overrides = ("trace.max_tokens=99", f"params.pool_bytes={pool_bytes}", "systems=[paged]", "arrival=all_at_once")
+    run = compose_run(WASTE, *SMALL[:3], *overrides, f"trace.path={own}")
+    workload, replayer = workload_of(run), Replayer(run)
+    capsys.readouterr()
+    for _ in range(2):
+        served = replayer.serve(run.systems[0], workload)
+    assert (served.requests.refusal != "").sum() == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "paged refuses 1 of 5 requests; the first: " in line
 
 
 def test_seeds_and_rates_change_the_workload_alone():

@@ -1,0 +1,146 @@
+"""What became of a trace on its way into a run: the one line that is told, and the record that is kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kvarena.harness.arrival import ArrivalConfig
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.recipes import NO_LIMIT
+from kvarena.harness.trace.trace import Ints, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """How requests arrive, and who chose that."""
+
+    config: ArrivalConfig  # with the seed that they are drawn with
+    chosen: str = ""  # of harness/file_arrivals.py; empty: nobody but the caller
+    span_s: float = 0.0  # until the last arrives
+
+    def __str__(self) -> str:
+        """`artifact, 4/s (asked for)`."""
+        config = self.config
+        said = config.process if config.rate is None else f"{config.process}, {config.rate:g}/s"
+        if config.process == "recorded":
+            said += f", over {self.span_s:g} s"
+        return f"{said} ({self.chosen})" if self.chosen else said
+
+
+@dataclass(frozen=True, slots=True)
+class TraceAccount:
+    """Every record of a trace: dropped, or served. Lengths in tokens; means are of what is served."""
+
+    name: str  # of conf/trace/
+    source: str  # file, hub name, table or rule
+    filter: str  # the recipe that was applied
+    limit: int | None  # prompt + output that the context holds
+    read: int | None  # records of a file; None where lengths are drawn
+    kept: int | None  # of them, after all that is dropped
+    asked: int | None  # requests asked for: by trace.num_requests, or as many as arrive; None: all there are
+    served: int
+    rounds: int  # times that the kept records were gone through; above 1 they are repeated
+    mean_prompt_tokens: float
+    mean_output_tokens: float
+    dropped: dict[str, int] = field(default_factory=dict)  # rule -> records
+    cut: dict[str, int] = field(default_factory=dict)  # what, and to which length -> records, or draws
+    shuffled: bool = False
+    arrivals: Arrivals | None = None  # None: nothing arrives, the lengths alone are used
+
+    @property
+    def origin(self) -> str:
+        """All but what depends on the seed, the rate and the number of requests: what a run tells once."""
+        chosen = self.arrivals and (self.arrivals.config.process, self.arrivals.chosen)
+        return f"{self.name} {self.source} {self.filter} {self.read} {sorted(self.dropped.items())} {chosen}"
+
+    def __str__(self) -> str:
+        """The one line: `trace sharegpt, a.csv: 3000 read, 354 over 2048 dropped (filter fits_context), ...`."""
+        parts = [*self._records(), *(f"{count} {what}" for what, count in self.cut.items()), self._number()]
+        means = f"mean prompt {self.mean_prompt_tokens:.4g}, output {self.mean_output_tokens:.4g} tokens"
+        line = f"trace {self.name}, {self.source}: {', '.join([*filter(None, parts), means])}"
+        return line if self.arrivals is None else f"{line}; arrivals: {self.arrivals}"
+
+    def quantities(self) -> dict[str, tuple[float, str]]:
+        """Name -> value and unit, for summary.csv; lengths that are drawn have no records."""
+        records: dict[str, tuple[float, str]] = {}
+        if self.read is not None:
+            records = {
+                "requests_read": (float(self.read), "records"),
+                "requests_dropped": (float(sum(self.dropped.values())), "records"),
+            }
+        return records | {
+            "requests_served": (float(self.served), "requests"),
+            "mean_prompt_tokens": (self.mean_prompt_tokens, "tokens"),
+            "mean_output_tokens": (self.mean_output_tokens, "tokens"),
+        }
+
+    def without(self, rule: str, count: int) -> "TraceAccount":
+        """The account where `count` of the kept requests are dropped too, by one more rule."""
+        if not count:
+            return self
+        kept = None if self.kept is None else self.kept - count
+        return replace(self, kept=kept, dropped={**self.dropped, rule: count})
+
+    def _records(self) -> list[str]:
+        rules = [f"{count} {rule}" for rule, count in self.dropped.items()]
+        if self.read is not None:
+            named = "" if f"by {self.filter}" in self.dropped else f" (filter {self.filter})"
+            return [f"{self.read} read", f"{', '.join(rules or ['none'])} dropped{named}"]
+        within = "" if self.limit is None else f" within {self.limit} tokens"
+        drawn = f"{self.served} drawn{within} (filter {self.filter})"
+        return [drawn, f"{', '.join(rules)} dropped"] if rules else [drawn]
+
+    def _number(self) -> str:
+        if self.kept is None or self.served == self.kept:
+            return ""
+        if self.served > self.kept:
+            return f"repeated to {self.served}"
+        return f"{'random' if self.shuffled else 'first'} {self.served} of {self.kept} taken"
+
+
+def account_of(
+    config: TraceConfig, trace: Trace, asked: int | None = None, arrivals: Arrivals | None = None
+) -> TraceAccount:
+    """The account of requests that were loaded as `config` says; `trace` holds those served, and its provenance.
+
+    asked: how many arrive, where arrivals say so.
+    """
+    facts, limit = trace.provenance, trace.provenance.get("max_total")
+    return TraceAccount(
+        name=config.name,
+        source=trace.source,
+        filter=facts.get("recipe", "none"),
+        limit=None if limit == NO_LIMIT else limit,
+        read=facts.get("read"),
+        kept=facts.get("kept"),
+        asked=config.num_requests if asked is None else asked,
+        served=len(trace),
+        rounds=facts.get("rounds", 1),
+        mean_prompt_tokens=_mean(trace.prompt_tokens),
+        mean_output_tokens=_mean(trace.output_tokens),
+        dropped=_dropped(facts),
+        cut=_cut(facts),
+        shuffled=facts.get("shuffle", False),
+        arrivals=arrivals,
+    )
+
+
+def _mean(lengths: Ints) -> float:
+    return float(lengths.mean())
+
+
+def _dropped(facts: Mapping[str, Any]) -> dict[str, int]:
+    over = f"over {facts.get('max_total')}"
+    by_filter = over if facts.get("recipe") == "fits_context" else f"by {facts.get('recipe')}"
+    rules = (("malformed", "malformed"), ("without_request", "without a request"), ("filtered", by_filter))
+    counts = {rule: facts.get(key, 0) for key, rule in (*rules, ("over_long", over)) if facts.get(key)}
+    return {rule: int(count) for rule, count in counts.items()}
+
+
+def _cut(facts: Mapping[str, Any]) -> dict[str, int]:
+    what = {
+        f"prompts cut to {facts.get('cut_prompt')}": facts.get("prompts_cut"),
+        f"outputs cut to {facts.get('cut_output')}": facts.get("outputs_cut"),
+        f"cut to {facts.get('max_total')} in all": facts.get("cut"),
+    }
+    return {name: int(count) for name, count in what.items() if count}
