@@ -7,17 +7,24 @@ summary and figure of it with the code as it is then.
 import sys
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry
-from kvarena.harness.record import Measured, Outcome, Recorder, read_frames, write_summary
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Outcome, Recorder, read_frames, write_summary
 from kvarena.harness.run import Run, from_plain
+from kvarena.harness.summary import frame, row
+from kvarena.harness.trace import told
+
+
+TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
 
 
 def carry_out(run: Run, recorder: Recorder) -> Outcome:
     """Measure, summarise and draw."""
-    measured = registry.get(run.experiment).measure(run, recorder)
+    measured = measure(run, recorder)
     try:
         return made_of(run, measured)
     except Exception:
@@ -30,10 +37,37 @@ def carry_out(run: Run, recorder: Recorder) -> Outcome:
         raise
 
 
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """What the experiment measures, with an account of every trace that it told of."""
+    measured = registry.get(run.experiment).measure(run, recorder)
+    accounts = told.accounts()
+    if accounts:
+        measured.notes["traces"] = [str(account) for account in accounts]
+        measured.frames[TRACES] = pd.DataFrame(
+            {"trace": a.name, "source": a.source, "quantity": name, "value": value, "unit": unit}
+            for a in accounts
+            for name, (value, unit) in a.quantities().items()
+        )
+    return measured
+
+
+def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
+    """The experiment's summary, and under it the accounts of its traces."""
+    summary = registry.get(run.experiment).summarize(run, frames)
+    if TRACES not in frames:
+        return summary
+    rows = frame(
+        row(each["value"], quantity=each["quantity"], unit=each["unit"],
+            **named(run, label=f"trace {each['trace']}, {each['source']}", counted=True))
+        for each in frames[TRACES].to_dict("records")
+    )  # fmt: skip
+    return pd.concat([summary, rows], ignore_index=True)
+
+
 def made_of(run: Run, measured: Measured) -> Outcome:
     """Summary and figure of what was measured."""
     module = registry.get(run.experiment)
-    summary = module.summarize(run, measured.frames)
+    summary = summary_of(run, measured.frames)
     return Outcome(measured, summary, module.HEADLINE, module.draw(summary))
 
 

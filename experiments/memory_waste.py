@@ -19,7 +19,7 @@ from kvarena.allocators.usage import LEAVES, paper_rollup, paper_vllm_rollup, st
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, leaves, shares, usage_of, window
 from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.seeds import check_seeds, seeded
+from kvarena.experiments.seeds import seeded, seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import is_earned, named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -51,14 +51,12 @@ class Params:
 
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    return {
-        key: "params.seeds=[...] are the seeds of trace and arrivals" for key in ("trace.seed", "arrival.seed")
-    }
+    return unread_seeds(run)
 
 
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every system and average its memory; again for every seed."""
-    seeds = check_seeds(run.params.seeds)
+    seeds = seeds_of(run)
     replayer, cells, notes = Replayer(run), list[Frames](), {}
     with Progress(NAME, len(seeds) * len(run.systems)) as progress:
         for seed in seeds:

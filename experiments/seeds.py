@@ -1,17 +1,30 @@
-"""Replays over seeds: paired, since every system serves the same requests at the same times under one seed."""
+"""Replays over seeds: paired, since every system serves the same requests at the same times under one seed.
 
-from collections.abc import Sequence
+Where nothing is drawn, since a file records its arrivals, every seed would replay the same: then there is one replay.
+"""
+
 from dataclasses import replace
 
 from kvarena.errors import UserError
 from kvarena.harness.run import Run
 
 
-def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds. Raises UserError for none, one twice, or one below 0."""
+def seeds_of(run: Run) -> list[int]:
+    """The seeds to replay. Raises UserError for none, one twice, or one below 0."""
+    seeds: list[int] = list(run.params.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError(f"params.seeds={list(seeds)}: at least one seed, each 0 or more, and none twice")
-    return list(seeds)
+        raise UserError(f"params.seeds={seeds}: at least one seed, each 0 or more, and none twice")
+    return seeds if _draws(run) else seeds[:1]
+
+
+def _draws(run: Run) -> bool:
+    return run.arrival.process != "recorded" or bool(run.trace.mix)
+
+
+def unread_seeds(run: Run) -> dict[str, str]:
+    """The seeds that `params.seeds` stands in for, and itself where nothing is drawn."""
+    keys = {key: "params.seeds=[...] are the seeds of trace and arrivals" for key in ("trace.seed", "arrival.seed")}
+    return keys if _draws(run) else {**keys, "params.seeds": "arrivals are recorded, so that no seed draws anything"}
 
 
 def seeded(run: Run, seed: int) -> Run:

@@ -1,7 +1,7 @@
 """When the requests of somebody's own file arrive: as the file records it, unless the user or the experiment says how.
 
 The papers' own data, tables and given lengths keep the arrivals of the experiment. So do experiments whose axis the
-arrivals are: no rate can be asked of times that are recorded, and no seed draws them.
+arrivals are: no rate can be asked of times that are recorded.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,10 @@ class Chosen(NamedTuple):
     by: str
 
 
-def chosen_arrivals(
-    trace: TraceConfig, arrival: ArrivalConfig, overrides: Sequence[str], context: int, has_seeds: bool = False
-) -> Chosen:
+def chosen_arrivals(trace: TraceConfig, arrival: ArrivalConfig, overrides: Sequence[str], context: int) -> Chosen:
     """The arrivals of a run. `arrival` is the experiment's, with all that the user and the profile changed.
 
-    overrides: the user's own, of the command line; context: tokens of the longest sequence; has_seeds: whether the
-    experiment draws its arrivals once for every seed.
+    overrides: the user's own, of the command line; context: tokens of the longest sequence.
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if any(key == "arrival" or key.startswith("arrival.") for key in keys):
@@ -40,7 +37,7 @@ def chosen_arrivals(
         return Chosen(arrival, _EXPERIMENTS)
     if arrival.process not in DRAWN:
         return Chosen(arrival, f"{_EXPERIMENTS}, which draws none")
-    if arrival.rate is None or has_seeds:
+    if arrival.rate is None:
         return Chosen(arrival, f"{_EXPERIMENTS}, whose axis they are")
     if not Path(trace.path).expanduser().is_file():  # a data set of the hub, or a mistake that loading it tells
         return Chosen(arrival, f"{_EXPERIMENTS}; only a local file's own are taken")

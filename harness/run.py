@@ -124,7 +124,7 @@ def resolve(
         given=keys_of(overrides),
     )
     told.forget()  # what a run says of its traces it says anew
-    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context, hasattr(run.params, "seeds"))
+    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
     paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
     return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
 

@@ -6,7 +6,7 @@ A paper's filter belongs to its data. Of anybody else's, it would leave out requ
 import csv
 import hashlib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from kvarena.harness.config import load, names
@@ -26,9 +26,13 @@ def is_published(config: TraceConfig, known: Mapping[str, str] | None = None) ->
     if config.path is not None:
         digest = (known or hashes([config.path])).get(config.path)
         return (digest, config.name) in _listed()
-    if config.table is None or config.name not in names("trace"):
-        return False
-    return bool(load("trace", config.name).get("table") == config.table)
+    return config.table is not None and config.table == _table(config.name)
+
+
+@cache  # asked for every row of a summary
+def _table(name: str) -> str | None:
+    """The embedded table of conf/trace/<name>.yaml; None where there is no such file, or it has none."""
+    return load("trace", name).get("table") if name in names("trace") else None
 
 
 def filter_of(config: TraceConfig, max_tokens: int | None) -> str:
@@ -63,5 +67,10 @@ def _sha256(path: Path, changed_ns: int, size: int) -> str:
 
 def _listed() -> set[tuple[str | None, str]]:
     """(hash, trace) of every file that is listed."""
-    with TRACE_FILES.open(newline="", encoding="utf-8") as file:
+    return _read(TRACE_FILES, TRACE_FILES.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, changed_ns: int) -> set[tuple[str | None, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
         return {(row["sha256"], row["trace"]) for row in csv.DictReader(file)}

@@ -8,11 +8,18 @@ from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.trace import Trace
 
 _told: set[str] = set()
+_accounts: list[TraceAccount] = []
 
 
 def tell(account: TraceAccount) -> None:
     """Say what became of a trace; the same trace at another rate or seed is not said again."""
-    tell_once(account.origin, str(account))
+    if tell_once(account.origin, str(account)):
+        _accounts.append(account)
+
+
+def accounts() -> list[TraceAccount]:
+    """Of every trace that the run has told of, in order."""
+    return list(_accounts)
 
 
 def told(config: TraceConfig, trace: Trace) -> Trace:
@@ -22,13 +29,16 @@ def told(config: TraceConfig, trace: Trace) -> Trace:
     return trace.noting(account=asdict(account))
 
 
-def tell_once(key: str, line: str) -> None:
-    """Print a line, unless one of that key has been printed."""
-    if key not in _told:
-        _told.add(key)
-        print(line, file=sys.stderr, flush=True)
+def tell_once(key: str, line: str) -> bool:
+    """Print a line, unless one of that key has been printed; says whether it was."""
+    if key in _told:
+        return False
+    _told.add(key)
+    print(line, file=sys.stderr, flush=True)
+    return True
 
 
 def forget() -> None:
     """Begin anew, as a run does."""
     _told.clear()
+    _accounts.clear()

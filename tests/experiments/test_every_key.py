@@ -18,6 +18,7 @@ from tiny import TINY, Unwritten, resolved
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry
+from kvarena.experiments.carry_out import measure, summary_of
 from kvarena.harness.config import names
 from kvarena.harness.published import OURS
 from kvarena.harness.record import Measured
@@ -47,9 +48,8 @@ class Made(NamedTuple):
 
 
 def made(run: Run) -> Made:
-    module = registry.get(run.experiment)
-    measured = module.measure(run, Unwritten())
-    return Made(measured, module.summarize(run, measured.frames))
+    measured = measure(run, Unwritten())
+    return Made(measured, summary_of(run, measured.frames))
 
 
 def drawn(run: Run, summary: pd.DataFrame) -> bytes:

@@ -127,22 +127,21 @@ def test_tables_say_what_they_are_cut_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trace", "arrival", "overrides", "seeds", "process", "by"),
+    ("trace", "arrival", "overrides", "process", "by"),
     [
-        ({"timed": True}, ARTIFACT, [], False, "recorded", "the file's own"),
-        ({"timed": True}, ARTIFACT, ["trace.seed=1"], False, "recorded", "the file's own"),
-        ({"timed": True}, ARTIFACT, ["arrival=artifact"], False, "artifact", ASKED),
-        ({"timed": True}, ARTIFACT, ["++arrival.rate=4"], False, "artifact", ASKED),
-        ({"timed": False}, ARTIFACT, [], False, "artifact", "records none"),
-        ({"timed": True, "num_requests": 9}, ARTIFACT, [], False, "artifact", "fewer requests"),
-        ({"timed": True}, ARTIFACT, [], True, "artifact", "axis"),
-        ({"timed": True}, replace(ARTIFACT, rate=None), [], False, "artifact", "axis"),
-        ({"timed": True}, ArrivalConfig("all_at_once"), [], False, "all_at_once", "draws none"),
+        ({"timed": True}, ARTIFACT, [], "recorded", "the file's own"),
+        ({"timed": True}, ARTIFACT, ["trace.seed=1"], "recorded", "the file's own"),
+        ({"timed": True}, ARTIFACT, ["arrival=artifact"], "artifact", ASKED),
+        ({"timed": True}, ARTIFACT, ["++arrival.rate=4"], "artifact", ASKED),
+        ({"timed": False}, ARTIFACT, [], "artifact", "records none"),
+        ({"timed": True, "num_requests": 9}, ARTIFACT, [], "artifact", "fewer requests"),
+        ({"timed": True}, replace(ARTIFACT, rate=None), [], "artifact", "axis"),
+        ({"timed": True}, ArrivalConfig("all_at_once"), [], "all_at_once", "draws none"),
     ],
 )
-def test_a_files_own_arrivals(tmp_path: Path, trace, arrival, overrides, seeds, process, by) -> None:
+def test_a_files_own_arrivals(tmp_path: Path, trace, arrival, overrides, process, by) -> None:
     path = write(tmp_path / "own.csv", 1, 4, trace.pop("timed"))
-    chosen = chosen_arrivals(named(path=path, **trace), arrival, overrides, 2048, seeds)
+    chosen = chosen_arrivals(named(path=path, **trace), arrival, overrides, 2048)
     assert chosen.arrival.process == process
     assert by in chosen.by
     if process != "recorded":
