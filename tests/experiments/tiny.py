@@ -80,3 +80,10 @@ def _values(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for override in overrides:
         key, _, value = override.partition("=")
         yield key, OmegaConf.from_dotlist([f"value={value}"]).value
+
+
+def default_systems(experiment: str, clock: str) -> list[str]:
+    """The systems that the experiment compares by default, whatever the tiny run does."""
+    config = load("experiment", experiment)
+    kind = "modelled" if clock == "modelled" else "cpu"
+    return list(config.get("systems") or (config.profiles.get(kind) or {}).get("systems") or [])
