@@ -23,7 +23,7 @@ from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.request import Request, RequestState
-from kvarena.harness.roofline import attention_key, make_step_model
+from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step_model import PS_PER_S
@@ -78,7 +78,7 @@ def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, flo
     policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes_of(run, system), max_tokens)
     scheduler = make_scheduler(system.scheduler, policy, max_tokens)
     scheduler.running = _residents(policy, batch, context, steps)
-    model = make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention_key(system))
+    model = make_step_model(run.device, run.engine, run.model, system)
     executor = ModelledExecutor(model, action_prices(run.device, policy))
     duration_ps = stall_ps = mapped = 0
     for _ in range(steps):

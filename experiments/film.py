@@ -96,7 +96,7 @@ def film(run: Run, system: System, workload: Workload) -> Film:
     scheduler = make_scheduler(system.scheduler, policy, context_of(run))
     holdings, prices = holdings_of(policy, system.allocator), action_prices(run.device, policy)
     camera = _Camera(
-        make_step_model(run.device, run.engine, run.model, system.scheduler.name), prices, scheduler, holdings
+        make_step_model(run.device, run.engine, run.model, system), prices, scheduler, holdings
     )
     done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
     return Film(

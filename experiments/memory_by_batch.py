@@ -74,7 +74,7 @@ def _per_request(run: Run, value: float, names: dict[str, str]) -> SummaryRow:
 
 
 def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[SummaryRow]:
-    model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+    model = make_step_model(run.device, run.engine, run.model, system)
     place = _place(run, "throughput") | {"quantity": "throughput_vs_batch", "unit": "token/s"}
     for batch in run.params.throughput_batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))

@@ -38,7 +38,7 @@ def modelled_costs(run: Run, system: System, tokens: int) -> Costs:
     policy = scattered_policy(run, system, [tokens])
     prices = action_prices(run.device, policy)
     out_ps, in_ps = (prices.total_ps(actions) for actions in _swaps(policy, 0))
-    step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+    step_model = make_step_model(run.device, run.engine, run.model, system)
     prompt_ps = step_model.step_ps(StepLoad(tokens, 0, 0, tokens * (tokens + 1) // 2))
     return _costs(out_ps / PS_PER_S, in_ps / PS_PER_S, prompt_ps / PS_PER_S)
 
