@@ -23,6 +23,7 @@ from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.request import Request, RequestState
+from kvarena.harness.resident import make_resident
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
@@ -100,13 +101,11 @@ def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, flo
 
 def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Request]:
     """Sequences whose prompts are cached and which have a token each, admitted and not yet decoding."""
-    requests = []
-    for seq_id in range(batch):
-        request = Request(seq_id, context, steps + 2, state=RequestState.RUNNING, computed=context, generated=1)
-        if not policy.admit(request, context):
-            raise UserError(f"{policy.name}: a batch of {batch} x {context} tokens does not fit the pool")
-        requests.append(request)
-    policy.drain()
+    requests = [
+        Request(seq_id, context, steps + 2, state=RequestState.RUNNING, computed=context, generated=1)
+        for seq_id in range(batch)
+    ]
+    make_resident(policy, requests)
     return requests
 
 

@@ -37,8 +37,8 @@ def _priced(run: Run, system: System, tokens: int) -> dict[str, Any]:
     prices = action_prices(run.device, policy)
     _take(policy, 0, tokens)
     first_ps = prices.total_ps(policy.drain())
+    policy.look_ahead()  # beside the first prompt's step
     policy.release(0)
-    policy.drain()
     _take(policy, 1, tokens)
     mapping_ps = prices.total_ps(policy.drain())
     pairs = tokens * (tokens + 1) // 2
