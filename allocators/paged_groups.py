@@ -10,9 +10,10 @@ from kvarena.allocators.actions import Action
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.block_tables import BlockTables
 from kvarena.allocators.cpu_blocks import CpuBlocks
+from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.prefix_cache import CachedBlockPool
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 
 
 class BlockGroups(Policy):
@@ -80,6 +81,18 @@ class BlockGroups(Policy):
     def shared_bytes(self) -> int:
         """Blocks that sequences hold together, counted beyond the first time."""
         return self._pool.num_extra * self.block_size * self._token_bytes
+
+    @property
+    def units(self) -> Units:
+        """Blocks."""
+        return Units("block", self.num_blocks, float(self.block_size))
+
+    def holding(self, seq: Sequence) -> Holding:
+        """The blocks of its table; those that it shares too."""
+        table, length = self.block_table(seq.seq_id), self.length(seq.seq_id)
+        capacity = len(table) * self.block_size
+        leaves = extent_usage(length, seq.final_tokens, seq.final_tokens, capacity, capacity)
+        return Holding(length, tuple(table), tuple(slots * self._token_bytes for slots in leaves))
 
     # ---- the prefix cache --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.chrome_trace import chrome_trace
 from kvarena.experiments.film import Film, film
-from kvarena.experiments.holdings import OWNED
+from kvarena.allocators.holding import OWNED
 from kvarena.experiments.replay import columns, panel_of, workload_of
 from kvarena.experiments.stepped_view import stepped_view
 from kvarena.experiments.timeline import draw_timeline, timeline

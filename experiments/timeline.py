@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from kvarena.experiments import plots
 from kvarena.experiments.film import Film
-from kvarena.experiments.holdings import OWNED
+from kvarena.allocators.holding import OWNED
 
 PS = 10**12
 LANE = 0.9  # of the distance between two lanes, for the largest holding
