@@ -99,12 +99,12 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._books.add(seq.seq_id, extent)
         return True
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
-        """Whether a reservation for each member fits an empty pool."""
-        if len(seqs) == 1:
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
+        """Whether a reservation for each member fits an otherwise empty pool, beside those of the prefixes."""
+        if len(seqs) == 1 and not kept:
             return self.fits_pool(seqs[0])
-        fits = all(seq.final_tokens <= self.max_tokens for seq in seqs)
-        return fits and self._holds(self._make_arena(self._arena.num_units), seqs)
+        fits = all(map(self.fits_pool, seqs))
+        return fits and self._holds(self._make_arena(self._arena.num_units), [*kept, *seqs])
 
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
         """Whether a reservation for each member can be placed now, all of them side by side."""
