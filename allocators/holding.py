@@ -9,7 +9,7 @@ class Units(NamedTuple):
     """The units of a pool, all alike: blocks, rows of static memory, page-groups in every tensor (slabs)."""
 
     name: str
-    count: int
+    num_units: int
     tokens: float  # that a unit holds
 
 

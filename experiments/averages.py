@@ -52,7 +52,9 @@ def window(steps: pd.DataFrame, bounds_s: Sequence[float] | None) -> pd.DataFram
 
 
 def averages(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per kind of average: `average`, `num_steps`, `seconds`, `batch` (requests), and bytes by leaf (and part of one).
+    """One row per kind of average: `average`, `num_steps`, `seconds`, `batch`, and bytes by leaf (and part of one).
+
+    The batch counts requests: all sequences of one together.
 
     Rows are stretches of one or more steps. Where nobody ever waits, the third average has no steps and NaN.
     """
@@ -91,7 +93,8 @@ def leaves(usage: Usage) -> dict[str, int]:
 def by_interval(steps: pd.DataFrame, interval_s: float) -> pd.DataFrame:
     """Steps summed up by intervals of time, small enough to keep: means per step, and sums of what is counted.
 
-    Columns: system, start_s, num_steps, seconds, batch and waiting (requests), preempted, actions, ahead, and mean bytes by leaf.
+    Columns: system, start_s, num_steps, seconds, batch, waiting, preempted, actions, ahead, and mean bytes by leaf. Batch and
+    waiting count requests.
     """
     start_s = (steps.start_ps / PS // interval_s * interval_s).rename("start_s")
     sums = steps.assign(

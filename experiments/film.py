@@ -103,6 +103,6 @@ def film(run: Run, system: System, workload: Workload) -> Film:
     done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
     return Film(
         system=run.shown_as(system), unit_name=units.name, unit_tokens=units.tokens,
-        num_units=units.count, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
+        num_units=units.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
         frames=camera.frames, steps=done.steps.to_frame(),
     )  # fmt: skip

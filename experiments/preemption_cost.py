@@ -70,7 +70,7 @@ def scattered_policy(run: Run, system: System, lengths: list[int]) -> Policy:
 
 def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
     """Take every block for a sequence of its own and give them back in random order: the free list is that order."""
-    holders = []
+    holders: list[int] = []
     while policy.admit(Sequence(len(holders), 1, output_tokens=1), 1):
         holders.append(len(holders))
     order.shuffle(holders)

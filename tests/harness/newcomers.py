@@ -32,7 +32,11 @@ def newcomer(inner_class, *extras):
             if hasattr(self.inner, name):
                 setattr(self, name, getattr(self.inner, name))
 
-    also = {name: delegate(name, getattr(inner_class, name)) for name in ("block_table", "row") if hasattr(inner_class, name)}
+    also = {
+        name: delegate(name, getattr(inner_class, name))
+        for name in ("block_table", "row")
+        if hasattr(inner_class, name)
+    }
     layout = {"name": "newcomer", "memory_layout": inner_class.memory_layout, "__init__": begin}
     return type("Newcomer", (Policy,), members | also | layout)
 

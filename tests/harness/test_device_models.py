@@ -100,7 +100,9 @@ def test_the_roofline_by_hand():
 
 
 def test_tensor_parallelism_divides_the_work_and_adds_all_reduces():
-    one, four = (step_model_of(device("a100-40gb"), engine("lean"), model("opt-66b", tp=tp), "vllm", None) for tp in (1, 4))
+    one, four = (
+        step_model_of(device("a100-40gb"), engine("lean"), model("opt-66b", tp=tp), "vllm", None) for tp in (1, 4)
+    )
     for name in ("weights_ps", "token_ps", "context_ps", "pair_ps"):
         assert getattr(one, name) == pytest.approx(4 * getattr(four, name), rel=1e-3)
     assert four.link_step_ps == 2 * 64 * 10 * 10**6

@@ -53,7 +53,9 @@ def gang_of(first, prompt, output, n, prefix=None):
     return gang
 
 
-LENGTHS = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4))  # beyond a prefix: prompt, output, members
+LENGTHS = st.tuples(
+    st.integers(1, 30), st.integers(1, 30), st.integers(1, 4)
+)  # beyond a prefix: prompt, output, members
 PREFIXES = st.lists(st.integers(1, 30), min_size=1, max_size=2)
 
 
@@ -73,7 +75,9 @@ def gangs_of(shapes, prefixes):
 @given(
     tokens=st.integers(80, 300),
     kept=PREFIXES,
-    shapes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2)), max_size=4),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2)), max_size=4
+    ),
 )
 def test_whoever_is_accepted_ends(case, scheduler, tokens, kept, shapes):
     """Alone beside the prefixes, and among others, whom it has to make room for."""
@@ -165,6 +169,7 @@ def test_a_request_that_does_not_share_the_prefix_must_fit_beside_it():
 
 
 def test_a_policy_that_keeps_no_prefixes_says_so():
+    policy = make_policy(config_class("fastertransformer")(), LAYOUT, 1 << 22, MAX_TOKENS)
+    scheduler = make_scheduler(scheduler_class("vllm")(), policy, MAX_TOKENS)
     with pytest.raises(UserError, match="keeps no prefixes"):
-        made = make_scheduler(scheduler_class("vllm")(), make_policy(config_class("fastertransformer")(), LAYOUT, 1 << 22, 64), 64)
-        made.keep_prefix(Prefix(-1, 8))
+        scheduler.keep_prefix(Prefix(-1, 8))

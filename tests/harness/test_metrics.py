@@ -118,7 +118,9 @@ def test_rows_that_only_pad_a_batch_have_no_gaps():
     """FasterTransformer: a request of 2 tokens rides along with one of 101, whose gaps are the only others."""
     policy = FasterTransformerPolicy(LAYOUT, 1 << 20, max_tokens=128)
     scheduler = make_scheduler(config_class("fastertransformer")(), policy, 128)
-    done = Engine(scheduler, ModelledExecutor(StepModel(False, S, 0, 0, 0, 1))).run([Request(0, 4, 101), Request(1, 4, 2)])
+    done = Engine(scheduler, ModelledExecutor(StepModel(False, S, 0, 0, 0, 1))).run(
+        [Request(0, 4, 101), Request(1, 4, 2)]
+    )
     steps = done.steps.to_frame()
     assert (steps.decodes * steps.steps).sum() == 100 + 1
     assert (steps.requests * steps.steps).sum() == 101 + 2

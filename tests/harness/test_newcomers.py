@@ -66,7 +66,7 @@ def test_what_a_policy_has_not_sized_is_never_free(action):
 def test_swaps_of_blocks_without_a_size_are_refused():
     policy = NewcomerBlocks(LAYOUT, POOL, **BLOCKS)
     policy.block_size = None
-    with pytest.raises(UserError, match="newcomer swaps blocks.*block_size"):
+    with pytest.raises(UserError, match=r"newcomer swaps blocks.*block_size"):
         action_prices(A100, policy)
 
 
