@@ -93,8 +93,8 @@ def leaves(usage: Usage) -> dict[str, int]:
 def by_interval(steps: pd.DataFrame, interval_s: float) -> pd.DataFrame:
     """Steps summed up by intervals of time, small enough to keep: means per step, and sums of what is counted.
 
-    Columns: system, start_s, num_steps, seconds, batch, waiting, preempted, actions, ahead, and mean bytes by leaf. Batch and
-    waiting count requests.
+    Columns: system, start_s, num_steps, seconds, batch, waiting, preempted, actions, ahead, and mean bytes by leaf.
+    The batch, and who waits, are requests.
     """
     start_s = (steps.start_ps / PS // interval_s * interval_s).rename("start_s")
     sums = steps.assign(
