@@ -12,7 +12,7 @@ from kvarena.allocators.policy import IntegrityError
 
 Chunk = tuple[int, int]  # a run of units that lie one after the other: start, size
 
-Place = TypeVar("Place")
+Place = TypeVar("Place", bound=list[int] | Chunk)
 
 
 class Arena(Protocol[Place]):

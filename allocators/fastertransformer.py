@@ -107,8 +107,8 @@ class FasterTransformerPolicy(Policy):
         self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
         return True
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
-        """Whether the group fits the context, and as a batch of its own the pool."""
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
+        """Whether the group fits the context, and as a batch of its own the pool. No prefix is kept."""
         longest = max(seq.prompt_tokens for seq in seqs) + max(seq.output_tokens for seq in seqs)
         return longest <= self.max_tokens and (
             len(seqs) <= self._batch_size and len(seqs) * self._bytes_of(longest) <= self.pool_bytes
@@ -127,6 +127,10 @@ class FasterTransformerPolicy(Policy):
             return False
         self._due.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
+
+    def register_prefix(self, prefix_id: int, tokens: int) -> bool:
+        """Raises UserError: a batch ends as a whole, so that nothing outlives it."""
+        raise UserError(f"allocator={self.name} keeps no prefixes: a batch is given back as a whole")
 
     def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
         if seq.seq_id in self._lengths:

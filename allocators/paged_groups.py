@@ -10,9 +10,10 @@ from kvarena.allocators.actions import Action
 from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.block_tables import BlockTables
 from kvarena.allocators.cpu_blocks import CpuBlocks
+from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.prefix_cache import CachedBlockPool
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 
 
 class BlockGroups(Policy):
@@ -38,12 +39,15 @@ class BlockGroups(Policy):
         """Blocks of a sequence, in the order of its positions. Not to be changed."""
         return self._tables.residents[seq_id].table
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
         """As `fits_pool`: a free block for each member before its last token, or, to come back from the CPU pool, one
-        beside its own and the watermark. Only the full blocks of the prompt are surely shared.
+        beside its own and the watermark. Only the full blocks of the prompt are surely shared, and of the prefix.
         """
         shared = min(seq.prompt_tokens for seq in seqs) // self.block_size
         needed = shared + sum(self.blocks_for(seq.final_tokens - 1) - shared + 1 for seq in seqs)
+        for each in kept:
+            in_common = each.prompt_tokens // self.block_size if each.seq_id == prefix else 0
+            needed += self.blocks_for(each.prompt_tokens) - in_common
         longest = max(seq.final_tokens for seq in seqs)
         return longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
 
@@ -80,6 +84,18 @@ class BlockGroups(Policy):
     def shared_bytes(self) -> int:
         """Blocks that sequences hold together, counted beyond the first time."""
         return self._pool.num_extra * self.block_size * self._token_bytes
+
+    @property
+    def units(self) -> Units:
+        """Blocks."""
+        return Units("block", self.num_blocks, float(self.block_size))
+
+    def holding(self, seq: Sequence) -> Holding:
+        """The blocks of its table; those that it shares too."""
+        table, length = self.block_table(seq.seq_id), self.length(seq.seq_id)
+        capacity = len(table) * self.block_size
+        leaves = extent_usage(length, seq.final_tokens, seq.final_tokens, capacity, capacity)
+        return Holding(length, tuple(table), tuple(slots * self._token_bytes for slots in leaves))
 
     # ---- the prefix cache --------------------------------------------------------------------------------------
 

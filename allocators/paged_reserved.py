@@ -31,6 +31,7 @@ class PagedReservedPolicy(ReservingPolicy[list[int]]):
 
     name = "paged_reserved"
     memory_layout = Layout.PAGED
+    block_size: int
 
     def __init__(
         self,

@@ -28,8 +28,13 @@ class Policy(SequencePolicy):
     # A prompt is written once, through the first member. Where members cannot share memory, the others get copies of
     # it, due as soon as one of them grows (or the first is released), by when it has been written.
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
-        """Whether the group could ever run to its end, alone in an empty pool, its members drifting apart."""
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
+        """Whether the group could ever run to its end, its members drifting apart, alone beside the `kept` prefixes.
+
+        They are those that are registered, in that order. One of them may be the group's own `prefix`, which it shares.
+        """
+        if kept:
+            raise UserError(f"allocator={self.name} keeps no prefixes")
         return self._alone(seqs) and self.fits_pool(seqs[0])
 
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:

@@ -18,10 +18,11 @@ from typing import Generic
 from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
 from kvarena.allocators.due_copies import DueCopies, row_copies
+from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.errors import UserError
 
 
@@ -98,12 +99,12 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._books.add(seq.seq_id, extent)
         return True
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
-        """Whether a reservation for each member fits an empty pool."""
-        if len(seqs) == 1:
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
+        """Whether a reservation for each member fits an otherwise empty pool, beside those of the prefixes."""
+        if len(seqs) == 1 and not kept:
             return self.fits_pool(seqs[0])
-        fits = all(seq.final_tokens <= self.max_tokens for seq in seqs)
-        return fits and self._holds(self._make_arena(self._arena.num_units), seqs)
+        fits = all(map(self.fits_pool, seqs))
+        return fits and self._holds(self._make_arena(self._arena.num_units), [*kept, *seqs])
 
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
         """Whether a reservation for each member can be placed now, all of them side by side."""
@@ -164,13 +165,17 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Positions that the sequence has been given."""
         return self._books.extents[seq_id].length
 
-    def extent(self, seq_id: int) -> Extent:
-        """The marks along a sequence's reservation, in tokens. Not to be changed."""
-        return self._books.extents[seq_id]
+    @property
+    def units(self) -> Units:
+        """What the arena gives out."""
+        return Units("unit", self._arena.num_units, float(self._unit_tokens))
 
-    def place(self, seq_id: int) -> Place:
-        """The units of a sequence's reservation, as its arena names them. Not to be changed."""
-        return self._places[seq_id]
+    def holding(self, seq: Sequence) -> Holding:
+        """A run of units, or a list of them: what was reserved on admission."""
+        place, extent = self._places[seq.seq_id], self._books.extents[seq.seq_id]
+        units = tuple(place) if isinstance(place, list) else tuple(range(place[0], place[0] + place[1]))
+        leaves = extent_usage(extent.length, extent.final, extent.bound, extent.capacity, extent.capacity)
+        return Holding(extent.length, units, tuple(leaf * self.kv_layout.token_bytes for leaf in leaves))
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each; there is room to the end of all that were admitted."""

@@ -14,7 +14,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.actions import Action
+from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.usage import Usage
 from kvarena.kernels.layout import Layout
 
@@ -60,6 +62,16 @@ class SequencePolicy(ABC):
     kv_layout: KVLayout
     pool_bytes: int
 
+    # What others must know to price its actions and to make its store. A policy that decides an action has said how
+    # large it is: CopyBlock, SwapOut and SwapIn move a block, Map and Unmap a page-group in every tensor of a group.
+    block_size: int | None = None  # tokens; None where nothing lies in blocks
+    geometries: tuple[RowGeometry, ...] = ()  # of rows that are mapped page-group by page-group, by layer group
+
+    @property
+    def block_bytes(self) -> int | None:
+        """Bytes of a block over all tensors."""
+        return None if self.block_size is None else self.block_size * self.kv_layout.token_bytes
+
     @abstractmethod
     def fits_pool(self, seq: Sequence) -> bool:
         """Whether the sequence could ever run to its end, alone in an empty pool."""
@@ -95,6 +107,21 @@ class SequencePolicy(ABC):
     @abstractmethod
     def check_integrity(self) -> None:
         """Recount everything from scratch. Raises IntegrityError with the sum that does not add up."""
+
+    # ---- what a sequence holds, for pictures ---------------------------------------------------------------------
+
+    @property
+    def units(self) -> Units | None:
+        """The units of the pool; None where its memory cannot be told apart by sequence."""
+        return None
+
+    def holding(self, seq: Sequence) -> Holding:
+        """What a resident sequence holds, where there are `units`."""
+        raise NotImplementedError(f"{self.name}'s memory cannot be told apart by sequence")
+
+    def idle_units(self) -> tuple[int, ...]:
+        """Units that are kept ready and belong to nobody."""
+        return ()
 
     # ---- what happens to real memory, once a step ---------------------------------------------------------------
 

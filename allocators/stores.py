@@ -7,7 +7,6 @@ from kvarena.allocators.paged_store import PagedStore
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.reserved_store import ReservedStore
 from kvarena.allocators.store import Store
-from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.virtual_store import VirtualStore
 from kvarena.kernels.layout import Layout
 
@@ -27,7 +26,7 @@ def make_store(
     """
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     shape = ModelShape(num_layers, num_kv_heads, head_size, resolved)
-    if isinstance(policy, VAttentionPolicy):
+    if policy.geometries:
         return VirtualStore(policy, shape, device=device)
     kind = PagedStore if policy.memory_layout is Layout.PAGED else ReservedStore
     return kind(policy, shape, device)

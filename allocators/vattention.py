@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import gcd
 
+from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.ledger import resident_bytes
 from kvarena.allocators.page_groups import checked_page_group, row_geometries
@@ -23,7 +24,7 @@ from kvarena.allocators.policy import Action, Sequence
 from kvarena.allocators.resting_rows import RestingRows
 from kvarena.allocators.row_growth import Held, RowGrowth
 from kvarena.allocators.sizes import format_bytes
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.allocators.vattention_cache import CachedRows
 from kvarena.allocators.virtual_row import Row
 from kvarena.allocators.virtual_rows import expect
@@ -265,6 +266,27 @@ class VAttentionPolicy(CachedRows):
     def num_slabs(self) -> int:
         """Slabs of the pool, for a model with one layer group."""
         return self._rows.num_slabs
+
+    @property
+    def units(self) -> Units | None:
+        """Slabs, for a model with one layer group."""
+        if len(self.geometries) > 1:
+            return None
+        [geometry] = self.geometries
+        return Units("page-group in every tensor", self.num_slabs, geometry.page_group / geometry.token_stride)
+
+    def holding(self, seq: Sequence) -> Holding:
+        """The slabs of its row; those that it shares too."""
+        [g] = self.geometries
+        row = self._rows.live[seq.seq_id]
+        [slabs] = row.slabs
+        final, end = g.resident_bytes(seq.final_tokens), g.slabs_for(seq.final_tokens) * g.page_group
+        leaves = extent_usage(g.resident_bytes(row.length), final, final, end, len(slabs) * g.page_group)
+        return Holding(row.length, tuple(slabs), tuple(g.num_tensors * leaf for leaf in leaves))
+
+    def idle_units(self) -> tuple[int, ...]:
+        """Slabs mapped in rows without a request: deferred, or pre-mapped."""
+        return self._rows.idle_slabs()
 
     @property
     def mapped_bytes(self) -> int:

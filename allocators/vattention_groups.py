@@ -35,16 +35,22 @@ class RowGroups(Policy):
     def __init__(self) -> None:
         self._due = DueCopies(self._copies)
 
-    def group_fits_pool(self, seqs: Seq[Sequence]) -> bool:
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
         """Whether there are rows, and page-groups beside the watermark, for the members at their ends. They surely
-        share what lies wholly below their prompt.
+        share what lies wholly below their prompt, and below the end of their prefix.
         """
-        if len(seqs) > self.max_rows or max(seq.final_tokens for seq in seqs) > self.max_tokens:
+        if len(seqs) + len(kept) > self.max_rows or max(seq.final_tokens for seq in seqs) > self.max_tokens:
             return False
-        prompt = min(seq.prompt_tokens for seq in seqs)
-        shared = self._rows.page_groups_for(prompt) - self._rows.page_groups_to_fork(prompt)
+        shared = self._shared_below(min(seq.prompt_tokens for seq in seqs))
         needed = shared + sum(self._rows.page_groups_for(seq.final_tokens) - shared for seq in seqs)
+        for each in kept:
+            in_common = self._shared_below(each.prompt_tokens) if each.seq_id == prefix else 0
+            needed += self._rows.page_groups_for(each.prompt_tokens) - in_common
         return needed + self._watermark <= self._rows.total
+
+    def _shared_below(self, tokens: int) -> int:
+        """Page-groups that a fork of a sequence of so many tokens shares with it."""
+        return self._rows.page_groups_for(tokens) - self._rows.page_groups_to_fork(tokens)
 
     def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
         """Whether a row is idle for each member, and page-groups for one, and for what the others have of their own."""
@@ -56,7 +62,7 @@ class RowGroups(Policy):
             length = self._resident(prefix)
             if length > tokens:
                 raise ValueError(f"a prefix of {length} tokens in a prompt of {tokens}")
-            needed -= rows.page_groups_for(length) - rows.page_groups_to_fork(length)
+            needed -= self._shared_below(length)
         return self._fits(needed + self._watermark, len(seqs))
 
     def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
@@ -64,11 +70,8 @@ class RowGroups(Policy):
         own positions and the next.
         """
         rows = self._rows
-        shared = rows.page_groups_for(tokens) - rows.page_groups_to_fork(tokens)
-        held = 0
-        if prefix is not None:
-            length = self._resident(prefix)
-            held = rows.page_groups_for(length) - rows.page_groups_to_fork(length)
+        shared = self._shared_below(tokens)
+        held = 0 if prefix is None else self._shared_below(self._resident(prefix))
         needed = shared + len(seqs) * (rows.page_groups_for(tokens + own + 1) - shared) - held
         return self._fits(needed + self._watermark, len(seqs))
 

@@ -62,6 +62,11 @@ class VirtualRows:
         """Slabs of the first layer group, if it had the whole pool."""
         return self._slabs[0].num_slabs
 
+    def idle_slabs(self) -> tuple[int, ...]:
+        """Slabs of the first layer group that are mapped in rows without a request."""
+        live = {row.index for row in self.live.values()}
+        return tuple(slab for row in self._rows if row.index not in live for slab in row.slabs[0])
+
     def page_groups_for(self, length: int) -> int:
         """Page-groups that a sequence of `length` tokens needs, over all tensors."""
         return sum(g.num_tensors * g.slabs_for(length) for g in self.geometries)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,12 +29,24 @@ from kvarena.allocators.kernel_fence import kernels_so_far
 from kvarena.allocators.model_shape import ModelShape
 from kvarena.allocators.policy import Action, CopyRow, Map, Policy, Unmap
 from kvarena.allocators.store import DriverCalls, Physical, Store
-from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.allocators.vmm.driver import CallTotals, Driver, MapRun
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.view import BatchView, LayerCache
+
+
+class MappingPolicy(Protocol):
+    """A policy that maps rows page-group by page-group, as this store sees it."""
+
+    num_slabs: int
+    max_rows: int
+    max_tokens: int  # of a row
+    tensor_slicing: bool  # one K and one V tensor over all layers
+
+    def row(self, seq_id: int) -> int:
+        """Index of a sequence's row."""
+        ...
 
 
 class VirtualStore(Store):
@@ -48,14 +60,15 @@ class VirtualStore(Store):
         device: torch.device | str = "cpu",
     ) -> None:
         """Raises UserError where the pool does not fit the machine, or the policy's layout not the model."""
-        if not isinstance(policy, VAttentionPolicy):
-            raise TypeError(f"VirtualStore serves VAttentionPolicy, not {type(policy).__name__}")
+        if not policy.geometries:
+            raise TypeError(f"VirtualStore serves policies that map rows, not {type(policy).__name__}")
         shape.check(policy.kv_layout)
-        self._policy = policy
-        self._page_group = policy.page_group_bytes
+        rows: MappingPolicy = policy  # type: ignore[assignment]  # a policy that maps rows
+        self._policy = rows
         [geometry] = policy.geometries
+        self._page_group = geometry.page_group
         self._num_tensors = geometry.num_tensors
-        self._row_bytes = geometry.row_bytes(policy.max_tokens)
+        self._row_bytes = geometry.row_bytes(rows.max_tokens)
         self.driver = driver if driver is not None else make_driver(device, self._page_group)
         self._make_view = view_maker(torch.device(self.driver.device))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvarena-map")
@@ -63,8 +76,8 @@ class VirtualStore(Store):
         self._background = CallTotals()
         self._waited_ns = 0
         try:
-            self._bases = [self.driver.reserve(policy.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
-            self._handles = self.driver.create(self._num_tensors * policy.num_slabs)
+            self._bases = [self.driver.reserve(rows.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
+            self._handles = self.driver.create(self._num_tensors * rows.num_slabs)
             if not self.driver.new_memory_is_zero:  # kernels weigh what lies past a length with 0: no NaN may be there
                 self.driver.clear(self._handles)
             self.tensors = self._make_tensors(shape)

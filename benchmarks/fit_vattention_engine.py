@@ -21,7 +21,7 @@ from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S
 from kvarena.harness.summary import read_published
 
@@ -48,20 +48,20 @@ def efficiency(points: pd.DataFrame, attention_s: Callable[[pd.Series], float]) 
 
 def decode_ms(point: pd.Series) -> float:
     """Attention of a decode step as the file has it."""
-    model = make_step_model(A100, ENGINE, MODELS[point.panel], "vllm", KERNELS[point.system])
+    model = step_model_of(A100, ENGINE, MODELS[point.panel], "vllm", KERNELS[point.system])
     return model.context_ps * point.x * CONTEXT * MS
 
 
 def prefill_s(point: pd.Series) -> float:
     """Attention of a prefill as the file has it."""
-    model = make_step_model(A100, ENGINE, MODELS[point.panel], "vllm", KERNELS[point.system])
+    model = step_model_of(A100, ENGINE, MODELS[point.panel], "vllm", KERNELS[point.system])
     return model.pair_ps * point.x * (point.x + 1) / 2 / PS_PER_S
 
 
 def hosts() -> tuple[np.ndarray, pd.DataFrame]:
     """host (tp 1, 2), sequence, launch (tp 1, 2), flashinfer, all in ms; and the points with their errors."""
     points = published("fig8", "decode_throughput_vs_batch").copy()
-    models = [make_step_model(A100, ENGINE, MODELS[p.panel], "vllm", KERNELS[p.system]) for p in points.itertuples()]
+    models = [step_model_of(A100, ENGINE, MODELS[p.panel], "vllm", KERNELS[p.system]) for p in points.itertuples()]
     steps_ms = 1e3 * points.x.to_numpy() / points.value.to_numpy()
     fixed = np.array([m.weights_ps + m.link_step_ps for m in models]) * MS
     device_ms = fixed + points.apply(decode_ms, axis=1).to_numpy()

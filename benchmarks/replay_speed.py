@@ -66,7 +66,7 @@ def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
     """CPU seconds of one replay with its record, from the requests to the frames."""
     [system], context = run.systems, context_of(run)
     policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context)
-    step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+    step_model = make_step_model(run.device, run.engine, run.model, system)
     executor = ModelledExecutor(step_model, action_prices(run.device, policy))
     engine = Engine(make_scheduler(system.scheduler, policy, context), executor, jump=jump)
     start = time.thread_time()

@@ -28,7 +28,7 @@ def leaves_someone_waiting(steps: pd.DataFrame) -> pd.Series:
 
     Preempted requests stand in line again. Where prompts are short of the token budget, memory is what they lack.
     """
-    waiting: pd.Series = steps.waiting + steps.preempted + steps.swapped_out - steps.swapped_in - steps.prefills > 0
+    waiting: pd.Series = steps.waiting > 0
     return waiting
 
 
@@ -54,10 +54,12 @@ def window(steps: pd.DataFrame, bounds_s: Sequence[float] | None) -> pd.DataFram
 def averages(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per kind of average: `average`, `num_steps`, `seconds`, `batch`, and bytes by leaf (and part of one).
 
+    The batch counts requests: all sequences of one together.
+
     Rows are stretches of one or more steps. Where nobody ever waits, the third average has no steps and NaN.
     """
     waiting = leaves_someone_waiting(rows)
-    values = rows[list(Usage._fields)].div(rows.steps, axis=0).assign(batch=rows.decodes + rows.prefills)
+    values = rows[list(Usage._fields)].div(rows.steps, axis=0).assign(batch=rows.requests)
     weights = {
         Average.OVER_ITERATIONS: rows.steps.astype(float),
         Average.OVER_TIME: rows.duration_ps.astype(float),
@@ -92,12 +94,13 @@ def by_interval(steps: pd.DataFrame, interval_s: float) -> pd.DataFrame:
     """Steps summed up by intervals of time, small enough to keep: means per step, and sums of what is counted.
 
     Columns: system, start_s, num_steps, seconds, batch, waiting, preempted, actions, ahead, and mean bytes by leaf.
+    The batch, and who waits, are requests.
     """
     start_s = (steps.start_ps / PS // interval_s * interval_s).rename("start_s")
     sums = steps.assign(
         num_steps=steps.steps,
         seconds=steps.duration_ps / PS,
-        batch=(steps.decodes + steps.prefills) * steps.steps,
+        batch=steps.requests * steps.steps,
         waiting=steps.waiting * steps.steps,
     ).groupby(["system", start_s], sort=False)[
         ["num_steps", "seconds", "preempted", "actions", "ahead", "batch", "waiting", *Usage._fields]

@@ -90,7 +90,7 @@ def _workload(run: Run, load: Load, rate: float) -> Workload:
 def _cell(run: Run, replayer: Replayer, system: System, workload: Workload, load: Load) -> Frames:
     requests, steps, _ = replayer.serve(system, workload)
     means = averages(window(steps, load.window_s)).assign(
-        peak=int((steps.decodes + steps.prefills).max()), preemptions=int(steps.preempted.sum())
+        peak=int(steps.requests.max()), preemptions=int(steps.preempted.sum())
     )
     return {"averages": means, "steps": by_interval(steps, run.params.record_every_s), "requests": requests}
 

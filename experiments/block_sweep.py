@@ -74,7 +74,7 @@ def serve_in_turn(run: Run, lines: Sequence[Line], workload: Workload) -> pd.Dat
 def measures(served: Served) -> dict[str, float]:
     """Every metric of one replay, its mean batch over iterations, and the share of held memory that is empty."""
     steps = served.steps
-    batch = float(((steps.decodes + steps.prefills) * steps.steps).sum() / steps.steps.sum())
+    batch = float((steps.requests * steps.steps).sum() / steps.steps.sum())
     kinds = paper_vllm_rollup(Usage(*steps[list(Usage._fields)].sum().tolist()))
     held = kinds["token_states"] + kinds["last_block_waste"]
     ours = {"mean_batched_requests": batch, "last_block_waste": 100 * kinds["last_block_waste"] / held}

@@ -23,7 +23,8 @@ from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Outcome, Recorder
 from kvarena.harness.request import Request, RequestState
-from kvarena.harness.roofline import attention_key, make_step_model
+from kvarena.harness.resident import make_resident
+from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step_model import PS_PER_S
@@ -78,7 +79,7 @@ def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, flo
     policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes_of(run, system), max_tokens)
     scheduler = make_scheduler(system.scheduler, policy, max_tokens)
     scheduler.running = _residents(policy, batch, context, steps)
-    model = make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention_key(system))
+    model = make_step_model(run.device, run.engine, run.model, system)
     executor = ModelledExecutor(model, action_prices(run.device, policy))
     duration_ps = stall_ps = mapped = 0
     for _ in range(steps):
@@ -100,13 +101,11 @@ def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, flo
 
 def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Request]:
     """Sequences whose prompts are cached and which have a token each, admitted and not yet decoding."""
-    requests = []
-    for seq_id in range(batch):
-        request = Request(seq_id, context, steps + 2, state=RequestState.RUNNING, computed=context, generated=1)
-        if not policy.admit(request, context):
-            raise UserError(f"{policy.name}: a batch of {batch} x {context} tokens does not fit the pool")
-        requests.append(request)
-    policy.drain()
+    requests = [
+        Request(seq_id, context, steps + 2, state=RequestState.RUNNING, computed=context, generated=1)
+        for seq_id in range(batch)
+    ]
+    make_resident(policy, requests)
     return requests
 
 

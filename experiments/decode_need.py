@@ -12,7 +12,7 @@ from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import panel_name
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S, StepLoad
 from kvarena.harness.summary import SummaryRow, row
 
@@ -46,7 +46,7 @@ def decode_need(
 def _decode_throughput(
     hardware: DeviceConfig, engine: EngineConfig, model: ModelConfig, batch: int, context: int
 ) -> float:
-    step = make_step_model(hardware, engine, model, "vllm", ATTENTION)
+    step = step_model_of(hardware, engine, model, "vllm", ATTENTION)
     return batch * PS_PER_S / step.step_ps(StepLoad(batch, batch, batch * context))
 
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from kvarena.allocators.holding import Holding
 from kvarena.allocators.policy import Action
 from kvarena.allocators.registry import make_policy
-from kvarena.experiments.holdings import Holding, Holdings, holdings_of
+from kvarena.errors import UserError
 from kvarena.experiments.replay import context_of, pool_bytes_of, requests_of
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.engine import Engine
@@ -61,15 +62,14 @@ class Film:
 class _Camera(ModelledExecutor):
     """Prices steps, and keeps a frame of each."""
 
-    def __init__(self, model: StepModel, prices: ActionPrices, scheduler: Scheduler, holdings: Holdings) -> None:
+    def __init__(self, model: StepModel, prices: ActionPrices, scheduler: Scheduler) -> None:
         super().__init__(model, prices)
         self.frames: list[Frame] = []
-        self._scheduler, self._holdings = scheduler, holdings
+        self._scheduler = scheduler
 
     def execute(self, plan: StepPlan) -> StepTime:
         """Price the step."""
-        self._holdings.follow([*plan.actions, *plan.ahead])
-        running = self._scheduler.running
+        policy, running = self._scheduler.policy, self._scheduler.running
         self.frames.append(
             Frame(
                 decodes=tuple(r.seq_id for r in plan.decodes),
@@ -79,8 +79,8 @@ class _Camera(ModelledExecutor):
                 swapped_in=tuple(r.seq_id for r in plan.swapped_in),
                 actions=tuple(plan.actions),
                 ahead=tuple(plan.ahead),
-                holdings={r.seq_id: self._holdings.holding(r) for r in running},
-                idle_units=self._holdings.idle_units(r.seq_id for r in running),
+                holdings={r.seq_id: policy.holding(r) for r in running},
+                idle_units=policy.idle_units(),
             )
         )
         return super().execute(plan)
@@ -94,13 +94,15 @@ def film(run: Run, system: System, workload: Workload) -> Film:
     pool_bytes = pool_bytes_of(run, system)
     policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes, context_of(run))
     scheduler = make_scheduler(system.scheduler, policy, context_of(run))
-    holdings, prices = holdings_of(policy, system.allocator), action_prices(run.device, policy)
-    camera = _Camera(
-        make_step_model(run.device, run.engine, run.model, system.scheduler.name), prices, scheduler, holdings
-    )
+    units, prices = policy.units, action_prices(run.device, policy)
+    if units is None:
+        raise UserError(
+            f"allocator {policy.name}: its memory cannot be told apart by request, so there is no picture of it"
+        )
+    camera = _Camera(make_step_model(run.device, run.engine, run.model, system), prices, scheduler)
     done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
     return Film(
-        system=run.shown_as(system), unit_name=holdings.unit_name, unit_tokens=holdings.unit_tokens,
-        num_units=holdings.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
+        system=run.shown_as(system), unit_name=units.name, unit_tokens=units.tokens,
+        num_units=units.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
         frames=camera.frames, steps=done.steps.to_frame(),
     )  # fmt: skip

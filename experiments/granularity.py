@@ -104,7 +104,7 @@ def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> F
         "partly_filled": shares(paper_vllm_rollup(usage_of(mean)))["last_block_waste"],
         "units_per_step": (rows.actions + rows.ahead).sum() / rows.steps.sum(),
         "stall_share": 100 * rows.stall_ps.sum() / rows.duration_ps.sum(),
-        "tokens_per_s": float(((rows.decodes + rows.prefills) * rows.steps).sum()) / mean.seconds,
+        "tokens_per_s": float((rows.output_tokens * rows.steps).sum()) / mean.seconds,
         "preempted": int(rows.preempted.sum()),
     }
     return {"points": pd.DataFrame([point])}

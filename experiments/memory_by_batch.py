@@ -74,7 +74,7 @@ def _per_request(run: Run, value: float, names: dict[str, str]) -> SummaryRow:
 
 
 def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[SummaryRow]:
-    model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+    model = make_step_model(run.device, run.engine, run.model, system)
     place = _place(run, "throughput") | {"quantity": "throughput_vs_batch", "unit": "token/s"}
     for batch in run.params.throughput_batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))
@@ -119,11 +119,11 @@ def measured(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         own = decoding[decoding.system == system.name]
         names = {**columns(run, system), "evidence": "measured"}
-        for batch, rows in own.groupby("decodes"):
+        for batch, rows in own.groupby("requests"):
             value = (run.model.weight_bytes + rows.attached.sum() / rows.steps.sum()) / GB
             place = _place(run, "memory") | {"quantity": "memory_vs_batch", "x": batch, "unit": "GB"}
             yield layout_row(run, value, **place, **names)
-            value = int(rows.decodes.iloc[0]) / float((rows.duration_ps / rows.steps).median()) * PS_PER_S
+            value = PS_PER_S / float((rows.duration_ps / (rows.steps * rows.output_tokens)).median())
             place = _place(run, "throughput") | {"quantity": "throughput_vs_batch", "x": batch, "unit": "token/s"}
             yield layout_row(run, value, **place, **names)
-        yield _per_request(run, own.attached.sum() / (own.decodes * own.steps).sum(), names)
+        yield _per_request(run, own.attached.sum() / (own.requests * own.steps).sum(), names)

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvarena.allocators.holding import OWNED
 from kvarena.allocators.policy import Map
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.chrome_trace import chrome_trace
 from kvarena.experiments.film import Film, film
-from kvarena.experiments.holdings import OWNED
 from kvarena.experiments.replay import columns, panel_of, workload_of
 from kvarena.experiments.stepped_view import stepped_view
 from kvarena.experiments.timeline import draw_timeline, timeline

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from kvarena.allocators.page_groups import checked_page_group, row_geometries
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.experiments.decode_cell import check_steps, resident
@@ -66,10 +67,14 @@ def measure(run: Run, model: Model, number: int) -> Frames:
 
 def _row_bytes(run: Run, model: Model) -> int:
     """Bytes of one row mapped to its end, in all tensors."""
-    allocator = the_system(run).allocator
-    page_group = checked_page_group(allocator.page_group)
-    geometries = row_geometries(model.config.kv_layout(), page_group, allocator.tensor_slicing)
-    return sum(g.num_tensors * g.row_bytes(run.params.max_tokens) for g in geometries)
+    rows = geometries(the_system(run), model.config.kv_layout())
+    return sum(g.num_tensors * g.row_bytes(run.params.max_tokens) for g in rows)
+
+
+def geometries(system: System, kv_layout: KVLayout) -> tuple[RowGeometry, ...]:
+    """How a system's rows lie in page-groups, by layer group."""
+    allocator = system.allocator
+    return row_geometries(kv_layout, checked_page_group(allocator.page_group), allocator.tensor_slicing)
 
 
 def _prime(way: Way, params: Any, rows: int) -> Callable[[Policy], None]:

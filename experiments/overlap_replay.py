@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from kvarena.experiments.mapping import on_gpus, the_system, with_driver_calls
-from kvarena.experiments.overlap_cell import Way, system_in
+from kvarena.experiments.overlap_cell import Way, geometries, system_in
 from kvarena.experiments.replay import Replayer
 from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
@@ -28,7 +28,8 @@ def replayed(run: Run) -> Frames:
         if way is Way.PREMAPPED:
             decoding = decoding.assign(actions=0)
         steps.append(decoding.assign(way=way.value))
-        tensors = sum(g.num_tensors for g in run.model.shard().kv_layout().groups)
+        [geometry] = geometries(system, run.model.shard().kv_layout())
+        tensors = geometry.num_tensors  # with tensor slicing one K and one V over all layers
         totals = {"critical": tensors * decoding.actions.sum(), "background": tensors * decoding.ahead.sum()}
         calls.append({"way": way.value, **totals})
     return {"steps": pd.concat(steps, ignore_index=True), "calls": pd.DataFrame(calls)}

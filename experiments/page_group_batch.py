@@ -61,9 +61,8 @@ def measure(run: Run, variant: Variant, seed: int) -> Frames:
     """The largest batch of one replay, and the mean one while someone waits."""
     replayer = Replayer(on_gpus(run, run.model.tp, context_of(run)))
     steps = replayer.serve(variant.system, workload_of(run, seed=seed)).steps
-    batch = steps.decodes + steps.prefills
     waiting = window(steps, None)
-    mean = ((waiting.decodes + waiting.prefills) * waiting.steps).sum() / waiting.steps.sum()
-    point = {"model": run.model.name, "unit": variant.label, "seed": seed, "max_batch": int(batch.max()),
+    mean = (waiting.requests * waiting.steps).sum() / waiting.steps.sum()
+    point = {"model": run.model.name, "unit": variant.label, "seed": seed, "max_batch": int(steps.requests.max()),
              "mean_batch": float(mean), "preempted": int(steps.preempted.sum())}  # fmt: skip
     return {"points": pd.DataFrame([point])}

@@ -8,16 +8,16 @@ between the pool and host memory, and the model computes the prompt.
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.policy import Action, Sequence
+from kvarena.allocators.policy import Action, Policy, Sequence
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
+from kvarena.errors import UserError
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.model.contract import Model
 from kvarena.harness.request import Request
@@ -26,6 +26,7 @@ from kvarena.harness.run import Run
 from kvarena.harness.step import PrefillChunk, StepPlan
 from kvarena.harness.step_model import PS_PER_S, StepLoad
 from kvarena.harness.systems import System
+from kvarena.harness.timed_call import wait_for
 from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.registry import get_kernel
 
@@ -38,7 +39,7 @@ def modelled_costs(run: Run, system: System, tokens: int) -> Costs:
     policy = scattered_policy(run, system, [tokens])
     prices = action_prices(run.device, policy)
     out_ps, in_ps = (prices.total_ps(actions) for actions in _swaps(policy, 0))
-    step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name)
+    step_model = make_step_model(run.device, run.engine, run.model, system)
     prompt_ps = step_model.step_ps(StepLoad(tokens, 0, 0, tokens * (tokens + 1) // 2))
     return _costs(out_ps / PS_PER_S, in_ps / PS_PER_S, prompt_ps / PS_PER_S)
 
@@ -47,14 +48,19 @@ def _costs(out_s: float, in_s: float, recompute_s: float) -> Costs:
     return {RECOMPUTE: recompute_s, SWAP_IN: in_s, SWAP_OUT: out_s, SWAP: in_s + out_s}
 
 
-def scattered_policy(run: Run, system: System, lengths: list[int]) -> PagedPolicy:
-    """A policy that holds sequences of these lengths, their blocks scattered, with room to swap all of them."""
+def scattered_policy(run: Run, system: System, lengths: list[int]) -> Policy:
+    """A policy that holds sequences of these lengths, their blocks scattered, with room to swap all of them.
+
+    Raises UserError for an allocator that swaps no blocks.
+    """
     layout = run.model.shard().kv_layout()
+    options = {field.name for field in fields(system.allocator)}
+    if not {"block_size", "swap_bytes", "watermark"} <= options:
+        raise UserError(f"systems: {system.name} ({system.allocator.name}) has no blocks that can be swapped")
     block = system.allocator.block_size
     pool_tokens = (2 * sum(lengths) // block + len(lengths) + 2) * block
     config = replace(system.allocator, watermark=0.0, swap_bytes=pool_tokens * layout.token_bytes)
     policy = make_policy(config, layout, pool_tokens * layout.token_bytes, run.model.max_tokens)
-    assert isinstance(policy, PagedPolicy)
     _shuffle_free_blocks(policy, random.Random(run.model.seed))
     for seq_id, tokens in enumerate(lengths):
         admitted = policy.admit(Sequence(seq_id, tokens, output_tokens=1), tokens)
@@ -62,17 +68,17 @@ def scattered_policy(run: Run, system: System, lengths: list[int]) -> PagedPolic
     return policy
 
 
-def _shuffle_free_blocks(policy: PagedPolicy, order: random.Random) -> None:
+def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
     """Take every block for a sequence of its own and give them back in random order: the free list is that order."""
-    holders = list(range(policy.num_blocks))
-    for seq_id in holders:
-        policy.admit(Sequence(seq_id, 1, output_tokens=1), 1)
+    holders: list[int] = []
+    while policy.admit(Sequence(len(holders), 1, output_tokens=1), 1):
+        holders.append(len(holders))
     order.shuffle(holders)
     for seq_id in holders:
         policy.release(seq_id)
 
 
-def _swaps(policy: PagedPolicy, seq_id: int) -> Iterator[list[Action]]:
+def _swaps(policy: Policy, seq_id: int) -> Iterator[list[Action]]:
     """Actions that swap a sequence out, then those that bring it back."""
     policy.swap_out(seq_id)
     yield policy.drain()
@@ -130,22 +136,18 @@ class PreemptionBench:
         return self._store.layer(self._executor.model.config.num_layers - 1).k
 
     def _blocks(self, request: Request) -> torch.Tensor:
-        return torch.tensor(self._policy.block_table(request.seq_id), device=self._device)
+        return torch.tensor(self._policy.holding(request).units, device=self._device)
 
     def _contents(self, request: Request) -> torch.Tensor:
         """K of the request in the last layer, position by position: [tokens, H, D]."""
         return self._last_layer[self._blocks(request)].flatten(0, 1)[: request.prompt_tokens].clone()
 
     def _timed(self, call: Any, argument: Any) -> float:
-        self._wait()
+        wait_for(self._device)
         start = time.perf_counter()
         call(argument)
-        self._wait()
+        wait_for(self._device)
         return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
     def close(self) -> None:
         """Give the memory back."""

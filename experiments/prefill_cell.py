@@ -19,7 +19,7 @@ from kvarena.harness.action_prices import action_prices
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames
 from kvarena.harness.request import Request
-from kvarena.harness.roofline import attention_key, make_step_model
+from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step_model import PS_PER_S, StepLoad
@@ -32,13 +32,13 @@ def modelled_cell(run: Run) -> Frames:
 
 
 def _priced(run: Run, system: System, tokens: int) -> dict[str, Any]:
-    model = make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention_key(system))
+    model = make_step_model(run.device, run.engine, run.model, system)
     policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes_of(run, system), tokens + 1)
     prices = action_prices(run.device, policy)
     _take(policy, 0, tokens)
     first_ps = prices.total_ps(policy.drain())
+    policy.look_ahead()  # beside the first prompt's step
     policy.release(0)
-    policy.drain()
     _take(policy, 1, tokens)
     mapping_ps = prices.total_ps(policy.drain())
     pairs = tokens * (tokens + 1) // 2

@@ -32,7 +32,7 @@ from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
 from kvarena.harness.request_list import check_width, make_requests
 from kvarena.harness.request_log import request_frame
-from kvarena.harness.roofline import attention_key, make_step_model
+from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step import Executor
@@ -172,8 +172,7 @@ class Replayer:
     def _executor(self, system: System, policy: Policy) -> Iterator[Executor]:
         run = self._run
         if run.clock == "modelled":
-            attention = attention_key(system)
-            step_model = make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention)
+            step_model = make_step_model(run.device, run.engine, run.model, system)
             yield ModelledExecutor(step_model, action_prices(run.device, policy))
             return
         from kvarena.allocators.stores import make_store

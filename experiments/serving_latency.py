@@ -93,7 +93,7 @@ def normalized_latency_s(requests: pd.DataFrame) -> float:
 
 def _metrics(served: Served) -> dict[str, float]:
     steps, iterations = served.steps, float(served.steps.steps.sum())
-    batch = float(((steps.decodes + steps.prefills) * steps.steps).sum()) / iterations
+    batch = float((steps.requests * steps.steps).sum()) / iterations
     more = {"mean_batched_requests": batch, "clock_events_per_step": len(steps) / iterations}
     return summarize(served.requests, steps, served.resumed_gaps_ps) | more
 

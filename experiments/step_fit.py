@@ -19,7 +19,7 @@ from scipy import optimize
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S, StepLoad
 
 Floats = NDArray[np.float64]
@@ -112,7 +112,7 @@ def device_of(limits: Limits, name: str) -> DeviceConfig:
 
 def predicted_s(fitted: Fitted, model: ModelConfig, steps: pd.DataFrame) -> Floats:
     """Seconds that the fitted step model gives each load."""
-    step_model = make_step_model(fitted.device, fitted.engine, model, "vllm")
+    step_model = step_model_of(fitted.device, fitted.engine, model, "vllm", attention=None)  # it tells no kernels apart
     loads = steps[list(StepLoad._fields)].round().astype(int).itertuples(index=False)
     return np.array([step_model.step_ps(StepLoad(*load)) for load in loads]) / PS_PER_S
 

@@ -4,9 +4,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.allocators.holding import OWNED
 from kvarena.experiments import plots
 from kvarena.experiments.film import Film
-from kvarena.experiments.holdings import OWNED
 
 PS = 10**12
 LANE = 0.9  # of the distance between two lanes, for the largest holding

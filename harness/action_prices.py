@@ -1,12 +1,11 @@
-"""What an allocator's actions cost on a modelled device: copies of blocks and rows, swaps over PCIe, driver calls."""
+"""What an allocator's actions cost on a modelled device: copies of blocks and rows, swaps over PCIe, driver calls.
 
-from collections.abc import Sequence
+Prices follow from the sizes that a policy states (`sequence_policy.py`), whoever wrote it. An action that it has stated
+no size for has no price, and whoever takes it is told so.
+"""
 
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.paged_reserved import PagedReservedPolicy
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.sizes import format_bytes
-from kvarena.allocators.vattention import VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.modelled_executor import ActionPrices
@@ -17,51 +16,43 @@ _PS_PER_US = PS_PER_S // 10**6
 
 def action_prices(device: DeviceConfig, policy: Policy) -> ActionPrices:
     """Prices of the actions that `policy` can decide. Raises UserError where the device lacks a number for one."""
-    if isinstance(policy, PagedPolicy):
-        return _block_prices(device, policy)
-    if isinstance(policy, VAttentionPolicy):
-        return _page_group_prices(device, policy)
-    if isinstance(policy, PagedReservedPolicy):
-        return ActionPrices(copy_block_ps=_copy_block_ps(device, policy))
-    return ActionPrices(copy_row_fs=_copy_row_fs(device, [group.num_tensors for group in policy.kv_layout.groups]))
+    swaps = policy.can_swap
+    return ActionPrices(
+        copy_block_ps=None if policy.block_bytes is None else _copy_block_ps(device, policy.block_bytes),
+        swap_out_ps=_over_pcie_ps(device, policy, "out") if swaps else None,
+        swap_in_ps=_over_pcie_ps(device, policy, "in") if swaps else None,
+        map_ps=_driver_ps(device, policy, "map_us"),
+        unmap_ps=_driver_ps(device, policy, "unmap_us"),
+        copy_row_fs=_copy_row_fs(device, policy),
+    )
 
 
-def _copy_block_ps(device: DeviceConfig, policy: PagedPolicy | PagedReservedPolicy) -> int:
+def _copy_block_ps(device: DeviceConfig, block_bytes: int) -> int:
     """A copied block is read and written in device memory."""
-    block_bytes = policy.block_size * policy.kv_layout.token_bytes
     return round(2 * block_bytes / (device.need("bandwidth_gb_per_s") * 1e9) * PS_PER_S)
 
 
-def _copy_row_fs(device: DeviceConfig, tensors: Sequence[int]) -> tuple[int, ...]:
+def _copy_row_fs(device: DeviceConfig, policy: Policy) -> tuple[int, ...]:
     """A copied byte of a row is read and written in every tensor of its layer group."""
     byte_s = 2 / (device.need("bandwidth_gb_per_s") * 1e9)
-    return tuple(round(n * byte_s * PS_PER_S * 1000) for n in tensors)
+    groups = policy.geometries or policy.kv_layout.groups
+    return tuple(round(group.num_tensors * byte_s * PS_PER_S * 1000) for group in groups)
 
 
-def _block_prices(device: DeviceConfig, policy: PagedPolicy) -> ActionPrices:
-    """A swapped block crosses PCIe, one call for each tensor."""
+def _over_pcie_ps(device: DeviceConfig, policy: Policy, way: str) -> int:
+    """A swapped block crosses PCIe, one call for each tensor. Raises UserError for a policy that states no block."""
+    if policy.block_bytes is None:
+        raise UserError(f"allocator {policy.name} swaps blocks and does not say how large they are: set its block_size")
     copies = sum(group.num_tensors for group in policy.kv_layout.groups)
-    block_bytes = policy.block_size * policy.kv_layout.token_bytes
-    on_device_ps = _copy_block_ps(device, policy)
-    if not policy.can_swap:
-        return ActionPrices(copy_block_ps=on_device_ps)
-
-    def over_pcie(way: str) -> int:
-        moving_s = block_bytes / (device.need(f"copy_{way}_gb_per_s") * 1e9)
-        return round(moving_s * PS_PER_S + copies * device.need(f"copy_{way}_us") * _PS_PER_US)
-
-    return ActionPrices(on_device_ps, swap_out_ps=over_pcie("out"), swap_in_ps=over_pcie("in"))
+    moving_s = policy.block_bytes / (device.need(f"copy_{way}_gb_per_s") * 1e9)
+    return round(moving_s * PS_PER_S + copies * device.need(f"copy_{way}_us") * _PS_PER_US)
 
 
-def _page_group_prices(device: DeviceConfig, policy: VAttentionPolicy) -> ActionPrices:
+def _driver_ps(device: DeviceConfig, policy: Policy, key: str) -> tuple[int, ...]:
     """An action maps or unmaps one page-group in every tensor of a layer group, one call after the other."""
-    size = format_bytes(policy.page_group_bytes)
-    for key in ("map_us", "unmap_us"):
-        if size not in getattr(device, key):
+    times_us: dict[str, float] = getattr(device, key)
+    for geometry in policy.geometries:
+        size = format_bytes(geometry.page_group)
+        if size not in times_us:
             raise UserError(f"device.{key} ({device.name}) has no time for page-groups of {size}, which needs one")
-    tensors = [geometry.num_tensors for geometry in policy.geometries]
-    return ActionPrices(
-        map_ps=tuple(round(n * device.map_us[size] * _PS_PER_US) for n in tensors),
-        unmap_ps=tuple(round(n * device.unmap_us[size] * _PS_PER_US) for n in tensors),
-        copy_row_fs=_copy_row_fs(device, tensors),
-    )
+    return tuple(round(g.num_tensors * times_us[format_bytes(g.page_group)] * _PS_PER_US) for g in policy.geometries)

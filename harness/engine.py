@@ -69,21 +69,20 @@ class Engine:
     def _step(self, clock: Clock, next_arrival_ps: int | None) -> None:
         """Take the step that starts now, or the whole stretch of steps up to the next event."""
         scheduler, start_ps = self.scheduler, clock.now_ps
-        waiting = scheduler.num_waiting
         stretch = None
         if self._modelled is not None and self._may_jump(scheduler):
-            gap_ps = None if next_arrival_ps is None or waiting else next_arrival_ps - start_ps
+            gap_ps = None if next_arrival_ps is None or scheduler.num_waiting else next_arrival_ps - start_ps
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
         shared_bytes = scheduler.policy.shared_bytes * plan.steps if scheduler.may_share else 0
         clock.pass_step(time)
         end_ps = clock.now_ps
+        self._log.add(start_ps, end_ps, plan, time, scheduler.num_waiting, usage, shared_bytes)
+        if time.stall_ps:
+            self._book_stall(plan, time.stall_ps)
         scheduler.complete(plan, end_ps)
         if scheduler.groups:
             scheduler.rank(self.executor.survivors)
-        self._log.add(start_ps, end_ps, plan, time, waiting, usage, shared_bytes)
-        if time.stall_ps:
-            self._book_stall(plan, time.stall_ps)
         for request in scheduler.finished:
             self.executor.finish(request)
 
@@ -116,7 +115,7 @@ class Engine:
 
     @staticmethod
     def _book_stall(plan: StepPlan, stall_ps: int) -> None:
-        for request in plan.decodes:
+        for request in plan.decoding:
             request.stall_ps += stall_ps
         for chunk in plan.prefills:
             chunk.request.stall_ps += stall_ps

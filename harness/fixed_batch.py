@@ -13,6 +13,7 @@ from kvarena.allocators.store import Store
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.harness.request import Request, RequestState
+from kvarena.harness.resident import make_resident
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import StepPlan
 from kvarena.harness.torch_executor import TorchExecutor
@@ -70,23 +71,11 @@ class FixedBatch:
             Request(i, prompt, output_tokens=steps + 2, state=RequestState.RUNNING)  # it never ends within `steps`
             for i, prompt in enumerate(prompts)
         ]
-        self._admit()
+        store.apply(make_resident(self.policy, self.requests))
         scheduler.running = list(self.requests)  # as if their prompts had been served one after the other
-
-    def _admit(self) -> None:
-        for count, request in enumerate(self.requests):
-            if not self.policy.admit(request, request.prompt_tokens):
-                layout = self.policy.kv_layout
-                needed = sum(layout.resident_bytes(r.prompt_tokens) for r in self.requests)
-                raise UserError(
-                    f"a batch of {len(self.requests)} does not fit {self.policy.name}'s pool of "
-                    f"{format_bytes(self.policy.pool_bytes)}: the K/V of its prompts takes {format_bytes(needed)}; "
-                    f"{count} sequences fit. Lower params.batch_sizes or raise params.pool_bytes"
-                )
 
     def fill(self, warm: WarmCache, num_layers: int) -> None:
         """Stand where a prefill would have left the batch: prompts cached, one token generated each."""
-        self.store.apply(self.policy.drain())
         for request in self.requests:
             warm.fill(self.store, request, num_layers)
             known = self.executor.known(request)

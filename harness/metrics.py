@@ -55,7 +55,8 @@ def inter_token_quantiles(
 ) -> NDArray[np.float64]:
     """Quantiles of ITL in seconds, exactly, from the step log: [len(quantiles)].
 
-    Whoever decodes in a step had its last token at the end of the step before, so its gap is the step's duration;
+    Whoever decodes in a step had its last token at the end of the step before, so its gap is the step's duration (rows
+    that only pad a batch are not among the log's decodes);
     `resumed_gaps_ps` holds the others, in which a preemption lies. A quantile is the smallest gap that is not
     exceeded by that share of all gaps.
     """

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Action, CopyBlock, CopyRow, Map, SwapIn, SwapOut, Unmap
+from kvarena.errors import UserError
 from kvarena.harness.decoding.survival import survivors
 from kvarena.harness.group import Group
 from kvarena.harness.step import Executor, StepPlan, StepTime
@@ -12,41 +13,58 @@ from kvarena.harness.step_model import FOREVER, SteadyRun, StepLoad, StepModel
 
 @dataclass(frozen=True, slots=True)
 class ActionPrices:
-    """Picoseconds of one action; maps by layer group."""
+    """Picoseconds of one action; maps by layer group. What has no price must not be decided."""
 
-    copy_block_ps: int = 0
-    swap_out_ps: int = 0
-    swap_in_ps: int = 0
+    copy_block_ps: int | None = None
+    swap_out_ps: int | None = None
+    swap_in_ps: int | None = None
     map_ps: tuple[int, ...] = ()
     unmap_ps: tuple[int, ...] = ()
     copy_row_fs: tuple[int, ...] = ()  # femtoseconds of one byte of a row, in every tensor of the layer group
 
     def total_ps(self, actions: Sequence[Action]) -> int:
-        """Time of these actions, one after the other."""
+        """Time of these actions, one after the other. Raises UserError for one that has no price."""
         return sum(map(self._price_ps, actions))
 
     def _price_ps(self, action: Action) -> int:
+        price_ps: int | None = None
         match action:
-            case Map():
-                return self.map_ps[action.group]
-            case Unmap():
-                return self.unmap_ps[action.group]
+            case Map() if self.map_ps:
+                price_ps = self.map_ps[action.group]
+            case Unmap() if self.unmap_ps:
+                price_ps = self.unmap_ps[action.group]
             case CopyBlock():
-                return self.copy_block_ps
-            case CopyRow():
-                return (action.stop - action.start) * self.copy_row_fs[action.group] // 1000
+                price_ps = self.copy_block_ps
+            case CopyRow() if self.copy_row_fs:
+                price_ps = (action.stop - action.start) * self.copy_row_fs[action.group] // 1000
             case SwapOut():
-                return self.swap_out_ps
+                price_ps = self.swap_out_ps
             case SwapIn():
-                return self.swap_in_ps
+                price_ps = self.swap_in_ps
+        if price_ps is None:
+            raise UserError(
+                f"an allocator decided a {type(action).__name__}, and has not said how large it is: a policy with "
+                "blocks states `block_size`, one that maps rows its `geometries`"
+            )
+        return price_ps
+
+
+class _Free(ActionPrices):
+    """What actions cost where nobody prices them."""
+
+    def total_ps(self, actions: Sequence[Action]) -> int:
+        return 0
+
+
+FREE = _Free()
 
 
 class ModelledExecutor(Executor):
-    """Prices plans. Holds no state: the same plan always takes the same time."""
+    """Prices plans. Holds no state: the same plan always takes the same time. Without prices actions take none."""
 
     def __init__(self, model: StepModel, prices: ActionPrices | None = None) -> None:
         self.model = model
-        self.prices = prices or ActionPrices()
+        self.prices = prices or FREE
         self._moved_ps = max(self.prices.map_ps, default=0) + max(self.prices.unmap_ps, default=0)
 
     def execute(self, plan: StepPlan) -> StepTime:

@@ -12,10 +12,17 @@ _PS_PER_MS = PS_PER_S // 1000
 _PS_PER_US = PS_PER_S // 10**6
 
 
-def make_step_model(
-    device: DeviceConfig, engine: EngineConfig, model: ModelConfig, scheduler: str, attention: str | None = None
+def make_step_model(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, system: System) -> StepModel:
+    """The step model of `model` served by `engine` with a system's scheduler and kernel, as `step_model_of` says."""
+    return step_model_of(device, engine, model, system.scheduler.name, attention_key(system))
+
+
+def step_model_of(
+    device: DeviceConfig, engine: EngineConfig, model: ModelConfig, scheduler: str, attention: str | None
 ) -> StepModel:
-    """The step model of `model` served by `engine` on `model.tp` devices; `attention` is `attention_key`'s.
+    """The step model of `model` served by `engine` on `model.tp` devices.
+
+    `attention` is `attention_key`'s; None where no kernel is named, for engines that tell none apart.
 
     Raises UserError where a device lacks a number, or the engine was fitted on something else.
     """
@@ -42,7 +49,7 @@ def attention_key(system: System) -> str:
     return f"{system.kernel.name}/{memory_layout(system.allocator.name).value}"
 
 
-def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, attention: str | None = None) -> StepModel:
+def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, attention: str | None) -> StepModel:
     """What memory and arithmetic of `model.tp` devices allow, at the engine's efficiencies.
 
     A token costs two operations per parameter; a (query, key) pair four per element of every query head.

@@ -54,6 +54,11 @@ class StepPlan:
     steps: int = 1
 
     @property
+    def decoding(self) -> list[Request]:
+        """Those that decode a token of their own: a row whose output is done only pads its batch. Before `complete`."""
+        return [r for r in self.decodes if r.generated < r.output_tokens]
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to run."""
         return not self.decodes and not self.prefills

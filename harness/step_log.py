@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from kvarena.allocators.usage import Usage
-from kvarena.harness.step import StepPlan, StepTime
+from kvarena.harness.request import Request
+from kvarena.harness.step import PrefillChunk, StepPlan, StepTime
 
 COLUMNS = (
     "start_ps",
@@ -14,8 +15,10 @@ COLUMNS = (
     "duration_ps",  # of all of them, on the clock: scheduling included where it takes time
     "slope_ps",  # by how much each takes longer than the one before
     "stall_ps",  # of the duration, waiting for the allocator
-    "decodes",  # sequences, in every one of the steps
-    "prefills",  # sequences
+    "requests",  # in the batch, in every one of the steps: a group counts once, a row that only pads not at all
+    "decodes",  # sequences, in every one of the steps, without rows that only pad
+    "output_tokens",  # yielded by each of the steps
+    "prefills",  # sequences that are fed; of a group that gets its prompt, one
     "prefill_tokens",
     "reused_tokens",  # not fed by those admitted in this step: a prefix held them, or a prefix cache
     "preempted",
@@ -23,10 +26,16 @@ COLUMNS = (
     "swapped_in",
     "actions",  # of the allocator, before the step
     "ahead",  # beside it; of all the steps together
-    "waiting",  # requests in line when the row starts
+    "waiting",  # requests that stay in line, or swapped out, when the first of the steps is scheduled
     "shared_bytes",  # what sequences hold together, counted beyond the first time; summed over the steps
     *Usage._fields,  # bytes, summed over the steps; taken after scheduling, before the forward pass
 )
+
+
+def _num_requests(decodes: list[Request], prefills: list[PrefillChunk]) -> int:
+    """A group decodes with all its members; of a group that is recomputed any of them may be fed."""
+    led = sum([r.group is None or r.leads for r in decodes])
+    return led + len({chunk.request.request_id for chunk in prefills}) if prefills else led
 
 
 class StepLog:
@@ -48,8 +57,11 @@ class StepLog:
         usage: Usage,
         shared_bytes: int = 0,
     ) -> None:
-        """Record a plan that ran from start to end. `usage` and `shared_bytes` are sums over its steps."""
-        prefills = plan.prefills
+        """Record a plan that ran from start to end, before its tokens are booked.
+
+        `usage` and `shared_bytes` are sums over its steps.
+        """
+        decodes, prefills = plan.decoding, plan.prefills
         self._values.extend(
             (
                 start_ps,
@@ -57,7 +69,9 @@ class StepLog:
                 end_ps - start_ps,
                 time.slope_ps,
                 time.stall_ps,
-                len(plan.decodes),
+                _num_requests(decodes, prefills),
+                len(decodes),
+                len(decodes) + sum([len(chunk.readers) for chunk in prefills if chunk.is_last]),
                 len(prefills),
                 sum([chunk.tokens for chunk in prefills]) if prefills else 0,
                 plan.reused_tokens,

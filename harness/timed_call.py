@@ -1,4 +1,4 @@
-"""How long a call takes that starts work on a device."""
+"""How long a call takes that starts work on a device, and waiting for such work."""
 
 import time
 from collections.abc import Callable
@@ -18,6 +18,12 @@ def seconds(call: Callable[[], object], device: torch.device | str) -> float:
     last.record()
     torch.cuda.synchronize()
     return float(first.elapsed_time(last)) / 1e3
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that it was given; a CPU has done so when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

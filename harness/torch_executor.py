@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from kvarena.allocators.policy import CopyBlock, CopyRow, SwapIn, SwapOut
 from kvarena.allocators.staging import indices_on
 from kvarena.allocators.store import Store
 from kvarena.harness.decode_graphs import DecodeGraphs
@@ -16,9 +17,12 @@ from kvarena.harness.model.contract import Attend, Model
 from kvarena.harness.request import Request
 from kvarena.harness.step import Executor, StepPlan, StepTime
 from kvarena.harness.stopwatch import Stopwatch
+from kvarena.harness.timed_call import wait_for
 from kvarena.kernels.append import append
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.view import BatchView
+
+COPIES = (CopyBlock, CopyRow, SwapIn, SwapOut)  # actions that a device performs; all others are the driver's
 
 Phase = Callable[[str], AbstractContextManager[None]]  # times a region
 
@@ -31,7 +35,8 @@ class TorchExecutor(Executor):
     """Runs plans on one model, one store and one kernel; `tokens` are the known ones, by seq_id.
 
     `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`. A step that
-    was replayed as a graph has no append or attention of its own.
+    was replayed as a graph has no append or attention of its own. A step that copies waits for its copies, so that
+    they are timed; one that does not stays asynchronous.
     """
 
     def __init__(
@@ -48,8 +53,13 @@ class TorchExecutor(Executor):
 
     def execute(self, plan: StepPlan) -> StepTime:
         """Run one iteration and feed every finished row its next token."""
+        copies = any([isinstance(action, COPIES) for action in plan.actions])
+        if copies:
+            wait_for(self.model.device)  # else what earlier steps left to do would count as this one's copies
         start = time.perf_counter_ns()
         self.store.apply(plan.actions)
+        if copies:
+            wait_for(self.model.device)  # a GPU's copies have only been launched
         applied = time.perf_counter_ns()
         views = self._views(plan)
         self.store.apply_in_background(plan.ahead)

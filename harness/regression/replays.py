@@ -24,7 +24,7 @@ from kvarena.harness.paths import CONF
 from kvarena.harness.regression.counting import CountingExecutor, Takes, counted_takes
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.request_list import make_requests
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.workload import make_workload
 
@@ -54,7 +54,7 @@ class Scenario:
             self._context,
         )
         scheduler = make_scheduler(_typed("scheduler", parts.scheduler.name, parts.scheduler), policy, self._context)
-        step_model = make_step_model(self._device, self._engine, self._model, parts.scheduler.name)
+        step_model = step_model_of(self._device, self._engine, self._model, parts.scheduler.name, attention=None)
         executor = CountingExecutor(step_model, action_prices(self._device, policy))
         with counted_takes() as takes:
             done = Engine(scheduler, executor).run(self._requests())

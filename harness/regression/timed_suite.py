@@ -69,6 +69,8 @@ def _decode_steps(policy: object, batch: int, steps: int) -> Body:
     def body() -> None:
         for seq in seqs:
             assert policy.admit(seq, seq.prompt_tokens)
+        policy.drain()
+        policy.look_ahead()
         for _ in range(steps):
             assert policy.grow_each(ids) == batch
             policy.usage()

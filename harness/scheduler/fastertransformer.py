@@ -55,8 +55,8 @@ class FasterTransformerScheduler(Scheduler):
         return not self.running
 
     def steps_left(self) -> int:
-        """Steps until the row with the longest output is done."""
-        return max([r.output_tokens - r.generated for r in self.running])
+        """Steps until the next row is done, and only pads the batch from then on."""
+        return min([left for r in self.running if (left := r.output_tokens - r.generated) > 0])
 
     def _retire(self, done: list[Request], now_ps: int) -> None:
         """Nobody leaves before the last row is done."""

@@ -40,7 +40,7 @@ class Scheduler(ABC):
         self.finished: list[Request] = []  # by the step just completed
         self.groups: list[Group] = []  # that run
         self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
-        self._prefixes: set[Prefix] = set()  # resident
+        self._prefixes: list[Prefix] = []  # resident, in order of registration
         unit_tokens = policy.cache_unit_tokens
         self._names = None if unit_tokens is None else PromptNames(unit_tokens)  # of a prefix cache, where there is one
         self._now_ps = 0  # start of the step being scheduled
@@ -66,11 +66,11 @@ class Scheduler(ABC):
         return ""
 
     def _fits_pool(self, gang: list[Request]) -> bool:
-        """Whether it could run alone, beside the prefixes."""
+        """Whether it could run alone, beside the prefixes that are kept."""
         if len(gang) == 1 and not self._prefixes:
             return self.policy.fits_pool(gang[0])
         kept = [Sequence(prefix.prefix_id, prefix.tokens, 0) for prefix in self._prefixes]
-        return self.policy.group_fits_pool([*gang, *kept])
+        return self.policy.group_fits_pool(gang, kept, self._shared_prefix(gang[0]))
 
     def submit(self, request: Request) -> None:
         """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one.
@@ -133,7 +133,7 @@ class Scheduler(ABC):
             raise UserError(f"a prefix of {prefix.tokens} tokens exceeds the context of {self.max_tokens}")
         if not self.policy.register_prefix(prefix.prefix_id, prefix.tokens):
             raise UserError(f"a prefix of {prefix.tokens} tokens finds no room beside what {self.policy.name} holds")
-        self._prefixes.add(prefix)
+        self._prefixes.append(prefix)
 
     def _shared_prefix(self, head: Request) -> int | None:
         return head.prefix.prefix_id if head.prefix is not None and head.prefix in self._prefixes else None

@@ -12,7 +12,7 @@ from kvarena.experiments.allocation_overlap import events, hidden_share
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.mapping import the_system
 from kvarena.experiments.overlap_cell import Way, _prime, system_in
-from kvarena.experiments.overlap_replay import decode_only
+from kvarena.experiments.overlap_replay import decode_only, replayed
 from kvarena.harness.request import Request
 
 SMALL = (
@@ -94,6 +94,17 @@ def test_stretches_come_apart_into_their_iterations() -> None:
     assert each.stall_ms.tolist() == [0, 0, 0, 2]
     assert each.iteration.tolist() == [0, 1, 2, 3]
     assert len(decode_only(log, count=2)) == 2
+
+
+@pytest.mark.parametrize(("sliced", "tensors"), [(False, 64), (True, 2)])
+def test_a_page_group_is_a_call_in_every_tensor(sliced: bool, tensors: int) -> None:
+    """K and V of 32 layers; with tensor slicing one K and one V over all of them."""
+    run = compose_run(*MODELLED, "allocator=vattention", f"allocator.tensor_slicing={sliced}")
+    cell = replayed(run)
+    actions = cell["steps"].groupby("way")[["actions", "ahead"]].sum()
+    calls = cell["calls"].set_index("way")
+    assert calls.critical["sync"] == tensors * actions.actions["sync"] > 0
+    assert calls.background["overlapped"] == tensors * actions.ahead["overlapped"] > 0
 
 
 def test_modelled_sync_waits_for_the_published_calls(summary_of: Callable[..., pd.DataFrame]) -> None:

@@ -17,10 +17,10 @@ def steps_of(*rows: dict[str, int]) -> pd.DataFrame:
 
 
 REPLAY = steps_of(
-    {"start_ps": 0, "prefills": 1, "live": 10, "waiting": 1},  # the only one in line is admitted
-    {"start_ps": PS, "decodes": 2, "steps": 3, "duration_ps": 9 * PS, "live": 240, "waiting": 4},
-    {"start_ps": 10 * PS, "decodes": 1, "preempted": 1, "live": 50},  # whoever is preempted waits
-    {"start_ps": 11 * PS, "decodes": 1, "live": 30},
+    {"start_ps": 0, "requests": 1, "prefills": 1, "live": 10},  # the only one in line is admitted
+    {"start_ps": PS, "requests": 2, "decodes": 8, "steps": 3, "duration_ps": 9 * PS, "live": 240, "waiting": 4},
+    {"start_ps": 10 * PS, "requests": 1, "decodes": 4, "preempted": 4, "live": 50, "waiting": 1},  # preempted, it waits
+    {"start_ps": 11 * PS, "requests": 1, "decodes": 4, "live": 30},
 )
 
 
@@ -61,7 +61,7 @@ def test_intervals_keep_sums_and_means():
     assert list(table.num_steps) == [4, 2]
     assert list(table.batch) == pytest.approx([(1 + 2 * 3) / 4, 1])
     assert table.live[0] == pytest.approx(250 / 4)
-    assert table.preempted.sum() == 1
+    assert table.preempted.sum() == 4
     assert set(Usage._fields) < set(table.columns)
 
 

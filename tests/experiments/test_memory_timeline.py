@@ -8,13 +8,13 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
+from kvarena.allocators.holding import OWNED
 from kvarena.allocators.policy import Map, Unmap
 from kvarena.errors import UserError
 from kvarena.experiments import memory_timeline
 from kvarena.experiments.chrome_trace import chrome_trace
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.film import Film, film
-from kvarena.experiments.holdings import OWNED
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.stepped_view import stepped_view
 from kvarena.experiments.timeline import timeline

@@ -39,7 +39,8 @@ def test_decode_throughput_at_scale(summary_of: Callable[..., pd.DataFrame]) -> 
     assert kinds["Yi-6B", "FA2_Paged", 1] == "calibrated"
     assert kinds["Yi-6B", "FA2_Paged", 16] == kinds["Yi-34B", "FA2_Paged", 1] == "predicted"
     maps = values(summary, "actions_per_step_vs_batch", "panel", "system", "x")
-    assert maps["Yi-6B", "FA2_Paged", 32] == 0 < maps["Yi-6B", "FA2_vAttention", 32]
+    assert (maps == 0).all(), "prompts end with a page-group, and the next was mapped beside the step before the first"
+    assert (values(summary, "allocator_stall_vs_batch", "panel", "system", "x") == 0).all()
 
 
 def test_prefill_throughput_at_scale(summary_of: Callable[..., pd.DataFrame]) -> None:

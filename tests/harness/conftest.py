@@ -1,4 +1,4 @@
-"""Helpers of these tests that are no tests: `two_clocks` and `by_hand` are imported by their names."""
+"""Helpers of these tests that are no tests: `two_clocks`, `by_hand` and `newcomers` are imported by their names."""
 
 import sys
 from pathlib import Path

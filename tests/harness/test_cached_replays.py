@@ -258,7 +258,8 @@ def agree(walked, jumped):
         assert all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name != "group")
     rows, steps = jumped.steps.to_frame(), walked.steps.to_frame()
     sums = steps.groupby(rows.index.repeat(rows.steps)).sum()
-    of_each = ["start_ps", "slope_ps", "decodes", "waiting"]  # all others are sums over the steps of a row
+    # of each step; all others are sums over the steps of a row
+    of_each = ["start_ps", "slope_ps", "requests", "decodes", "output_tokens", "waiting"]
     pd.testing.assert_frame_equal(sums.drop(columns=of_each), rows.drop(columns=of_each), check_names=False)
     for request in walked.requests:
         assert request.state is RequestState.REFUSED or request.generated == request.output_tokens

@@ -108,7 +108,7 @@ def folded(walked: pd.DataFrame, jumped: pd.DataFrame) -> pd.DataFrame:
     assert len(stretch) == len(walked)
     sums = walked.groupby(stretch).sum()
     first = walked.groupby(stretch).first()
-    for column in ("start_ps", "decodes", "waiting"):
+    for column in ("start_ps", "requests", "decodes", "output_tokens", "waiting"):
         sums[column] = first[column]
     slopes = [sorted(set(d.diff().dropna())) or [0] for _, d in walked.duration_ps.groupby(stretch)]
     assert all(len(values) == 1 for values in slopes), "the steps of a stretch take evenly longer"

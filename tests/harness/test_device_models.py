@@ -14,7 +14,7 @@ from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor, load_of
 from kvarena.harness.request import Request
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step import PrefillChunk, StepPlan
 from kvarena.harness.step_model import StepLoad, StepModel
 
@@ -46,7 +46,7 @@ def test_every_device_file_is_whole(name):
     assert config.name == name
     if config.kind == "modelled":
         llama = model("llama-3-8b", tp=2)
-        assert make_step_model(config, engine("lean"), llama, "vllm").token_ps > 0
+        assert step_model_of(config, engine("lean"), llama, "vllm", None).token_ps > 0
         assert kv_pool_bytes(config, llama) > 0
 
 
@@ -56,21 +56,21 @@ def test_every_engine_file_is_whole(name):
     assert config.name == name
     for key in config.fitted:
         opt, _, scheduler = key.partition("/")
-        assert make_step_model(device("a100-40gb"), config, model(opt), scheduler or "vllm").host_step_ps > 0
+        assert step_model_of(device("a100-40gb"), config, model(opt), scheduler or "vllm", None).host_step_ps > 0
 
 
 def test_a_device_model_without_a_number_says_which():
     with pytest.raises(UserError, match=r"device.bandwidth_gb_per_s=None \(cpu\): a device model needs a number"):
-        make_step_model(device("cpu"), engine("lean"), model("opt-13b"), "vllm")
+        step_model_of(device("cpu"), engine("lean"), model("opt-13b"), "vllm", None)
     with pytest.raises(UserError, match=r"device.tflop_per_s=0"):
-        make_step_model(device("h100", tflop_per_s=0), engine("lean"), model("opt-13b"), "vllm")
+        step_model_of(device("h100", tflop_per_s=0), engine("lean"), model("opt-13b"), "vllm", None)
     with pytest.raises(UserError, match=r"device.kind=tpu"):
         device("h100", kind="tpu")
 
 
 def test_an_engine_without_constants_for_a_model_names_those_it_has():
     with pytest.raises(UserError, match=r"engine=vllm2023 has no constants for model=yi-6b .* opt-13b, opt-13b/faster"):
-        make_step_model(device("a100-40gb"), engine("vllm2023"), model("yi-6b"), "vllm")
+        step_model_of(device("a100-40gb"), engine("vllm2023"), model("yi-6b"), "vllm", None)
 
 
 def test_an_efficiency_is_a_share():
@@ -82,17 +82,17 @@ def test_an_efficiency_is_a_share():
 
 
 def test_the_engine_of_2023_by_hand():
-    fitted = make_step_model(device("a100-40gb"), engine("vllm2023"), model("opt-13b"), "vllm")
+    fitted = step_model_of(device("a100-40gb"), engine("vllm2023"), model("opt-13b"), "vllm", None)
     assert fitted.step_ps(StepLoad(30, 30, 9000)) == 12 * MS + 165 * MS // 10 + 30 * 340_000_000 + 9000 * 527_000
     prefill = fitted.step_ps(StepLoad(1000, 0, 0, pairs=500_500))
     assert prefill == 12 * MS + 130 * MS, "tokens now cost more than the weights"
-    padded = make_step_model(device("a100-40gb"), engine("vllm2023"), model("opt-13b"), "fastertransformer")
+    padded = step_model_of(device("a100-40gb"), engine("vllm2023"), model("opt-13b"), "fastertransformer", None)
     assert padded.step_ps(StepLoad(6, 6, 9000)) == round(3.5 * MS) + round(16.5 * MS) + 6 * 1200 * MS // 1000
 
 
 def test_the_roofline_by_hand():
     opt = model("opt-13b")
-    lean = make_step_model(device("a100-40gb"), engine("lean"), opt, "vllm")
+    lean = step_model_of(device("a100-40gb"), engine("lean"), opt, "vllm", None)
     assert lean.weights_ps == pytest.approx(16.5 * MS, rel=0.01), "25.7 GB over 1555 GB/s"
     assert lean.token_ps == pytest.approx(2 * opt.step_parameters() / (0.6 * 312e12) * 1e12, rel=1e-6)
     assert lean.context_ps == pytest.approx(819_200 / 1555e9 / 0.667 * 1e12, rel=1e-6)
@@ -100,7 +100,9 @@ def test_the_roofline_by_hand():
 
 
 def test_tensor_parallelism_divides_the_work_and_adds_all_reduces():
-    one, four = (make_step_model(device("a100-40gb"), engine("lean"), model("opt-66b", tp=tp), "vllm") for tp in (1, 4))
+    one, four = (
+        step_model_of(device("a100-40gb"), engine("lean"), model("opt-66b", tp=tp), "vllm", None) for tp in (1, 4)
+    )
     for name in ("weights_ps", "token_ps", "context_ps", "pair_ps"):
         assert getattr(one, name) == pytest.approx(4 * getattr(four, name), rel=1e-3)
     assert four.link_step_ps == 2 * 64 * 10 * 10**6

@@ -72,9 +72,9 @@ def test_the_executor_hears_of_every_end_once():
     assert heard == [2, 1, 0]
 
 
-def test_waiting_counts_the_line_before_the_step():
+def test_waiting_counts_whom_a_step_leaves_in_line():
     rows = engine(5).run([Request(0, 8, 2), Request(1, 8, 2), Request(2, 2, 1)]).steps.to_frame()
-    assert rows.waiting.tolist() == [3, 0, 1], "all; none, since all three fit; the one that was preempted"
+    assert rows.waiting.tolist() == [0, 1, 0], "all three fit; one is preempted; it is back"
     assert rows.preempted.tolist() == [0, 1, 0]
 
 

@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 
+from kvarena.allocators.fastertransformer import FasterTransformerPolicy
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged import PagedPolicy
 from kvarena.errors import UserError
+from kvarena.harness.decoding.config import DecodingConfig
 from kvarena.harness.engine import Engine
 from kvarena.harness.metrics import goodput, inter_token_quantiles, latencies, makespan_s, rate_asked, summarize
 from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.request import Request
+from kvarena.harness.request import Request, RequestState
+from kvarena.harness.request_list import make_requests
 from kvarena.harness.request_log import request_frame
 from kvarena.harness.scheduler.registry import config_class, make_scheduler
 from kvarena.harness.step_model import StepModel
+from kvarena.harness.workload import Workload
 
 S = 10**12
 LAYOUT = attention_layout(1, 1, 8)
@@ -108,6 +112,61 @@ def test_pooled_gaps_are_those_of_every_token(name, limits):
     for q in (0.01, 0.5, 0.9, 0.99, 1):
         [ours] = inter_token_quantiles(done.steps.to_frame(), done.resumed_gaps_ps, [q])
         assert ours == np.quantile(gaps, q, method="inverted_cdf")
+
+
+def test_rows_that_only_pad_a_batch_have_no_gaps():
+    """FasterTransformer: a request of 2 tokens rides along with one of 101, whose gaps are the only others."""
+    policy = FasterTransformerPolicy(LAYOUT, 1 << 20, max_tokens=128)
+    scheduler = make_scheduler(config_class("fastertransformer")(), policy, 128)
+    done = Engine(scheduler, ModelledExecutor(StepModel(False, S, 0, 0, 0, 1))).run(
+        [Request(0, 4, 101), Request(1, 4, 2)]
+    )
+    steps = done.steps.to_frame()
+    assert (steps.decodes * steps.steps).sum() == 100 + 1
+    assert (steps.requests * steps.steps).sum() == 101 + 2
+    assert (steps.output_tokens * steps.steps).sum() == 101 + 2
+    [second] = inter_token_quantiles(steps, [], [2 / 101])
+    [third] = inter_token_quantiles(steps, [], [3 / 101])
+    assert second < third, "two gaps end with the first decode, and one with each of the others"
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("vllm", {"preemption": "recompute"}),
+        ("vllm", {"preemption": "swap"}),
+        ("chunked_prefill", {"token_budget": 9, "max_seqs": 9}),
+    ],
+    ids=["recomputing", "swapping", "in chunks"],
+)
+def test_whom_a_step_leaves_in_line_is_whom_nobody_serves(name, limits):
+    """The log's `waiting`, `requests` and tokens, against what the requests say of themselves step by step."""
+    scheduler = scheduler_of(20, name, **limits)
+    ways = [DecodingConfig(), DecodingConfig("parallel", n=3)]
+    lengths = [(9, 20), (3, 30), (14, 8), (5, 25), (7, 2), (1, 28), (11, 16), (30, 9)] * 3
+    workload = Workload(*(np.array(x) for x in zip(*lengths, strict=True)), np.arange(len(lengths)) * S)
+    requests = make_requests(workload, [ways[i % 2] for i in range(len(lengths))])
+    schedule, submit, seen, arrived = scheduler.schedule, scheduler.submit, [], []
+    scheduler.submit = lambda request: arrived.append(request) or submit(request)
+
+    def watched(now_ps):
+        plan = schedule(now_ps)
+        states = [r.state for r in arrived]
+        served = {r.request_id for r in [*plan.decodes, *(chunk.request for chunk in plan.prefills)]}
+        in_line = states.count(RequestState.WAITING) + states.count(RequestState.SWAPPED)
+        behind = getattr(scheduler, "_behind", None)
+        tokens = sum(r.generated for r in requests)
+        seen.append((in_line - (behind is not None), len(served), tokens))
+        return plan
+
+    scheduler.schedule = watched
+    steps = Engine(scheduler, ModelledExecutor(ONE_SECOND_STEPS), jump=False).run(requests).steps.to_frame()
+    waiting, batch, tokens = zip(*seen, strict=True)
+    assert max(waiting) > 2
+    assert steps.waiting.tolist() == list(waiting)
+    assert steps.requests.tolist() == list(batch)
+    assert steps.output_tokens.tolist() == np.diff([*tokens, sum(r.generated for r in requests)]).tolist()
+    assert (steps.decodes > steps.requests).any(), "members of a group are sequences of one request"
 
 
 def test_no_gaps_at_all():

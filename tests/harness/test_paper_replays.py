@@ -19,7 +19,7 @@ from kvarena.harness.model import ModelConfig
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.request import Request
 from kvarena.harness.request_log import request_frame
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.trace.config import TraceConfig
@@ -45,7 +45,7 @@ def replay(shared):
         config = replace(typed(config_class(allocator), load("allocator", allocator), "allocator"), **options)
         policy = make_policy(config, layout, 984 * 16 * layout.token_bytes, model.max_tokens)
         scheduler = make_scheduler(typed(scheduler_class(name), load("scheduler", name), ""), policy, model.max_tokens)
-        executor = ModelledExecutor(make_step_model(device, engine, model, name))
+        executor = ModelledExecutor(step_model_of(device, engine, model, name, None))
         columns = zip(work.prompt_tokens.tolist(), work.output_tokens.tolist(), work.arrival_ps.tolist(), strict=True)
         done = Engine(scheduler, executor).run(Request(i, p, n, arrival_ps=at) for i, (p, n, at) in enumerate(columns))
         return request_frame(done.requests), done.steps.to_frame()
@@ -77,7 +77,7 @@ def test_fig2_shares_of_memory(replay, allocator, published):
 def test_fig13a_mean_batch(replay, allocator, published):
     _, steps = replay(allocator, rate=2.0, duration_s=900)
     window = steps[(steps.start_ps >= 600 * S) & (steps.start_ps <= 3600 * S)]
-    batch = ((window.decodes + window.prefills) * window.steps).sum() / window.steps.sum()
+    batch = (window.requests * window.steps).sum() / window.steps.sum()
     assert batch == pytest.approx(published, rel=0.05)
 
 

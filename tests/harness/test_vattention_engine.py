@@ -12,7 +12,7 @@ from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.roofline import make_step_model
+from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S, StepLoad, StepModel
 from kvarena.harness.summary import read_published
 
@@ -29,7 +29,7 @@ KERNELS = {
 
 
 def model_of(point: pd.Series, engine: EngineConfig = ENGINE) -> StepModel:
-    return make_step_model(A100, engine, MODELS[point.panel], "vllm", KERNELS[point.system])
+    return step_model_of(A100, engine, MODELS[point.panel], "vllm", KERNELS[point.system])
 
 
 def errors(figure: str, quantity: str, value_of) -> tuple[list[float], list[float]]:
@@ -77,8 +77,8 @@ def test_launching_hides_behind_the_device_and_the_rest_of_the_host_does_not():
 
 def test_a_step_counts_host_layers_and_kernel():
     llama = MODELS["Llama-3-8B"]
-    plain = make_step_model(A100, ENGINE, llama, "vllm", "fa2/paged")
-    flashinfer = make_step_model(A100, ENGINE, llama, "vllm", "flashinfer/paged")
+    plain = step_model_of(A100, ENGINE, llama, "vllm", "fa2/paged")
+    flashinfer = step_model_of(A100, ENGINE, llama, "vllm", "flashinfer/paged")
     assert plain.launch_ps == 32 * 514 * 10**6
     assert plain.host_step_ps == 5732 * 10**6
     assert flashinfer.host_step_ps - plain.host_step_ps == 1211 * 10**6
@@ -86,7 +86,7 @@ def test_a_step_counts_host_layers_and_kernel():
 
 
 def test_a_kernel_that_reads_per_query_head_reads_more():
-    yi, llama = (make_step_model(A100, ENGINE, m, "vllm", "vllm_paged/paged").context_ps for m in MODELS.values())
+    yi, llama = (step_model_of(A100, ENGINE, m, "vllm", "vllm_paged/paged").context_ps for m in MODELS.values())
     assert yi == pytest.approx(2 * llama, rel=1e-3), "8 query heads per KV head against 4, of K/V as wide per device"
 
 
@@ -107,7 +107,7 @@ def test_what_was_fitted_is_called_calibrated():
 )
 def test_what_the_engine_does_not_know_is_refused(attention, tp, message):
     with pytest.raises(UserError, match=message):
-        make_step_model(A100, ENGINE, load_preset("llama-3-8b", tp=tp), "vllm", attention)
+        step_model_of(A100, ENGINE, load_preset("llama-3-8b", tp=tp), "vllm", attention)
 
 
 @pytest.mark.parametrize("efficiencies", [(0.0, 0.5), (1.2, 0.5), (0.5, 0.0), (0.5, 1.1)])

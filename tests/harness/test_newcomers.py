@@ -1,0 +1,102 @@
+"""A policy of somebody else is priced, stored, served and drawn by what it states, not by whom it inherits from."""
+
+import pytest
+from newcomers import NewcomerBlocks, NewcomerRows
+
+from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged_store import PagedStore
+from kvarena.allocators.policy import CopyBlock, CopyRow, Map, Sequence, SwapIn, SwapOut, Unmap
+from kvarena.allocators.static import StaticPolicy
+from kvarena.allocators.stores import make_store
+from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.errors import UserError
+from kvarena.harness.action_prices import action_prices
+from kvarena.harness.config import load, typed
+from kvarena.harness.conformance import check_serving
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.modelled_executor import ActionPrices
+
+A100 = typed(DeviceConfig, load("device", "a100-40gb"), "device")
+LAYOUT = attention_layout(num_layers=2, num_kv_heads=2, head_size=64, dtype="float32")
+BLOCKS = {"max_tokens": 64, "block_size": 8, "swap_bytes": "1MB"}
+ROWS = {"max_tokens": 64, "page_group": "64KB", "max_rows": 8}
+POOL = 4 << 20
+ACTIONS = [Map(0, 0, 0, 0), Unmap(0, 0, 0, 0), CopyBlock(0, 1), CopyRow(0, 0, 1, 0, 64), SwapOut(0, 0), SwapIn(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "newcomers", "options"),
+    [(PagedPolicy, NewcomerBlocks, BLOCKS), (VAttentionPolicy, NewcomerRows, ROWS)],
+    ids=["blocks", "rows"],
+)
+def test_a_newcomer_pays_what_ours_pays(ours, newcomers, options):
+    prices = action_prices(A100, newcomers(LAYOUT, POOL, **options))
+    assert not issubclass(newcomers, ours)
+    assert prices == action_prices(A100, ours(LAYOUT, POOL, **options))
+    for action in ACTIONS:
+        kinds = (CopyBlock, SwapIn, SwapOut) if ours is PagedPolicy else (Map, Unmap)
+        if isinstance(action, (*kinds, CopyRow)):
+            assert prices.total_ps([action]) > 0
+
+
+def test_a_fork_of_a_newcomer_is_not_copied_for_nothing():
+    policy = NewcomerBlocks(LAYOUT, POOL, **BLOCKS)
+    assert policy.admit(Sequence(0, 5, 9), 5)
+    assert policy.fork(0, Sequence(1, 5, 9))
+    assert policy.grow_each([0, 1]) == 2
+    actions = policy.drain()
+    assert [type(action) for action in actions] == [CopyBlock]
+    assert action_prices(A100, policy).total_ps(actions) == round(2 * 8 * LAYOUT.token_bytes / 1555e9 * 1e12)
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: type(action).__name__)
+def test_what_a_policy_has_not_sized_is_never_free(action):
+    with pytest.raises(UserError, match=type(action).__name__):
+        ActionPrices().total_ps([action])
+    stated = action_prices(A100, StaticPolicy(LAYOUT, POOL, max_tokens=64))  # neither blocks nor page-groups
+    if isinstance(action, CopyRow):
+        assert stated.total_ps([action]) > 0
+    else:
+        with pytest.raises(UserError, match="has not said how large"):
+            stated.total_ps([action])
+
+
+def test_swaps_of_blocks_without_a_size_are_refused():
+    policy = NewcomerBlocks(LAYOUT, POOL, **BLOCKS)
+    policy.block_size = None
+    with pytest.raises(UserError, match=r"newcomer swaps blocks.*block_size"):
+        action_prices(A100, policy)
+
+
+@pytest.mark.parametrize(
+    ("newcomers", "options", "kind"), [(NewcomerBlocks, BLOCKS, PagedStore), (NewcomerRows, ROWS, VirtualStore)]
+)
+def test_a_newcomer_gets_the_store_that_it_needs(newcomers, options, kind):
+    store = make_store(newcomers(LAYOUT, POOL, **options), 2, 2, 64, "float32")
+    assert type(store) is kind
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("newcomers", "options"), [(NewcomerBlocks, {"block_size": 4}), (NewcomerRows, {"page_group": "64KB"})]
+)
+def test_a_newcomer_serves_a_model(newcomers, options):
+    def make(layout, pool_bytes, max_tokens):
+        pages = pool_bytes if newcomers is NewcomerBlocks else 40 * 64 * 1024
+        return newcomers(layout, pages, max_tokens=max_tokens, **options)
+
+    assert check_serving(make).most_running > 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "newcomers", "options"), [(PagedPolicy, NewcomerBlocks, BLOCKS), (VAttentionPolicy, NewcomerRows, ROWS)]
+)
+def test_a_newcomer_shows_what_its_sequences_hold(ours, newcomers, options):
+    seq, shown = Sequence(0, 20, 9), []
+    for policy in (ours(LAYOUT, POOL, **options), newcomers(LAYOUT, POOL, **options)):
+        assert policy.admit(seq, 20)
+        shown.append((policy.units, policy.holding(seq), policy.idle_units()))
+    assert shown[0] == shown[1]
+    assert shown[0][1].leaves[0] == 20 * LAYOUT.token_bytes
