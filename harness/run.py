@@ -95,6 +95,7 @@ def resolve(
         raise UserError(f"clock={config.clock}: no such clock. There are: {', '.join(CLOCKS)}")
     if not (config.threads is None or (isinstance(config.threads, int) and config.threads > 0)):
         raise UserError(f"threads={config.threads}: a number of threads, at least 1, or null")
+    given = keys_of(overrides)
     device, kind = _device(config)
     profile = config.profiles.get(kind) or OmegaConf.create()
     listed = config.systems or profile.get("systems") or []
@@ -112,16 +113,16 @@ def resolve(
         clock=config.clock,
         device=device,
         model=model,
-        trace=typed(schemas.of("trace"), _filled(config.trace, profile.get("trace")), "trace"),
-        arrival=typed(schemas.of("arrival"), _filled(config.arrival, _drawn(config.arrival, profile)), "arrival"),
+        trace=typed(schemas.of("trace"), _filled("trace", config.trace, profile.get("trace"), given), "trace"),
+        arrival=typed(schemas.of("arrival"), _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"),
         engine=engine,
         systems=systems.distinct(built, by_kernel),
-        decoding=typed(DecodingConfig, _filled(config.decoding, profile.get("decoding")), "decoding"),
-        params=typed(params_schema, _filled(config.params, profile.get("params")), "params"),
+        decoding=typed(DecodingConfig, _filled("decoding", config.decoding, profile.get("decoding"), given), "decoding"),
+        params=typed(params_schema, _filled("params", config.params, profile.get("params"), given), "params"),
         threads=config.threads,
         published=_stated(config),
         reads=tuple((reads or {}).get(config.clock, ())),
-        given=keys_of(overrides),
+        given=given,
     )
     told.forget()  # what a run says of its traces it says anew
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
@@ -164,10 +165,10 @@ def _as_config(group: str, name: str, node: DictConfig) -> Any:
     return typed(schemas.of(group, name), node, group)
 
 
-def _filled(node: DictConfig, profile: DictConfig | None) -> DictConfig:
-    """A group whose nulls are taken from the profile of the device."""
-    given = {key: value for key, value in node.items() if value is not None}
-    return OmegaConf.create({**(profile or {}), **given})
+def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Sequence[str]) -> DictConfig:
+    """A group whose nulls are taken from the profile of the device, but for those that the user wrote."""
+    kept = {key: value for key, value in node.items() if value is not None or f"{group}.{key}" in given}
+    return OmegaConf.create({**(profile or {}), **kept})
 
 
 def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:
@@ -180,7 +181,7 @@ def _device(config: DictConfig) -> tuple[Any, str]:
     node = config.device
     if config.clock == "modelled":
         if node.name == AUTO and (profile := config.profiles.get("modelled")):
-            node = load("device", profile.device)
+            node = _with_fields(load("device", profile.device), node)
         if node.get("kind") != "modelled":
             modelled = [name for name in names("device") if load("device", name).get("kind") == "modelled"]
             raise UserError(
@@ -193,10 +194,15 @@ def _device(config: DictConfig) -> tuple[Any, str]:
     elif node.get("kind") == "modelled":
         raise UserError(f"device={node.name} is a device model: it needs clock=modelled. Measured: auto, cpu, cuda")
     elif node.name == AUTO:
-        node = load("device", "cuda" if _has_cuda() else "cpu")
+        node = _with_fields(load("device", "cuda" if _has_cuda() else "cpu"), node)
     elif node.name == "cuda" and not _has_cuda():
         raise UserError("device=cuda: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
     return typed(schemas.of("device", node.name), node, "device"), node.kind
+
+
+def _with_fields(device: DictConfig, auto: DictConfig) -> DictConfig:
+    """The device that `auto` stands for, with what the user set of it."""
+    return DictConfig(OmegaConf.merge(device, {key: auto[key] for key in auto if key not in ("name", "kind")}))
 
 
 def _has_cuda() -> bool:
