@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from kvarena.errors import UserError
 from kvarena.experiments import registry
 from kvarena.harness.published import named
-from kvarena.harness.record import Frames, Measured, Outcome, Recorder, read_frames, write_summary
+from kvarena.harness.record import ADVICE, Frames, Measured, Outcome, Recorder, read_frames, write_summary
 from kvarena.harness.run import Run, from_plain
 from kvarena.harness.summary import frame, row
 from kvarena.harness.trace import told
-
+from kvarena.harness.writing import explained
 
 TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
 
@@ -68,22 +68,30 @@ def made_of(run: Run, measured: Measured) -> Outcome:
     """Summary and figure of what was measured."""
     module = registry.get(run.experiment)
     summary = summary_of(run, measured.frames)
-    return Outcome(measured, summary, module.HEADLINE, module.draw(summary))
+    figure = module.draw(summary)
+    figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
+    return Outcome(measured, summary, module.HEADLINE, figure)
 
 
 def resolved_in(folder: Path) -> Run:
-    """The run that a folder was written by. Raises UserError where there is none."""
+    """The run that a folder was written by. Raises UserError where there is none, or there are several."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: holds no config.yaml, so it is not the folder of a run")
     config = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(config, dict)
+    if not isinstance(config, dict) or "experiment" not in config:
+        several = " but of a multirun, which has those of its runs in jobs/" if (folder / "jobs").is_dir() else ""
+        raise UserError(f"{folder}: is not the folder of a run{several}")
     module = registry.get(str(config["experiment"]))
     return from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
 
 
 def summarize(folder: Path) -> Outcome:
     """Make summary and figure of the frames of a folder, with today's code. Raises UserError for what is no run."""
-    outcome = made_of(resolved_in(folder), Measured(read_frames(folder)))
-    write_summary(folder, outcome)
+    run, frames = resolved_in(folder), read_frames(folder)
+    if not frames:
+        raise UserError(f"{folder}: holds no frames (*.parquet) to make a summary of")
+    outcome = made_of(run, Measured(frames))
+    with explained(folder, ADVICE):
+        write_summary(folder, outcome)
     return outcome

@@ -1,13 +1,16 @@
 """The look shared by all figures: one colour per allocator, one line style per kernel."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
+from kvarena.experiments.legend import shown_names as shown_names
 from kvarena.harness.published import OURS
 
 mpl.use("Agg")
@@ -24,7 +27,7 @@ COLOURS = {
     "paged_reserved": "#56B4E9",
     "fastertransformer": "#666666",
 }
-NEWCOMERS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#661100")  # after Tol (2021), by order of sight
+NEWCOMERS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#661100")  # after Tol (2021)
 PAPER_COLOURS = {
     "vLLM": "#56B4E9",
     "FA2_Paged": "#0072B2",
@@ -36,25 +39,29 @@ MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":", "-.")
 
 
-def colour_of(allocator: str) -> str:
-    """The allocator's colour; one that the figures do not know gets one that no other has, by its name alone."""
-    if allocator in COLOURS:
-        return COLOURS[allocator]
-    return NEWCOMERS[sum(allocator.encode()) % len(NEWCOMERS)]
+def colours_of(allocators: Iterable[str]) -> dict[str, str]:
+    """The colour of each allocator of a figure, no matter in which order they are drawn.
 
-
-def shown_names(rows: pd.DataFrame) -> dict[str, str]:
-    """label -> how a legend names it: `vLLM, replayed` of rows that earned a published name, else its own label.
-
-    Of our own what times it is left out where it is one for all.
+    Those that the figures do not know get colours that no other has: their own by name, or the next where it is taken.
     """
-    first = rows.drop_duplicates("label")
-    ends = {label.rpartition("/")[2] for label in first.label}
-    named = {}
-    for label, system, paper in zip(first.label, first.system, first.paper, strict=True):
-        own = label.rpartition("/")[0] if len(ends) == 1 and "/" in label else label
-        named[str(label)] = f"{system}, replayed" if paper != OURS else own
-    return named
+    unknown = sorted(set(allocators) - set(COLOURS))
+    colours = dict(COLOURS)
+    for name in unknown:
+        first = sum(name.encode()) % len(NEWCOMERS)
+        colours[name] = next(c for c in _newcomers(first) if c not in colours.values())
+    return colours
+
+
+def _newcomers(first: int) -> Iterator[str]:
+    """The colours of newcomers, beginning with one of them; then hues without end."""
+    yield from NEWCOMERS[first:] + NEWCOMERS[:first]
+    for number in itertools.count(1):
+        yield to_hex(hsv_to_rgb((number * 0.618 % 1, 0.6, 0.55)))  # steps of the golden ratio: no two hues meet
+
+
+def colour_of(allocator: str, among: Iterable[str] = ()) -> str:
+    """The colour of one allocator `among` those of its figure."""
+    return colours_of((allocator, *among))[allocator]
 
 
 def stands_for(rows: pd.DataFrame, figure: str) -> bool:
@@ -104,10 +111,11 @@ def tidy(figure: Figure) -> Figure:
 def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:
     """Draw value over x, one line per system, with the 95 % interval as a band where there is one."""
     kernels = list(dict.fromkeys(table["kernel"])) if "kernel" in table else []
+    colours = colours_of(map(str, table.get("allocator", [None])))
     for number, (name, rows) in enumerate(table.groupby(label, sort=False)):
         rows = rows.sort_values("x")
         first = rows.iloc[0]
-        colour = PAPER_COLOURS.get(str(name)) or colour_of(str(first.get("allocator")))
+        colour = PAPER_COLOURS.get(str(name)) or colours[str(first.get("allocator"))]
         dash = DASHES[kernels.index(first["kernel"]) % len(DASHES)] if kernels else "-"
         axis.plot(
             rows["x"], rows["value"], dash, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, label=str(name)

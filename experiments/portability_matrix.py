@@ -1,9 +1,9 @@
 """`./run.sh kernels`: which kernel each allocator can use unchanged. The matrix itself is a result."""
 
 from rich.console import Console
-from rich.table import Table
 
 from kvarena.allocators.registry import ALLOCATORS, memory_layout
+from kvarena.experiments.tables import print_grid
 from kvarena.kernels.registry import fits, kernel_names, kernel_spec, missing
 
 
@@ -12,35 +12,32 @@ def print_matrix() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a file or a pipe has no width to fit
-    console.print(_pairs())
-    console.print(_kernels())
+    _print_pairs(console)
+    _print_kernels(console)
 
 
-def _pairs() -> Table:
-    table = Table(title="Which kernel reads which allocator's memory", title_justify="left")
-    table.add_column("allocator")
-    table.add_column("layout")
-    for name in kernel_names():
-        table.add_column(name, justify="center")
-    for allocator in ALLOCATORS:
-        layout = memory_layout(allocator)
-        table.add_row(
-            allocator, layout, *("yes" if fits(kernel_spec(k), layout) is None else "-" for k in kernel_names())
-        )
-    return table
+def _print_pairs(console: Console) -> None:
+    layouts = {allocator: memory_layout(allocator) for allocator in ALLOCATORS}
+    cells = {(allocator, "layout"): str(layout) for allocator, layout in layouts.items()}
+    for kernel in kernel_names():
+        for allocator, layout in layouts.items():
+            cells[allocator, kernel] = "yes" if fits(kernel_spec(kernel), layout) is None else "-"
+    heads = ["layout", *kernel_names()]
+    print_grid(console, "Which kernel reads which allocator's memory", "allocator", list(layouts), heads, cells)
 
 
-def _kernels() -> Table:
-    table = Table(title="What a kernel can read", title_justify="left")
-    for column in ("kernel", "body", "library", "layouts", "devices", "dtypes", "head sizes", "block sizes", "here"):
-        table.add_column(column)
+def _print_kernels(console: Console) -> None:
+    cells = {}
     for name in kernel_names():
         spec = kernel_spec(name)
-        table.add_row(
-            name, spec.body, spec.library, _listed(spec.layouts), _listed(spec.devices), _listed(spec.dtypes),
-            _listed(spec.head_sizes), _listed(spec.block_sizes), missing(spec) or "installed",
-        )  # fmt: skip
-    return table
+        reads = {
+            "body": spec.body, "library": spec.library, "layouts": _listed(spec.layouts),
+            "devices": _listed(spec.devices), "dtypes": _listed(spec.dtypes), "head sizes": _listed(spec.head_sizes),
+            "block sizes": _listed(spec.block_sizes), "here": missing(spec) or "installed",
+        }  # fmt: skip
+        cells |= {(name, what): text for what, text in reads.items()}
+    heads = list(dict.fromkeys(what for _, what in cells))
+    print_grid(console, "What a kernel can read", "kernel", kernel_names(), heads, cells, "left")
 
 
 def _listed(values: frozenset[int] | frozenset[str] | None) -> str:

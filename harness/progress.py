@@ -13,7 +13,7 @@ class Progress:
     def __init__(self, name: str, total: int) -> None:
         self._name = name
         self._console = Console(stderr=True, force_jupyter=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(name, total=total)
 
@@ -30,7 +30,7 @@ class Progress:
         """Name what runs now."""
         self._bar.update(self._task, description=f"{self._name}: {what}")
         if not self._console.is_terminal:
-            self._console.print(f"{self._name}: {what}", highlight=False)
+            self._console.print(f"{self._name}: {what}", highlight=False, markup=False, emoji=False)
 
     def advance(self, count: int = 1) -> None:
         """Count finished work."""

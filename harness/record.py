@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 
 from kvarena.harness.paths import RESULTS
 from kvarena.harness.provenance import identity, provenance
-from kvarena.harness.writing import explained, whole_folder
+from kvarena.harness.writing import explained, whole_folder, write_whole
 
 Frames = dict[str, pd.DataFrame]
 ADVICE = "Free some space or set KVARENA_RUNS to a folder that can be written."
@@ -64,6 +65,7 @@ class Recorder:
         self._hash = identity(config)
         # Cells of a job lie in its sweep's folder and go with it, whenever the job was killed.
         self._unfinished = (self._home if job is None else job.parent) / ".unfinished" / self._hash
+        self._kept = self._unfinished.with_name(f"{self._hash}-measured")
         with explained(self._home, ADVICE):
             self._unfinished.mkdir(parents=True, exist_ok=True)
             _probe(self._unfinished)
@@ -84,14 +86,13 @@ class Recorder:
 
     def keep(self, measured: Measured) -> Path:
         """Keep what was measured of a run whose summary or figure failed; its cells stay too. Returns the folder."""
-        folder = self._home / ".unfinished" / f"{self._hash}-measured"
-        shutil.rmtree(folder, ignore_errors=True)
-        with explained(folder, ADVICE), whole_folder(folder) as partial:
+        shutil.rmtree(self._kept, ignore_errors=True)
+        with explained(self._kept, ADVICE), whole_folder(self._kept) as partial:
             write_measured(partial, measured, self._config)
-        return folder
+        return self._kept
 
     def finish(self, outcome: Outcome) -> Path:
-        """Write the run's folder and forget its cells. Returns the folder."""
+        """Write the run's folder, and forget its cells and what an earlier try kept. Returns the folder."""
         with explained(self._home, ADVICE):
             if self._job is None:
                 folder = publish(self._home, self._hash, lambda partial: write_outcome(partial, outcome, self._config))
@@ -99,7 +100,8 @@ class Recorder:
                 folder = self._job
                 with whole_folder(folder) as partial:
                     write_outcome(partial, outcome, self._config)
-        shutil.rmtree(self._unfinished, ignore_errors=True)
+        for left in (self._unfinished, self._kept):
+            shutil.rmtree(left, ignore_errors=True)
         return folder
 
 
@@ -134,12 +136,20 @@ def write_measured(folder: Path, measured: Measured, config: dict[str, Any]) -> 
 
 
 def write_summary(folder: Path, outcome: Outcome) -> None:
-    """Write what was made of it: the summary and the figure."""
-    outcome.summary.to_csv(folder / "summary.csv", index=False)
+    """Write, or replace, what was made of it: the summary and the figure. All is rendered before anything is written."""
+    files = {"summary.csv": outcome.summary.to_csv(index=False).encode()}
     if outcome.figure is not None:
         with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
-            outcome.figure.savefig(folder / "figure.png", dpi=150, bbox_inches="tight")
-            outcome.figure.savefig(folder / "figure.svg", bbox_inches="tight", metadata={"Date": None})
+            files["figure.png"] = _rendered(outcome.figure, format="png", dpi=150)
+            files["figure.svg"] = _rendered(outcome.figure, format="svg", metadata={"Date": None})
+    for name, content in files.items():
+        write_whole(folder / name, content)
+
+
+def _rendered(figure: Any, **how: Any) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, bbox_inches="tight", **how)
+    return buffer.getvalue()
 
 
 def read_frames(folder: Path) -> Frames:
