@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from kvarena.errors import UserError
 from kvarena.experiments import registry, show, sweep
 from kvarena.experiments.carry_out import carry_out, summarize
-from kvarena.harness.config import check_overrides
+from kvarena.harness.config import check_overrides, on_auto
 from kvarena.harness.paths import CONF
 from kvarena.harness.record import Recorder, runs_folder
 from kvarena.harness.schemas import schema_of
@@ -74,6 +74,8 @@ def _command(arguments: list[str]) -> None:
     overrides = [a for a in arguments if not a.startswith("-")]
     experiment = registry.named(overrides)
     check_overrides(overrides, schema_of(overrides, registry.params_schema))
+    arguments = on_auto(arguments)
+    sys.argv[1:] = arguments
     if _MULTIRUN & set(arguments):
         # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
         rest = [a for a in arguments if a not in _MULTIRUN]

@@ -3,7 +3,7 @@
 from hydra import compose, initialize_config_dir
 
 from kvarena.experiments import registry
-from kvarena.harness.config import check_overrides
+from kvarena.harness.config import check_overrides, on_auto
 from kvarena.harness.paths import CONF
 from kvarena.harness.run import Run
 from kvarena.harness.schemas import schema_of
@@ -15,5 +15,5 @@ def compose_run(*overrides: str) -> Run:
     registry.named(arguments)
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", arguments)
+        config = compose("config", on_auto(arguments))
     return registry.resolved(config, arguments)

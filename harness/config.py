@@ -111,6 +111,16 @@ def _split(override: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def on_auto(overrides: Sequence[str]) -> list[str]:
+    """The overrides, as Hydra takes them: a field of a model or device that nobody names is that of the profile's one.
+
+    `auto` has no such field in its file, so that Hydra would propose `+model.tp=4` instead of `model.tp=4`.
+    """
+    chosen = {key for key, _ in map(_split, overrides)}
+    open_groups = tuple(f"{group}." for group in ("model", "device") if group not in chosen)
+    return [f"++{o.lstrip('+')}" if o.lstrip("+").startswith(open_groups) else o for o in overrides]
+
+
 def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:
     """The keys that the command line names, dotted: `model`, `arrival.rate`."""
     return tuple(dict.fromkeys(key for key, _ in map(_split, overrides)))

@@ -200,9 +200,9 @@ def _device(config: DictConfig) -> tuple[Any, str]:
     return typed(schemas.of("device", node.name), node, "device"), node.kind
 
 
-def _with_fields(device: DictConfig, auto: DictConfig) -> DictConfig:
-    """The device that `auto` stands for, with what the user set of it."""
-    return DictConfig(OmegaConf.merge(device, {key: auto[key] for key in auto if key not in ("name", "kind")}))
+def _with_fields(chosen: DictConfig, auto: DictConfig) -> DictConfig:
+    """What `auto` stands for, with what the user set of it."""
+    return DictConfig(OmegaConf.merge(chosen, {key: auto[key] for key in auto if key not in ("name", "kind")}))
 
 
 def _has_cuda() -> bool:
@@ -222,9 +222,6 @@ def _model(config: DictConfig, profile: DictConfig) -> ModelConfig:
         chosen = {str(key): value for key, value in node.items() if key in ("dtype", "seed")}
         return config_of_checkpoint(node.checkpoint, **chosen)
     if node.name == AUTO:
-        given = [str(key) for key in node if key != "name"]
-        if given:
-            raise UserError(f"model.{given[0]}: name the model whose {given[0]} it is, model=NAME")
-        node = load("model", profile.get("model") or "bench-llama")
+        node = _with_fields(load("model", profile.get("model") or "bench-llama"), node)
     config_of_preset: ModelConfig = typed(ModelConfig, node, "model")
     return config_of_preset
