@@ -11,11 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from kvarena.errors import UserError
-from kvarena.experiments import registry, show, sweep
+from kvarena.experiments import multirun, registry, show, sweep
 from kvarena.experiments.carry_out import carry_out, summarize
 from kvarena.harness.config import check_overrides, on_auto
 from kvarena.harness.paths import CONF
 from kvarena.harness.record import Recorder, runs_folder
+from kvarena.harness.run import Run
 from kvarena.harness.schemas import schema_of
 from kvarena.kernels.threads import set_compute_threads
 
@@ -73,19 +74,27 @@ def _command(arguments: list[str]) -> None:
         return
     overrides = [a for a in arguments if not a.startswith("-")]
     experiment = registry.named(overrides)
-    check_overrides(overrides, schema_of(overrides, registry.params_schema))
     arguments = on_auto(arguments)
-    sys.argv[1:] = arguments
     if _MULTIRUN & set(arguments):
-        # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
-        rest = [a for a in arguments if a not in _MULTIRUN]
-        sys.argv[1:] = ["--multirun", *rest, f"hydra.sweep.dir={runs_folder() / '.hydra'}"]
-        whole = sweep.Sweep(experiment, overrides)
-        _compose_and_run()
-        folder, outcome = whole.finish()
-        show.outcome(outcome, folder)
+        _multirun(experiment, [a for a in arguments if a not in _MULTIRUN])
     else:
+        check_overrides(overrides, schema_of(overrides, registry.params_schema))
+        sys.argv[1:] = arguments
         _compose_and_run()
+
+
+def _multirun(experiment: str, arguments: list[str]) -> None:
+    """Let Hydra run the jobs that are not one run, and make one folder of all."""
+    jobs = multirun.jobs_of(arguments)
+    for job in jobs.all:
+        check_overrides(job, schema_of(job, registry.params_schema))
+    whole = sweep.Sweep(experiment, arguments, jobs.within)
+    # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
+    flags = [a for a in arguments if a.startswith("-")]
+    sys.argv[1:] = ["--multirun", *flags, *jobs.across, f"hydra.sweep.dir={runs_folder() / '.hydra'}"]
+    _compose_and_run()
+    folder, outcome = whole.finish()
+    show.outcome(outcome, folder)
 
 
 def _claim(claim_id: str, more: list[str]) -> None:
@@ -113,7 +122,22 @@ def _compose_and_run(config: DictConfig) -> None:
 
 
 def _job(config: DictConfig, overrides: list[str]) -> None:
-    run = registry.resolved(config, overrides)
+    """One run; of a multirun, those that are one, or each by itself where they cannot be."""
+    within = sweep.within()
+    runs = multirun.runs_within(overrides, within) if within else [registry.resolved(config, overrides)]
+    one = multirun.as_one(runs, within)
+    if one is not None:
+        try:
+            return _run(one, overrides)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            print(f"these systems cannot be one run, and are measured one by one: {error}", file=sys.stderr)
+    for run, inner in zip(runs, within, strict=True):
+        _run(run, [*overrides, *inner])
+
+
+def _run(run: Run, overrides: list[str]) -> None:
     job = sweep.job_folder(run.plain())
     if job is not None and job.is_dir():
         print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
@@ -122,6 +146,8 @@ def _job(config: DictConfig, overrides: list[str]) -> None:
         set_compute_threads(run.threads)
     recorder = Recorder(run.experiment, run.plain(), job)
     outcome = carry_out(run, recorder)
-    folder = recorder.finish(outcome)
     if job is None:
-        show.outcome(outcome, folder)
+        show.outcome(outcome, recorder.finish(outcome))
+    else:
+        outcome.measured.notes |= sweep.notes(overrides)
+        recorder.finish(outcome)

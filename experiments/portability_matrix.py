@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from kvarena.allocators.registry import ALLOCATORS, memory_layout
-from kvarena.experiments.tables import print_grid
+from kvarena.experiments.tables import Grid, print_grid
 from kvarena.kernels.registry import fits, kernel_names, kernel_spec, missing
 
 
@@ -23,7 +23,7 @@ def _print_pairs(console: Console) -> None:
         for allocator, layout in layouts.items():
             cells[allocator, kernel] = "yes" if fits(kernel_spec(kernel), layout) is None else "-"
     heads = ["layout", *kernel_names()]
-    print_grid(console, "Which kernel reads which allocator's memory", "allocator", list(layouts), heads, cells)
+    print_grid(console, "Which kernel reads which allocator's memory", Grid("allocator", list(layouts), heads, cells))
 
 
 def _print_kernels(console: Console) -> None:
@@ -37,7 +37,7 @@ def _print_kernels(console: Console) -> None:
         }  # fmt: skip
         cells |= {(name, what): text for what, text in reads.items()}
     heads = list(dict.fromkeys(what for _, what in cells))
-    print_grid(console, "What a kernel can read", "kernel", kernel_names(), heads, cells, "left")
+    print_grid(console, "What a kernel can read", Grid("kernel", kernel_names(), heads, cells), "left")
 
 
 def _listed(values: frozenset[int] | frozenset[str] | None) -> str:

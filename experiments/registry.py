@@ -16,6 +16,10 @@ from kvarena.harness.run import Run, resolve
 from kvarena.harness.unread import check_read
 
 
+# They run one of their systems in several ways: further systems would be refused, or left out.
+ONE_SYSTEM = ("allocation_overlap", "calibrate", "deferred_reclamation", "preemption")
+
+
 class Experiment(Protocol):
     """What a module of this package offers."""
 

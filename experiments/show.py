@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 
 from kvarena.experiments.legend import shown
-from kvarena.experiments.tables import print_grid
+from kvarena.experiments.tables import Grid, print_grid
 from kvarena.harness.published import OURS
 from kvarena.harness.record import Outcome
 
@@ -39,7 +39,7 @@ def _print(console: Console, rows: pd.DataFrame, headline: str) -> None:
     cells = {(r["shown"], r["point"]): _cell(r) for _, r in rows.iterrows()}
     heads = list(dict.fromkeys(rows.sort_values("x", kind="stable")["point"]))
     title = f"{stands}{first.panel}: {headline}{unit} ({_samples(rows)}{_where(rows)})"
-    print_grid(console, title, "system", list(dict.fromkeys(rows["shown"])), heads, cells)
+    print_grid(console, title, Grid("system", list(dict.fromkeys(rows["shown"])), heads, cells))
 
 
 def _names(rows: pd.DataFrame) -> list[str]:

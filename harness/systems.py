@@ -37,12 +37,15 @@ class System:
         return f"{self.shown_allocator}/{self.kernel.name}"
 
 
-def described(allocator: Any) -> str:
-    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/."""
+def described(allocator: Any, also: Sequence[str] = ()) -> str:
+    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/.
+
+    `also`: fields that are said in any case.
+    """
     usual = load("allocator", allocator.name) if allocator.name in names("allocator") else {}
     filed = {field.name: usual.get(field.name, field.default) for field in fields(allocator)}
-    changed = {name: getattr(allocator, name) for name, value in filed.items() if getattr(allocator, name) != value}
-    said = ", ".join(f"{name}: {value}" for name, value in changed.items())
+    own = {name: getattr(allocator, name) for name in filed}
+    said = ", ".join(f"{name}: {value}" for name, value in own.items() if name in also or value != filed[name])
     return f"{allocator.name}{{{said}}}" if said else str(allocator.name)
 
 
