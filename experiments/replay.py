@@ -192,19 +192,3 @@ class Replayer:
         from kvarena.harness.model.build import build_model
 
         return build_model(self._run.model, self._run.device.kind)
-
-
-def columns(run: Run, system: System) -> dict[str, str]:
-    """What every summary row says of a system of this run."""
-    return {
-        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
-        "model": run.model.name, "clock": run.clock, "device": run.device_name,
-    }  # fmt: skip
-
-
-TITLES = {"sharegpt": "ShareGPT", "alpaca": "Alpaca"}  # traces as PagedAttention's figures name them
-
-
-def panel_of(run: Run, trace: str) -> str:
-    """`<model> <trace>`: the published panel where the run imitates that model, else with the model that ran."""
-    return f"{run.shown_model} {TITLES.get(trace, trace)}"
