@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvarena.experiments import plots
 from kvarena.experiments.latency_curve import (
     CROSSING,
     LATENCY,
@@ -21,18 +22,22 @@ from kvarena.experiments.latency_curve import (
     draw_curves,
     guess_of,
     measure_lines,
+    summarize_lines,
 )
 from kvarena.experiments.parallel_sampling import Params as SamplingParams
-from kvarena.experiments.parallel_sampling import notes, panel_named, serving, with_rows
+from kvarena.experiments.parallel_sampling import READS as READS
+from kvarena.experiments.parallel_sampling import notes, serving, with_rows
+from kvarena.experiments.parallel_sampling import unread as unread_of_sampling
 from kvarena.experiments.replay import Replayer
 from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 
 NAME = "beam_search"
 HEADLINE = CROSSING
 SURVIVAL = "neutral"  # of the rows that are compared
 BAND = ("one", "all")  # the memory of any scores lies between
+EXTREME = ", survival "  # what tells the setups of the band from the others
 ASSUMED = {
     "survival": "modelled: each place of the next beam is filled from a parent drawn uniformly; no scores are known",
     "band": "extremes of memory, not time; one: all beams of the next step have one parent; all: every beam lives on",
@@ -46,39 +51,56 @@ class Params(SamplingParams):
     band: list[str] = field(default_factory=list)  # systems that are replayed under the extremes of survival too
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    rules = unread_of_sampling(run)
+    if run.clock == "measured":
+        rules["params.band"] = "the model's scores say which beams live on; clock=modelled assumes"
+    elif absent := set(run.params.band) - {system.name for system in run.systems}:
+        rules["params.band"] = f"systems={', '.join(sorted(absent))}: not among those of this run"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Replay every panel."""
-    summary, points = measure_lines(run, recorder, list(_lines(run)))
-    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), {**notes(run), **ASSUMED})
+    return Measured(measure_lines(run, recorder, list(_lines(run))), {**notes(run), **ASSUMED})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every point and crossing of every panel."""
+    return summarize_lines(_lines(run), frames)
 
 
 def _lines(run: Run) -> Iterator[Line]:
     replayer = Replayer(run)
-    measured = run.clock == "measured"
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
-        for survival in (SURVIVAL,) if measured else (SURVIVAL, *BAND):
+        for survival in (SURVIVAL,) if run.clock == "measured" else (SURVIVAL, *BAND):
+            compared = survival == SURVIVAL
             decoding = DecodingConfig("beam", n=panel.n, survival=survival)
-            name = panel_named(run, f"beam w={panel.n}")
             for system in with_rows(run.systems, run.params.max_rows):
-                if survival == SURVIVAL or system.name in run.params.band:
+                if compared or system.name in run.params.band:
                     yield Line(
                         key=f"{figure} {system.name} {survival}",
+                        run=run,
                         system=system,
-                        figure=figure if survival == SURVIVAL else NAME,
-                        panel=name if survival == SURVIVAL else f"{name}, survival {survival}",
-                        evidence="measured" if measured else "conditional",
+                        figure=figure if compared else None,
+                        detail=f"beam w={panel.n}" + ("" if compared else f"{EXTREME}{survival}"),
                         serve_at=serving(run, replayer, system, decoding),
                         guess=guess_of(panel.guess, system),
+                        point={"w": panel.n},
+                        assuming=ASSUMED["survival"],
                     )
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 14 d to f; a shaded band is where a system crosses between the extremes of survival."""
-    extreme = summary.panel.str.contains(", survival ")
+    extreme = summary.setup.str.contains(EXTREME)
     figure = draw_curves(summary[~extreme])
-    panels = dict.fromkeys(summary[~extreme & (summary.quantity == LATENCY)].panel)
+    setups = dict.fromkeys(summary[~extreme & (summary.quantity == LATENCY)].setup)
     crossings = summary[extreme & (summary.quantity == CROSSING)]
-    for axis, panel in zip(figure.axes, panels, strict=False):
-        for _, rows in crossings[crossings.panel.str.startswith(f"{panel}, ")].groupby("system"):
-            axis.axvspan(rows.value.min(), rows.value.max(), color="#0072B2", alpha=0.12, lw=0, zorder=0)
+    base = crossings.setup.str.replace(f"{EXTREME}\\w+", "", regex=True)
+    for axis, setup in zip(figure.axes, setups, strict=False):
+        for _, rows in crossings[base == setup].groupby("label"):
+            colour = plots.colour_of(rows.allocator.iloc[0])
+            axis.axvspan(rows.value.min(), rows.value.max(), color=colour, alpha=0.12, lw=0, zorder=0)
     return figure

@@ -12,15 +12,29 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.latency_curve import CROSSING, Curves, Line, ServeAt, draw_curves, guess_of, measure_lines
+from kvarena.experiments.latency_curve import (
+    CROSSING,
+    Curves,
+    Line,
+    ServeAt,
+    draw_curves,
+    guess_of,
+    measure_lines,
+    summarize_lines,
+    unread_rates,
+)
 from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.systems import System
 
 NAME = "chatbot"
 HEADLINE = CROSSING
 COMPARED = "as_artifact"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
 
 
 @dataclass
@@ -33,31 +47,39 @@ class Params(Curves):
     pool_bytes: int | None = None  # null: the pool the engine ran with
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    rules = {"trace.new_conversation": "params.new_conversation has the probabilities of every run"}
+    return rules | unread_rates(run.params, ["params.guess"])
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Both runs; a system whose probability is the same in both is replayed once. Raises UserError without a run."""
     if not run.params.new_conversation:
         raise UserError("params.new_conversation: at least one run, e.g. {fair: {others: 0.5}}")
-    summary, points = measure_lines(run, recorder, list(_lines(run)))
-    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), _notes(run))
+    return Measured(measure_lines(run, recorder, list(_lines(run))), _notes(run))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every point and crossing of every run."""
+    return summarize_lines(_lines(run), frames)
 
 
 def _lines(run: Run) -> Iterator[Line]:
     """Only `as_artifact` is the published figure's; the engine's constants come from Fig 12a."""
     replayer = Replayer(run)
-    evidence = "measured" if run.clock == "measured" else "predicted"
-    panel = "chatbot" if run.imitates else f"{run.model.name} chatbot"
     for which, values in run.params.new_conversation.items():
-        compared = which == COMPARED
         for system in run.systems:
             probability = _probability(which, values, system)
             yield Line(
                 key=f"{system.name}, new conversations {probability:g}",
+                run=run,
                 system=system,
-                figure="fig17" if compared else NAME,
-                panel=panel if compared else f"{panel}, {which}",
-                evidence=evidence,
+                figure="fig17" if which == COMPARED else None,
+                detail=which,
                 serve_at=_serving(run, replayer, system, probability),
                 guess=guess_of(run.params.guess, system),
+                point={"new_conversation": values},
             )
 
 

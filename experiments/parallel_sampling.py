@@ -20,15 +20,22 @@ from kvarena.experiments.latency_curve import (
     draw_curves,
     guess_of,
     measure_lines,
+    summarize_lines,
+    unread_panels,
+    unread_rates,
 )
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.systems import System
 
 NAME = "parallel_sampling"
 HEADLINE = CROSSING
+READS = {  # no decoding: the panels say how many samples
+    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing"),
+    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "threads"),
+}
 
 
 @dataclass
@@ -49,10 +56,31 @@ class Params(Curves):
     max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    rules = unread_of_sequences(run) | unread_panels(params.panels, params.only)
+    return rules | unread_rates(params, (f"params.panels.{figure}.guess" for figure in params.panels))
+
+
+def unread_of_sequences(run: Run) -> dict[str, str]:
+    """The same of experiments whose own keys say how many sequences a request has."""
+    rules = {"trace.mix": f"experiment={run.experiment} says itself how each request is decoded"}
+    if run.params.max_rows is not None:
+        rules["allocator.max_rows"] = "params.max_rows=N sets it"
+        if not any(_has_rows(system) for system in run.systems):
+            rules["params.max_rows"] = "no system of this run has rows to spare; allocator=vattention has"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Replay every panel."""
-    summary, points = measure_lines(run, recorder, list(_lines(run)))
-    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes(run))
+    return Measured(measure_lines(run, recorder, list(_lines(run))), notes(run))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every point and crossing of every panel."""
+    return summarize_lines(_lines(run), frames)
 
 
 def _lines(run: Run) -> Iterator[Line]:
@@ -63,13 +91,18 @@ def _lines(run: Run) -> Iterator[Line]:
         for system in with_rows(run.systems, run.params.max_rows):
             yield Line(
                 key=f"{figure} {system.name}",
+                run=run,
                 system=system,
                 figure=figure,
-                panel=panel_named(run, f"parallel n={panel.n}"),
-                evidence="measured" if run.clock == "measured" else "predicted",
+                detail=f"parallel n={panel.n}",
                 serve_at=serving(run, replayer, system, decoding),
                 guess=guess_of(panel.guess, system),
+                point={"n": panel.n},
             )
+
+
+def _has_rows(system: System) -> bool:
+    return bool(system.allocator.name == "vattention")
 
 
 def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[System]:
@@ -80,15 +113,14 @@ def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[Syste
     if max_rows is not None and max_rows < 1:
         raise UserError(f"params.max_rows={max_rows}: must be 1 or more")
     for system in systems:
-        if max_rows is None or not hasattr(system.allocator, "max_rows"):
+        if max_rows is None or not _has_rows(system):
             yield system
         else:
             yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
 
 
-def panel_named(run: Run, name: str) -> str:
-    """The published panel where the run imitates its model, else with the model that ran."""
-    return name if run.imitates else f"{run.model.name} {name}"
+def _has_rows(system: System) -> bool:
+    return bool(system.allocator.name == "vattention")
 
 
 def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:

@@ -202,19 +202,3 @@ def tell_refusals(system: System, requests: pd.DataFrame) -> None:
     if len(refused):
         said = f"{system.name} refuses {len(refused)} of {requests.request_id.nunique()} requests"
         tell_once(f"refused {system.name}", f"{said}; the first: {refused.refusal.iloc[0]}")
-
-
-def columns(run: Run, system: System) -> dict[str, str]:
-    """What every summary row says of a system of this run."""
-    return {
-        "system": run.shown_as(system), "allocator": system.allocator.name, "kernel": run.kernel_of(system),
-        "model": run.model.name, "clock": run.clock, "device": run.device_name,
-    }  # fmt: skip
-
-
-TITLES = {"sharegpt": "ShareGPT", "alpaca": "Alpaca"}  # traces as PagedAttention's figures name them
-
-
-def panel_of(run: Run, trace: str) -> str:
-    """`<model> <trace>`: the published panel where the run imitates that model, else with the model that ran."""
-    return f"{run.shown_model} {TITLES.get(trace, trace)}"

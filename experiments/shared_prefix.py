@@ -22,11 +22,14 @@ from kvarena.experiments.latency_curve import (
     draw_curves,
     guess_of,
     measure_lines,
+    summarize_lines,
+    unread_panels,
+    unread_rates,
+    unread_traces,
 )
-from kvarena.experiments.parallel_sampling import panel_named
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
 from kvarena.harness.prefix import Prefix
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.systems import System
 
@@ -34,16 +37,16 @@ NAME = "shared_prefix"
 HEADLINE = CROSSING
 PREFIX_ID = -1  # requests' ids begin at 0
 NO_SHARING = ("orca", "fastertransformer")  # schedulers whose systems feed the prefix with every prompt
-ASSUMED = (
-    "OPT-13B's constants of the engine hold for LLaMA-13B, but for its weights (conf/experiment/shared_prefix.yaml)"
-)
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "sharing"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "sharing", "threads"),
+}
 
 
 @dataclass
 class Panel:
     """One panel of the figure."""
 
-    name: str  # as the paper has it
     trace: str  # of conf/trace/
     prefix_tokens: int  # of the prompt's beginning that is shared: whole blocks
     guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
@@ -58,15 +61,28 @@ class Params(Curves):
     pool_bytes: int | None = None  # null: the pool the engine ran with
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    rules = unread_panels(params.panels, params.only)
+    rules |= unread_rates(params, (f"params.panels.{figure}.guess" for figure in params.panels))
+    traces = [panel.trace for panel in chosen_panels(params.panels, params.only).values()]
+    return rules | unread_traces(run, traces, "params.panels.FIGURE.trace=NAME", of_all=("max_tokens", "path"))
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Replay every panel."""
-    notes: dict[str, object] = {"assumed": ASSUMED} if run.clock == "modelled" else {}
+    notes: dict[str, object] = {}
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         workload = workload_of(_panel_run(run, panel), rate=8.0)
         _check_shared(panel, workload.provenance["trace"], figure)
         notes[figure] = {**workload.provenance, "mean_prompt_tokens": float(workload.prompt_tokens.mean())}
-    summary, points = measure_lines(run, recorder, list(_lines(run)))
-    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes)
+    return Measured(measure_lines(run, recorder, list(_lines(run))), notes)
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every point and crossing of every panel."""
+    return summarize_lines(_lines(run), frames)
 
 
 def _panel_run(run: Run, panel: Panel) -> Run:
@@ -83,22 +99,24 @@ def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
         raise UserError(
             f"params.panels.{figure}.prefix_tokens={panel.prefix_tokens}: {trace['prefix_path']} begins every prompt "
             f"with {held} tokens of {trace['tokenizer']}: share that many at most, in whole blocks. "
-            f"Name the panels anew: params.panels={{{figure}: {{name, trace, prefix_tokens, guess}}}}"
+            f"Name the panels anew: params.panels={{{figure}: {{trace, prefix_tokens, guess}}}}"
         )
 
 
 def _lines(run: Run) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
+        own = _panel_run(run, panel)
         for system in run.systems:
             yield Line(
                 key=f"{figure} {system.name}",
+                run=own,
                 system=system,
                 figure=figure,
-                panel=panel_named(run, panel.name),
-                evidence="measured" if run.clock == "measured" else "conditional",
-                serve_at=_serving(_panel_run(run, panel), replayer, system, panel.prefix_tokens),
+                detail=f"{panel.prefix_tokens} tokens shared",
+                serve_at=_serving(own, replayer, system, panel.prefix_tokens),
                 guess=guess_of(panel.guess, system),
+                point={"prefix_tokens": panel.prefix_tokens},
             )
 
 

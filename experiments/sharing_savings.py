@@ -7,31 +7,42 @@ In every iteration: logical = what the running sequences would hold if each had 
 as the artifact takes it, over a window of the replay. vAttention shares whole page-groups, so the same is said of it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
+from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import PS, window
-from kvarena.experiments.parallel_sampling import panel_named, with_rows
-from kvarena.experiments.replay import Replayer, columns, workload_of
+from kvarena.experiments.latency_curve import headed, published_beside
+from kvarena.experiments.parallel_sampling import unread_of_sequences, with_rows
+from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
+from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
 
 NAME = "sharing_savings"
 HEADLINE = "memory_saving_vs_n"
+READS = {  # no decoding: both ways are run, for every n
+    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing"),
+    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "threads"),
+}
+FIGURE = "fig15"
 FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
+ASSUMED = "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+EXTREME = ", survival "  # what tells the setups of other survivals
 UNATTACHED = ("stranded", "free", "remainder")  # leaves of the pool that no sequence holds
 
 
@@ -46,10 +57,22 @@ class Params:
     max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """One replay for each system, way of decoding and n."""
-    replayer, cells = Replayer(run), []
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    rules = unread_of_sequences(run)
+    if run.clock == "measured":
+        rules["params.survivals"] = "the model's scores say which beams live on; clock=modelled assumes"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """One replay for each system, way of decoding and n. Raises UserError for none, or one twice."""
     ways = list(_ways(run))
+    if not ways or len(set(ways)) < len(ways):
+        raise UserError(
+            f"params.n={run.params.n}, params.survivals={run.params.survivals}: at least one n, and nothing twice"
+        )
+    replayer, cells = Replayer(run), []
     with Progress(NAME, len(ways) * len(run.systems)) as progress:
         for system in with_rows(run.systems, run.params.max_rows):
             for decoding in ways:
@@ -57,10 +80,8 @@ def run(run: Run, recorder: Recorder) -> Outcome:
                 progress.stage(key)
                 cells.append(recorder.cell(key, partial(_cell, run, replayer, system, decoding))["savings"])
                 progress.advance()
-    table = pd.concat(cells, ignore_index=True)
-    summary = frame(_rows(run, table))
-    notes = {"workload": workload_of(run).provenance, "survival": SURVIVAL}
-    return Outcome(summary, pd.DataFrame(), table, HEADLINE, draw(summary), notes)
+    notes = {"workload": workload_of(run).provenance, "survival": ASSUMED}
+    return Measured({"savings": pd.concat(cells, ignore_index=True)}, notes)
 
 
 def _ways(run: Run) -> Iterator[DecodingConfig]:
@@ -116,37 +137,32 @@ def savings(steps: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """A row of the figure for each system, way and n, and the bytes behind it."""
+    return frame(row for _, cell in frames["savings"].iterrows() for row in _rows(run, cell))
+
+
+def _rows(run: Run, cell: pd.Series) -> Iterator[SummaryRow]:
     """Beams are compared under one survival model; the others stand beside it under their own names."""
-    systems = {system.name: system for system in run.systems}
-    published = {"paper": "pagedattention", "figure": "fig15"}
-    ours = {"paper": "kvarena", "figure": NAME}
-    for _, cell in table.iterrows():
-        beam = cell.decoding == "beam"
-        compared = cell.survival == SURVIVAL
-        shared = {
-            "experiment": NAME,
-            "panel": panel_named(run, cell.decoding if compared else f"{cell.decoding}, survival {cell.survival}"),
-            "x": cell.n,
-            "evidence": "measured" if run.clock == "measured" else "conditional" if beam else "predicted",
-            **columns(run, systems[cell.system]),
-        }
-        yield row(cell.saving, quantity=HEADLINE, unit="%", **(published if compared else ours), **shared)
-        for name, unit in (("logical_gb", "GB"), ("physical_gb", "GB"), ("batched_sequences", "sequences")):
-            yield row(cell[name], quantity=f"{name}_vs_n", unit=unit, **ours, **shared)
+    system = next(system for system in run.systems if system.name == cell.system)
+    what = cell.decoding if cell.survival == SURVIVAL else f"{cell.decoding}{EXTREME}{cell.survival}"
+    more: dict[str, Any] = {"detail": what, "x": float(cell.n), "assuming": ASSUMED if cell.decoding == "beam" else ""}
+    names = named(run, system, FIGURE, decoding=cell.decoding, survival=cell.survival, **more)
+    yield row(cell.saving, quantity=HEADLINE, unit="%", **names)
+    ours = named(run, system, **more)
+    for name, unit in (("logical_gb", "GB"), ("physical_gb", "GB"), ("batched_sequences", "sequences")):
+        yield row(cell[name], quantity=f"{name}_vs_n", unit=unit, **ours)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 15: left samples, right beams, with the extremes of survival as whiskers where they were replayed."""
     saving = summary[summary.quantity == HEADLINE]
-    extreme = saving.panel.str.contains(", survival ")
-    published = read_published(PUBLISHED)
-    published = published[(published.figure == "fig15") & (published.quantity == HEADLINE)]
-    panels = list(dict.fromkeys(saving[~extreme].panel))
-    figure, axes = plots.canvas(1, len(panels), width=4.8, height=3.6)
-    for axis, panel in zip(axes, panels, strict=True):
-        band = saving[extreme & saving.panel.str.startswith(f"{panel}, ")]
-        _bars(axis, saving[saving.panel == panel], band, published[published.panel == panel])
+    extreme = saving.setup.str.contains(EXTREME)
+    base = saving.setup.str.replace(f"{EXTREME}\\w+", "", regex=True)
+    setups = list(dict.fromkeys(saving[~extreme].setup)) or list(dict.fromkeys(base))
+    figure, axes = plots.canvas(1, len(setups), width=4.8, height=3.8)
+    for axis, setup in zip(axes, setups, strict=True):
+        _bars(axis, saving[saving.setup == setup], saving[extreme & (base == setup)])
     axes[0].legend(fontsize=7, frameon=False)
     top = max(10.0, 1.15 * float(saving.value.max()))
     for axis in axes:
@@ -155,30 +171,26 @@ def draw(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-SHADES = {"paged": "#0072B2", "64KB": "#009E73", "sliced": "#66C2A5", "2MB": "#B2DFD0"}
-
-
-def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame, published: pd.DataFrame) -> None:
-    names, counts = list(dict.fromkeys(ours.system)), sorted(set(ours.x))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        rows = ours[ours.system == name].sort_values("x")
-        at = [counts.index(x) + (i - (len(names) - 1) / 2) * width for x in rows.x]
-        colour = SHADES["paged"] if rows.allocator.iloc[0] == "paged" else _shade(name)
-        axis.bar(at, rows.value, width, color=colour, label=name)
+def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame) -> None:
+    """A bar for each system and n in its allocator's colour, the second of an allocator paler than the first."""
+    shown, counts = plots.shown_names(ours), sorted(set(ours.x))
+    width = 0.8 / len(shown)
+    seen = Counter[str]()
+    for i, (label, name) in enumerate(shown.items()):
+        rows = ours[ours.label == label].sort_values("x")
+        at = [counts.index(x) + (i - (len(shown) - 1) / 2) * width for x in rows.x]
+        colour = plots.colour_of(rows.allocator.iloc[0])
+        axis.bar(at, rows.value, width, color=colour, alpha=0.65 ** seen[colour], label=name)
+        seen[colour] += 1
         for x, place, value in zip(rows.x, at, rows.value, strict=True):
-            extremes = band[(band.system == name) & (band.x == x)].value
-            top = max([value, *extremes])
-            axis.annotate(f"{value:.3g}", (place, top), ha="center", va="bottom", fontsize=6)
+            extremes = band[(band.label == label) & (band.x == x)].value
+            axis.annotate(f"{value:.3g}", (place, max([value, *extremes])), ha="center", va="bottom", fontsize=6)
             if len(extremes):
                 axis.vlines(place, extremes.min(), extremes.max(), color="#000000", lw=1)
-        theirs = published[published.system == name]
+        theirs = published_beside(rows)
+        theirs = theirs[(theirs.quantity == HEADLINE) & theirs.x.isin(counts)]
         axis.plot([counts.index(x) for x in theirs.x], theirs.value, "o", mfc="none", color=colour)
     axis.set_xticks(range(len(counts)), [f"{x:g}" for x in counts])
-    said = ", ".join(dict.fromkeys(str(ours[name].iloc[0]) for name in ("clock", "device", "evidence")))
-    axis.set_title(f"{ours.panel.iloc[0]}\n{said}", fontsize=9)
+    said = ", ".join(dict.fromkeys(ours.evidence))
+    axis.set_title(f"{headed(ours)}, {said}", fontsize=8)
     axis.set(xlabel="samples, or width of the beam", ylabel="memory saved by sharing, %")
-
-
-def _shade(name: str) -> str:
-    return next((colour for part, colour in SHADES.items() if part in name), "#999999")
