@@ -103,13 +103,16 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
 
 
 def _check(params: Params) -> None:
-    check_block_sizes(params.block_sizes)
     for key in ("batch_sizes", "contexts"):
         values = getattr(params, key)
         if not values or min(values) < 1 or len(set(values)) < len(values):
             raise UserError(f"params.{key}={values}: name at least one, each 1 or more, and none twice")
     if params.rounds < 1:
         raise UserError(f"params.rounds={params.rounds}: at least 1 is needed")
+
+
+def _check_blocks(params: Params) -> None:
+    check_block_sizes(params.block_sizes)
     longest = max(USUAL_BLOCK, *params.contexts)
     odd = [size for size in params.block_sizes if size & (size - 1) or size > longest]
     if odd or USUAL_BLOCK not in params.block_sizes:
@@ -132,8 +135,10 @@ def _lines(run: Run) -> list[Line]:
 
 
 def _lines_by_block(run: Run) -> list[Line]:
-    """Kernels that read rows and blocks alike, on scattered blocks of every size."""
+    """Kernels that read rows and blocks alike, on scattered blocks of every size. Raises UserError for odd sizes."""
     pairs = _of_both_layouts(run)
+    if pairs:
+        _check_blocks(run.params)
     sizes = [Arrangement(size, scattered=True) for size in run.params.block_sizes]
     return [Line(name, a) for name in pairs for a in sizes if _misfit(run, name, a) is None]
 

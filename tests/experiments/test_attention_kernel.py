@@ -156,7 +156,8 @@ def test_keys_that_no_kernel_reads_are_refused(key: str) -> None:
 @pytest.fixture
 def on_the_papers_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
-    run = compose_run("experiment=attention_kernel", "device=cpu", "model=opt-13b", "params.working_set_bytes=1073741824")
+    paper = ("model=opt-13b", "params.working_set_bytes=1073741824", "params.kernels=[sdpa]")
+    run = compose_run("experiment=attention_kernel", "device=cpu", *paper)
     return replace(run, device=DeviceConfig(name="cuda", kind="cuda"))
 
 

@@ -18,6 +18,7 @@ from kvarena.experiments.decode_need import decode_need, need_rows
 from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, computing, timed_us
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import is_earned, named
 from kvarena.harness.record import Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import COLUMNS, beside_published, read_published
@@ -175,13 +176,16 @@ def test_need_is_throughput_times_bytes_per_token():
 
 
 def test_on_a_gpu_table_9_stands_beside_the_published_one(on_the_fake):
-    overrides = ("params.page_groups=[2MB,4MB]", "params.pool=4GB", "params.rounds=1", "params.need_models=[]")
-    summary = on_the_fake(*BANDWIDTH, *overrides)
-    rows = published(summary)
-    assert rows[["panel", "system", "published"]].to_numpy().tolist() == [["TP-1", "2MB", 35.17]]
-    assert len(summary[summary.paper == "vattention"]) == 1, "one by one, at 2 MB: no other way, no other size"
-    small = on_the_fake(*BANDWIDTH, *overrides, "params.pool=16MB")
-    assert published(small).empty
+    overrides = ("params.page_groups=[2MB]", "params.need_models=[]")
+    assert published(on_the_fake(*BANDWIDTH, *overrides)).empty, "4 MB are not mapped as a pool is"
+    run = replace(compose_run(*BANDWIDTH, "params.pool=4GB"), device=DeviceConfig(name="cuda", kind="cuda"))
+    ways = {(size, way): named(run, figure="table9", key=size, label=size, way=way)
+            for size in ("2MB", "64KB") for way in ("one by one", "in runs")}  # fmt: skip
+    assert [each for each, names in ways.items() if is_earned(names)] == [("2MB", "one by one")]
+    names = ways["2MB", "one by one"]
+    assert [names[key] for key in ("paper", "panel", "system", "setup")] == [
+        "vattention", "TP-1", "2MB", "1 x nvidia-a100-sxm4-80gb",
+    ]  # fmt: skip
 
 
 NEED = ("params.need_models=[yi-6b]", "params.need_batches=[64]")
