@@ -8,8 +8,8 @@ Allocating is mapping: the page-groups were created when the server started. Thr
 
 The time is the wall's, around a call of our contract, bookkeeping included; a pass over the pool counts its median
 call, so that a slice that a busy machine takes away is not the driver's. The need is bytes of K/V per second of decode,
-tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With engine=sarathi2024 the
-host's work counts, as fitted on other figures; with engine=lean it costs nothing, which gives an upper bound.
+tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With sarathi2024 as engine the
+host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -29,18 +28,20 @@ from kvarena.allocators.sizes import GB, format_bytes, parse_bytes
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.decode_need import decode_need
-from kvarena.experiments.driver_calls import check_counts, page_groups_of, shared_columns
+from kvarena.experiments.decode_need import decode_need, need_rows
+from kvarena.experiments.driver_calls import check_counts, page_groups_of
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import OURS, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "allocation_bandwidth"
 HEADLINE = "allocation_bandwidth"
+FIGURE = "table9"
+READS = {"measured": ("device",)}
 ONE_BY_ONE = "one by one"
-TP1 = "TP-1"  # the published panel: one GPU maps for itself
 
 
 @dataclass
@@ -53,24 +54,39 @@ class Params:
     rounds: int = 0  # interleaved over page-groups and ways: the samples of every interval
     need_models: list[str] = field(default_factory=list)  # of conf/model/, for Fig 4
     need_device: str = ""  # of conf/device/
+    need_engine: str = ""  # of conf/engine/
     need_batches: list[int] = field(default_factory=list)
     need_context: int = 0  # tokens of every sequence
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Measure what the driver gives and model what decoding takes. Raises UserError for parameters that do not fit."""
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = {"engine": "params.need_engine=NAME is the engine that decoding is modelled by"}
+    if not run.params.need_models:
+        for key in ("need_device", "need_engine", "need_batches", "need_context"):
+            keys[f"params.{key}"] = "params.need_models=[] models nothing"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Model what decoding takes and measure what the driver gives. Raises UserError for parameters that do not fit."""
     params: Params = run.params
     sizes, pool = page_groups_of(params.page_groups), parse_bytes(params.pool, "params.pool")
     check_counts(params, "run_groups", "rounds", "need_batches", "need_context")
     if any(pool % size or pool < size for size in sizes):
         raise UserError(f"params.pool={params.pool}: not a multiple of every page-group of {params.page_groups}")
-    need = decode_need(params.need_models, params.need_device, run.engine, params.need_batches, params.need_context)
+    if len(set(params.need_models)) < len(params.need_models):
+        raise UserError(f"params.need_models={params.need_models}: one is named twice")
+    need = decode_need(run)
     with Progress(NAME, params.rounds + 1) as progress:
-        cell = recorder.cell("bandwidth", partial(_measure, run, sizes, pool, progress))
-    samples = cell["samples"]
-    summary = frame([*_supply(run, samples), *need])
-    nothing = pd.DataFrame({"way": pd.Series(dtype=str)})
-    return Outcome(summary, nothing, samples, HEADLINE, draw(summary))
+        samples = recorder.cell("bandwidth", partial(_measure, run, sizes, pool, progress))["samples"]
+    return Measured({"samples": samples} | ({} if need.empty else {"decode_need": need}))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """GB/s by page-group and way, and what decoding takes."""
+    need = need_rows(run, frames["decode_need"]) if "decode_need" in frames else ()
+    return frame([*_supply(run, frames["samples"]), *need])
 
 
 def _measure(run: Run, sizes: list[int], pool: int, progress: Progress) -> Frames:
@@ -133,56 +149,52 @@ class _Pool:
 
 
 def _supply(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    """The paper's panel where a GPU maps one by one as it did, else ours."""
-    shared: dict[str, Any] = {"experiment": NAME, "unit": "GB/s", "evidence": "measured", **shared_columns(run)}
-    for way in dict.fromkeys(samples.way):
-        as_published = way == ONE_BY_ONE and run.device.kind == "cuda"
-        for size in dict.fromkeys(samples.page_group):
-            rates = samples[(samples.way == way) & (samples.page_group == size)].gb_per_s
-            yield row(
-                median_interval(rates), quantity=HEADLINE, panel=TP1 if as_published else f"{run.device.kind}, {way}",
-                paper="vattention" if way == ONE_BY_ONE else "kvarena", figure="table9" if way == ONE_BY_ONE else NAME,
-                system=format_bytes(size), **shared,
-            )  # fmt: skip
+    for (way, size), rows in samples.groupby(["way", "page_group"], sort=False):
+        group = format_bytes(int(str(size)))
+        yield row(median_interval(rows.gb_per_s), quantity=HEADLINE, unit="GB/s",
+                  **named(run, figure=FIGURE, key=group, label=group, detail=str(way), way=way))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Table 9, ours and the paper's; Fig 4, predicted and published."""
-    ours = summary[summary.quantity == HEADLINE]
+    """What the driver gives, beside Table 9 where some of it stands for that; what decoding needs, beside Fig 4."""
     theirs = published_values("vattention")
-    figure, axes = plots.canvas(1, 3, width=5)
-    _bars(axes[0], ours, f"this run\n{ours.device.iloc[0]}, {ours.clock.iloc[0]}")
-    _bars(axes[1], theirs[theirs.figure == "table9"], "published: vAttention Table 9, A100\n64KB to 256KB: own driver")
-    _need(axes[2], summary, theirs[theirs.figure == "fig4"])
-    figure.tight_layout()
-    return figure
+    figure, axes = plots.canvas(1, 2, width=6)
+    _supplied(axes[0], summary[summary.quantity == HEADLINE], theirs[theirs.figure == FIGURE])
+    rates = summary[summary.quantity == "kv_allocation_rate_vs_batch"]
+    if len(rates):
+        _needed(axes[1], rates, theirs[theirs.quantity == "kv_allocation_rate_vs_batch"])
+    return plots.tidy(figure)
 
 
-def _bars(axis: Axes, rows: pd.DataFrame, title: str) -> None:
-    """One group per page-group, one bar per panel."""
-    names, panels = list(dict.fromkeys(rows.system)), list(dict.fromkeys(rows.panel))
-    for number, (panel, bars) in enumerate(rows.groupby("panel", sort=False)):
-        offset = 0.8 * (number + 0.5) / len(panels) - 0.4
-        axis.bar([names.index(name) + offset for name in bars.system], bars.value, 0.8 / len(panels), label=str(panel))
+def _supplied(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """One group per page-group, one bar per way; the published value is a line across the bar that stands for it."""
+    names, ways = list(dict.fromkeys(rows.label)), list(rows.groupby("setup", sort=False))
+    for number, (setup, bars) in enumerate(ways):
+        places = [names.index(name) + 0.8 * (number + 0.5) / len(ways) - 0.4 for name in bars.label]
+        axis.bar(places, bars.value, 0.8 / len(ways), label=str(setup).split(",")[0])
+        for place, bar in zip(places, bars.itertuples(), strict=True):
+            points = theirs[(theirs.panel == bar.panel) & (theirs.system == bar.system)]
+            if bar.paper != OURS and len(points):
+                half = 0.4 / len(ways)
+                axis.hlines(points.value, place - half, place + half, color="black", label=f"{bar.system}, published")
     axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", title=title, ylim=(0, 1.3 * rows.value.max()))
+    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", ylim=(0, 1.3 * rows.value.max()))
+    title = "vAttention Table 9" if plots.stands_for(rows, FIGURE) else "page-groups that the driver allocates"
+    axis.set_title(f"{title}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
     axis.legend(fontsize=7, frameon=False, ncols=2)
 
 
-def _need(axis: Axes, summary: pd.DataFrame, published: pd.DataFrame) -> None:
-    rates = summary[summary.quantity == "kv_allocation_rate_vs_batch"]
-    if rates.empty:
-        axis.set_visible(False)
-        return
-    theirs = published[published.quantity == "kv_allocation_rate_vs_batch"]
-    for number, (panel, line) in enumerate(rates.groupby("panel", sort=False)):
-        colour = f"C{number}"
-        axis.plot(line.x, line.value, "-", color=colour, label=f"{panel}, modelled")
-        points = theirs[theirs.panel == panel]
-        axis.plot(points.x, points.value, "o", ms=4, color=colour, label=f"{panel}, published")
-    axis.set(
-        xlabel="batch size", ylabel="MB/s (2^20 bytes)", ylim=(0, 1.5 * max(rates.value.max(), theirs.value.max()))
-    )
-    engine, device = rates.kernel.iloc[0], rates.device.iloc[0]
-    axis.set_title(f"K/V that decoding needs (vAttention Fig 4)\nmodelled: engine {engine} on {device}")
+def _needed(axis: Axes, rates: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """A line per model; the published points beside those that stand for them."""
+    highest = rates.value.max()
+    for number, (setup, line) in enumerate(rates.groupby("setup", sort=False)):
+        colour, first = f"C{number}", line.iloc[0]
+        axis.plot(line.x, line.value, "-", color=colour, label=f"{setup}, modelled")
+        if first.paper != OURS:
+            points = theirs[theirs.panel == first.panel]
+            axis.plot(points.x, points.value, "o", ms=4, color=colour, label=f"{first.panel}, published")
+            highest = max(highest, points.value.max())
+    title = "K/V that decoding needs" + (" (vAttention Fig 4)" if plots.stands_for(rates, "fig4") else "")
+    axis.set(xlabel="batch size", ylabel="MB/s (2^20 bytes)", ylim=(0, 1.5 * highest))
+    axis.set_title(f"{title}\nmodelled: engine {rates.kernel.iloc[0]} on {rates.device.iloc[0]}")
     axis.legend(fontsize=7, frameon=False, ncols=2)

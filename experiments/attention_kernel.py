@@ -5,10 +5,10 @@ together. Here a kernel that reads both layouts runs on the same bytes as rows, 
 blocks: only where they lie differs. Kernels that read one layout stand beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -19,12 +19,15 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
 from kvarena.experiments.block_sweep import block_axis, check_block_sizes
+from kvarena.experiments.kernel_pairs import allocator_named, kernel_over, unread_of_model
 from kvarena.harness.calibration import StreamingRead
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.systems import System
 from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
@@ -32,7 +35,8 @@ from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
 
 NAME = "attention_kernel"
 HEADLINE = "attention_kernel_latency_vs_context"
-PUBLISHED_AS = {Layout.CONTIGUOUS: "FasterTransformer", Layout.PAGED: "vLLM"}
+FIGURE = "fig18a"
+READS = {"measured": ("model", "device", "threads")}
 
 
 @dataclass
@@ -54,42 +58,61 @@ class Line(NamedTuple):
     arrangement: Arrangement
 
     @property
-    def label(self) -> str:
-        """`<allocator>/<kernel>`; blocks lie scattered unless it says otherwise."""
+    def tables(self) -> str:
+        """How its tables point, if it has any."""
         block, scattered = self.arrangement
-        return f"{'static' if block is None else 'paged' if scattered else 'paged-in-order'}/{self.kernel}"
+        return "none" if block is None else "scattered" if scattered else "in order"
+
+    @property
+    def system(self) -> System:
+        """Named `<allocator>/<kernel>`; blocks lie scattered unless it says otherwise."""
+        allocator = allocator_named("static" if self.tables == "none" else "paged")
+        return kernel_over(allocator, self.kernel, "paged-in-order" if self.tables == "in order" else None)
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    both = {"params.block_sizes": "no kernel of this run reads rows and blocks alike; params.kernels=null takes all"}
+    return unread_of_model(run) | ({} if _of_both_layouts(run) else both)
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Measure every batch size and context, and every block size at the largest of them."""
     params: Params = run.params
     _check(params)
-    device = torch.device(run.device.kind)
-    read = StreamingRead(device)
+    lines, by_block = _lines(run), _lines_by_block(run)
+    read = StreamingRead(torch.device(run.device.kind))
+    cells = [(f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts]
     largest = max(params.batch_sizes), max(params.contexts)
-    cells = [(batch, context, False) for batch in params.batch_sizes for context in params.contexts]
+    if by_block:
+        cells.append((f"{largest[0]}x{largest[1]}-by-block", by_block, *largest))
     tables: list[pd.DataFrame] = []
-    with Progress(NAME, len(cells) + 1) as progress:
-        for batch, context, by_block in [*cells, (*largest, True)]:
-            key = f"{batch}x{context}" + ("-by-block" if by_block else "")
+    with Progress(NAME, len(cells)) as progress:
+        for key, of_cell, batch, context in cells:
             progress.stage(key)
-            lines = _lines_by_block(run) if by_block else _lines(run)
-            cell = recorder.cell(key, partial(_cell, run, read, lines, batch, context))
-            tables.append(cell["samples"].assign(by_block=by_block))
+            cell = recorder.cell(key, partial(_cell, run, read, of_cell, batch, context))
+            tables.append(cell["samples"].assign(by_block=of_cell is by_block))
             progress.advance()
-    samples = pd.concat(tables, ignore_index=True)
-    summary = frame([*_context_rows(run, samples[~samples.by_block]), *_block_rows(run, samples[samples.by_block])])
-    return Outcome(summary, pd.DataFrame(), samples, HEADLINE, draw(summary))
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Latency by context, over that of rows and of the device's memory; time by block size."""
+    samples = frames["samples"]
+    return frame([*_context_rows(run, samples[~samples.by_block]), *_block_rows(run, samples[samples.by_block])])
 
 
 def _check(params: Params) -> None:
-    check_block_sizes(params.block_sizes)
     for key in ("batch_sizes", "contexts"):
         values = getattr(params, key)
         if not values or min(values) < 1 or len(set(values)) < len(values):
             raise UserError(f"params.{key}={values}: name at least one, each 1 or more, and none twice")
     if params.rounds < 1:
         raise UserError(f"params.rounds={params.rounds}: at least 1 is needed")
+
+
+def _check_blocks(params: Params) -> None:
+    check_block_sizes(params.block_sizes)
     longest = max(USUAL_BLOCK, *params.contexts)
     odd = [size for size in params.block_sizes if size & (size - 1) or size > longest]
     if odd or USUAL_BLOCK not in params.block_sizes:
@@ -100,20 +123,32 @@ def _check(params: Params) -> None:
 
 
 def _lines(run: Run) -> list[Line]:
-    """Every kernel on rows, scattered blocks and blocks in order, as it can read them."""
+    """Every kernel on rows, scattered blocks and blocks in order, as it can read them. Raises UserError for none."""
     arrangements = (Arrangement(None), Arrangement(USUAL_BLOCK, scattered=True), Arrangement(USUAL_BLOCK))
-    return [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
+    lines = [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
+    if not lines:
+        raise UserError(
+            f"params.kernels={run.params.kernels}: none that runs here reads rows, or blocks of {USUAL_BLOCK} tokens, of "
+            f"{run.model.name}"
+        )
+    return lines
 
 
 def _lines_by_block(run: Run) -> list[Line]:
-    """Kernels that read rows and blocks alike, on scattered blocks of every size."""
-    pairs = [name for name in _kernels(run) if len(kernel_spec(name).layouts) > 1]
+    """Kernels that read rows and blocks alike, on scattered blocks of every size. Raises UserError for odd sizes."""
+    pairs = _of_both_layouts(run)
+    if pairs:
+        _check_blocks(run.params)
     sizes = [Arrangement(size, scattered=True) for size in run.params.block_sizes]
     return [Line(name, a) for name in pairs for a in sizes if _misfit(run, name, a) is None]
 
 
+def _of_both_layouts(run: Run) -> list[str]:
+    return [name for name in _kernels(run) if len(kernel_spec(name).layouts) > 1]
+
+
 def _kernels(run: Run) -> list[str]:
-    """The kernels to measure. Raises UserError for one that cannot run here, and where none can."""
+    """The kernels to measure. Raises UserError for one that cannot run here."""
     if run.params.kernels is None:
         names = [name for name, (spec, *_) in CATALOGUE.items() if missing(spec) is None]
         return [name for name in names if _readable(run, name)]
@@ -153,40 +188,35 @@ def _cell(run: Run, read: StreamingRead, lines: list[Line], batch: int, context:
         turn = number % len(lines)
         for line in [*lines[turn:], *lines[:turn]]:
             rows.append(
-                {"batch": batch, "context": context, "round": number, "kernel": line.kernel, "label": line.label,
+                {"batch": batch, "context": context, "round": number, "kernel": line.kernel,
                  "block_size": line.arrangement.block_size, "scattered": line.arrangement.scattered,
                  "call_s": timers[line](), "bytes": working_set.bytes_per_call, "streaming_gb_per_s": limit}
             )  # fmt: skip
     return {"samples": pd.DataFrame(rows).astype({"block_size": float})}
 
 
-def _columns(run: Run, label: str, kernel: str) -> dict[str, Any]:
-    """What every row says. Where the run imitates the paper's, a kernel of both layouts wears the published names."""
-    layout = Layout.CONTIGUOUS if label.startswith("static") else Layout.PAGED
-    imitates = run.imitates and len(kernel_spec(kernel).layouts) > 1 and not label.startswith("paged-in-order")
-    return {
-        "experiment": NAME, "system": PUBLISHED_AS[layout] if imitates else label,
-        "allocator": "static" if layout is Layout.CONTIGUOUS else "paged", "kernel": kernel,
-        "model": run.model.name, "clock": run.clock, "device": run.device_name, "evidence": "measured",
-    }  # fmt: skip
+def _line(kernel: object, block_size: float, scattered: object) -> Line:
+    """A line as the samples have it: a block size of 0 is none."""
+    return Line(str(kernel), Arrangement(int(block_size) or None, bool(scattered)))
 
 
 def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    ours = {"paper": "kvarena", "figure": NAME}
-    for (batch, context, label, kernel), rows in samples.groupby(["batch", "context", "label", "kernel"], sort=False):
-        panel = f"bs{batch}" if run.imitates else f"{run.model.name} bs{batch}"
-        common = {"panel": panel, "x": context, **_columns(run, str(label), str(kernel))}
-        by_round = rows.set_index("round")
-        yield row(median_interval(1e6 * by_round.call_s), paper="pagedattention", figure="fig18a", quantity=HEADLINE,
-                  unit="us", **common)  # fmt: skip
-        share = 100 * by_round.bytes / by_round.call_s / 1e9 / by_round.streaming_gb_per_s
-        yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%",
-                  **ours, **common)  # fmt: skip
-        here = (samples.batch == batch) & (samples.context == context) & (samples.label == f"static/{kernel}")
-        on_rows = samples[here].set_index("round").call_s
-        if len(on_rows) and not str(label).startswith("static"):
-            yield row(median_interval(by_round.call_s / on_rows), quantity="time_over_contiguous_vs_context",
-                      unit="ratio", **ours, **common)  # fmt: skip
+    samples = samples.fillna({"block_size": 0})
+    for (batch, context), cell in samples.groupby(["batch", "context"], sort=False):
+        by_line = {
+            _line(*key): rows.set_index("round")
+            for key, rows in cell.groupby(["kernel", "block_size", "scattered"], sort=False)
+        }
+        for line, rows in by_line.items():
+            names = partial(named, run, line.system, detail=f"bs{batch}", x=context)
+            as_published = {"key": "vLLM", "batch": int(batch), "tables": line.tables}
+            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us", **names(FIGURE, **as_published))
+            share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
+            yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names())
+            on_rows = by_line.get(_line(line.kernel, 0, False))
+            if on_rows is not None and line.tables != "none":
+                yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
+                          unit="ratio", **names())  # fmt: skip
 
 
 def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -194,54 +224,64 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for kernel, rows in samples.groupby("kernel", sort=False):
         usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s
         for size, part in rows.groupby("block_size"):
-            yield row(
-                median_interval(part.set_index("round").call_s / usual), paper="kvarena", figure=NAME,
-                panel=f"{run.model.name} bs{part.batch.iloc[0]} {part.context.iloc[0]} tokens", x=size,
-                quantity="time_over_block_16_vs_block_size", unit="ratio",
-                **_columns(run, str(part.label.iloc[0]), str(kernel)),
-            )  # fmt: skip
+            of_size = _line(kernel, float(str(size)), True)
+            detail = f"bs{part.batch.iloc[0]}, {part.context.iloc[0]} tokens"
+            yield row(median_interval(part.set_index("round").call_s / usual), unit="ratio",
+                      quantity="time_over_block_16_vs_block_size",
+                      **named(run, of_size.system, detail=detail, x=of_size.arrangement.block_size))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 18a, ours above and the published one below; and what scattered blocks cost one and the same kernel."""
+    """Latency by context, with the published points of lines that stand for them; what scattered blocks cost."""
     ours = summary[summary.quantity == HEADLINE]
-    published = published_values("pagedattention", figure="fig18a")
-    where = f"{ours.model.iloc[0]}, {ours.clock.iloc[0]}, {ours.device.iloc[0]}"
-    titles = f"this run: {{panel}}\n{where}", "published: {panel}\nOPT-13B's heads, A100"
-    figure, above, below = plots.over_published(ours, published, _latency, titles)
-    _ratios(above, summary[summary.quantity == "time_over_contiguous_vs_context"], where)
-    _block_sizes(below, summary[summary.quantity == "time_over_block_16_vs_block_size"], where)
+    names, theirs = plots.shown_names(ours), published_values("pagedattention", figure=FIGURE)
+    title = "PagedAttention Fig 18a" if plots.stands_for(ours, FIGURE) else "attention by context"
+    setups = list(ours.groupby("setup", sort=False))
+    figure, axes = plots.canvas(2, -(-(len(setups) + 2) // 2), width=5.4)
+    for axis, (setup, rows) in zip(axes, setups, strict=False):
+        _latency(axis, rows, names)
+        _published(axis, rows, theirs)
+        axis.set(ylabel="one call, us", title=f"{title}\n{setup}; {rows.clock.iloc[0]}", ylim=(0, None))
+        axis.legend(fontsize=6, frameon=False)
+    above, below = axes[len(setups) : len(setups) + 2]
+    _ratios(above, summary[summary.quantity == "time_over_contiguous_vs_context"])
+    _block_sizes(below, summary[summary.quantity == "time_over_block_16_vs_block_size"])
     return plots.tidy(figure)
 
 
-def _latency(axis: Axes, rows: pd.DataFrame, title: str) -> None:
-    plots.lines(axis, rows)
-    axis.set(ylabel="one call, us", title=title, ylim=(0, None))
+def _latency(axis: Axes, rows: pd.DataFrame, names: Mapping[str, str]) -> None:
+    plots.lines(axis, rows.assign(shown=rows.label.map(names)), "shown")
     _context_axis(axis, rows)
 
 
-def _ratios(axis: Axes, rows: pd.DataFrame, where: str) -> None:
-    for (panel, system), part in rows.groupby(["panel", "system"], sort=False):
-        axis.plot(part.x, part.value, "o-", ms=4, label=f"{system}, {panel}")
+def _published(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """The published points of each line that earned their name."""
+    for (panel, system), points in theirs.groupby(["panel", "system"], sort=False):
+        if ((rows.panel == panel) & (rows.system == system)).any():
+            axis.plot(points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published")
+
+
+def _ratios(axis: Axes, rows: pd.DataFrame) -> None:
+    for (label, setup), part in rows.groupby(["label", "setup"], sort=False):
+        axis.plot(part.x, part.value, "o-", ms=4, label=f"{label}; {setup}")
         axis.fill_between(part.x, part.ci_low.astype(float), part.ci_high.astype(float), alpha=0.15, lw=0)
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set(ylabel="time over rows, same kernel", title=f"blocks of {USUAL_BLOCK} over rows\n{where}")
     if len(rows):
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(ylabel="time over rows, same kernel", title=f"blocks of {USUAL_BLOCK} over rows")
         _context_axis(axis, rows)
+        axis.legend(fontsize=6, frameon=False)
 
 
 def _context_axis(axis: Axes, rows: pd.DataFrame) -> None:
     plots.batch_axis(axis, sorted(rows.x.unique()))
     axis.set_xlabel("context, tokens")
-    axis.legend(fontsize=6, frameon=False)
 
 
-def _block_sizes(axis: Axes, rows: pd.DataFrame, where: str) -> None:
+def _block_sizes(axis: Axes, rows: pd.DataFrame) -> None:
     if rows.empty:
         return
-    plots.lines(axis, rows)
+    plots.lines(axis, rows, "label")
     axis.axhline(1, color="black", lw=0.8)
-    axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks: {rows.panel.iloc[0]}\n{where}")
-    axis.set_ylim(0, None)
+    axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None))
     block_axis(axis, rows.x)
     axis.legend(fontsize=6, frameon=False)

@@ -21,7 +21,7 @@ from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, window
 from kvarena.experiments.latency_curve import headed, published_beside, unread_traces
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
-from kvarena.experiments.seeds import check_seeds, seeded
+from kvarena.experiments.seeds import seeded, seeds_of
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import OURS, is_earned, named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -106,7 +106,7 @@ def unread(run: Run) -> dict[str, str]:
 
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve every load with every system, under every seed. Raises UserError where there is no load, or one twice."""
-    seeds = check_seeds(run.params.seeds)
+    seeds = seeds_of(run)
     loads = _checked(run)
     replayer, cells, notes = Replayer(run), list[Frames](), {}
     todo = [(load, seed, system) for load in loads for seed in seeds for system in load.systems_of(run)]

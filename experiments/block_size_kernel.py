@@ -9,10 +9,10 @@ blocks look fast. Where a kernel slows down under `drawn` and not under `shuffle
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -25,9 +25,10 @@ from kvarena.experiments.attention_time import USUAL_BLOCK, Call, WorkingSet, se
 from kvarena.experiments.block_sweep import check_block_sizes
 from kvarena.experiments.drawn_blocks import DrawnBlocks
 from kvarena.experiments.driver_calls import check_counts
-from kvarena.harness.model import panel_name
+from kvarena.experiments.kernel_pairs import allocator_named, kernel_over, unread_of_model
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import OURS, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
@@ -38,9 +39,9 @@ from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
 
 NAME = "block_size_kernel"
 HEADLINE = "decode_kernel_time_vs_batch_normalized_to_block16"
+FIGURE = "fig3"
+READS = {"measured": ("model", "device", "threads")}
 TABLES = ("in order", "shuffled", "drawn")
-PUBLISHED_KERNEL = "vllm_paged"
-PUBLISHED_CONTEXT = 16384
 
 
 @dataclass
@@ -64,7 +65,12 @@ class Line(NamedTuple):
     block_size: int
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    return unread_of_model(run)
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Measure every batch size."""
     params: Params = run.params
     lines = _lines(run)
@@ -74,9 +80,12 @@ def run(run: Run, recorder: Recorder) -> Outcome:
             progress.stage(f"batch {batch}")
             tables.append(recorder.cell(f"{batch}", partial(_cell, run, lines, batch))["samples"])
             progress.advance()
-    samples = pd.concat(tables, ignore_index=True)
-    summary = frame(_summary(run, samples))
-    return Outcome(summary, pd.DataFrame({"batch": []}), samples, HEADLINE, draw(summary))
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Time by block size over that of blocks of 16, the time itself, and the bytes that were touched."""
+    return frame(_rows(run, frames["samples"]))
 
 
 def _lines(run: Run) -> list[Line]:
@@ -139,56 +148,50 @@ def _calls(run: Run, equal: WorkingSet, line: Line, batch: int, device: torch.de
     return equal.calls(kernel, arrangement), equal.bytes_per_call * equal.num_batches
 
 
-def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
         by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
         usual = by_size[USUAL_BLOCK].set_index("round").call_s
         for size, part in by_size.items():
-            columns = _columns(run, str(kernel), str(tables), size)
-            ours = {**columns, "paper": "kvarena", "figure": NAME, "x": batch}
+            names = partial(
+                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}", x=batch,
+                detail=f"{run.params.context} tokens, {tables}",
+            )  # fmt: skip
             times = part.set_index("round").call_s
             if size != USUAL_BLOCK:
-                yield row(median_interval(times / usual), paper="vattention", figure="fig3", x=batch,
-                          quantity=HEADLINE, unit="ratio", **columns)  # fmt: skip
-            yield row(median_interval(1e6 * times), quantity="decode_kernel_time_vs_batch", unit="us", **ours)
+                yield row(median_interval(times / usual), quantity=HEADLINE, unit="ratio",
+                          **names(FIGURE, key=f"block {size}", tables=tables))  # fmt: skip
+            yield row(median_interval(1e6 * times), quantity="decode_kernel_time_vs_batch", unit="us", **names())
             yield row(float(part.touched_bytes.iloc[0]), quantity="working_set_vs_batch", unit="bytes",
-                      **{**ours, "evidence": "exact"})  # fmt: skip
-
-
-def _columns(run: Run, kernel: str, tables: str, size: int) -> dict[str, Any]:
-    """The published names where a GPU runs the published kernel as published, else ours."""
-    imitates = (
-        run.imitates and kernel == PUBLISHED_KERNEL and tables == "drawn" and run.params.context == PUBLISHED_CONTEXT
-    )
-    panel = f"{panel_name(run.model)} 16K" if imitates else f"{run.model.name} {run.params.context} tokens, {tables}"
-    return {
-        "experiment": NAME, "panel": panel, "system": f"block {size}" if imitates else f"block {size}/{kernel}",
-        "allocator": "paged", "kernel": kernel, "model": run.model.name, "clock": run.clock,
-        "device": run.device_name, "evidence": "measured",
-    }  # fmt: skip
+                      **names(counted=True))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Time over that of blocks of 16: one panel for each way the tables point, and the published one."""
+    """Time over that of blocks of 16: one panel for each way the tables point, with the published points it stands for."""
     ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("vattention", figure="fig3")
-    panels = list(ours.groupby("panel", sort=False))
-    figure, axes = plots.canvas(1, len(panels) + 1, width=4)
+    names, theirs = plots.shown_names(ours), published_values("vattention", figure=FIGURE)
+    setups = list(ours.groupby("setup", sort=False))
+    figure, axes = plots.canvas(1, len(setups), width=5)
     limit = 1.1 * max(2.0, ours.value.max())
-    for axis, (panel, rows) in zip(axes, panels, strict=False):
-        _lines_over_batch(axis, rows, f"{panel}\n{rows.clock.iloc[0]}, {rows.device.iloc[0]}", limit)
-    _lines_over_batch(axes[-1], theirs, "published: vAttention Fig 3\nLlama-3-8B 16K, vLLM's kernel, A100", limit)
+    for axis, (setup, rows) in zip(axes, setups, strict=True):
+        title = "vAttention Fig 3" if plots.stands_for(rows, FIGURE) else "decode kernel by block size"
+        _lines_over_batch(axis, rows, names, theirs)
+        axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", ylim=(0, limit))
+        axis.set_title(f"{title}\n{setup}; {rows.clock.iloc[0]}", fontsize=9)
+        axis.legend(fontsize=7, frameon=False, loc="lower left")
     figure.tight_layout()
     return figure
 
 
-def _lines_over_batch(axis: Axes, rows: pd.DataFrame, title: str, limit: float) -> None:
-    for marker, (system, line) in zip(plots.MARKERS, rows.groupby("system", sort=False), strict=False):
-        axis.plot(line.x, line.value, marker=marker, ms=4, label=str(system))
-        if "ci_low" in line:
-            axis.fill_between(line.x, line.ci_low.astype(float), line.ci_high.astype(float), alpha=0.15, lw=0)
+def _lines_over_batch(axis: Axes, rows: pd.DataFrame, names: Mapping[str, str], theirs: pd.DataFrame) -> None:
+    for number, (label, line) in enumerate(rows.groupby("label", sort=False)):
+        colour = f"C{number}"
+        axis.plot(line.x, line.value, marker=plots.MARKERS[number % len(plots.MARKERS)], ms=4, color=colour,
+                  label=names[str(label)])  # fmt: skip
+        axis.fill_between(line.x, line.ci_low.astype(float), line.ci_high.astype(float), color=colour, alpha=0.15, lw=0)
+        first = line.iloc[0]
+        if first.paper != OURS:
+            points = theirs[(theirs.panel == first.panel) & (theirs.system == first.system)]
+            axis.plot(points.x, points.value, "o:", ms=4, mfc="white", color=colour, label=f"{first.system}, published")
     axis.axhline(1, color="black", lw=0.8)
     plots.batch_axis(axis, sorted(rows.x.unique()))
-    axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", ylim=(0, limit))
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7, frameon=False, loc="lower left")

@@ -10,7 +10,6 @@ import torch
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.vmm.driver import Driver
 from kvarena.errors import UserError
-from kvarena.harness.run import Run
 
 # What a call is named in a table: on a GPU as vAttention's Table 3 names it, on the host by what does the same there.
 SYSTEM_CALLS = {
@@ -61,11 +60,6 @@ def check_counts(params: Any, *keys: str) -> None:
         counts = value if isinstance(value, list) else [value]
         if not counts or min(counts) < 1 or sorted(set(counts)) != counts:
             raise UserError(f"params.{key}={value}: at least 1 is needed, each one once, in ascending order")
-
-
-def shared_columns(run: Run) -> dict[str, str]:
-    """Columns of a summary row that say nothing of a driver, and those that do not change within a run."""
-    return {"allocator": "-", "kernel": "-", "model": "-", "clock": run.clock, "device": run.device_name}
 
 
 @contextmanager

@@ -7,7 +7,9 @@ block tables is one that PagedAttention cannot use until somebody rewrites it; t
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -16,16 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy, memory_layout
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.registry import ALLOCATORS, make_policy, memory_layout
+from kvarena.allocators.store import Store
 from kvarena.allocators.stores import make_store
 from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.attention_time import TOLERANCE
 from kvarena.experiments.driver_calls import check_counts
-from kvarena.harness.config import load, typed
+from kvarena.experiments.kernel_pairs import allocator_named, kernel_over, unread_of_model
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.request import Request
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
@@ -37,6 +42,9 @@ from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec
 
 NAME = "portability"
 HEADLINE = "share_of_contiguous_kernels_that_run"
+FIGURE = "table1"
+READS = {"measured": ("model", "device", "threads")}
+ON_DEMAND = ("vattention", "paged")  # whose memory is held against rows reserved up front
 RELEASES = PUBLISHED / "kernel_releases.csv"
 USUAL_BLOCK = 16
 OUTCOMES = ("reads another layout", "not here", "fails", "passes")  # in the figure's order of colours
@@ -59,16 +67,26 @@ class Pair(NamedTuple):
     kernel: str
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Try every pair."""
-    params: Params = run.params
-    _check(params)
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    return unread_of_model(run, "num_layers")  # of the memory, whose last layer is read
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Try every pair. Raises UserError where no kernel that reads rows runs here."""
+    _check(run.params)
     pairs = [Pair(allocator, kernel) for allocator in ALLOCATORS for kernel in kernel_names()]
     with Progress(NAME, 1) as progress:
         cell = recorder.cell("pairs", lambda: _matrix(run, pairs))["pairs"]
         progress.advance()
-    summary = frame(_summary(run, cell))
-    return Outcome(summary, pd.DataFrame({"kernel": []}), cell, HEADLINE, draw(summary))
+    if not _passing(cell, "static"):
+        raise UserError(f"device={run.device_name}: no kernel that reads rows runs here; ./run.sh kernels says why")
+    return Measured({"pairs": cell, "releases": read_releases()})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """How every pair ended, the shares of kernels that run over memory on demand, and the months that paging took."""
+    return frame(_rows(run, frames["pairs"], frames["releases"]))
 
 
 def _check(params: Params) -> None:
@@ -83,7 +101,8 @@ def _matrix(run: Run, pairs: Sequence[Pair]) -> Frames:
     rows = []
     for pair in pairs:
         outcome, gap, why = _outcome(run, pair)
-        rows.append({**pair._asdict(), "outcome": outcome, "gap": gap, "why": why})
+        fitting = fits(kernel_spec(pair.kernel), memory_layout(pair.allocator)) is None
+        rows.append({**pair._asdict(), "layout_fits": fitting, "outcome": outcome, "gap": gap, "why": why})
     return {"pairs": pd.DataFrame(rows)}
 
 
@@ -95,35 +114,42 @@ def _outcome(run: Run, pair: Pair) -> tuple[str, float, str]:
     model = run.model
     if reason := missing(spec) or fits(spec, layout, run.device.kind, model.dtype, model.head_size):
         return "not here", float("nan"), reason
-    try:
-        gap = _largest_gap(run, pair, get_kernel(pair.kernel))
-    except Exception as error:  # whatever a library raises is the answer
-        return "fails", float("nan"), f"{type(error).__name__}: {error}"
+    with _prompts_admitted(run, pair) as (policy, store):
+        try:
+            gap = _largest_gap(run, get_kernel(pair.kernel), policy, store)
+        except Exception as error:  # whatever a library raises is the answer
+            return "fails", float("nan"), f"{type(error).__name__}: {error}"
     return ("passes" if gap <= TOLERANCE[model.dtype] else "fails"), gap, ""
 
 
-def _largest_gap(run: Run, pair: Pair, kernel: AttentionKernel) -> float:
-    """Prefill prompts and decode one token of each over the allocator's memory; the gap of the worse."""
+@contextmanager
+def _prompts_admitted(run: Run, pair: Pair) -> Iterator[tuple[Policy, Store]]:
+    """The allocator with room for the prompts. Raises UserError where the pool has none."""
     params, local = run.params, run.model
     policy = make_policy(_allocator(run, pair), local.kv_layout(), params.pool_bytes, params.max_tokens)
     store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, run.device.kind)
-    generator = torch.Generator().manual_seed(local.seed)
     try:
-        ids = range(len(params.prompts))
-        for i, tokens in zip(ids, params.prompts, strict=True):
+        for i, tokens in enumerate(params.prompts):
             if not policy.admit(Request(i, tokens, 1), tokens):
                 raise UserError(f"params.pool_bytes={params.pool_bytes}: {pair.allocator} has no room for the prompts")
-        gaps = [_gap(run, kernel, store, policy, params.prompts, params.prompts, generator)]
-        for i in ids:
-            policy.grow(i)
-        gaps.append(_gap(run, kernel, store, policy, [n + 1 for n in params.prompts], [1] * len(ids), generator))
-        return max(gaps)
+        yield policy, store
     finally:
         store.close()
 
 
+def _largest_gap(run: Run, kernel: AttentionKernel, policy: Policy, store: Store) -> float:
+    """Prefill prompts and decode one token of each over the allocator's memory; the gap of the worse."""
+    prompts = run.params.prompts
+    generator = torch.Generator().manual_seed(run.model.seed)
+    gaps = [_gap(run, kernel, store, policy, prompts, prompts, generator)]
+    for i in range(len(prompts)):
+        policy.grow(i)
+    gaps.append(_gap(run, kernel, store, policy, [n + 1 for n in prompts], [1] * len(prompts), generator))
+    return max(gaps)
+
+
 def _gap(
-    run: Run, kernel: AttentionKernel, store: Any, policy: Any, lengths: Sequence[int], queries: Sequence[int],
+    run: Run, kernel: AttentionKernel, store: Store, policy: Policy, lengths: Sequence[int], queries: Sequence[int],
     generator: torch.Generator,
 ) -> float:  # fmt: skip
     """Append as many tokens as there are queries, attend, and compare."""
@@ -144,49 +170,42 @@ def _gap(
 
 def _allocator(run: Run, pair: Pair) -> Any:
     """The allocator as configured, with a block size that the kernel reads and the page-group of this run."""
-    config = typed(config_class(pair.allocator), load("allocator", pair.allocator), "allocator")
-    if hasattr(config, "page_group"):
-        return replace(config, page_group=run.params.page_group, max_rows=len(run.params.prompts) + 1)
+    wanted: dict[str, Any] = {"page_group": run.params.page_group, "max_rows": len(run.params.prompts) + 1}
     sizes = kernel_spec(pair.kernel).block_sizes
-    if hasattr(config, "block_size") and sizes is not None and USUAL_BLOCK not in sizes:
-        return replace(config, block_size=min(sizes))
-    return config
+    if sizes is not None and USUAL_BLOCK not in sizes:
+        wanted["block_size"] = min(sizes)
+    return allocator_named(pair.allocator, **wanted)
 
 
-def _summary(run: Run, pairs: pd.DataFrame) -> Iterator[SummaryRow]:
-    common = {"experiment": NAME, "model": run.model.name, "clock": run.clock, "device": run.device_name}
-    ours = {**common, "paper": "kvarena", "figure": NAME, "panel": "pairs"}
-    for pair in pairs.itertuples():
-        columns = {**ours, "system": f"{pair.allocator}/{pair.kernel}", "allocator": pair.allocator,
-                   "kernel": pair.kernel}  # fmt: skip
-        codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
-        yield row(OUTCOMES.index(str(pair.outcome)), quantity="outcome", unit=codes, evidence="measured", **columns)
-        reads = fits(kernel_spec(str(pair.kernel)), memory_layout(str(pair.allocator))) is None
-        yield row(reads, quantity="layout_fits", unit="yes or no", evidence="exact", **columns)
-    passing = pairs[pairs.outcome == "passes"].groupby("allocator").kernel.apply(set)
-    contiguous = passing.get("static", set())
-    if not contiguous:
-        raise UserError(f"device={run.device_name}: no kernel that reads rows runs here; ./run.sh kernels says why")
-    for allocator in ("vattention", "paged"):
-        share = 100 * len(contiguous & passing.get(allocator, set())) / len(contiguous)
-        yield row(share, paper="vattention", figure=NAME, panel="kernels", system=allocator, allocator=allocator,
-                  kernel="-", quantity=HEADLINE, unit="%", evidence="measured", **common)  # fmt: skip
-    for allocator in ("vattention", "paged"):
-        yield row(_catalogue_share(allocator), panel="catalogue", system=allocator, allocator=allocator, kernel="-",
-                  quantity="share_of_contiguous_kernels_that_fit", unit="%", evidence="exact", paper="kvarena",
-                  figure=NAME, **common)  # fmt: skip
-    releases = read_releases()
+def _rows(run: Run, pairs: pd.DataFrame, releases: pd.DataFrame) -> Iterator[SummaryRow]:
+    codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
+    for each in pairs.itertuples():
+        names = partial(named, run, kernel_over(allocator_named(str(each.allocator)), str(each.kernel)), detail="pairs")
+        yield row(OUTCOMES.index(str(each.outcome)), quantity="outcome", unit=codes, **names())
+        yield row(float(bool(each.layout_fits)), quantity="layout_fits", unit="yes or no", **names(counted=True))
+    for allocator in ON_DEMAND:
+        ours = partial(named, run, label=allocator)
+        yield row(_share(_passing(pairs, allocator), _passing(pairs, "static")), quantity=HEADLINE, unit="%",
+                  **ours(figure=FIGURE, key=allocator, detail="kernels"))  # fmt: skip
+        yield row(_share(_fitting(pairs, allocator), _fitting(pairs, "static")), unit="%",
+                  quantity="share_of_contiguous_kernels_that_fit", **ours(counted=True, detail="catalogue"))  # fmt: skip
     for library, months in zip(releases.library, releases.lag_months, strict=True):
-        yield row(months, panel="lag", system=library, allocator="-", kernel="-", paper="kvarena",
-                  figure=NAME, quantity="months_from_contiguous_to_paged", unit="months", evidence="exact",
-                  **common)  # fmt: skip
+        yield row(months, quantity="months_from_contiguous_to_paged", unit="months",
+                  **named(run, label=library, detail="lag", counted=True))  # fmt: skip
 
 
-def _catalogue_share(allocator: str) -> float:
-    """Of the kernels of the catalogue that read rows, installed or not, those that read this allocator's memory."""
-    specs = [kernel_spec(name) for name in kernel_names()]
-    rows = [spec for spec in specs if Layout.CONTIGUOUS in spec.layouts]
-    return 100 * sum(memory_layout(allocator) in spec.layouts for spec in rows) / len(rows)
+def _passing(pairs: pd.DataFrame, allocator: str) -> set[str]:
+    """Kernels that ran over the allocator's memory here, and were right."""
+    return set(pairs[(pairs.allocator == allocator) & (pairs.outcome == "passes")].kernel)
+
+
+def _fitting(pairs: pd.DataFrame, allocator: str) -> set[str]:
+    """Kernels of the catalogue, installed or not, that read the allocator's layout."""
+    return set(pairs[(pairs.allocator == allocator) & pairs.layout_fits].kernel)
+
+
+def _share(some: set[str], every: set[str]) -> float:
+    return 100 * len(every & some) / len(every)
 
 
 def read_releases() -> pd.DataFrame:

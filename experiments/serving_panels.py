@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
 from kvarena.experiments.replay import Replayer, trace_named
-from kvarena.experiments.seeds import check_seeds, seeded
+from kvarena.experiments.seeds import seeded, seeds_of
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.engine_fit import misfit
@@ -82,7 +82,7 @@ class Curve(NamedTuple):
     @property
     def seeds(self) -> list[int]:
         """The seeds of its rates; the first alone of what is searched, or listed in `params.once`."""
-        seeds = check_seeds(self.run.params.seeds)
+        seeds = seeds_of(self.run)
         alone = self.out_of_sample or not self.rates or self.system.name in self.run.params.once
         return seeds[:1] if alone else seeds
 

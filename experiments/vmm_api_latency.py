@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,15 +16,18 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.sizes import format_bytes
 from kvarena.experiments import driver_samples, plots
-from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, check_counts, page_groups_of, shared_columns
+from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, check_counts, page_groups_of
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "vmm_api_latency"
 HEADLINE = "api_latency"
+FIGURE = "table3"
+READS = {"measured": ("device", "threads")}
 
 # name of a sweep -> (quantity, what is on its axis)
 SWEEPS = {
@@ -47,21 +49,28 @@ class Params:
     calls: int = 0  # per round and point of a sweep, which counts their median
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read: none of its own."""
+    return {}
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Take every call at every point."""
     params: Params = run.params
     sizes = page_groups_of(params.page_groups)
     check_counts(params, "mapped", "created", "runs", "rounds", "calls")
     with Progress(NAME, 2 + len(SWEEPS)) as progress:
-        frames = []
-        for name, measure in _cells(run.device.kind, sizes, params).items():
+        tables = []
+        for name, measure_cell in _cells(run.device.kind, sizes, params).items():
             progress.stage(name)
-            frames.append(recorder.cell(name, measure)["samples"].assign(cell=name))
+            tables.append(recorder.cell(name, measure_cell)["samples"].assign(cell=name))
             progress.advance()
-    samples = pd.concat(frames, ignore_index=True)
-    summary = frame(_summary(run, samples))
-    nothing = pd.DataFrame({"cell": pd.Series(dtype=str)})
-    return Outcome(summary, nothing, samples, HEADLINE, draw(summary))
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every call by page-group, alone and beside kernels, and along the sweeps."""
+    return frame(_rows(run, frames["samples"]))
 
 
 def _cells(device: str, sizes: list[int], params: Params) -> dict[str, Callable[[], Frames]]:
@@ -81,59 +90,54 @@ def _cells(device: str, sizes: list[int], params: Params) -> dict[str, Callable[
     }
 
 
-def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    calls = SYSTEM_CALLS[run.device.kind]
-    shared: dict[str, Any] = {"experiment": NAME, "unit": "us", "evidence": "measured", **shared_columns(run)}
-    for cell, quantity, paper, figure in (
-        ("calls", HEADLINE, "vattention", "table3"),
-        ("beside-kernels", "api_latency_beside_kernels", "kvarena", NAME),
-    ):
-        taken = samples[samples.cell == cell]
-        for size, kind in itertools.product(page_groups_of(run.params.page_groups), calls):
-            us = taken[(taken.page_group == size) & (taken.kind == kind)].us
-            yield row(
-                median_interval(us), paper=paper, figure=figure, panel=format_bytes(size), system=calls[kind],
-                quantity=quantity, **shared,
-            )  # fmt: skip
-    panel = format_bytes(page_groups_of(run.params.page_groups)[0])
+def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    calls, sizes = SYSTEM_CALLS[run.device.kind], page_groups_of(run.params.page_groups)
+    for size, kind in itertools.product(sizes, calls):
+        group = format_bytes(size)
+        names = partial(named, run, label=calls[kind], detail=group)
+        of_kind = samples[(samples.page_group == size) & (samples.kind == kind)]
+        alone, beside = (of_kind[of_kind.cell == cell].us for cell in ("calls", "beside-kernels"))
+        yield row(median_interval(alone), quantity=HEADLINE, unit="us",
+                  **names(figure=FIGURE, key=calls[kind], page_group=group))  # fmt: skip
+        yield row(median_interval(beside), quantity="api_latency_beside_kernels", unit="us", **names())
     for cell, (quantity, _) in SWEEPS.items():
-        for (x, name), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
-            yield row(
-                median_interval(rows.us), paper="kvarena", figure=NAME, panel=panel, system=calls[str(name)],
-                quantity=quantity, x=x, **shared,
-            )  # fmt: skip
+        for (x, kind), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
+            yield row(median_interval(rows.us), quantity=quantity, unit="us",
+                      **named(run, label=calls[str(kind)], detail=format_bytes(sizes[0]), x=x))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Table 3 as bars, ours and the paper's, and the three sweeps."""
-    device = f"{summary.device.iloc[0]}, {summary.clock.iloc[0]}"
-    theirs = published_values("vattention", figure="table3")
+    """Every call as bars, beside Table 3 where some stand for it, and the three sweeps."""
     figure, axes = plots.canvas(2, 3)
-    for axis, quantity, title in (
-        (axes[0], HEADLINE, "this run"),
-        (axes[1], "api_latency_beside_kernels", "this run, while kernels run"),
-    ):
-        _bars(axis, summary[summary.quantity == quantity], f"{title}\n{device}")
-    _bars(axes[2], theirs, "published: vAttention Table 3, A100\n64KB to 256KB: vMem* of their own driver")
-    for axis, (quantity, label) in zip(axes[3:], SWEEPS.values(), strict=True):
+    alone = summary[summary.quantity == HEADLINE]
+    where = f"{summary.device.iloc[0]}, {summary.clock.iloc[0]}"
+    earned = plots.stands_for(alone, FIGURE)
+    _bars(axes[0], alone, f"{'vAttention Table 3' if earned else 'calls of the driver'}, this run\n{where}")
+    beside = summary[summary.quantity == "api_latency_beside_kernels"]
+    _bars(axes[1], beside, f"while kernels run\n{where}")
+    for axis, (quantity, label) in zip(axes[2:], SWEEPS.values(), strict=False):
         rows = summary[summary.quantity == quantity]
         _lines(axis, rows)
-        axis.set(xlabel=label, ylabel="microseconds", title=f"page-groups of {rows.panel.iloc[0]}\n{device}")
-    figure.tight_layout()
-    return figure
+        axis.set(xlabel=label, ylabel="microseconds", title=f"page-groups of {rows.setup.iloc[0]}\n{rows.clock.iloc[0]}")
+    if earned:
+        theirs = published_values("vattention", figure=FIGURE)
+        theirs = theirs[theirs.panel.isin(alone.panel)]  # of a driver that is ours too
+        _bars(axes[-1], theirs.assign(label=theirs.system, setup=theirs.panel), "published: vAttention Table 3, A100")
+    return plots.tidy(figure)
 
 
 def _bars(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     """One group per kind of call, one bar per page-group."""
-    kinds = [kind for kind in KINDS if kind in set(map(_kind, rows.system))]
-    panels = list(dict.fromkeys(rows.panel))
-    for number, (panel, bars) in enumerate(rows.groupby("panel", sort=False)):
-        offset = 0.8 * (number + 0.5) / len(panels) - 0.4
-        axis.bar([kinds.index(_kind(s)) + offset for s in bars.system], bars.value, 0.8 / len(panels), label=str(panel))
+    kinds = [kind for kind in KINDS if kind in set(map(_kind, rows.label))]
+    groups = list(rows.groupby("setup", sort=False))
+    for number, (setup, bars) in enumerate(groups):
+        offset = 0.8 * (number + 0.5) / len(groups) - 0.4
+        axis.bar([kinds.index(_kind(s)) + offset for s in bars.label], bars.value, 0.8 / len(groups),
+                 label=str(setup).split(",")[0])  # fmt: skip
     axis.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=30, ha="right", fontsize=8)
     axis.set_yscale("log")
     axis.set(ylabel="microseconds", title=title, ylim=(0.5, 5 * rows.value.max()))
-    axis.legend(fontsize=7, frameon=False, ncols=len(panels))
+    axis.legend(fontsize=7, frameon=False, ncols=len(groups))
 
 
 def _kind(system: str) -> str:
@@ -144,9 +148,9 @@ def _kind(system: str) -> str:
 
 def _lines(axis: Axes, rows: pd.DataFrame) -> None:
     """Latency by kind of call over whatever grows."""
-    for marker, (system, line) in zip(plots.MARKERS, rows.groupby("system", sort=False), strict=False):
+    for marker, (call, line) in zip(plots.MARKERS, rows.groupby("label", sort=False), strict=False):
         line = line.sort_values("x")
-        axis.plot(line.x, line.value, marker=marker, ms=4, label=str(system))
+        axis.plot(line.x, line.value, marker=marker, ms=4, label=str(call))
         axis.fill_between(line.x, line.ci_low, line.ci_high, alpha=0.15, lw=0)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_yscale("log")

@@ -1,6 +1,7 @@
 """Fig 18a: the same bytes under every arrangement, wrong kernels noticed, rows for every kernel that fits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,7 +9,11 @@ import torch
 
 from kvarena.errors import UserError
 from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
+from kvarena.experiments.attention_kernel import FIGURE, HEADLINE, Line
 from kvarena.experiments.compose import compose_run
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.model import load_preset
+from kvarena.harness.published import is_earned, named
 from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
@@ -93,12 +98,13 @@ def test_a_sample_is_the_mean_over_all_calls() -> None:
 
 def test_every_kernel_that_fits_has_rows(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("attention_kernel", *SMALL[1:])
-    rows = summary[summary.figure == "fig18a"]
+    rows = summary[summary.quantity == HEADLINE]
+    assert set(rows.paper) == {"kvarena"}, "a CPU earns no GPU's name"
     assert set(rows.system) == {
         "static/numba", "paged/numba", "paged-in-order/numba", "static/sdpa", "paged/gather_sdpa",
         "paged-in-order/gather_sdpa",
     }  # fmt: skip
-    assert set(rows.panel) == {"tiny-llama bs1", "tiny-llama bs3"}
+    assert set(rows.panel) == {"tiny-llama, bs1, 1 x cpu", "tiny-llama, bs3, 1 x cpu"}
     assert set(rows.x) == {24, 64}
     assert (rows.n == 6).all()
     assert (rows.value > 0).all()
@@ -130,3 +136,48 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
 def test_no_row_is_modelled() -> None:
     with pytest.raises(UserError, match="no modelled form"):
         compose_run(*[s for s in SMALL if not s.startswith("device")], "clock=modelled")
+
+
+def test_kernels_of_one_layout_are_compared_without_block_sizes(summary_of: Callable[..., pd.DataFrame]) -> None:
+    quick = [each for each in SMALL[1:] if "block_sizes" not in each]
+    summary = summary_of("attention_kernel", *quick, "params.kernels=[sdpa]", "params.batch_sizes=[1]")
+    assert set(summary.label) == {"static/sdpa"}
+    with pytest.raises(UserError, match="params.block_sizes: nothing reads it"):
+        compose_run(*SMALL, "params.kernels=[sdpa]")
+
+
+@pytest.mark.parametrize("key", ["systems=[paged]", "arrival.rate=3", "trace=alpaca", "engine=lean", "decoding=beam",
+                                 "model.num_layers=2", "model.tp=2", "model.hidden_size=64"])  # fmt: skip
+def test_keys_that_no_kernel_reads_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match="nothing reads it"):
+        compose_run(*SMALL, key)
+
+
+@pytest.fixture
+def on_the_papers_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
+    paper = ("model=opt-13b", "params.working_set_bytes=1073741824", "params.kernels=[sdpa]")
+    run = compose_run("experiment=attention_kernel", "device=cpu", *paper)
+    return replace(run, device=DeviceConfig(name="cuda", kind="cuda"))
+
+
+def earned(run, line: Line, batch: int = 8) -> bool:
+    return is_earned(named(run, line.system, FIGURE, key="vLLM", batch=batch, tables=line.tables, x=64))
+
+
+def test_vllms_line_is_vllms_kernel_as_the_paper_ran_it(on_the_papers_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, line = on_the_papers_gpu, Line("vllm_paged", SCATTERED)
+    names = named(run, line.system, FIGURE, key="vLLM", batch=32, tables="scattered", x=64)
+    assert [names[key] for key in ("paper", "figure", "panel", "system")] == ["pagedattention", "fig18a", "bs32", "vLLM"]
+    assert earned(run, line)
+    for other in (Line("triton", SCATTERED), Line("triton", ROWS), Line("vllm_paged", IN_ORDER)):
+        assert not earned(run, other), other
+    assert not earned(run, line, batch=16)
+    for changed in (
+        {"model": load_preset("opt-13b", dtype="bfloat16")},
+        {"model": load_preset("opt-66b")},
+        {"params": replace(run.params, working_set_bytes=1)},
+    ):
+        assert not earned(replace(run, **changed), line), changed
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert not earned(run, line)

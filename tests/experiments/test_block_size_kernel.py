@@ -1,14 +1,22 @@
 """Fig 3: the same bytes for every block size; the published protocol's grow with it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
 from kvarena.errors import UserError
+from kvarena.experiments.block_size_kernel import FIGURE, HEADLINE
+from kvarena.experiments.carry_out import carry_out
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.drawn_blocks import DrawnBlocks
+from kvarena.experiments.kernel_pairs import allocator_named, kernel_over
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.model import load_preset
+from kvarena.harness.published import is_earned, named
+from kvarena.harness.record import Recorder
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
 
@@ -21,18 +29,16 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    from kvarena.experiments import block_size_kernel
-    from kvarena.harness.record import Recorder
-
     run = compose_run(*SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARENA_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return block_size_kernel.run(run, Recorder(run.experiment, run.plain())).summary
+        return carry_out(run, Recorder(run.experiment, run.plain())).summary
 
 
 def test_every_size_is_compared_with_blocks_of_16(summary: pd.DataFrame) -> None:
-    ratios = summary[summary.figure == "fig3"]
-    assert set(ratios.panel) == {f"tiny-llama 64 tokens, {tables}" for tables in ("in order", "shuffled", "drawn")}
+    ratios = summary[summary.quantity == HEADLINE]
+    assert set(ratios.paper) == {"kvarena"}
+    assert set(ratios.panel) == {f"tiny-llama, 64 tokens, {tables}, 1 x cpu" for tables in ("in order", "shuffled", "drawn")}
     assert set(ratios.system) == {"block 64/numba", "block 64/gather_sdpa"}
     assert set(ratios.x) == {1, 3}
     assert (ratios.n == 6).all()
@@ -44,7 +50,7 @@ def test_every_size_is_compared_with_blocks_of_16(summary: pd.DataFrame) -> None
 
 def test_the_working_set_depends_on_the_block_as_published_alone(summary: pd.DataFrame) -> None:
     touched = summary[(summary.quantity == "working_set_vs_batch") & (summary.kernel == "numba") & (summary.x == 3)]
-    touched = touched.assign(tables=touched.panel.str.split(", ").str[1]).set_index(["tables", "system"]).value
+    touched = touched.assign(tables=touched.panel.str.split(", ").str[2]).set_index(["tables", "system"]).value
     for tables in ("in order", "shuffled"):
         assert touched[tables, "block 16/numba"] == touched[tables, "block 64/numba"] >= 100_000
     assert touched["drawn", "block 64/numba"] > touched["drawn", "block 16/numba"]
@@ -87,3 +93,31 @@ def test_a_kernel_that_computes_something_else_is_not_timed() -> None:
 def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callable[..., pd.DataFrame]) -> None:
     with pytest.raises(UserError, match=said):
         summary_of("block_size_kernel", *SMALL[1:], override)
+
+
+def test_fig_3_is_vllms_kernel_over_drawn_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    sizes = ("model=llama-3-8b", "params.context=16384", "params.drawn_blocks=1024")
+    run = compose_run("experiment=block_size_kernel", "device=cpu", *sizes)
+    run = replace(run, device=DeviceConfig(name="cuda", kind="cuda"))
+
+    def names(run, kernel="vllm_paged", size=32, tables="drawn"):
+        system = kernel_over(allocator_named("paged"), kernel)
+        return named(run, system, FIGURE, key=f"block {size}", tables=tables, x=1)
+
+    assert [names(run)[key] for key in ("paper", "panel", "system")] == ["vattention", "Llama-3-8B 16K", "block 32"]
+    for other in (
+        names(run, kernel="triton"), names(run, size=16), names(run, tables="shuffled"),
+        names(replace(run, model=load_preset("yi-6b"))), names(replace(run, model=load_preset("llama-3-8b", tp=2))),
+        names(replace(run, params=replace(run.params, context=8192))),
+        names(replace(run, params=replace(run.params, drawn_blocks=512))),
+    ):  # fmt: skip
+        assert not is_earned(other)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert not is_earned(names(run))
+
+
+@pytest.mark.parametrize("key", ["systems=[paged]", "arrival.rate=3", "model.ffn_size=8", "engine.cuda_graphs=true"])
+def test_keys_that_no_kernel_reads_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match="nothing reads it"):
+        compose_run(*SMALL, key)

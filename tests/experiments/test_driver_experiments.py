@@ -12,10 +12,13 @@ from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vmm.host import HostDriver
 from kvarena.errors import UserError
 from kvarena.experiments import allocation_bandwidth, driver_samples, vmm_api_latency
+from kvarena.experiments.carry_out import carry_out, summarize
 from kvarena.experiments.compose import compose_run
+from kvarena.experiments.decode_need import decode_need, need_rows
 from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, computing, timed_us
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import is_earned, named
 from kvarena.harness.record import Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import COLUMNS, beside_published, read_published
@@ -30,24 +33,31 @@ BANDWIDTH = (
 )  # fmt: skip
 
 
-def written(module, run: Run, runs: Path) -> pd.DataFrame:
-    """Run, write; returns the summary that was written."""
+A100 = "NVIDIA A100-SXM4-80GB"
+
+
+def written(run: Run, runs: Path) -> pd.DataFrame:
+    """Run, write; returns the summary that was written, and that its frames give again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARENA_RUNS", str(runs))
         recorder = Recorder(run.experiment, run.plain())
-        folder = recorder.finish(module.run(run, recorder))
+        folder = recorder.finish(carry_out(run, recorder))
     assert (folder / "figure.png").stat().st_size > 0
+    before = (folder / "summary.csv").read_bytes()
+    if run.device.name != "cuda":  # whose configuration is that of the GPU that is here
+        summarize(folder)
+        assert (folder / "summary.csv").read_bytes() == before
     return pd.read_csv(folder / "summary.csv")
 
 
 @pytest.fixture(scope="module")
 def latency(tmp_path_factory) -> pd.DataFrame:
-    return written(vmm_api_latency, compose_run(*LATENCY), tmp_path_factory.mktemp("runs"))
+    return written(compose_run(*LATENCY), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def bandwidth(tmp_path_factory) -> pd.DataFrame:
-    return written(allocation_bandwidth, compose_run(*BANDWIDTH), tmp_path_factory.mktemp("runs"))
+    return written(compose_run(*BANDWIDTH), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -59,11 +69,11 @@ def on_the_fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for module in (driver_samples, allocation_bandwidth):
         monkeypatch.setattr(module, "make_driver", lambda device, size: fake_cuda.FakedCudaDriver(size))
     monkeypatch.setattr(driver_samples, "computing", lambda device: contextlib.nullcontext(lambda: None))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
 
-    def measured(module, *overrides: str) -> pd.DataFrame:
+    def measured(*overrides: str, name: str = A100) -> pd.DataFrame:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         run = replace(compose_run(*overrides), device=DeviceConfig(name="cuda", kind="cuda"))
-        return written(module, run, tmp_path)
+        return written(run, tmp_path)
 
     return measured
 
@@ -82,8 +92,8 @@ def test_every_call_is_measured_by_page_group_and_along_every_sweep(latency):
     assert (summary.value > 0).all()
     assert (summary.n == 6).all()
     assert set(summary.unit) == {"us"}
-    table3 = summary[summary.figure == "table3"]
-    assert set(table3.panel) == {"64KB", "2MB"}
+    table3 = summary[summary.quantity == "api_latency"]
+    assert set(table3.panel) == {"64KB, 1 x cpu", "2MB, 1 x cpu"}
     assert table3.groupby("panel").system.apply(set).tolist() == [set(SYSTEM_CALLS["cpu"].values())] * 2
     points = summary.groupby("quantity").x.apply(lambda x: sorted(set(x.dropna())))
     assert points["api_latency_vs_mapped"] == [0, 10]
@@ -94,16 +104,24 @@ def test_every_call_is_measured_by_page_group_and_along_every_sweep(latency):
 
 def test_the_hosts_calls_do_not_wear_the_papers_names(latency):
     assert published(latency).empty
+    assert set(latency.paper) == {"kvarena"}
 
 
 def test_on_a_gpu_every_call_of_table_3_stands_beside_the_published_one(on_the_fake):
-    summary = on_the_fake(vmm_api_latency, *LATENCY, "params.page_groups=[2MB,4MB]")
+    summary = on_the_fake(*LATENCY, "params.page_groups=[2MB,4MB]")
     rows = published(summary)
     assert set(rows.panel) == {"2MB"}
     assert set(rows.system) == set(SYSTEM_CALLS["cuda"].values())
-    assert set(summary.device) == {"fake-gpu"}
+    assert set(summary.device) == {"nvidia-a100-sxm4-80gb"}
+    assert set(summary[summary.paper == "vattention"].panel) == {"2MB"}, "Table 3 has no page-groups of 4 MB"
     run_rows = summary[summary.quantity == "api_latency_per_page_group_vs_run"]
     assert set(run_rows.system) == {"cuMemMap", "cuMemSetAccess", "cuMemUnmap"}
+
+
+def test_another_gpu_earns_no_number_of_an_a100(on_the_fake):
+    summary = on_the_fake(*LATENCY, "params.page_groups=[2MB]", name="NVIDIA H200")
+    assert set(summary.paper) == {"kvarena"}
+    assert set(summary.label) == set(SYSTEM_CALLS["cuda"].values())
 
 
 def test_every_published_call_has_a_place_in_the_figure():
@@ -138,7 +156,7 @@ def test_supply_is_measured_in_every_way_and_need_is_modelled(bandwidth):
     summary = bandwidth
     assert list(summary.columns) == COLUMNS
     supply = summary[summary.quantity == "allocation_bandwidth"]
-    assert set(supply.panel) == {"cpu, one by one", "cpu, in runs", "cpu, cold"}
+    assert set(supply.panel) == {"one by one, 1 x cpu", "in runs, 1 x cpu", "cold, 1 x cpu"}
     assert set(supply.system) == {"64KB", "2MB"}
     assert set(zip(supply.clock, supply.evidence, strict=True)) == {("measured", "measured")}
     assert (supply.value > 0).all()
@@ -149,9 +167,8 @@ def test_supply_is_measured_in_every_way_and_need_is_modelled(bandwidth):
 
 
 def test_need_is_throughput_times_bytes_per_token():
-    rows = allocation_bandwidth.decode_need(
-        ["yi-6b", "llama-3-8b", "yi-34b"], "a100-80gb", compose_run(*BANDWIDTH).engine, [64], 1024
-    )
+    run = compose_run(*BANDWIDTH, "params.need_batches=[64]")
+    rows = need_rows(run, decode_need(run))
     table = pd.DataFrame([(r.model, r.quantity, r.value) for r in rows], columns=["model", "quantity", "value"])
     wide = table.pivot(index="model", columns="quantity", values="value")
     kib = 1024 * wide.kv_allocation_rate_vs_batch / wide.decode_throughput_vs_batch
@@ -159,9 +176,27 @@ def test_need_is_throughput_times_bytes_per_token():
 
 
 def test_on_a_gpu_table_9_stands_beside_the_published_one(on_the_fake):
-    overrides = ("params.page_groups=[2MB]", "params.pool=16MB", "params.need_models=[]")
-    rows = published(on_the_fake(allocation_bandwidth, *BANDWIDTH, *overrides))
-    assert rows[["panel", "system", "published"]].to_numpy().tolist() == [["TP-1", "2MB", 35.17]]
+    overrides = ("params.page_groups=[2MB]", "params.need_models=[]")
+    assert published(on_the_fake(*BANDWIDTH, *overrides)).empty, "4 MB are not mapped as a pool is"
+    run = replace(compose_run(*BANDWIDTH, "params.pool=4GB"), device=DeviceConfig(name="cuda", kind="cuda"))
+    ways = {(size, way): named(run, figure="table9", key=size, label=size, way=way)
+            for size in ("2MB", "64KB") for way in ("one by one", "in runs")}  # fmt: skip
+    assert [each for each, names in ways.items() if is_earned(names)] == [("2MB", "one by one")]
+    names = ways["2MB", "one by one"]
+    assert [names[key] for key in ("paper", "panel", "system", "setup")] == [
+        "vattention", "TP-1", "2MB", "1 x nvidia-a100-sxm4-80gb",
+    ]  # fmt: skip
+
+
+NEED = ("params.need_models=[yi-6b]", "params.need_batches=[64]")
+
+
+@pytest.mark.parametrize("change", ["params.need_engine=lean", "params.need_context=2048"])
+def test_need_that_is_modelled_otherwise_is_not_fig_4(change):
+    run = compose_run(*BANDWIDTH, *NEED)
+    assert {r.paper for r in need_rows(run, decode_need(run))} == {"vattention"}
+    run = compose_run(*BANDWIDTH, *NEED, change)
+    assert {r.paper for r in need_rows(run, decode_need(run))} == {"kvarena"}
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
@@ -185,12 +220,18 @@ def test_on_a_gpu_table_9_stands_beside_the_published_one(on_the_fake):
         (BANDWIDTH, "params.need_device=cpu", "not a device model"),
         (BANDWIDTH, "params.need_device=tpu", "no such device"),
         (BANDWIDTH, "params.need_batches=[64,1]", "ascending"),
+        (BANDWIDTH, "params.need_models=[yi-6b,yi-6b]", "named twice"),
+        (BANDWIDTH, "params.need_device=h100", "was fitted on a100-80gb"),
+        (BANDWIDTH, "engine=lean", "params.need_engine=NAME"),
+        (BANDWIDTH, "model=yi-6b", "no use for model"),
+        (BANDWIDTH, "systems=[paged]", "no use for systems"),
+        (LATENCY, "arrival.rate=3", "no use for arrival"),
+        (LATENCY, "model=yi-6b", "no use for model"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_name(experiment, override, said, tmp_path):
-    module = vmm_api_latency if experiment is LATENCY else allocation_bandwidth
     with pytest.raises(UserError, match=said):
-        written(module, compose_run(*experiment, override), tmp_path)
+        written(compose_run(*experiment, override), tmp_path)
 
 
 def test_the_pool_of_every_page_group_is_mapped_whole():

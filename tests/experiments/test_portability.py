@@ -76,6 +76,25 @@ def test_paging_never_came_first() -> None:
     assert releases[["source", "certainty"]].notna().all(axis=None)
 
 
+def test_the_claim_is_of_any_device_and_model(summary_of: Callable[..., pd.DataFrame], monkeypatch) -> None:
+    monkeypatch.setattr(portability, "kernel_names", lambda: ["sdpa"])
+    summary = summary_of("portability", *SMALL[1:])
+    [row] = summary[(summary.paper == "vattention") & (summary.system == "vattention")].to_dict("records")
+    assert (row["figure"], row["panel"], row["setup"]) == ("table1", "kernels", "tiny-llama, kernels, 1 x cpu")
+    assert set(summary[summary.paper == "kvarena"].figure) == {"portability"}
+
+
+def test_a_pool_without_room_is_the_users_mistake_and_no_failure_of_a_kernel() -> None:
+    with pytest.raises(UserError, match="params.pool_bytes=.*has no room"):
+        portability._outcome(compose_run(*SMALL, "params.pool_bytes=131072"), Pair("static", "sdpa"))
+
+
+@pytest.mark.parametrize("key", ["systems=[paged]", "arrival.rate=3", "model.ffn_size=8", "allocator.block_size=8"])
+def test_keys_that_no_pair_reads_are_refused(key: str) -> None:
+    with pytest.raises(UserError):
+        compose_run(*SMALL, key)
+
+
 @pytest.mark.parametrize("override", ["params.prompts=[]", "params.prompts=[256]", "params.max_tokens=0"])
 def test_what_cannot_be_is_refused(override: str, summary_of: Callable[..., pd.DataFrame]) -> None:
     with pytest.raises(UserError, match=override.split("=")[0]):
