@@ -82,7 +82,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     _check(params)
     lines, by_block = _lines(run), _lines_by_block(run)
     read = StreamingRead(torch.device(run.device.kind))
-    cells = [(f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts]
+    cells = [
+        (f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts
+    ]
     largest = max(params.batch_sizes), max(params.contexts)
     if by_block:
         cells.append((f"{largest[0]}x{largest[1]}-by-block", by_block, *largest))
@@ -212,7 +214,9 @@ def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
             as_published = {"key": "vLLM", "batch": int(batch), "tables": line.tables}
             yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us", **names(FIGURE, **as_published))
             share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
-            yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names())
+            yield row(
+                median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names()
+            )
             on_rows = by_line.get(_line(line.kernel, 0, False))
             if on_rows is not None and line.tables != "none":
                 yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
@@ -258,7 +262,9 @@ def _published(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """The published points of each line that earned their name."""
     for (panel, system), points in theirs.groupby(["panel", "system"], sort=False):
         if ((rows.panel == panel) & (rows.system == system)).any():
-            axis.plot(points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published")
+            axis.plot(
+                points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published"
+            )
 
 
 def _ratios(axis: Axes, rows: pd.DataFrame) -> None:
@@ -282,6 +288,8 @@ def _block_sizes(axis: Axes, rows: pd.DataFrame) -> None:
         return
     plots.lines(axis, rows, "label")
     axis.axhline(1, color="black", lw=0.8)
-    axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None))
+    axis.set(
+        ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None)
+    )
     block_axis(axis, rows.x)
     axis.legend(fontsize=6, frameon=False)

@@ -32,16 +32,21 @@ def leaves_someone_waiting(steps: pd.DataFrame) -> pd.Series:
     return waiting
 
 
+def check_window(bounds_s: Sequence[float] | None) -> None:
+    """Raises UserError where [from, to] are no two times in order; to be called before anything is replayed."""
+    if bounds_s is not None and (len(bounds_s) != 2 or not 0 <= bounds_s[0] < bounds_s[1]):
+        raise UserError(f"params.window_s={list(bounds_s)}: takes two times in seconds, [from, to]")
+
+
 def window(steps: pd.DataFrame, bounds_s: Sequence[float] | None) -> pd.DataFrame:
     """Rows that start within [from, to] seconds; None: those that leave someone waiting, all where none does.
 
     A stretch of steps counts where it starts. Raises UserError for a window without steps.
     """
+    check_window(bounds_s)
     if bounds_s is None:
         waiting = steps[leaves_someone_waiting(steps)]
         rows = steps if waiting.empty else waiting
-    elif len(bounds_s) != 2 or not 0 <= bounds_s[0] < bounds_s[1]:
-        raise UserError(f"params.window_s={list(bounds_s)}: takes two times in seconds, [from, to]")
     else:
         start_s = steps.start_ps / PS
         rows = steps[(start_s >= bounds_s[0]) & (start_s <= bounds_s[1])]

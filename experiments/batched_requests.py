@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.averages import Average, averages, by_interval, window
+from kvarena.experiments.averages import Average, averages, by_interval, check_window, window
 from kvarena.experiments.latency_curve import headed, published_beside, unread_traces
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
 from kvarena.experiments.seeds import seeded, seeds_of
@@ -50,6 +50,10 @@ class Load:
     duration_s: float  # arrivals before this time
     window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
     systems: list[str] | None = None  # of the experiment's; null: all
+
+    def __post_init__(self) -> None:
+        """Refuse what is no window, before anything is replayed."""
+        check_window(self.window_s)
 
     @property
     def key(self) -> str:
@@ -127,7 +131,9 @@ def _checked(run: Run) -> list[Load]:
     loads: list[Load] = run.params.loads
     told = [{load.key for load in loads}, {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}]
     if not loads or any(len(each) < len(loads) for each in told):
-        raise UserError("params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice")
+        raise UserError(
+            "params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice"
+        )
     if not any(load.systems_of(run) for load in loads):
         raise UserError("params.loads: none of the loads is for a system of this run (its key systems)")
     return loads

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES, paper_rollup, paper_vllm_rollup, strict_rollup
 from kvarena.experiments import plots
-from kvarena.experiments.averages import Average, averages, by_interval, leaves, shares, usage_of, window
+from kvarena.experiments.averages import Average, averages, by_interval, check_window, leaves, shares, usage_of, window
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.seeds import seeded, seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
@@ -47,6 +47,10 @@ class Params:
     seeds: list[int] = field(default_factory=list)  # of trace and arrivals; at least 6 give a 95 % interval
     pool_bytes: int | None = None  # null: the pool the engine ran with, else what the device has left
     record_every_s: float = 10.0  # memory_by_interval.parquet sums the steps up by so many seconds
+
+    def __post_init__(self) -> None:
+        """Refuse what is no window, before anything is replayed."""
+        check_window(self.window_s)
 
 
 def unread(run: Run) -> dict[str, str]:

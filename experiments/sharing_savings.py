@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.averages import PS, window
+from kvarena.experiments.averages import PS, check_window, window
 from kvarena.experiments.latency_curve import headed, published_beside
 from kvarena.experiments.parallel_sampling import unread_of_sequences, with_rows
 from kvarena.experiments.replay import Replayer, workload_of
@@ -41,7 +41,9 @@ READS = {  # no decoding: both ways are run, for every n
 FIGURE = "fig15"
 FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
-ASSUMED = "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+ASSUMED = (
+    "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+)
 EXTREME = ", survival "  # what tells the setups of other survivals
 UNATTACHED = ("stranded", "free", "remainder")  # leaves of the pool that no sequence holds
 
@@ -55,6 +57,10 @@ class Params:
     survivals: list[str] = field(default_factory=lambda: [SURVIVAL])  # of beams under clock=modelled
     pool_bytes: int | None = None  # null: the pool the engine ran with
     max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
+
+    def __post_init__(self) -> None:
+        """Refuse what is no window, before anything is replayed."""
+        check_window(self.window_s)
 
 
 def unread(run: Run) -> dict[str, str]:

@@ -13,7 +13,12 @@ class Progress:
     def __init__(self, name: str, total: int) -> None:
         self._name = name
         self._console = Console(stderr=True, force_jupyter=False)
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._bar = Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(name, total=total)
 

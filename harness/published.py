@@ -64,7 +64,7 @@ class Figure:
     paper: str
     systems: dict[str, str | None] = field(default_factory=dict)  # key in the figure -> file of conf/system/, if any
     ran: dict[str, Any] = field(default_factory=dict)  # of all panels
-    panels: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what its own points ran with
+    panels: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # name -> what its own points ran with
 
     def __post_init__(self) -> None:
         """Refuse keys that no `Ran` has."""
@@ -255,9 +255,7 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
     return _same_policy(system, published) and system.kernel == published.kernel
 
 
-def evidence(
-    run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str
-) -> str:
+def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:
     """What kind of evidence a number is; `at` is the published point that it stands for, if any."""
     if counted:
         return "exact"

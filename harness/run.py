@@ -114,10 +114,14 @@ def resolve(
         device=device,
         model=model,
         trace=typed(schemas.of("trace"), _filled("trace", config.trace, profile.get("trace"), given), "trace"),
-        arrival=typed(schemas.of("arrival"), _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"),
+        arrival=typed(
+            schemas.of("arrival"), _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"
+        ),
         engine=engine,
         systems=systems.distinct(built, by_kernel),
-        decoding=typed(DecodingConfig, _filled("decoding", config.decoding, profile.get("decoding"), given), "decoding"),
+        decoding=typed(
+            DecodingConfig, _filled("decoding", config.decoding, profile.get("decoding"), given), "decoding"
+        ),
         params=typed(params_schema, _filled("params", config.params, profile.get("params"), given), "params"),
         threads=config.threads,
         published=_stated(config),

@@ -51,7 +51,10 @@ def _groups(run: Run) -> Unread:
             yield group, f"experiment={run.experiment} clock={run.clock} has no use for {group}"
     if run.clock == "modelled":
         if not run.engine.attention:
-            yield "kernel", f"under clock=modelled engine={run.engine.name} times whole steps, and tells no kernels apart"
+            yield (
+                "kernel",
+                f"under clock=modelled engine={run.engine.name} times whole steps, and tells no kernels apart",
+            )
         yield "threads", "clock=modelled computes nothing; clock=measured does"
 
 
@@ -59,6 +62,11 @@ def _model(run: Run) -> Unread:
     if run.clock == "modelled":
         for key in ("rope_theta", "norm_eps", "seed", "checkpoint", "shard_only"):
             yield f"model.{key}", "it changes what is computed, not how long it takes: clock=measured computes"
+        return
+    if run.model.family != "llama":
+        yield "model.rope_theta", f"the family {run.model.family} has learned positions; llama rotates them"
+    if run.model.tp == 1:
+        yield "model.shard_only", "model.tp=1 has no shards; model.tp=2 and more have"
 
 
 _FILE_ONLY = ("format", "data_files", "split", "tokenizer", "on_bad_record", "shuffle", "keep_hash_ids", "prefix_path")
@@ -84,7 +92,10 @@ def _trace(run: Run) -> Unread:
             yield from _no_seed(run, "trace.seed", "all lengths are alike; trace.range_ratio draws them")
         return
     for key in _GIVEN_ONLY:
-        yield f"trace.{key}", f"lengths are drawn from trace.table={trace.table}; trace=fixed or trace=random takes given ones"
+        yield (
+            f"trace.{key}",
+            f"lengths are drawn from trace.table={trace.table}; trace=fixed or trace=random takes given ones",
+        )
     chats = has_conversations(trace.table)
     for key in ("filter",) if chats else _CHATS_ONLY:
         yield f"trace.{key}", f"trace.table={trace.table} is {'one' if chats else 'none'} of conversations"
@@ -93,7 +104,11 @@ def _trace(run: Run) -> Unread:
 
 def _no_seed(run: Run, key: str, instead: str) -> Unread:
     """A seed of the trace is the arrivals' too, unless they have their own or are not drawn."""
-    if "arrival" not in run.reads or run.arrival.seed is not None or run.arrival.process in ("recorded", "all_at_once", "constant"):
+    if (
+        "arrival" not in run.reads
+        or run.arrival.seed is not None
+        or run.arrival.process in ("recorded", "all_at_once", "constant")
+    ):
         yield key, instead
 
 
@@ -136,7 +151,10 @@ def _engine(run: Run) -> Unread:
     yield "engine.cuda_graphs", "it is for clock=measured on a GPU"
     if engine.fitted:
         for key in (*_HOST, *_EFFICIENCIES, "hosts", "attention"):
-            yield f"engine.{key}", f"engine={engine.name} has fitted steps (engine.fitted); engine=lean has efficiencies"
+            yield (
+                f"engine.{key}",
+                f"engine={engine.name} has fitted steps (engine.fitted); engine=lean has efficiencies",
+            )
     if engine.attention:
         yield "engine.kv_efficiency", f"engine={engine.name} has a read_efficiency for each kernel (engine.attention)"
     if engine.hosts:
@@ -158,12 +176,18 @@ def _device(run: Run) -> Unread:
             yield f"device.{key}", "no system of this run maps page-groups"
     if engine.fitted:
         for key in ("tflop_per_s", "nvlink_gb_per_s", "allreduce_us", "memory_gib"):
-            yield f"device.{key}", (
-                f"engine={engine.name} has the time of a step and the pool as fitted on {device.name}; "
-                "engine=lean computes them for any device, params.pool_bytes sets the pool"
+            yield (
+                f"device.{key}",
+                (
+                    f"engine={engine.name} has the time of a step and the pool as fitted on {device.name}; "
+                    "engine=lean computes them for any device, params.pool_bytes sets the pool"
+                ),
             )
         if not _may_copy(run):
-            yield "device.bandwidth_gb_per_s", f"engine={engine.name} has the time of a step as fitted; engine=lean computes it"
+            yield (
+                "device.bandwidth_gb_per_s",
+                f"engine={engine.name} has the time of a step as fitted; engine=lean computes it",
+            )
     elif run.model.tp == 1:
         for key in ("nvlink_gb_per_s", "allreduce_us"):
             yield f"device.{key}", "one device talks to no other; model.tp sets how many share the model"
@@ -195,5 +219,3 @@ def _scheduler(run: Run) -> Unread:
         if not have:
             there = ", ".join(dict.fromkeys(s.scheduler.name for s in run.systems))
             yield key, f"the schedulers of this run ({there}) have no {field}"
-
-

@@ -73,7 +73,11 @@ def offered(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     for field in dataclasses.fields(run.params):
         key = f"params.{field.name}"
         yield key, [[f"{key}={value}"] for value in other_values(key, getattr(run.params, field.name))]
-    yield "systems", [["systems=[paged]"], ["systems=[contiguous]"], ["systems=[vattention-fa2]"], ["systems=[paged-numba]"]]
+    yield "decoding.name", [["decoding.name=parallel", "decoding.n=2"]]
+    yield (
+        "systems",
+        [["systems=[paged]"], ["systems=[contiguous]"], ["systems=[vattention-fa2]"], ["systems=[paged-numba]"]],
+    )
     yield "threads", [["threads=2"]]
     yield from offered_of_systems(run)
 
@@ -106,7 +110,7 @@ OTHER = {  # values of keys that are words, or null
     "trace.prompt_tokens": [33, 50], "trace.output_tokens": [3, 7], "trace.mix": ["{n1: 0.5, n2: 0.5}"],
     "trace.cut_prompt": [16, 64], "trace.cut_output": [5, 20], "trace.new_conversation": [0.2, 0.9], "trace.examples": [1, 5],
     "trace.prefix_path": ["/nowhere"], "arrival.process": ["poisson", "constant"], "arrival.rate": [3.0, 50.0],
-    "arrival.duration_s": [0.5, 3.0], "arrival.seed": [7], "decoding.name": ["parallel", "beam"], "decoding.n": [2, 3],
+    "arrival.duration_s": [0.5, 3.0], "arrival.seed": [7], "decoding.name": [], "params.paths": ["{sharegpt: /nowhere.csv, alpaca: /nowhere.csv}"], "decoding.n": [2, 3],
     "decoding.survival": ["one", "all"], "engine.name": ["renamed"], "device.name": ["renamed", "h200"],
     "device.kind": ["cpu"], "device.assumed": ["something"], "scheduler.token_budget": [2100, 4000, 300],
     "scheduler.preemption": ["swap", "recompute"], "scheduler.max_seqs": [3, 1, 2], "allocator.swap_bytes": ["2GB"],

@@ -32,7 +32,14 @@ from kvarena.kernels.config import KernelConfig
 
 OTHERS = ("static-numba", "paged", "contiguous", "paged-reserved", "fastertransformer", "vattention-2mb", "vattention-sliced",
           "paged-fa2", "vattention-fa2", "vattention-64kb-copied", "paged-gather")  # fmt: skip
-NO_SYSTEMS = ("attention_kernel", "block_size_kernel", "portability", "vmm_api_latency", "allocation_bandwidth", "trace_lengths")
+NO_SYSTEMS = (
+    "attention_kernel",
+    "block_size_kernel",
+    "portability",
+    "vmm_api_latency",
+    "allocation_bandwidth",
+    "trace_lengths",
+)
 PAIRS = [pair for pair in TINY if pair[0] not in NO_SYSTEMS]
 
 
@@ -63,7 +70,9 @@ def newcomer(allocator: str, kernel: str) -> System:
 
 
 @pytest.mark.parametrize(("experiment", "clock"), PAIRS)
-def test_all_systems_and_newcomers_side_by_side(experiment: str, clock: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_systems_and_newcomers_side_by_side(
+    experiment: str, clock: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = resolved(experiment, clock, f"systems=[{','.join(default_systems(experiment, clock))}]")
     kernel = "plain" if clock == "measured" else run.systems[0].kernel.name
     new = [newcomer("headroom", kernel), newcomer("paged", kernel)]
@@ -132,4 +141,6 @@ def told_apart(figure: Figure) -> None:
         for handle, label in zip(handles, labels, strict=True):
             if hasattr(handle, "get_linestyle") and hasattr(handle, "get_marker"):
                 look = (to_hex(handle.get_color()), str(handle.get_linestyle()), str(handle.get_marker()))
-                assert looks.setdefault(look, label) == label, f"{label} and {looks[look]} look alike in {axis.get_title()}"
+                assert looks.setdefault(look, label) == label, (
+                    f"{label} and {looks[look]} look alike in {axis.get_title()}"
+                )

@@ -16,14 +16,62 @@ from kvarena.harness.run import Run
 from kvarena.harness.schemas import schema_of
 
 # (experiment, clock) -> overrides of its defaults
+_FEW = "systems=[orca-max,paged,vattention-64kb]"
 TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_waste", "modelled"): (
-        "systems=[orca-max,paged,vattention-64kb]", "arrival.rate=60", "arrival.duration_s=1", "params.window_s=[0,8]",
+        _FEW, "arrival.rate=60", "arrival.duration_s=1", "params.window_s=[0,8]", "params.seeds=[0]",
+    ),
+    ("memory_waste", "measured"): ("systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
+    ("batched_requests", "modelled"): (
+        _FEW, "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 60, duration_s: 1, window_s: null}]",
         "params.seeds=[0]",
     ),
-    ("memory_waste", "measured"): ("systems=[paged]", "device=cpu", "arrival.duration_s=0.01", "trace.max_tokens=64"),
+    ("batched_requests", "measured"): (
+        "systems=[paged]",
+        "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 600, duration_s: 0.01, window_s: null}]",
+        "trace.max_tokens=64",
+    ),
+    ("serving_latency", "modelled"): (
+        "systems=[orca-max,paged]", "params.only=[fig12a]", "params.out_of_sample=[]", "params.crossing=[]",
+        "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [4.0]}}}",
+    ),
+    ("serving_latency", "measured"): (
+        "systems=[paged]", "trace.max_tokens=64",
+        "params.panels={fig12a: {trace: sharegpt, duration_s: 0.2, rates: {others: [16.0]}}}",
+    ),
+    ("parallel_sampling", "modelled"): (
+        "systems=[orca-max,paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[4]",
+        "params.panels={fig14a: {n: 2, guess: {others: 8}}}",
+    ),
+    ("parallel_sampling", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.rates=[16]",
+    ),
+    ("beam_search", "modelled"): (
+        "systems=[orca-max,paged]", "arrival.duration_s=3", "params.rates=[4]",
+        "params.panels={fig14d: {n: 2, guess: {others: 8}}}",
+    ),
+    ("beam_search", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.rates=[16]",
+    ),
+    ("shared_prefix", "modelled"): (
+        "systems=[orca-oracle,paged]", "arrival.duration_s=1", "params.rates=[8]", "params.only=[fig16a]",
+    ),
+    ("shared_prefix", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=256", "params.rates=[16]", "params.only=[fig16a]",
+    ),
+    ("chatbot", "modelled"): ("systems=[orca-max,paged]", "arrival.duration_s=2", "params.rates=[4]"),
+    ("chatbot", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "params.rates=[16]"),
+    ("sharing_savings", "modelled"): (
+        "systems=[paged,vattention-64kb]", "arrival.duration_s=1", "params.window_s=[0,8]", "params.n=[2]",
+        "params.survivals=[neutral]",
+    ),
+    ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
 }  # fmt: skip
-_COMPOSED = (*GROUPS[:6], "engine", "device")  # groups of which another choice must be composed; others are read by name
+_COMPOSED = (
+    *GROUPS[:6],
+    "engine",
+    "device",
+)  # groups of which another choice must be composed; others are read by name
 
 
 class Unwritten(Recorder):
@@ -43,7 +91,8 @@ class Unwritten(Recorder):
 
 def resolved(experiment: str, clock: str, *overrides: str) -> Run:
     """The tiny run with more overrides. Raises UserError like the command line."""
-    arguments = [f"experiment={experiment}", f"clock={clock}", *TINY[experiment, clock], *overrides]
+    on = ["device=cpu"] if clock == "measured" else []
+    arguments = [f"experiment={experiment}", f"clock={clock}", *on, *TINY[experiment, clock], *overrides]
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
     chosen = tuple(o for o in arguments if "." not in o.partition("=")[0] and o.partition("=")[0] in _COMPOSED)
     config = deepcopy(_composed(chosen))

@@ -27,7 +27,12 @@ def test_the_default_run_earns_the_names_of_fig_2() -> None:
     published = {str(names["system"]) for s in range(len(run.systems)) if is_earned(names := names_of(run, s))}
     assert published == {"Orca(Max)", "Orca(Pow2)", "Orca(Oracle)", "vLLM"}
     row = names_of(run)
-    assert (row["paper"], row["figure"], row["panel"], row["evidence"]) == ("pagedattention", "fig2", PANEL, "calibrated")
+    assert (row["paper"], row["figure"], row["panel"], row["evidence"]) == (
+        "pagedattention",
+        "fig2",
+        PANEL,
+        "calibrated",
+    )
     assert (row["setup"], row["label"]) == ("opt-13b sharegpt, 1 x a100-40gb", "orca_max/vllm2023")
 
 
