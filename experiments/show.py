@@ -18,7 +18,7 @@ def outcome(done: Outcome, folder: Path) -> None:
     for (panel, unit), part in rows.groupby(["panel", "unit"], sort=False):
         console.print(_pivot(part, f"{panel}: {done.headline}, {unit} ({_evidence(part)})"))
     print(f"figure:  {folder / 'figure.png'}")
-    print(f"frames:  {folder / 'summary.csv'}, requests.parquet, steps.parquet")
+    print(f"frames:  {', '.join([str(folder / 'summary.csv'), *(f'{name}.parquet' for name in done.measured.frames)])}")
     print(f"results: {folder}")
 
 

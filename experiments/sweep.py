@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 from kvarena.experiments import registry
 from kvarena.harness.provenance import identity
-from kvarena.harness.record import ADVICE, Outcome, publish, runs_folder, write_outcome
+from kvarena.harness.published import OURS
+from kvarena.harness.record import ADVICE, Measured, Outcome, publish, read_frames, runs_folder, write_outcome
 from kvarena.harness.summary import COLUMNS
 from kvarena.harness.writing import explained
 
@@ -66,15 +67,13 @@ class Sweep:
             [_labelled(pd.read_csv(job / "summary.csv"), label) for job, label in zip(jobs, labels, strict=True)],
             ignore_index=True,
         )[COLUMNS]
-        requests, steps = (
-            pd.concat(
-                [pd.read_parquet(job / name).assign(job=label) for job, label in zip(jobs, labels, strict=True)],
-                ignore_index=True,
-            )
-            for name in ("requests.parquet", "steps.parquet")
-        )
+        tables: dict[str, list[pd.DataFrame]] = {}
+        for job, label in zip(jobs, labels, strict=True):
+            for name, table in read_frames(job).items():
+                tables.setdefault(name, []).append(table.assign(job=label))
+        frames = {name: pd.concat(each, ignore_index=True) for name, each in tables.items()}
         module = registry.get(self._experiment)
-        return Outcome(summary, requests, steps, module.HEADLINE, module.draw(summary))
+        return Outcome(Measured(frames), summary, module.HEADLINE, module.draw(summary))
 
 
 def job_folder(config: dict[str, Any]) -> Path | None:
@@ -106,5 +105,6 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _labelled(summary: pd.DataFrame, label: str) -> pd.DataFrame:
-    """Rows that say what was swept, so that their keys stay unique."""
-    return summary.assign(system=summary["system"] + f" [{label}]")
+    """Rows that say what was swept, so that their keys stay unique; those that earned a published name keep it."""
+    told = {name: summary[name] + f" [{label}]" for name in ("system", "label")}
+    return summary.assign(**told | {"system": told["system"].where(summary["paper"] == OURS, summary["system"])})
