@@ -103,7 +103,7 @@ def test_what_was_fitted_is_called_calibrated():
     ("attention", "tp", "message"),
     [
         ("numba/paged", 1, "engine=sarathi2024 has no attention cost for numba/paged. There are: vllm_paged/paged"),
-        ("fa2/paged", 4, "model.tp=4: engine=sarathi2024 knows the host's work for 1, 2"),
+        ("fa2/paged", 4, "engine=sarathi2024 knows the host's work for model.tp=1, 2; this is 4"),
     ],
 )
 def test_what_the_engine_does_not_know_is_refused(attention, tp, message):
