@@ -19,7 +19,7 @@ from scipy import optimize
 
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.latency_error import log_errors, rms
-from kvarena.experiments.replay import Replayer, panel_of, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.serving_latency import normalized_latency_s
 from kvarena.experiments.serving_panels import run_of_panel
 from kvarena.harness.engine_config import EngineConfig
@@ -33,9 +33,10 @@ Constants = tuple[float, ...]
 
 def error_of(run: Run, figure: str) -> Callable[[Constants], float]:
     """A function that gives the RMS log error, in percent, of all points of the run's systems."""
-    panel = run.params.panels[figure]
+    panel, stated = run.params.panels[figure], run.published[figure]
     run = run_of_panel(run, panel)
-    title = panel_of(run, panel.trace)
+    (title,) = stated.panels
+    published = {file: key for key, file in stated.systems.items()}
     points = [(s, rate) for s in run.systems for rate in panel.rates[s.name]]
     workloads = {rate: workload_of(run, rate=rate, duration_s=panel.duration_s) for _, rate in points}
     known: dict[Constants, float] = {}
@@ -43,7 +44,7 @@ def error_of(run: Run, figure: str) -> Callable[[Constants], float]:
     def error(constants: Constants) -> float:
         if constants not in known:
             replayer = Replayer(replace(run, engine=engine_with(run, constants)))
-            rows = [(title, run.shown_as(s), rate, normalized_latency_s(replayer.serve(s, workloads[rate]).requests))
+            rows = [(title, published[s.name], rate, normalized_latency_s(replayer.serve(s, workloads[rate]).requests))
                     for s, rate in points]  # fmt: skip
             known[constants] = rms(log_errors(pd.DataFrame(rows, columns=["panel", "system", "x", "value"]), figure))
         return known[constants]

@@ -21,6 +21,7 @@ from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import Point
 from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S
 from kvarena.harness.summary import read_published
@@ -67,7 +68,7 @@ def hosts() -> tuple[np.ndarray, pd.DataFrame]:
     device_ms = fixed + points.apply(decode_ms, axis=1).to_numpy()
     two, flashinfer = (points.panel == "Llama-3-8B").to_numpy(), (points.system == "FI_Paged").to_numpy()
     used = np.array([
-        ENGINE.evidence("fig8", p.panel, p.system, p.x) == "calibrated" for p in points.itertuples()
+        ENGINE.was_fitted_to(str(Point("vattention", "fig8", p.panel, p.system, p.x))) for p in points.itertuples()
     ])  # fmt: skip
 
     def log_errors(c: np.ndarray) -> np.ndarray:

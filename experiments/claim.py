@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry
@@ -39,7 +39,8 @@ def arguments_for(claim: Claim, on_gpu: Callable[[], bool] = has_gpu) -> list[st
         (experiment, expression), clock = claim.stand_in, "measured"
     if experiment not in names("experiment"):
         raise UserError(f"claim={claim.id}: needs the experiment {experiment}, which this version does not have")
-    chosen = [f"experiment={experiment}"] + ([f"clock={clock}"] if clock in ("measured", "modelled") else [])
+    asked = clock == "measured" or (clock == "modelled" and "modelled" in load("experiment", experiment).profiles)
+    chosen = [f"experiment={experiment}", *([f"clock={clock}"] if asked else [])]
     return [*chosen, *_narrowed(experiment, points_of(expression))]
 
 
@@ -49,10 +50,17 @@ def _narrowed(experiment: str, points: list[Point]) -> Iterator[str]:
     if "only" in {field.name for field in fields(registry.get(experiment).Params)}:
         yield f"params.only=[{','.join(figures)}]"
     config = load("experiment", experiment)
-    published = {str(name): load("system", name).get("published") for name in OmegaConf.select(config, "systems") or []}
-    asked = {point.system for point in points}
-    if asked <= set(published.values()):
-        yield f"systems=[{','.join(name for name, worn in published.items() if worn in asked)}]"
+    needed = {_file_of(config, point) for point in points}
+    systems = list(config.get("systems") or [])
+    if needed <= set(systems):
+        yield f"systems=[{','.join(name for name in systems if name in needed)}]"
+
+
+def _file_of(config: DictConfig, point: Point) -> str | None:
+    """The file of conf/system/ that stands for a point's system, as the experiment states; None where none does."""
+    figure = (config.get("published") or {}).get(point.figure) or {}
+    file: str | None = (figure.get("systems") or {}).get(point.system)
+    return file
 
 
 def judged(claim: Claim, folder: Path | None) -> Finding:

@@ -1,8 +1,9 @@
 """What becomes of a claim: its value from the runs that can settle it, and the verdict.
 
-A value settles a claim if it has the claim's clock, and was measured on a GPU where the claim needs one. Any other
-value, and that of a stand-in on another device, can only show the direction. A modelled value never settles what is to
-be measured: it is shown, and the claim counts as not run.
+A value settles a claim if every row it rests on earned a name of the claim's paper (harness/published.py), if it has the
+claim's clock, and was measured on a GPU where the claim needs one. Any other value, a row of our own or a stand-in on
+another device, can only show the direction. A modelled value never settles what is to be measured: it is shown, and the
+claim counts as not run.
 """
 
 import math
@@ -39,6 +40,7 @@ class Answer:
     clock: str  # of its rows: one modelled row makes it modelled; empty: arithmetic
     devices: str
     run: KeptRun | None  # None: arithmetic
+    papers: frozenset[str] = frozenset()  # whose names its rows have: ours, where they earned none
 
     @property
     def on_gpu(self) -> bool:
@@ -105,6 +107,8 @@ def judge(claim: Claim, runs: Iterable[KeptRun], published: Published) -> Findin
 
 
 def _settles(claim: Claim, answer: Answer) -> bool:
+    if answer.papers != {claim.paper}:
+        return False
     if claim.needs_gpu:
         return answer.on_gpu
     return claim.clock in ("any", "none", answer.clock)
@@ -140,7 +144,8 @@ def answered(claim: Claim, expression: str, run: KeptRun) -> Answer:
     kinds = dict.fromkeys(str(row["evidence"]) for row in used.values())
     devices = dict.fromkeys(str(row["device"]) for row in used.values())
     clock = "modelled" if "modelled" in {str(row["clock"]) for row in used.values()} else "measured"
-    return Answer(value, low, high, " and ".join(kinds), clock, ", ".join(devices), run)
+    papers = frozenset(str(row["paper"]) for row in used.values())
+    return Answer(value, low, high, " and ".join(kinds), clock, ", ".join(devices), run, papers)
 
 
 def _interval(

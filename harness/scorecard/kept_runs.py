@@ -10,10 +10,10 @@ import pandas as pd
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import RESULTS
+from kvarena.harness.published import OURS
 from kvarena.harness.scorecard.expression import Point
 from kvarena.harness.summary import COLUMNS
 
-OURS = "kvarena"  # the paper of quantities that no paper has; their figure is the experiment
 LARGE_BYTES = 400_000  # a drawing beyond this weighs more than its pixels
 _NOT_KEPT = ("runs", "published", "baselines")  # folders beside those of devices
 
@@ -59,7 +59,7 @@ class KeptRun:
         return pixels if pixels.is_file() else None
 
     def row(self, paper: str, point: Point) -> pd.Series:
-        """The one row that answers: a figure of the paper, or an experiment's own. Raises MissingPointError."""
+        """The one row that answers: earned, of a figure of the paper, else our own. Raises MissingPointError."""
         rows = self._rows.get((paper, *_key(point))) or self._rows.get((OURS, *_key(point)), [])
         if len(rows) != 1:
             raise MissingPointError(

@@ -5,7 +5,11 @@ import pytest
 from kvarena.errors import UserError
 from kvarena.experiments import cli
 from kvarena.experiments.claim import arguments_for
-from kvarena.harness.scorecard.claims import claim_named
+from kvarena.experiments.compose import compose_run
+from kvarena.harness.scorecard.claims import claim_named, load_claims
+
+
+CLAIMED = [claim.id for claim in load_claims()]
 
 
 def arguments(claim_id: str, on_gpu: bool = False) -> list[str]:
@@ -26,6 +30,31 @@ def test_a_claim_about_a_gpu_takes_its_stand_in_where_there_is_none():
     assert "experiment=decode_throughput" in arguments("VA-15", on_gpu=True)
     with pytest.raises(UserError, match="VA-02: is measured on a GPU, there is none here"):
         arguments("VA-02")
+
+
+def test_what_a_claim_needs_is_asked_under_a_clock_that_there_is():
+    assert arguments("VA-04") == ["experiment=allocation_bandwidth"], "its modelled part runs beside the measured one"
+    assert arguments("VA-28") == ["experiment=portability", "clock=measured"]
+    assert arguments("PA-27") == ["experiment=attention_kernel", "clock=measured"]
+
+
+def test_every_claim_is_a_command_that_runs_here():
+    commands = {tuple(command) for name in CLAIMED if (command := what_runs_here(name))}
+    for each in sorted(commands):
+        compose_run(*each)  # raises UserError for a clock, system or key that its experiment does not have
+    assert len(commands) > 20
+
+
+def what_runs_here(claim_id: str) -> list[str]:
+    claim = claim_named(claim_id)
+    return [] if claim.needs_gpu and claim.stand_in is None else arguments(claim_id)
+
+
+def test_another_device_holds_nothing_of_the_papers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    given = ("device=h200", "engine=lean", "arrival.duration_s=20", "params.window_s=[5,20]", "params.seeds=[0]")
+    assert command(monkeypatch, "claim=PA-03", *given) == 0
+    assert "verdict:   holds" not in capsys.readouterr().out
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:

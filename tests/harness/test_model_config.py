@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvarena.errors import UserError
-from kvarena.harness.model import ModelConfig, load_preset, panel_name, preset_names
+from kvarena.harness.model import ModelConfig, load_preset, preset_names
 from kvarena.harness.paths import CONF
 
 KIB = 1024
@@ -114,14 +114,6 @@ def test_impossible_models_are_refused_by_key(changes, message):
 def test_an_unknown_preset_lists_those_that_exist():
     with pytest.raises(UserError, match=r"model=yi-7b: no such model.*bench-llama.*yi-6b"):
         load_preset("yi-7b")
-
-
-def test_only_the_published_sizes_wear_the_papers_panel():
-    yi = load_preset("yi-6b")
-    assert panel_name(yi) == "Yi-6B"
-    assert panel_name(replace(yi, dtype="bfloat16", seed=3, tp=2, shard_only=True)) == "Yi-6B"
-    assert panel_name(replace(yi, num_layers=2)) == "yi-6b"
-    assert panel_name(load_preset("bench-llama")) == "bench-llama"
 
 
 def test_as_a_schema_it_can_be_overridden():

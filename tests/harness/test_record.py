@@ -10,7 +10,7 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.harness import record
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Outcome, Recorder, read_frames
 
 TABLE = pd.DataFrame({"a": [1, 2]})
 
@@ -24,7 +24,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def outcome() -> Outcome:
     from matplotlib.figure import Figure
 
-    return Outcome(summary=TABLE, requests=TABLE, steps=TABLE, headline="q", figure=Figure(), notes={"seed": 7})
+    measured = Measured({"requests": TABLE, "points": TABLE}, notes={"seed": 7}, files={"steps.html": "<p>"})
+    return Outcome(measured, summary=TABLE, headline="q", figure=Figure())
 
 
 def recorder(value: int = 0) -> Recorder:
@@ -35,14 +36,29 @@ def test_a_finished_run_has_every_file_and_latest_points_at_it(runs: Path) -> No
     folder = recorder().finish(outcome())
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "summary.csv", "requests.parquet", "steps.parquet", "provenance.json", "config.yaml",
-        "figure.png", "figure.svg",
+        "summary.csv", "requests.parquet", "points.parquet", "provenance.json", "config.yaml",
+        "figure.png", "figure.svg", "steps.html",
     }  # fmt: skip
     assert (runs / "demo" / "latest").resolve() == folder
     kept = json.loads((folder / "provenance.json").read_text())
     assert kept["seed"] == 7
     assert kept["config"] == {"value": 0}
     assert {"git", "libraries", "machine", "written", "command"} <= set(kept)
+
+
+def test_a_frame_without_rows_is_not_written() -> None:
+    empty = Measured({"points": TABLE.iloc[:0]})
+    with pytest.raises(ValueError, match="points has no rows"):
+        recorder().finish(Outcome(empty, TABLE, "q"))
+
+
+def test_what_was_measured_is_kept_with_the_cells_of_a_run_whose_summary_failed() -> None:
+    keeper = recorder()
+    keeper.cell("batch-1", lambda: {"steps": TABLE})
+    folder = keeper.keep(outcome().measured)
+    assert {"requests.parquet", "points.parquet", "config.yaml", "provenance.json"} <= set(os.listdir(folder))
+    pd.testing.assert_frame_equal(read_frames(folder)["points"], TABLE)
+    assert recorder().has_cell("batch-1")
 
 
 def test_the_same_figure_is_the_same_bytes() -> None:

@@ -29,7 +29,7 @@ def a_row(paper, point, value, *, clock="modelled", device="a100-40gb", evidence
     unit = "%" if "share" in point.quantity else "s"
     return row(
         value, experiment=experiment, paper=paper, figure=point.figure, panel=point.panel, system=point.system,
-        allocator="-", kernel="-", model="-", quantity=point.quantity, x=point.x, unit=unit, clock=clock,
+        setup="-", label="-", allocator="-", kernel="-", model="-", quantity=point.quantity, x=point.x, unit=unit, clock=clock,
         device=device, evidence=evidence,
     )  # fmt: skip
 
@@ -112,6 +112,16 @@ def test_a_modelled_run_never_settles_what_is_to_be_measured():
     assert judge(claim, [modelled, on_cpu, on_gpu], THEIRS).verdict is Verdict.HOLDS
 
 
+@pytest.mark.parametrize("claim", [CLAIMED["VA-09"], CLAIMED["VA-03"]], ids=["modelled", "measured"])
+def test_rows_that_earned_no_name_show_the_direction_at_most(claim):
+    ours = run_for(claim, **on(claim)).summary.assign(paper="kvarena")
+    finding = judge(claim, [KeptRun(Path("h200/x"), ours)], THEIRS)
+    assert (finding.verdict, finding.settled) == (Verdict.DIRECTION, False)
+    some = pd.concat([run_for(claim, **on(claim)).summary.iloc[:1], ours.iloc[1:]], ignore_index=True)
+    finding = judge(claim, [KeptRun(Path("h200/x"), some)], THEIRS)
+    assert not finding.settled, "one row that earned none is enough"
+
+
 @pytest.mark.parametrize("claim", [claim for claim in CLAIMED.values() if claim.stand_in], ids=lambda claim: claim.id)
 def test_the_kept_run_of_a_stand_in_answers(claim):
     experiment, expression = claim.stand_in
@@ -131,7 +141,7 @@ def stand_in(ours: tuple[float, float, float], theirs: tuple[float, float, float
     """A CPU run with the two throughputs of that stand-in: median, low, high."""
     points = points_of(COMPARED.stand_in[1])
     rows = [
-        replace(a_row("vattention", p, m, clock="measured", device="cpu", evidence="measured",
+        replace(a_row("kvarena", p, m, clock="measured", device="cpu", evidence="measured",
                       experiment="decode_throughput"), n=8, ci_low=low, ci_high=high)
         for p, (m, low, high) in zip(points, (ours, theirs), strict=True)
     ]  # fmt: skip
@@ -234,7 +244,8 @@ def figure_rows(figure: str, change=lambda value: value) -> KeptRun:
     rows = TABLE[(TABLE.paper == "pagedattention") & (TABLE.figure == figure)]
     ours: list[SummaryRow] = [
         row(Estimate(change(r.value), 1, math.nan, math.nan), experiment="e", paper=r.paper, figure=r.figure,
-            panel=r.panel, system=r.system, allocator="-", kernel="-", model="-", quantity=r.quantity,
+            panel=r.panel, system=r.system,
+            setup="-", label="-", allocator="-", kernel="-", model="-", quantity=r.quantity,
             x=None if pd.isna(r.x) else r.x, unit=r.unit, clock="modelled", device="a100-40gb", evidence="calibrated")
         for r in rows.itertuples()
     ]  # fmt: skip

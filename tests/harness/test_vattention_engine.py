@@ -12,6 +12,7 @@ from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import Point
 from kvarena.harness.roofline import step_model_of
 from kvarena.harness.step_model import PS_PER_S, StepLoad, StepModel
 from kvarena.harness.summary import read_published
@@ -40,8 +41,8 @@ def errors(figure: str, quantity: str, value_of) -> tuple[list[float], list[floa
     fitted: list[float] = []
     others: list[float] = []
     for _, point in points.iterrows():
-        kind = ENGINE.evidence(figure, point.panel, point.system, point.x)
-        (fitted if kind == "calibrated" else others).append(value_of(point) / point.value - 1)
+        name = str(Point("vattention", figure, point.panel, point.system, point.x))
+        (fitted if ENGINE.was_fitted_to(name) else others).append(value_of(point) / point.value - 1)
     return fitted, others
 
 
@@ -91,18 +92,18 @@ def test_a_kernel_that_reads_per_query_head_reads_more():
 
 
 def test_what_was_fitted_is_called_calibrated():
-    assert ENGINE.evidence("fig8", "Yi-6B", "FA2_Paged", 32) == "calibrated"
-    assert ENGINE.evidence("fig8", "Yi-6B", "FA2_Paged", 12) == "predicted"
-    assert ENGINE.evidence("fig8", "Llama-3-8B", "vLLM", 32.0) == "predicted"
-    assert ENGINE.evidence("fig8", "Yi-34B", "FA2_Paged", 1) == "predicted"
-    assert ENGINE.evidence("fig9", "Yi-6B", "FA2_Paged") == "predicted"
+    assert ENGINE.was_fitted_to("fig8/Yi-6B/FA2_Paged/32")
+    assert not ENGINE.was_fitted_to("fig8/Yi-6B/FA2_Paged/12")
+    assert not ENGINE.was_fitted_to("fig8/Llama-3-8B/vLLM/32"), "left out"
+    assert not ENGINE.was_fitted_to("fig8/Yi-34B/FA2_Paged/1")
+    assert not ENGINE.was_fitted_to("fig9/Yi-6B/FA2_Paged/")
 
 
 @pytest.mark.parametrize(
     ("attention", "tp", "message"),
     [
         ("numba/paged", 1, "engine=sarathi2024 has no attention cost for numba/paged. There are: vllm_paged/paged"),
-        ("fa2/paged", 4, "model.tp=4: engine=sarathi2024 knows the host's work for 1, 2"),
+        ("fa2/paged", 4, "engine=sarathi2024 knows the host's work for model.tp=1, 2; this is 4"),
     ],
 )
 def test_what_the_engine_does_not_know_is_refused(attention, tp, message):
