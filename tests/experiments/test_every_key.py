@@ -118,7 +118,7 @@ OTHER = {  # values of keys that are words, or null
     "allocator.read_past": [40], "allocator.max_rows": [2, 3], "engine.calibrated_on": ["[x]"], "engine.left_out": ["[x]"],
     "engine.devices": ["[x]"], "engine.schedulers": ["[x]"], "device.reported_as": ["[x]"], "device.calibrated_on": ["[x]"],
     "model.max_tokens": [512, 256, 4096, 100000], "allocator.block_size": [8, 32, 64, 256], "arrival.burstiness": [0.3],
-    "allocator.eager_groups": [3], "allocator.reclaim_threshold": [0.9, 0.0], "allocator.watermark": [0.2],
+    "allocator.eager_groups": [3], "params.max_rows": [2, 3], "allocator.reclaim_threshold": [0.9, 0.0], "allocator.watermark": [0.2],
     "allocator.batch_size": [2], "allocator.max_padded_tokens": [100, 500], "model.tp": [2, 4],
 }  # fmt: skip
 
@@ -170,6 +170,8 @@ def _other_dicts(value: dict[Any, Any]) -> Iterator[Any]:
 
 def _written(value: Any) -> str:
     """As the command line has it."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_written(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):

@@ -32,12 +32,12 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "trace.max_tokens=64",
     ),
     ("serving_latency", "modelled"): (
-        "systems=[orca-max,paged]", "params.only=[fig12a]", "params.out_of_sample=[]", "params.crossing=[]",
+        "systems=[orca-max,paged]", "params.only=[fig12a]", "params.crossing=[]",
         "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [4.0]}}}",
     ),
     ("serving_latency", "measured"): (
         "systems=[paged]", "trace.max_tokens=64",
-        "params.panels={fig12a: {trace: sharegpt, duration_s: 0.2, rates: {others: [16.0]}}}",
+        "params.panels={fig12a: {trace: sharegpt, duration_s: 1, rates: {others: [16.0]}}}",
     ),
     ("parallel_sampling", "modelled"): (
         "systems=[orca-max,paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[4]",
