@@ -39,6 +39,7 @@ class FasterTransformerPolicy(Policy):
 
     name = "fastertransformer"
     memory_layout = Layout.CONTIGUOUS
+    pads = True
     row_tokens = 1  # tokens from one row index to the next: rows overlap
 
     def __init__(

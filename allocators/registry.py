@@ -48,6 +48,11 @@ def config_class(name: str) -> type[Any]:
     return _look_up(name)[0]
 
 
+def policy_class(name: str) -> type[Policy]:
+    """The policy's class. Raises UserError with the names that exist."""
+    return _look_up(name)[1]
+
+
 def memory_layout(name: str) -> Layout:
     """The layout in which a policy's K/V lies. Raises UserError with the names that exist."""
     return _look_up(name)[1].memory_layout

@@ -59,6 +59,7 @@ class SequencePolicy(ABC):
 
     name: str
     memory_layout: Layout
+    pads: bool = False  # whether rows go on past their own end, to that of a batch
     kv_layout: KVLayout
     pool_bytes: int
 

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from kvarena.errors import UserError
 from kvarena.experiments import registry
 from kvarena.harness.run import Run
-from kvarena.harness.systems import System, described, distinct
+from kvarena.harness.systems import System, distinct, said
 
 OF_SYSTEMS = ("systems", "allocator", "kernel", "scheduler")
 SEEDS = ("trace.seed", "arrival.seed")  # of jobs that become one row; params.seeds are one run's
@@ -147,8 +147,10 @@ def _assignments(overrides: Sequence[str]) -> dict[str, str]:
 
 def _said(system: System, values: dict[str, str]) -> System:
     """A system whose name and label say what was swept of it."""
+    variant = system.shown_allocator
     of_allocator = [key.partition(".")[2] for key in values if key.startswith("allocator.")]
-    variant = described(system.allocator, of_allocator) if of_allocator else system.shown_allocator
+    unsaid = [field for field in of_allocator if f"{field}: " not in variant]
+    variant = said(variant, {field: getattr(system.allocator, field) for field in unsaid})
     others = {key: value for key, value in values.items() if key.startswith("scheduler")}
     variant = f"{variant} [{_words(others)}]" if others else variant
     return replace(system, name=f"{system.name}-{_slug(_words(values))}", variant=variant)

@@ -1,15 +1,17 @@
 """Systems: what an experiment compares. An allocator, a kernel and a scheduling policy under one name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from kvarena.allocators.registry import memory_layout, policy_class
 from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, names, no_such_key, typed
-from kvarena.kernels.registry import kernel_spec
+from kvarena.harness.scheduler.registry import check_pair
+from kvarena.kernels.registry import fits, kernel_spec
 
 PAIRINGS = ("same body", "same library", "best of each")
 _KEYS = ("allocator", "kernel", "scheduler", "pairing", "variant")
@@ -37,16 +39,20 @@ class System:
         return f"{self.shown_allocator}/{self.kernel.name}"
 
 
-def described(allocator: Any, also: Sequence[str] = ()) -> str:
-    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/.
+def described(allocator: Any) -> str:
+    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/."""
+    filed = type(allocator)()
+    if allocator.name in names("allocator"):
+        filed = typed(type(allocator), load("allocator", allocator.name), "allocator")
+    own = {field.name: getattr(allocator, field.name) for field in fields(allocator) if field.name != "name"}
+    return said(str(allocator.name), {name: value for name, value in own.items() if value != getattr(filed, name)})
 
-    `also`: fields that are said in any case.
-    """
-    usual = load("allocator", allocator.name) if allocator.name in names("allocator") else {}
-    filed = {field.name: usual.get(field.name, field.default) for field in fields(allocator)}
-    own = {name: getattr(allocator, name) for name in filed}
-    said = ", ".join(f"{name}: {value}" for name, value in own.items() if name in also or value != filed[name])
-    return f"{allocator.name}{{{said}}}" if said else str(allocator.name)
+
+def said(shown: str, values: Mapping[str, Any]) -> str:
+    """A shown allocator with more of its fields: `vattention{page_group: 64KB}`."""
+    start, opened, end = shown.removesuffix("}").partition("{")
+    words = [*([end] if opened else []), *(f"{name}: {value}" for name, value in values.items())]
+    return f"{start}{{{', '.join(words)}}}" if words else shown
 
 
 def distinct(systems: Sequence[System], by_kernel: bool) -> tuple[System, ...]:
@@ -76,9 +82,10 @@ def with_room_to_read(system: System) -> System:
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:
     """The system files that `allocator=` and `kernel=` keep.
 
-    Of the experiment's systems where some match; else of all system files, those on its kernels first; else the pair of
-    both, or of the allocator and the kernel of the first listed system. Raises UserError where nothing is left of an
-    experiment's systems; one that compares none lists none.
+    Of the experiment's systems where some match; else of all system files, those on the kernel that is asked for, or on
+    the experiment's; else the pair of both, or of the allocator and the experiment's first kernel that can read it; and
+    where none can, any system file. Raises UserError where nothing is left of an experiment's systems; one that compares
+    none lists none.
     """
     if not listed and allocator == kernel == ALL:
         return []
@@ -89,19 +96,26 @@ def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]
 
     if found := matching(files):
         return found
-    if allocator != ALL and files:
-        kernels = {s.kernel.name for s in files}
-        others = [s for s in matching([_read(name) for name in names("system")]) if s.kernel.name in kernels]
-        if others:
-            return others
-    if allocator != ALL and (kernel != ALL or files):
-        pair = {"allocator": {"name": allocator}, "kernel": {"name": files[0].kernel.name if kernel == ALL else kernel}}
-        return [OmegaConf.create({"name": f"{allocator}-{pair['kernel']['name']}", "pairing": "best of each", **pair})]
+    if allocator != ALL and (files or kernel != ALL):
+        kernels = [kernel] if kernel != ALL else list(dict.fromkeys(s.kernel.name for s in files))
+        filed = matching([_read(name) for name in names("system")])
+        reading = [name for name in kernels if fits(kernel_spec(name), memory_layout(allocator)) is None]
+        if found := [s for s in filed if s.kernel.name in kernels]:
+            return found
+        if filed and not reading:
+            return filed
+        return [_pair(allocator, reading[0] if reading else kernels[0])]
     used = ", ".join(f"{s.name} ({s.allocator.name} + {s.kernel.name})" for s in files)
     raise UserError(
         f"allocator={allocator} kernel={kernel}: no system of this experiment uses that. "
         f"Its systems: {used}. Name both an allocator and a kernel to run another pair."
     )
+
+
+def _pair(allocator: str, kernel: str) -> DictConfig:
+    """A system that no file describes."""
+    parts = {"allocator": {"name": allocator}, "kernel": {"name": kernel}}
+    return OmegaConf.create({"name": f"{allocator}-{kernel}", "pairing": "best of each", **parts})
 
 
 def _read(name: str) -> DictConfig:
@@ -126,7 +140,8 @@ def build(
     """A system from its file. Fields: group file, then system file, then command line; the last one wins.
 
     `scheduler` is the run's, for a system whose file names none; `scheduler=NAME` on the command line is for all.
-    `as_config(group, name, node)` turns a node into its dataclass. Raises UserError for fields that it does not have.
+    `as_config(group, name, node)` turns a node into its dataclass. Raises UserError for fields that it does not have, and for an
+    allocator that the scheduler cannot drive.
     """
     parts = {}
     variant = file.get("variant")
@@ -139,6 +154,7 @@ def build(
             variant = described(parts[group])  # the file's word is for the file's fields
     asked = any(override.startswith("scheduler=") for override in overrides)
     policy = load("scheduler", file.scheduler) if file.get("scheduler") and not asked else scheduler
+    check_pair(policy.name, policy_class(parts["allocator"].name))
     return System(
         name=file.name,
         scheduler=as_config("scheduler", policy.name, _with_fields(policy, overrides)),

@@ -7,7 +7,6 @@ finish together. How many fit is the allocator's rule (allocators/fastertransfor
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
-from kvarena.errors import UserError
 from kvarena.harness.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.step import StepPlan
@@ -23,6 +22,8 @@ class FasterTransformerConfig:
 class FasterTransformerScheduler(Scheduler):
     """One padded batch at a time; a row whose own output is done decodes on until the batch ends."""
 
+    pads = True
+
     def __init__(self, policy: Policy, config: FasterTransformerConfig, max_tokens: int) -> None:
         super().__init__(policy, max_tokens)
 
@@ -32,9 +33,7 @@ class FasterTransformerScheduler(Scheduler):
             return
         for request in self.running:
             if not self.policy.grow(request.seq_id):
-                raise UserError(
-                    f"scheduler=fastertransformer: {self.policy.name} does not pad rows to the end of a batch"
-                )
+                raise ValueError(f"{self.policy.name} does not pad rows to the end of a batch")  # see `check_pair`
         plan.decodes = list(self.running)
 
     def _start_batch(self, plan: StepPlan) -> None:

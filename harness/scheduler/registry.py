@@ -28,6 +28,15 @@ def config_class(name: str) -> type[Any]:
     return _look_up(name)[0]
 
 
+def check_pair(scheduler: str, policy: type[Policy]) -> None:
+    """Raises UserError for a policy that the scheduler cannot drive."""
+    if _look_up(scheduler)[1].pads and not policy.pads:
+        raise UserError(
+            f"scheduler={scheduler}: its batches run to the end together, and {policy.name} does not pad rows to it; "
+            "allocator=fastertransformer does"
+        )
+
+
 def make_scheduler(config: Any, policy: Policy, max_tokens: int) -> Scheduler:
     """The scheduler that `config` describes. Raises UserError for an unknown name or an option out of range."""
     scheduler: Scheduler = _look_up(config.name)[1](policy, config, max_tokens)

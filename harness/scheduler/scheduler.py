@@ -32,6 +32,8 @@ def by_arrival(request: Request) -> tuple[int, int]:
 class Scheduler(ABC):
     """Decides, step by step, who runs. Talks to memory through the policy alone."""
 
+    pads = False  # whether it decodes past the end of a row, to that of its batch
+
     def __init__(self, policy: Policy, max_tokens: int) -> None:
         self.policy = policy
         self.max_tokens = max_tokens  # the model's context
