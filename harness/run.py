@@ -18,7 +18,7 @@ from kvarena.harness.systems import System
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
-_STATED = ("published", "reads", "given")
+_STATED = ("published", "reads", "given", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Run:
     published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
     reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
     given: tuple[str, ...] = ()  # keys of the command line
+    gpu: str | None = None  # of a finished run that was measured on one, as its driver calls it; None: this machine's
 
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
@@ -50,9 +51,7 @@ class Run:
         """The device as results name it: cpu, the GPU, or the one that was modelled."""
         if self.device.kind != "cuda":
             return str(self.device.name)
-        import torch
-
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
+        return (self.gpu or _gpu_here()).lower().replace(" ", "-")
 
     def plain(self) -> dict[str, Any]:
         """The run as plain data: what is hashed, and written to config.yaml."""
@@ -177,6 +176,12 @@ def _device(config: DictConfig) -> tuple[Any, str]:
     elif node.name == "cuda" and not _has_cuda():
         raise UserError("device=cuda: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
     return typed(schemas.of("device", node.name), node, "device"), node.kind
+
+
+def _gpu_here() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _has_cuda() -> bool:
