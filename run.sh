@@ -17,6 +17,7 @@ usage() {
         "kvarena: how should an LLM server allocate its KV cache, and what does that cost in memory, speed and code?" \
         "" \
         "  ./run.sh experiment=NAME [key=value ...]  run an experiment; Hydra's overrides and -m (multirun) pass through" \
+        "  ./run.sh summarize FOLDER                 make summary and figure again from the frames of a finished run" \
         "  ./run.sh kernels                          print which kernel can read which allocator's memory" \
         "  ./run.sh regression [--base REV]          say whether anything got worse; --help says more" \
         "  ./run.sh report                           write results/report.html and results/SCORECARD.md" \

@@ -4,7 +4,9 @@ What was measured is never lost to a fault in what is made of it: it is kept, an
 summary and figure of it with the code as it is then.
 """
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -83,7 +85,16 @@ def resolved_in(folder: Path) -> Run:
         several = " but of a multirun, which has those of its runs in jobs/" if (folder / "jobs").is_dir() else ""
         raise UserError(f"{folder}: is not the folder of a run{several}")
     module = registry.get(str(config["experiment"]))
-    return from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
+    run = from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
+    return replace(run, gpu=_gpu_of(folder))
+
+
+def _gpu_of(folder: Path) -> str | None:
+    """The GPU that a folder's run was measured on, whatever there is here; None where there was none."""
+    record = folder / "provenance.json"
+    machine = json.loads(record.read_text(encoding="utf-8")).get("machine") or {} if record.is_file() else {}
+    gpu: str | None = machine.get("gpu")
+    return gpu
 
 
 def summarize(folder: Path) -> Outcome:

@@ -21,7 +21,7 @@ from kvarena.harness.trace.published_files import hashes
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
-_STATED = ("published", "reads", "given")
+_STATED = ("published", "reads", "given", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Run:
     published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
     reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
     given: tuple[str, ...] = ()  # keys of the command line
+    gpu: str | None = None  # of a finished run that was measured on one, as its driver calls it; None: this machine's
 
     @property
     def context(self) -> int:
@@ -64,9 +65,7 @@ class Run:
         """The device as results name it: cpu, the GPU, or the one that was modelled."""
         if self.device.kind != "cuda":
             return str(self.device.name)
-        import torch
-
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
+        return (self.gpu or _gpu_here()).lower().replace(" ", "-")
 
     def plain(self) -> dict[str, Any]:
         """The run as plain data: what is hashed, and written to config.yaml."""
@@ -207,6 +206,12 @@ def _device(config: DictConfig) -> tuple[Any, str]:
 def _with_fields(chosen: DictConfig, auto: DictConfig) -> DictConfig:
     """What `auto` stands for, with what the user set of it."""
     return DictConfig(OmegaConf.merge(chosen, {key: auto[key] for key in auto if key not in ("name", "kind")}))
+
+
+def _gpu_here() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _has_cuda() -> bool:

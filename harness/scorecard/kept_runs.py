@@ -124,5 +124,10 @@ def load_run(folder: Path) -> KeptRun:
 
 def kept_runs(results: Path = RESULTS) -> list[KeptRun]:
     """All of them, by device and experiment."""
-    paths = sorted(results.glob("*/*/summary.csv"))
-    return [load_run(path.parent) for path in paths if path.parent.parent.name not in _NOT_KEPT]
+    return [load_run(folder) for folder in kept_folders(results)]
+
+
+def kept_folders(results: Path = RESULTS) -> list[Path]:
+    """Their folders, by device and experiment."""
+    folders = [path.parent for path in sorted(results.glob("*/*/summary.csv"))]
+    return [folder for folder in folders if folder.parent.name not in _NOT_KEPT]
