@@ -6,6 +6,7 @@ the kernel costs; under the measured clock our kernel runs, and shows its own.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,16 +19,24 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments import block_sweep as blocks
 from kvarena.experiments import plots
-from kvarena.experiments.replay import TITLES, Replayer, columns, trace_named, workload_of
+from kvarena.experiments.replay import Replayer, trace_named, workload_of
+from kvarena.harness.config import load, names, typed
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
+from kvarena.harness.roofline import attention_key, make_step_model
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
 
 NAME = "block_size"
 HEADLINE = "normalized_latency_vs_block_size"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+FIGURE = "fig18b"
 SAID = {
     "rates": "Alpaca's 30.1 req/s is that of the paper's artifact; no script of it has ShareGPT's, 2.0 is assumed",
     "kernel": "modelled: attention reads blocks of any size equally fast, but for params.kernel_cost; so rows below "
@@ -48,38 +57,93 @@ class Params:
     # over its time with blocks of 16, as measured somewhere
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    unused = {
+        "arrival.rate": "params.rates={trace: requests/s} are the rates, trace by trace",
+        "allocator.block_size": "params.block_sizes=[...] are the block sizes",
+    }
+    if run.trace.name not in params.rates:
+        unused["trace"] = f"params.rates names the traces: {', '.join(params.rates)}"
+    elif params.paths.get(run.trace.name):
+        unused["trace.path"] = f"params.paths.{run.trace.name} is its file"
+    for name in params.paths.keys() - params.rates.keys():
+        unused[f"params.paths.{name}"] = f"params.rates names the traces: {', '.join(params.rates)}"
+    if run.clock == "measured":
+        unused["params.kernel_cost"] = "clock=measured runs the kernel itself; it is for clock=modelled"
+    else:
+        unused["params.rounds"] = "a replay gives the same again under clock=modelled; it is for clock=measured"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Replay every trace with every block size."""
-    blocks.check_block_sizes(run.params.block_sizes)
-    check_kernel_cost(run)
+    _check(run)
     points: list[pd.DataFrame] = []
     workloads: dict[str, Any] = {}
     with Progress(NAME, len(run.params.rates)) as progress:
         for name, rate in run.params.rates.items():
             progress.stage(f"{name}, {rate:g} req/s")
-            trace_run = replace(run, trace=trace_named(run, name, run.params.paths.get(name)))
-            workloads[name] = workload_of(trace_run, rate=rate).provenance
-            cell = recorder.cell(name, partial(_cell, trace_run, rate))
+            trace_run = _of_trace(run, name)
+            workloads[name] = workload_of(trace_run).provenance
+            cell = recorder.cell(name, partial(_cell, trace_run))
             points.append(cell["points"].assign(trace=name))
             progress.advance()
-    table = pd.concat(points, ignore_index=True)
-    summary = frame(_summary(run, table))
-    return Outcome(summary, pd.DataFrame(), table, HEADLINE, draw(summary), {"workloads": workloads} | SAID)
+    return Measured({"points": pd.concat(points, ignore_index=True)}, {"workloads": workloads} | SAID)
 
 
-def check_kernel_cost(run: Run) -> None:
-    """Raises UserError where a cost is given that nothing would use, or that is no cost."""
-    for size, cost in run.params.kernel_cost.items():
-        if run.clock == "measured":
-            raise UserError("params.kernel_cost: clock=measured runs the kernel itself; it is for clock=modelled")
-        if size not in run.params.block_sizes or not cost > 0:
+def _of_trace(run: Run, name: str) -> Run:
+    """The run of one trace, at its rate."""
+    trace = trace_named(run, name, run.params.paths.get(name))
+    return replace(run, trace=trace, arrival=replace(run.arrival, rate=run.params.rates[name]))
+
+
+def _check(run: Run) -> None:
+    """Raises UserError for sizes that no block has, for no trace, and for a cost that is none or that nothing would use."""
+    params: Params = run.params
+    blocks.check_block_sizes(params.block_sizes)
+    if not params.rates:
+        raise UserError("params.rates={}: name at least one trace and its rate, in requests/s")
+    for size, cost in params.kernel_cost.items():
+        if size not in params.block_sizes or not cost > 0:
             raise UserError(
                 f"params.kernel_cost: {size}: {cost} is not a time above 0, relative to blocks of 16, for one of "
-                f"params.block_sizes={list(run.params.block_sizes)}"
+                f"params.block_sizes={list(params.block_sizes)}"
             )
+        for system in filter(blocks.has_blocks, run.systems):
+            _check_slowed(run, system, cost)
 
 
-def _cell(run: Run, rate: float) -> Frames:
+def _check_slowed(run: Run, system: System, cost: float) -> None:
+    """Raises UserError where an engine has no time of attention to change, or not by so much."""
+    _context_ps(run, system)  # what the engine refuses by itself
+    if not _slows(run, run.engine, system, cost):
+        every: list[EngineConfig] = [typed(EngineConfig, load("engine", name), "engine") for name in names("engine")]
+        able = [engine.name for engine in every if _slows(run, engine, system, cost)]
+        raise UserError(
+            f"params.kernel_cost: engine={run.engine.name} cannot have {run.model.name} take {cost:g} times as long to read "
+            f"K/V: it has no such time apart, or the device reads no faster. Engines that can: {', '.join(able) or 'none'}"
+        )
+
+
+def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
+    """Whether K/V takes `cost` times as long to read in that engine's steps."""
+    run = replace(run, engine=engine)
+    try:
+        asked, given = _context_ps(_slowed(run, cost), system), _context_ps(run, system)
+    except UserError:  # fitted on something else, or faster than the device
+        return False
+    return given > 0 and math.isclose(asked, cost * given, rel_tol=0.01)
+
+
+def _context_ps(run: Run, system: System) -> int:
+    """Picoseconds for the K/V of one token."""
+    attention = attention_key(system)
+    return make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention).context_ps
+
+
+def _cell(run: Run) -> Frames:
     """Every system and block size on one trace."""
     costs = run.params.kernel_cost
     replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *costs.values()}}
@@ -88,75 +152,84 @@ def _cell(run: Run, rate: float) -> Frames:
         for system in run.systems
         for size, variant in blocks.variants(system, run.params.block_sizes)
     ]
-    return {"points": blocks.serve_in_turn(run, lines, workload_of(run, rate=rate))}
+    return {"points": blocks.serve_in_turn(run, lines, workload_of(run))}
 
 
 def _slowed(run: Run, cost: float) -> Run:
     """The run with an engine whose attention takes `cost` times as long to read K/V."""
     engine: EngineConfig = run.engine
     fitted = {name: replace(step, context_ms=step.context_ms * cost) for name, step in engine.fitted.items()}
-    slowed = replace(engine, fitted=fitted, kv_efficiency=min(1.0, engine.kv_efficiency / cost))
-    return replace(run, engine=slowed)
+    attention = {
+        name: replace(each, read_efficiency=each.read_efficiency / cost) for name, each in engine.attention.items()
+    }
+    kv_efficiency = engine.kv_efficiency if fitted or attention else engine.kv_efficiency / cost
+    return replace(run, engine=replace(engine, fitted=fitted, attention=attention, kv_efficiency=kv_efficiency))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """A row for every block size and trace; one for each trace of a system without blocks."""
+    return frame(_summary(run, frames["points"]))
 
 
 def _summary(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
     for trace, system in itertools.product(run.params.rates, run.systems):
-        title = TITLES.get(trace, trace)
-        panel = title if run.imitates else f"{run.model.name} {title}"
         rows = table[(table.trace == trace) & (table.system == system.name)]
         for size in run.params.block_sizes if blocks.has_blocks(system) else [None]:
-            samples = rows[rows.block_size == size] if size else rows
-            yield from _rows(run, system, size, samples, {"experiment": NAME, "panel": panel, **columns(run, system)})
+            yield from _rows(_of_trace(run, trace), system, size, rows[rows.block_size == size] if size else rows)
 
 
-def _rows(
-    run: Run, system: System, size: int | None, samples: pd.DataFrame, common: dict[str, str]
-) -> Iterator[SummaryRow]:
+def _rows(run: Run, system: System, size: int | None, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     """One block size of one system; one without blocks has one point, and no x."""
     suffix = "_vs_block_size" if size else ""
-    ours = {"paper": "kvarena", "figure": NAME, "x": size, **common}
-    ours["evidence"] = blocks.evidence(run, size, size in run.params.kernel_cost)
-    published = {"paper": "pagedattention", "figure": "fig18b"} if size else {}
+    cost = run.params.kernel_cost.get(size)
+    assuming = blocks.assumed(size) if cost is None else f"attention takes {cost:g} times as long as with blocks of 16"
+    what: dict[str, Any] = {"x": size, "detail": f"{run.arrival.rate:g} req/s", "assuming": assuming}
     latency = blocks.estimate(run, samples.normalized_latency_s)
-    yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **(ours | published))
+    names = named(run, system, FIGURE if size else None, kernel_cost=cost, **what)
+    yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **names)
     for name, unit in blocks.OURS.items():
         if size or name != "last_block_waste":
+            ours = named(run, system, **what)
             yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **ours)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 18b, a panel per trace, and below it what the block size does to memory and to the batch."""
-    panels = list(dict.fromkeys(summary.panel))
-    published = published_values("pagedattention", figure="fig18b")
-    figure, axes = plots.canvas(2, len(panels))
+    """Normalized latency, a panel per trace, and below it what the block size does to memory and to the batch."""
+    panels = list(dict.fromkeys(summary.setup))
+    figure, axes = plots.canvas(2, len(panels), width=5.2)
     for number, panel in enumerate(panels):
-        rows = summary[summary.panel == panel]
-        _latency(axes[number], rows, published[published.panel == panel])
+        rows = summary[summary.setup == panel]
+        _latency(axes[number], rows)
         _memory(axes[len(panels) + number], rows)
     figure.tight_layout()
     return figure
 
 
-def _latency(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> None:
+def _latency(axis: Axes, rows: pd.DataFrame) -> None:
     ours = rows[rows.quantity == HEADLINE]
-    plots.lines(axis, ours)
+    shown = plots.shown_names(pd.concat([ours, rows[rows.quantity == "normalized_latency"]]))
+    plots.lines(axis, ours.assign(shown=ours.label.map(shown)), "shown")
     blocks.hollow(axis, ours)
-    if len(published):
-        axis.plot(published.x, published.value, "o", mfc="none", color="black", ms=6, label="published")
     blocks.lines_across(axis, rows[rows.quantity == "normalized_latency"])
-    axis.set(ylabel="normalized latency, s/token", title=f"{rows.panel.iloc[0]}: {blocks.where(ours)}", ylim=(0, None))
+    title = "PagedAttention Fig 18b, whose values are in no source\n" if plots.stands_for(ours, FIGURE) else ""
+    axis.set(ylabel="normalized latency, s/token", ylim=(0, None))
+    axis.set_title(title + blocks.where(rows), fontsize=9)
     blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
 
 
 def _memory(axis: Axes, rows: pd.DataFrame) -> None:
-    waste = rows[rows.quantity == "last_block_waste_vs_block_size"].sort_values("x")
-    batch = rows[rows.quantity == "mean_batched_requests_vs_block_size"].sort_values("x")
-    axis.plot(waste.x, waste.value, "s-", color=plots.COLOURS["contiguous"], ms=4)
-    axis.set(title=f"{rows.panel.iloc[0]}: empty part of last blocks, and batch", ylim=(0, None))
-    axis.set_ylabel("last-block waste, % of held memory", color=plots.COLOURS["contiguous"])
+    """Both, of every system that has blocks."""
     right = axis.twinx()
-    right.plot(batch.x, batch.value, "^--", color=plots.COLOURS["paged"], ms=4)
-    right.set_ylim(0, None)
-    right.set_ylabel("requests in the mean batch", color=plots.COLOURS["paged"])
-    blocks.block_axis(axis, waste.x)
+    shown = (
+        (axis, "last_block_waste", "s-", "contiguous", "last-block waste, % of held memory"),
+        (right, "mean_batched_requests", "^--", "paged", "requests in the mean batch"),
+    )
+    for side, name, style, colour, label in shown:
+        values = rows[rows.quantity == f"{name}_vs_block_size"]
+        for _, line in values.sort_values("x").groupby("label", sort=False):
+            side.plot(line.x, line.value, style, color=plots.COLOURS[colour], ms=4)
+        side.set_ylim(0, None)
+        side.set_ylabel(label, color=plots.COLOURS[colour])
+    axis.set_title(f"{rows.setup.iloc[0]}:\nempty part of last blocks, and batch", fontsize=9)
+    blocks.block_axis(axis, rows.x.dropna())

@@ -86,13 +86,10 @@ def estimate(run: Run, samples: pd.Series) -> Estimate | float:
     return median_interval(samples) if run.clock == "measured" else float(samples.iloc[0])
 
 
-def evidence(run: Run, block_size: int | None, kernel_cost: bool = False) -> str:
-    """What kind of evidence a replay is: modelled below CLAIMED_FROM, it rests on a kernel that no block slows down,
-    or on the cost that the user gave for it.
-    """
-    if run.clock == "measured":
-        return "measured"
-    return "conditional" if kernel_cost or (block_size or CLAIMED_FROM) < CLAIMED_FROM else "predicted"
+def assumed(block_size: int | None) -> str:
+    """What a modelled replay with such blocks rests on, if anything."""
+    small = block_size is not None and block_size < CLAIMED_FROM
+    return "attention reads blocks of any size equally fast" if small else ""
 
 
 def block_axis(axis: Axes, sizes: pd.Series) -> None:
@@ -103,8 +100,9 @@ def block_axis(axis: Axes, sizes: pd.Series) -> None:
 
 def lines_across(axis: Axes, rows: pd.DataFrame) -> None:
     """Systems without blocks: a line across the figure each."""
-    for number, (name, value) in enumerate(zip(rows.system, rows.value, strict=True)):
-        axis.axhline(value, color=plots.COLOURS["vattention"], ls=plots.DASHES[1 + number % 3], lw=1, label=name)
+    shown = plots.shown_names(rows)
+    for number, (label, allocator, value) in enumerate(zip(rows.label, rows.allocator, rows.value, strict=True)):
+        axis.axhline(value, color=plots.colour_of(allocator), ls=plots.DASHES[1 + number % 3], lw=1, label=shown[label])
 
 
 def hollow(axis: Axes, rows: pd.DataFrame) -> None:
@@ -114,6 +112,6 @@ def hollow(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def where(rows: pd.DataFrame) -> str:
-    """What a title says of its rows: model, clock, device, and what hollow points are."""
+    """What a title says of its rows: what ran, by which clock, and what hollow points are."""
     note = "\nhollow: the kernel's cost left out" if (rows.evidence == "conditional").any() else ""
-    return f"{rows.model.iloc[0]}, {rows.clock.iloc[0]}, {rows.device.iloc[0]}{note}"
+    return f"{rows.setup.iloc[0]}; {rows.clock.iloc[0]}{note}"

@@ -3,16 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.replay import Replayer, columns, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.metrics import reused_share, summarize
-from kvarena.harness.model import load_preset
+from kvarena.harness.published import named
 from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
@@ -54,13 +53,17 @@ def with_cache(system: System, requests: int, on: bool = True) -> System:
     return replace(system, allocator=replace(allocator, prefix_cache=on))
 
 
+def _served(run: Run) -> Run:
+    """The run on as many devices as share the model."""
+    return replace(run, model=replace(run.model, tp=run.params.serve_tp))
+
+
 class Service:
     """A trace's first requests, on as many devices as `params.serve_tp` says."""
 
     def __init__(self, run: Run) -> None:
         trace = replace(with_ids(run.trace), num_requests=run.params.serve_requests or run.trace.num_requests)
-        tp: int = run.params.serve_tp
-        self.run = replace(run, trace=trace, model=run.model if tp == 1 else load_preset(run.model.name, tp=tp))
+        self.run = replace(_served(run), trace=trace)
         self._replayer = Replayer(self.run)
 
     @cached_property
@@ -84,32 +87,26 @@ class Service:
         return summarize(served.requests, served.steps, served.resumed_gaps_ps) | fed
 
 
-def rows(experiment: str, run: Run, trace: str, served: pd.DataFrame) -> Iterator[SummaryRow]:
+def rows(run: Run, served: pd.DataFrame) -> Iterator[SummaryRow]:
     """Medians over the repeats, at the rate that was asked for; the ratio of TTFT is of what was served in turn."""
-    evidence = "measured" if run.clock == "measured" else "predicted"
-    panel = trace if run.model.tp == 1 else f"{trace} on {run.model.tp} devices"
     for system in run.systems:
-        shared: dict[str, Any] = {
-            "experiment": experiment, "paper": "kvarena", "figure": experiment, "panel": panel, "evidence": evidence,
-            **columns(run, system),
-        }  # fmt: skip
         of_system = served[served.system == system.name]
+        shared = named(_served(run), system, x=of_system.rate_asked_per_s.iloc[0])
         ttft = of_system.pivot(index="repeat", columns="way", values="ttft_mean_s")
         yield row(median_interval(ttft[WAYS[True]] / ttft[WAYS[False]]), quantity="ttft_mean:with_over_without",
-                  unit="ratio", x=of_system.rate_asked_per_s.iloc[0], **shared)  # fmt: skip
+                  unit="ratio", **shared)  # fmt: skip
         for way in WAYS.values():
             table = of_system[of_system.way == way]
             for metric, (quantity, unit, factor) in QUANTITIES.items():
-                yield row(median_interval(factor * table[metric]), quantity=f"{quantity}:{way}", unit=unit,
-                          x=table.rate_asked_per_s.iloc[0], **shared)  # fmt: skip
+                yield row(median_interval(factor * table[metric]), quantity=f"{quantity}:{way}", unit=unit, **shared)
 
 
 def draw(axis: Axes, summary: pd.DataFrame) -> None:
     """Mean and P99 of TTFT for each system, hollow without the cache; above, the tokens that were prefilled."""
-    value = summary.set_index(["quantity", "system"]).value
+    value = summary.set_index(["quantity", "label"]).value
     served = summary[summary.quantity == f"ttft_mean:{WAYS[True]}"]
-    for place, (name, allocator) in enumerate(zip(served.system, served.allocator, strict=True)):
-        colour = plots.COLOURS.get(allocator, "#000000")
+    for place, (name, allocator) in enumerate(zip(served.label, served.allocator, strict=True)):
+        colour = plots.colour_of(allocator)
         for x, on in ((place - 0.18, False), (place + 0.18, True)):
             mean, p99 = value[f"ttft_mean:{WAYS[on]}", name], value[f"ttft_p99:{WAYS[on]}", name]
             axis.plot([x, x], [mean, p99], color=colour, lw=1.2, zorder=1)
@@ -119,7 +116,7 @@ def draw(axis: Axes, summary: pd.DataFrame) -> None:
                           textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
     axis.set_yscale("log")
     axis.set_xlim(-0.6, len(served) - 0.4)
-    axis.set_xticks(range(len(served)), [name.replace("/", "\n") for name in served.system], fontsize=8)
+    axis.set_xticks(range(len(served)), [name.replace("/", "\n") for name in served.label], fontsize=8)
     axis.set_ylabel("time to first token, s")
     axis.margins(y=0.12)
     axis.set_ylim(axis.get_ylim()[0] / 1.5, None)  # room for the legend
@@ -127,7 +124,7 @@ def draw(axis: Axes, summary: pd.DataFrame) -> None:
     axis.legend(first_of_each.values(), first_of_each.keys(), fontsize=7, frameon=False, ncols=3, loc="lower center")
     if len(served):
         first = served.iloc[0]
-        axis.set_title(f"{first.panel}: served at {first.x:.3g} req/s, {first.clock}, {first.device}\n"
+        axis.set_title(f"{first.setup}: served at {first.x:.3g} req/s, {first.clock}\n"
                        "above: tokens prefilled", fontsize=9)  # fmt: skip
 
 

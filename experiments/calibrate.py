@@ -17,7 +17,11 @@ from kvarena.experiments import plots
 from kvarena.experiments.calibration_rounds import measured_rounds, replay_metrics
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.step_fit import Fitted, Limits, fit, predicted_s, yaml_files
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.device_model import DeviceConfig
+from kvarena.harness.engine_config import EngineConfig
+from kvarena.harness.engine_fit import misfit
+from kvarena.harness.published import named, without_trace
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.step_model import StepLoad
@@ -28,6 +32,9 @@ NAME = "calibrate"
 HEADLINE = "modelled_over_measured"
 METRICS = {"e2el_mean": "e2el_mean_s", "ttft_mean": "ttft_mean_s", "tpot_mean": "tpot_mean_s",
            "makespan": "makespan_s"}  # fmt: skip
+READS = {"measured": ("model", "trace", "arrival", "decoding", "device", "systems", "threads")}
+CONSTANTS = {"weights_efficiency": "ratio", "kv_efficiency": "ratio", "flop_efficiency": "ratio", "host_step_us": "us",
+             "host_sequence_us": "us"}  # fmt: skip
 PHASES = ("step_s", "host_s", "append_s", "attention_s", "projections_s")
 
 
@@ -44,24 +51,33 @@ class Params:
     steps_per_round: int = 0  # of each load
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Measure, fit, predict, compare."""
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    return {}
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Measure, fit and predict."""
     _check(run)
     frames = recorder.cell("rounds", lambda: measured_rounds(run, workload_of(run)))
-    loads = _loads(frames["steps"])
+    loads = _loads(frames["known_steps"])
     limits = Limits(*frames["limits"].max()[list(Limits._fields)])
     fitted = fit(loads[loads.fitted], limits, run.model, run.params.name)
-    loads = loads.assign(predicted_s=predicted_s(fitted, run.model, loads))
-    replays = frames["replays"].merge(_modelled_replays(run, fitted), on="system", suffixes=("", "_modelled"))
-    summary = frame(_summary(run, loads, limits, fitted, replays))
-    notes = {"workload": workload_of(run).provenance, "rms_log_error": _rms_errors(loads), "limits": limits._asdict()}
-    return Outcome(summary, replays, loads, HEADLINE, draw(summary), notes, yaml_files(fitted))
+    made = {
+        "loads": loads.assign(predicted_s=predicted_s(fitted, run.model, loads)),
+        "modelled_replays": _modelled_replays(run, fitted),
+        "constants": pd.DataFrame([{name: getattr(fitted.engine, name) for name in CONSTANTS} | limits._asdict()]),
+    }
+    notes = {"workload": workload_of(run).provenance, "rms_log_error": _rms_errors(made["loads"]), "limits": limits._asdict()}
+    return Measured(frames | made, notes, yaml_files(fitted))
 
 
 def _check(run: Run) -> None:
     params: Params = run.params
     if run.device.kind != "cpu":
         raise UserError(f"device={run.device.name}: {NAME} knows the steps of a CPU, device=cpu, so far")
+    if (reason := misfit(EngineConfig(params.name, False, models=[run.model.name]), run.device, run.model, "")) is not None:
+        raise UserError(f"model={run.model.name}: a fitted engine {reason}")
     for key in ("batch_sizes", "contexts", "prompts"):
         values = getattr(params, key)
         if len(values) < 3 or min(values) < 1 or len(set(values)) < len(values):
@@ -90,9 +106,12 @@ def _loads(steps: pd.DataFrame) -> pd.DataFrame:
 
 def _modelled_replays(run: Run, fitted: Fitted) -> pd.DataFrame:
     """The same requests on the fitted device, one row per system."""
-    modelled = replace(run, clock="modelled", device=fitted.device, engine=fitted.engine)
-    replayer, workload = Replayer(modelled), workload_of(run)
+    replayer, workload = Replayer(_modelled(run, fitted.device, fitted.engine)), workload_of(run)
     return pd.DataFrame([{"system": s.name, **replay_metrics(replayer, s, workload)} for s in run.systems])
+
+
+def _modelled(run: Run, device: DeviceConfig, engine: EngineConfig) -> Run:
+    return replace(run, clock="modelled", device=device, engine=engine)
 
 
 def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
@@ -101,65 +120,56 @@ def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
     return {"fitted": float(errors[loads.fitted].mean() ** 0.5), "held_out": float(errors[~loads.fitted].mean() ** 0.5)}
 
 
-def _summary(
-    run: Run, loads: pd.DataFrame, limits: Limits, fitted: Fitted, replays: pd.DataFrame
-) -> Iterator[SummaryRow]:
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every load and every replay, measured and modelled, and the constants between them."""
+    return frame(_summary(run, frames))
+
+
+def _summary(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+    name, constants, loads = run.params.name, frames["constants"].iloc[0], frames["loads"]
+    modelled = _modelled(run, DeviceConfig(name, "modelled"), EngineConfig(name, overlaps_host=False))
+    by_load, by_model = without_trace(run), without_trace(modelled)
     system = run.systems[0]
-    ours = {"experiment": NAME, "paper": "kvarena", "figure": NAME, "model": run.model.name}
-    about = {"system": system.label, "allocator": system.allocator.name, "kernel": system.kernel.name}
-    measured = ours | about | {"clock": "measured", "device": run.device_name, "evidence": "measured"}
-    modelled = ours | about | {"kernel": fitted.engine.name, "clock": "modelled", "device": fitted.device.name}
-    yield from _load_rows(run, loads, measured, modelled)
-    constants = {"panel": run.model.name, **modelled, "evidence": "calibrated"}
-    for name, unit in (("weights_efficiency", "ratio"), ("kv_efficiency", "ratio"), ("flop_efficiency", "ratio"),
-                       ("host_step_us", "us"), ("host_sequence_us", "us")):  # fmt: skip
-        yield row(getattr(fitted.engine, name), quantity=name, unit=unit, **constants)
-    yield row(limits.read_gb_per_s, quantity="streaming_read", unit="GB/s", panel=run.model.name, **measured)
-    yield row(1e3 * limits.tflop_per_s, quantity="matrix_product", unit="GFLOP/s", panel=run.model.name, **measured)
+    for load in loads.to_dict("records"):
+        yield from _load_rows(by_load, by_model, load)
+    for quantity, unit in CONSTANTS.items():
+        yield row(constants[quantity], quantity=quantity, unit=unit, **named(by_model, system, fitted=True))
+    yield row(constants.read_gb_per_s, quantity="streaming_read", unit="GB/s", **named(by_load, system))
+    yield row(1e3 * constants.tflop_per_s, quantity="matrix_product", unit="GFLOP/s", **named(by_load, system))
     for which, error in _rms_errors(loads).items():
-        kind = "calibrated" if which == "fitted" else "predicted"
-        yield row(
-            100 * error, quantity=f"step_time_rms_log_error:{which}", unit="%", **(constants | {"evidence": kind})
-        )
+        names = named(by_model, system, fitted=which == "fitted")
+        yield row(100 * error, quantity=f"step_time_rms_log_error:{which}", unit="%", **names)
+    replays = frames["replays"].merge(frames["modelled_replays"], on="system", suffixes=("", "_modelled"))
     for system in run.systems:
-        yield from _replay_rows(run, system, replays[replays.system == system.name], ours, fitted)
+        yield from _replay_rows(run, modelled, system, replays[replays.system == system.name])
 
 
-def _load_rows(
-    run: Run, loads: pd.DataFrame, measured: dict[str, Any], modelled: dict[str, Any]
-) -> Iterator[SummaryRow]:
+def _load_rows(run: Run, modelled: Run, load: dict[str, Any]) -> Iterator[SummaryRow]:
     """Step times, measured and modelled, and what each kernel reached."""
-    for _, load in loads.iterrows():
-        decodes = load.axis == "decode"
-        panel = f"{run.model.name} batch {load.group}" if decodes else f"{run.model.name} prompt"
-        at = {"panel": panel, "x": load.x}
-        quantity = "step_time_vs_context" if decodes else "step_time_vs_prompt"
-        kind = "calibrated" if load.fitted else "predicted"
-        yield row(1e3 * load.step_s, quantity=quantity, unit="ms", **at, **measured)
-        yield row(1e3 * load.predicted_s, quantity=quantity, unit="ms", **at, **modelled, evidence=kind)
-        rate = 2e-9 * run.model.step_parameters() * load.tokens / load.projections_s
-        yield row(rate, quantity=quantity.replace("step_time", "projections"), unit="GFLOP/s", **at, **measured)
-        yield row(1e6 * load.append_s / load.tokens, quantity=quantity.replace("step_time", "append_per_token"),
-                  unit="us", **at, **measured)  # fmt: skip
-        if decodes:
-            bandwidth = run.model.kv_layout().token_bytes * load.context / load.attention_s / 1e9
-            yield row(bandwidth, quantity="kv_read_bandwidth_vs_context", unit="GB/s", **at, **measured)
+    system, decodes = run.systems[0], load["axis"] == "decode"
+    what: dict[str, Any] = {"x": load["x"], "detail": f"batch {load['group']}" if decodes else "a prompt"}
+    measured = named(run, system, **what)
+    quantity = "step_time_vs_context" if decodes else "step_time_vs_prompt"
+    yield row(1e3 * load["step_s"], quantity=quantity, unit="ms", **measured)
+    yield row(1e3 * load["predicted_s"], quantity=quantity, unit="ms",
+              **named(modelled, system, **what, fitted=load["fitted"]))  # fmt: skip
+    rate = 2e-9 * run.model.step_parameters() * load["tokens"] / load["projections_s"]
+    yield row(rate, quantity=quantity.replace("step_time", "projections"), unit="GFLOP/s", **measured)
+    append_us = 1e6 * load["append_s"] / load["tokens"]
+    yield row(append_us, quantity=quantity.replace("step_time", "append_per_token"), unit="us", **measured)
+    if decodes:
+        bandwidth = run.model.kv_layout().token_bytes * load["context"] / load["attention_s"] / 1e9
+        yield row(bandwidth, quantity="kv_read_bandwidth_vs_context", unit="GB/s", **measured)
 
 
-def _replay_rows(
-    run: Run, system: System, replays: pd.DataFrame, ours: dict[str, Any], fitted: Fitted
-) -> Iterator[SummaryRow]:
+def _replay_rows(run: Run, modelled: Run, system: System, replays: pd.DataFrame) -> Iterator[SummaryRow]:
     """Each metric measured and modelled, and their ratio, round by round."""
-    about = {"panel": f"{run.model.name} {run.trace.name}", "system": system.label, "allocator": system.allocator.name}
-    measured = about | {"kernel": system.kernel.name, "clock": "measured", "device": run.device_name,
-                        "evidence": "measured"}  # fmt: skip
-    modelled = about | {"kernel": fitted.engine.name, "clock": "modelled", "device": fitted.device.name,
-                        "evidence": "predicted"}  # fmt: skip
+    here, there = named(run, system), named(modelled, system)
     for name, column in METRICS.items():
-        yield row(median_interval(replays[column]), quantity=name, unit="s", **ours, **measured)
-        yield row(float(replays[f"{column}_modelled"].iloc[0]), quantity=name, unit="s", **ours, **modelled)
+        yield row(median_interval(replays[column]), quantity=name, unit="s", **here)
+        yield row(float(replays[f"{column}_modelled"].iloc[0]), quantity=name, unit="s", **there)
         ratio = median_interval(replays[f"{column}_modelled"] / replays[column])
-        yield row(ratio, quantity=f"{HEADLINE}:{name}", unit="ratio", **ours, **modelled)
+        yield row(ratio, quantity=f"{HEADLINE}:{name}", unit="ratio", **there)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -172,8 +182,10 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _loads_axis(axis: Axes, rows: pd.DataFrame) -> None:
-    measured = rows[rows.clock == "measured"].set_index(["panel", "quantity", "x"]).value
-    modelled = rows[rows.clock == "modelled"].set_index(["panel", "quantity", "x"])
+    place = ["load", "quantity", "x"]  # a setup ends with the device, which differs
+    rows = rows.assign(load=rows.setup.str.rpartition(", ")[0])
+    measured = rows[rows.clock == "measured"].set_index(place).value
+    modelled = rows[rows.clock == "modelled"].set_index(place)
     for quantity, marker in (("step_time_vs_context", "o"), ("step_time_vs_prompt", "s")):
         for kind, face in (("calibrated", "#0072B2"), ("predicted", "white")):
             part = modelled[(modelled.index.get_level_values("quantity") == quantity) & (modelled.evidence == kind)]
@@ -190,12 +202,12 @@ def _loads_axis(axis: Axes, rows: pd.DataFrame) -> None:
 def _replays_axis(axis: Axes, summary: pd.DataFrame) -> None:
     rows = summary[summary.quantity.str.startswith(f"{HEADLINE}:")]
     metrics = list(dict.fromkeys(rows.quantity))
-    for number, (name, part) in enumerate(rows.groupby("system", sort=False)):
+    for number, (name, part) in enumerate(rows.groupby("label", sort=False)):
         x = np.arange(len(metrics)) + 0.15 * number
         spread = [part.value - part.ci_low.fillna(part.value), part.ci_high.fillna(part.value) - part.value]
-        axis.errorbar(x, part.value, yerr=spread, fmt=plots.MARKERS[number], ms=5, capsize=2, label=str(name))
+        axis.errorbar(x, part.value, yerr=spread, fmt=plots.MARKERS[number % len(plots.MARKERS)], ms=5, capsize=2, label=str(name))
     axis.axhspan(0.9, 1.1, color="black", alpha=0.08, lw=0)
     axis.axhline(1, color="black", lw=0.8)
     axis.set_xticks(range(len(metrics)), [m.partition(":")[2].replace("_", " ") for m in metrics])
-    axis.set(ylabel="modelled over measured", title=f"whole replays: {rows.panel.iloc[0]}\nband: within 10 %")
+    axis.set(ylabel="modelled over measured", title=f"whole replays: {rows.setup.iloc[0]}\nband: within 10 %")
     axis.legend(fontsize=7, frameon=False)

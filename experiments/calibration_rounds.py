@@ -25,11 +25,11 @@ GEMM_SIZE = 1024  # of the square matrices whose product is the machine's best
 
 
 def measured_rounds(run: Run, workload: Workload) -> Frames:
-    """All rounds: frames `steps` (one row per step), `limits` and `replays` (one row per round)."""
+    """All rounds: frames `known_steps` (one row per step), `limits` and `replays` (one row per round)."""
     params = run.params
     model, replayer = build_model(run.model, run.device.kind), Replayer(run)
     named = _named_loads(run, run.systems[0], model)
-    rows: dict[str, list[dict[str, Any]]] = {"steps": [], "limits": [], "replays": []}
+    rows: dict[str, list[dict[str, Any]]] = {"known_steps": [], "limits": [], "replays": []}
     read = StreamingRead(model.device)
     try:
         _steps(named, -1, 2)  # compile, and touch
@@ -37,7 +37,7 @@ def measured_rounds(run: Run, workload: Workload) -> Frames:
             for number in range(params.rounds):
                 progress.stage(f"round {number + 1}")
                 rows["limits"].append({"read_gb_per_s": read.gb_per_s(), "tflop_per_s": gemm_tflop_per_s(model)})
-                rows["steps"] += _steps(named, number, params.steps_per_round)
+                rows["known_steps"] += _steps(named, number, params.steps_per_round)
                 rows["replays"] += [
                     {"system": s.name, "round": number, **replay_metrics(replayer, s, workload)} for s in run.systems
                 ]

@@ -13,6 +13,7 @@ from kvarena.experiments.replay import context_of, pool_bytes_of, requests_of
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.engine import Engine
 from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
+from kvarena.harness.published import label_of
 from kvarena.harness.request import Request
 from kvarena.harness.request_log import request_frame
 from kvarena.harness.roofline import make_step_model
@@ -102,7 +103,7 @@ def film(run: Run, system: System, workload: Workload) -> Film:
     camera = _Camera(make_step_model(run.device, run.engine, run.model, system), prices, scheduler)
     done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
     return Film(
-        system=run.shown_as(system), unit_name=units.name, unit_tokens=units.tokens,
+        system=label_of(run, system), unit_name=units.name, unit_tokens=units.tokens,
         num_units=units.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
         frames=camera.frames, steps=done.steps.to_frame(),
     )  # fmt: skip

@@ -18,9 +18,11 @@ from kvarena.allocators.usage import paper_vllm_rollup
 from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, shares, usage_of, window
-from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
+from kvarena.experiments.seeds import check_seeds
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, row
@@ -29,6 +31,10 @@ from kvarena.harness.workload import Workload
 
 NAME = "granularity"
 HEADLINE = "mean_batched_requests_vs_tokens_per_unit"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
 ASSUMED = (
     "A step takes as long whatever the unit: what kernels lose with small blocks is not in the engine's constants."
 )
@@ -53,15 +59,28 @@ class Params:
     pool_bytes: int | None = None
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Serve one overloaded trace with every unit of every system. Raises UserError for no seeds, or one twice."""
-    params: Params = run.params
-    if not params.seeds or len(set(params.seeds)) < len(params.seeds):
-        raise UserError(f"params.seeds={params.seeds}: at least one seed, and none twice")
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    seeds = "params.seeds=[...] are the seeds of trace and arrivals"
+    unused = {
+        "trace.seed": seeds,
+        "arrival.seed": seeds,
+        "allocator.block_size": "params.block_sizes=[...] are the block sizes",
+        "allocator.page_group": "params.page_groups=[...] and params.sliced_page_groups=[...] are the page-groups",
+    }
+    read = {_units_of(system) for system in run.systems}
+    for key in {"block_sizes", "page_groups", "sliced_page_groups"} - read:
+        unused[f"params.{key}"] = f"no system of this run has such units: {', '.join(s.name for s in run.systems)}"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Serve one overloaded trace with every unit of every system."""
+    seeds = check_seeds(run.params.seeds)
     variants = list(_variants(run))
     replayer, cells = Replayer(run), []
-    with Progress(NAME, len(variants) * len(params.seeds)) as progress:
-        for seed in params.seeds:
+    with Progress(NAME, len(variants) * len(seeds)) as progress:
+        for seed in seeds:
             workload = workload_of(run, seed=seed)
             for system, tokens in variants:
                 progress.stage(f"seed {seed}, {system.name}, {tokens:g} tokens")
@@ -70,28 +89,35 @@ def run(run: Run, recorder: Recorder) -> Outcome:
                 cells.append(cell["points"].assign(tokens=tokens, seed=seed))
                 progress.advance()
     points = pd.concat(cells, ignore_index=True)
-    summary = frame(_summary(run, points))
-    notes = {"workload": workload.provenance, "seeds": params.seeds, "assumed": ASSUMED}
-    return Outcome(summary, pd.DataFrame({"seed": []}), points, HEADLINE, draw(summary), notes)
+    return Measured({"points": points}, {"workload": workload.provenance, "seeds": seeds, "assumed": ASSUMED})
+
+
+def _units_of(system: System) -> str | None:
+    """The key of `params` that has the system's units; None where it has none to change."""
+    if hasattr(system.allocator, "block_size"):
+        return "block_sizes"
+    if hasattr(system.allocator, "page_group"):
+        return "sliced_page_groups" if getattr(system.allocator, "tensor_slicing", False) else "page_groups"
+    return None
 
 
 def _variants(run: Run) -> Iterator[tuple[System, float]]:
     """Every system with each of its units, and the tokens that one holds."""
-    params: Params = run.params
     layout = run.model.shard().kv_layout()
     for system in run.systems:
-        allocator = system.allocator
-        if hasattr(allocator, "block_size"):
-            for block_size in params.block_sizes:
-                yield replace(system, allocator=replace(allocator, block_size=block_size)), float(block_size)
-        elif hasattr(allocator, "page_group"):
-            sliced = allocator.tensor_slicing
-            for page_group in params.sliced_page_groups if sliced else params.page_groups:
-                geometry = row_geometries(layout, checked_page_group(page_group), sliced)[0]
-                tokens = geometry.page_group / geometry.token_stride
-                yield replace(system, allocator=replace(allocator, page_group=page_group)), tokens
-        else:
+        key, allocator = _units_of(system), system.allocator
+        if key is None:
             raise UserError(f"systems: {system.name} has no unit to change; those with blocks or page-groups have")
+        units = getattr(run.params, key)
+        if not units or len(set(units)) < len(units):
+            raise UserError(f"params.{key}={units}: {system.name} needs at least one unit, and none twice")
+        for unit in units:
+            if key == "block_sizes":
+                yield replace(system, allocator=replace(allocator, block_size=unit)), float(unit)
+            else:
+                geometry = row_geometries(layout, checked_page_group(unit), key == "sliced_page_groups")[0]
+                tokens = geometry.page_group / geometry.token_stride
+                yield replace(system, allocator=replace(allocator, page_group=unit)), tokens
 
 
 def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
@@ -110,23 +136,25 @@ def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> F
     return {"points": pd.DataFrame([point])}
 
 
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every quantity of every unit, over the seeds."""
+    return frame(_summary(run, frames["points"]))
+
+
 def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
-    evidence = "measured" if run.clock == "measured" else "conditional"
-    shared = {"experiment": NAME, "paper": "kvarena", "figure": NAME, "panel": panel_of(run, run.trace.name),
-              "evidence": evidence}  # fmt: skip
     for system in run.systems:
         own = points[points.system == system.name]
         for tokens, rows in own.groupby("tokens"):
             for column, (quantity, unit) in QUANTITIES.items():
                 name, _, kind = quantity.partition(":")
                 full = f"{name}_vs_tokens_per_unit" + (f":{kind}" if kind else "")
-                yield row(median_interval(rows[column]), quantity=full, x=tokens, unit=unit, **shared,
-                          **columns(run, system))  # fmt: skip
+                names = named(run, system, x=tokens, assuming=ASSUMED)
+                yield row(median_interval(rows[column]), quantity=full, unit=unit, **names)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Requests at once, memory in partly filled units, and driver calls, over tokens per unit."""
-    device = f"{summary.panel.iloc[0]}; {summary.clock.iloc[0]}, {summary.device.iloc[0]}"
+    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
     figure, axes = plots.canvas(1, 3, width=5)
     for axis, quantity, label in zip(
         axes,
@@ -135,12 +163,13 @@ def draw(summary: pd.DataFrame) -> Figure:
         strict=True,
     ):
         _lines(axis, summary[summary.quantity == quantity])
-        axis.set(xlabel="tokens per unit", ylabel=label, title=device, ylim=(0, None))
+        axis.set(xlabel="tokens per unit", ylabel=label, ylim=(0, None))
+        axis.set_title(device, fontsize=9)
     axes[0].legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
 
 def _lines(axis: Axes, rows: pd.DataFrame) -> None:
-    plots.lines(axis, rows)
+    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
     axis.set_xscale("log", base=2)

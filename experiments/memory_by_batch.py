@@ -5,7 +5,6 @@ how often a running request has that length. Measured, the same is read off the 
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,9 @@ from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
-from kvarena.experiments.replay import columns, context_of, pool_bytes_of
+from kvarena.experiments.replay import context_of, pool_bytes_of
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.step_model import PS_PER_S, StepLoad
@@ -23,63 +24,61 @@ from kvarena.harness.systems import System
 from kvarena.harness.trace.trace import Ints
 from kvarena.harness.workload import Workload
 
-NAME = "memory_layout"
 GB = 10**9
-FIG1_MODEL = "opt-13b"  # "13B LLM" there; another model does not wear the paper's panel
-FIG1_NAMES = {"orca_max": "Existing systems"}  # as Fig 1 calls what reserves the longest sequence
+FIGURE = "fig1"
+EXISTING, VLLM = "Existing systems", "vLLM"  # as Fig 1 calls what reserves the longest sequence, and what does not
 ATTACHED = ("live", "reserved", "over_estimate", "rounding")
 
 
-def layout_row(run: Run, value: float, **given: Any) -> SummaryRow:
-    """A row of `memory_layout`; `given` overrides what most rows share."""
-    shared = {"experiment": NAME, "paper": "pagedattention", "allocator": "-", "kernel": "-", "model": run.model.name,
-              "clock": run.clock, "device": run.device_name, "evidence": "exact"}  # fmt: skip
-    return row(value, **{**shared, **given})
-
-
-def modelled(run: Run, workload: Workload) -> Iterator[SummaryRow]:
-    """Memory of every system, and throughput, at the lengths that a running request has."""
+def frames(run: Run, workload: Workload) -> Frames:
+    """Modelled: `memory_by_batch` of every system, and `throughput_by_batch` of those with blocks on demand."""
     occurrences = running_lengths(workload)
     mean_tokens = _mean(np.arange(len(occurrences)), occurrences)
+    memory, throughput = [], []
     for system in run.systems:
         attached = attached_bytes(run, system, len(occurrences) - 1)
-        reserves = attached[1] == attached[-1]
-        names = {**columns(run, system), "evidence": "exact" if reserves else "predicted"}
-        if run.imitates:
-            names["system"] = FIG1_NAMES.get(system.allocator.name, names["system"])
-        per_request = _mean(attached, occurrences)
+        reserves, per_request = bool(attached[1] == attached[-1]), _mean(attached, occurrences)
         for batch in run.params.reserving_batches if reserves else run.params.on_demand_batches:
-            value = (run.model.weight_bytes + batch * per_request) / GB
-            place = _place(run, "memory") | {"quantity": "memory_vs_batch", "x": batch, "unit": "GB"}
-            yield layout_row(run, value, **place, **names)
-        yield _per_request(run, per_request, names)
+            value = run.model.weight_bytes + batch * per_request
+            memory.append({"system": system.name, "batch": float(batch), "bytes": value, "reserves": reserves,
+                           "bytes_per_request": per_request})  # fmt: skip
         if system.allocator.name == "paged":
-            yield from _throughput(run, system, mean_tokens)
+            throughput += _throughput(run, system, mean_tokens)
+    tables = {"memory_by_batch": memory, "throughput_by_batch": throughput}
+    return {name: pd.DataFrame(table) for name, table in tables.items() if table}
 
 
 def _mean(values: Ints, occurrences: Ints) -> float:
     return float((values * occurrences).sum() / occurrences.sum())
 
 
-def _place(run: Run, panel: str) -> dict[str, Any]:
-    """The published panel for the model of Fig 1, else our own."""
-    if run.clock == "modelled" and run.model.name == FIG1_MODEL:
-        return {"paper": "pagedattention", "figure": "fig1", "panel": panel}
-    return {"paper": "kvarena", "figure": NAME, "panel": f"{run.model.name} {panel}"}
-
-
-def _per_request(run: Run, value: float, names: dict[str, str]) -> SummaryRow:
-    place = _place(run, "memory") | {"paper": "kvarena", "figure": NAME}
-    return layout_row(run, value / GB, quantity="memory_per_running_request", unit="GB", **place, **names)
-
-
-def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[SummaryRow]:
+def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[str, object]]:
     model = make_step_model(run.device, run.engine, run.model, system)
-    place = _place(run, "throughput") | {"quantity": "throughput_vs_batch", "unit": "token/s"}
     for batch in run.params.throughput_batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))
-        value = batch / step_ps * PS_PER_S
-        yield layout_row(run, value, x=batch, **place, **columns(run, system), evidence="predicted")
+        yield {"system": system.name, "batch": float(batch), "tokens_per_s": batch / step_ps * PS_PER_S}
+
+
+def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+    """Memory of every system, and throughput, at the lengths that a running request has."""
+    requests = run.trace.num_requests  # whose lengths they are
+    throughput = frames.get("throughput_by_batch", pd.DataFrame(columns=["system"]))
+    for system in run.systems:
+        memory = frames["memory_by_batch"]
+        own = memory[memory.system == system.name]
+        reserves = bool(own.reserves.iloc[0])
+        for point in own.itertuples():
+            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=point.batch, counted=reserves,
+                          half="memory", requests=requests)  # fmt: skip
+            yield row(point.bytes / GB, quantity="memory_vs_batch", unit="GB", **names)
+        yield _per_request(named(run, system, counted=reserves), own.bytes_per_request.iloc[0])
+        for point in throughput[throughput.system == system.name].itertuples():
+            names = named(run, system, FIGURE, key=VLLM, x=point.batch, half="throughput", requests=requests)
+            yield row(point.tokens_per_s, quantity="throughput_vs_batch", unit="token/s", **names)
+
+
+def _per_request(names: dict[str, object], value: float) -> SummaryRow:
+    return row(value / GB, quantity="memory_per_running_request", unit="GB", **names)
 
 
 def running_lengths(workload: Workload) -> Ints:
@@ -98,7 +97,8 @@ def attached_bytes(run: Run, system: System, longest: int) -> Ints:
 
     Raises UserError where the pool does not hold one.
     """
-    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context_of(run))
+    pool_bytes = run.model.tp * pool_bytes_of(run, system)
+    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes, context_of(run))
     if not policy.admit(Sequence(0, 1, context_of(run) - 1), 1):
         raise UserError(f"params.pool_bytes: {policy.name} cannot hold one sequence")
     attached = [0, _attached(policy.usage())]
@@ -118,12 +118,11 @@ def measured(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
     decoding = decoding.assign(attached=decoding[list(ATTACHED)].sum(axis=1))
     for system in run.systems:
         own = decoding[decoding.system == system.name]
-        names = {**columns(run, system), "evidence": "measured"}
         for batch, rows in own.groupby("requests"):
+            names = named(run, system, x=batch)
             value = (run.model.weight_bytes + rows.attached.sum() / rows.steps.sum()) / GB
-            place = _place(run, "memory") | {"quantity": "memory_vs_batch", "x": batch, "unit": "GB"}
-            yield layout_row(run, value, **place, **names)
+            yield row(value, quantity="memory_vs_batch", unit="GB", **names)
             value = PS_PER_S / float((rows.duration_ps / (rows.steps * rows.output_tokens)).median())
-            place = _place(run, "throughput") | {"quantity": "throughput_vs_batch", "x": batch, "unit": "token/s"}
-            yield layout_row(run, value, **place, **names)
-        yield _per_request(run, own.attached.sum() / (own.requests * own.steps).sum(), names)
+            yield row(value, quantity="throughput_vs_batch", unit="token/s", **names)
+        if len(own):
+            yield _per_request(named(run, system), own.attached.sum() / (own.requests * own.steps).sum())

@@ -20,10 +20,11 @@ from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.chrome_trace import chrome_trace
 from kvarena.experiments.film import Film, film
-from kvarena.experiments.replay import columns, panel_of, workload_of
+from kvarena.experiments.replay import workload_of
 from kvarena.experiments.stepped_view import stepped_view
 from kvarena.experiments.timeline import draw_timeline, timeline
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.published import named, setup
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
@@ -32,7 +33,11 @@ NAME = "memory_timeline"
 HEADLINE = "mean_share_of_kv_memory"
 _HELD = "bytes_held_by_request"  # "<this>_<id>:<leaf>"
 PS = 10**12
-DRAWN = 120  # moments of the replay that the figure has
+READS = dict.fromkeys(("modelled", "measured"), ("model", "trace", "arrival", "engine", "device", "systems"))
+COUNTED = {  # quantity -> figure that states it, unit, allocator of which it is said
+    "most_unwritten_blocks_of_a_sequence": ("s4.3", "blocks", "paged"),
+    "most_groups_mapped_per_tensor_in_decode": ("s6.1.1", "page-groups", "vattention"),
+}
 
 
 @dataclass
@@ -40,54 +45,71 @@ class Params:
     """`params.*` of conf/experiment/memory_timeline.yaml."""
 
     pool_bytes: int | None = None  # small, so that requests have to wait; null: the pool the engine ran with
-    samples: int = 40  # moments of the replay that summary.csv has; the pages have every step
+    samples: int = 40  # moments of the replay that summary.csv and the figure have; the pages have every step
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Replay, step by step, and draw. A second's work: there are no cells to continue with.
-
-    Raises UserError for another clock than the modelled one, and for too few samples.
-    """
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    unused = {"trace.mix": "every request is one sequence here, decoded greedily"}
     if run.clock != "modelled":
-        raise UserError(f"clock={run.clock}: {NAME} stops a replay at every step, which takes clock=modelled")
+        unused["clock"] = f"{NAME} stops a replay at every step, which takes clock=modelled"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Replay, step by step. A second's work: there are no cells to continue with.
+
+    Raises UserError for too few samples.
+    """
     if run.params.samples < 2:
         raise UserError(f"params.samples={run.params.samples}: at least 2")
     workload = workload_of(run)
     films = {system.name: film(run, system, workload) for system in run.systems}
-    panel = panel_of(run, run.trace.name)
-    table = pd.concat([timeline(one) for one in films.values()], ignore_index=True)
-    summary = frame(r for system in run.systems for r in _summary(run, system, panel, films[system.name]))
-    about = {"panel": panel, "clock": run.clock, "device": run.device_name, "workload": workload.provenance}
+    frames = {
+        "held_by_request": {name: timeline(one) for name, one in films.items()},
+        "requests": {name: one.request_table for name, one in films.items()},
+        "steps": {name: one.steps for name, one in films.items()},
+        "counts": {name: _counts(one) for name, one in films.items()},
+    }
+    about = {"setup": setup(run), "clock": run.clock, "device": run.device_name, "workload": workload.provenance}
     files = {
         "trace.json": json.dumps(chrome_trace(films.values(), about), separators=(",", ":"), default=str) + "\n",
-        "steps.html": stepped_view(films.values(), f"{panel}, {run.clock} on {run.device_name}"),
+        "steps.html": stepped_view(films.values(), f"{setup(run)}; {run.clock}"),
     }
-    requests = pd.concat([one.request_table for one in films.values()], ignore_index=True)
-    steps = pd.concat([one.steps.assign(system=one.system) for one in films.values()], ignore_index=True)
-    figure = draw_timeline(_samples(table, DRAWN), _title(summary))
-    return Outcome(summary, requests, steps, HEADLINE, figure, {"workload": workload.provenance}, files)
+    together = {
+        kind: pd.concat([table.assign(system=name) for name, table in tables.items()], ignore_index=True)
+        for kind, tables in frames.items()
+    }
+    return Measured(together, {"workload": workload.provenance}, files)
 
 
-def _summary(run: Run, system: System, panel: str, film: Film) -> Iterator[SummaryRow]:
-    common = {"experiment": NAME, "panel": panel, **columns(run, system)}
-    ours = {"paper": "kvarena", "figure": NAME, **common}
+def _counts(film: Film) -> pd.DataFrame:
+    """The pool, and what the papers state of every step."""
+    counts = {"pool_bytes": film.pool_bytes}
+    counts |= dict(zip(COUNTED, (most_unwritten(film), most_mapped(film)), strict=True))
+    return pd.DataFrame([counts])
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Shares of the pool, ends, the papers' counts, and what each request holds at some moments."""
+    return frame(r for system in run.systems for r in _summary(run, system, frames))
+
+
+def _summary(run: Run, system: System, frames: Frames) -> Iterator[SummaryRow]:
+    held, steps, counts = (f[f.system == system.name] for f in (frames[k] for k in ("held_by_request", "steps", "counts")))
+    ours = named(run, system)
     for leaf in LEAVES:
-        share = 100 * film.steps[leaf] / film.pool_bytes
-        mean = float((share * film.steps.duration_ps).sum() / film.steps.duration_ps.sum())
-        yield row(mean, quantity=f"{HEADLINE}:{leaf}", unit="%", evidence="predicted", **ours)
-    end_s = float((film.steps.start_ps + film.steps.duration_ps).max() / PS)
-    yield row(end_s, quantity="makespan", unit="s", evidence="predicted", **ours)
-    preempted = int(film.steps.preempted.sum() + film.steps.swapped_out.sum())
-    yield row(preempted, quantity="preemptions", unit="count", evidence="predicted", **ours)
-    if system.allocator.name == "paged":
-        yield row(most_unwritten(film), paper="pagedattention", figure="s4.3", unit="blocks", evidence="exact",
-                  quantity="most_unwritten_blocks_of_a_sequence", **common)  # fmt: skip
-    if system.allocator.name == "vattention":
-        yield row(most_mapped(film), paper="vattention", figure="s6.1.1", unit="page-groups", evidence="exact",
-                  quantity="most_groups_mapped_per_tensor_in_decode", **common)  # fmt: skip
-    for _, sample in _samples(timeline(film), run.params.samples).iterrows():
+        share = 100 * steps[leaf] / counts.pool_bytes.iloc[0]
+        mean = float((share * steps.duration_ps).sum() / steps.duration_ps.sum())
+        yield row(mean, quantity=f"{HEADLINE}:{leaf}", unit="%", **ours)
+    yield row(float((steps.start_ps + steps.duration_ps).max() / PS), quantity="makespan", unit="s", **ours)
+    yield row(int(steps.preempted.sum() + steps.swapped_out.sum()), quantity="preemptions", unit="count", **ours)
+    for quantity, (figure, unit, allocator) in COUNTED.items():
+        if system.allocator.name == allocator:
+            yield row(counts[quantity].iloc[0], quantity=quantity, unit=unit, **named(run, system, figure, counted=True))
+    for sample in _samples(held, run.params.samples).to_dict("records"):
         quantity = f"{_HELD}_{sample['request']}:{sample['leaf']}"
-        yield row(sample["bytes"], quantity=quantity, x=sample["time_s"], unit="bytes", evidence="predicted", **ours)
+        yield row(sample["bytes"], quantity=quantity, unit="bytes", **named(run, system, x=sample["time_s"]))
 
 
 def most_unwritten(film: Film) -> int:
@@ -111,13 +133,10 @@ def most_mapped(film: Film) -> int:
 
 def _samples(table: pd.DataFrame, count: int) -> pd.DataFrame:
     """What is held at `count` moments, by the last step that began before each, and when a request's memory is gone."""
-    parts = []
-    for _, rows in table.groupby("system", sort=False):
-        times = np.unique(rows["time_s"].to_numpy(float))
-        moments = np.linspace(times[0], times[-1], count)
-        kept = times[np.searchsorted(times, moments, side="right") - 1]
-        parts.append(rows[rows["time_s"].isin(kept) | (rows["bytes"] == 0)])
-    return pd.concat(parts, ignore_index=True)
+    times = np.unique(table["time_s"].to_numpy(float))
+    moments = np.linspace(times[0], times[-1], count)
+    kept = times[np.searchsorted(times, moments, side="right") - 1]
+    return table[table["time_s"].isin(kept) | (table["bytes"] == 0)]
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -126,7 +145,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     kinds = rows["quantity"].str.removeprefix(f"{_HELD}_").str.split(":", expand=True)
     table = pd.DataFrame(
         {
-            "system": rows["system"],
+            "system": rows["label"],
             "request": kinds[0].astype(int),
             "time_s": rows["x"],
             "leaf": kinds[1],
@@ -138,4 +157,4 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 def _title(summary: pd.DataFrame) -> str:
     first = summary.iloc[0]
-    return f"{first['panel']}: memory of each request, {first['clock']}, {first['device']}"
+    return f"memory of each request: {first['setup']}; {first['clock']}"

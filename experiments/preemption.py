@@ -7,7 +7,6 @@ its recomputation does not enter any constant. Fig 19b serves ShareGPT a little 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,23 +15,27 @@ from kvarena.errors import UserError
 from kvarena.experiments import block_sweep as blocks
 from kvarena.experiments import plots
 from kvarena.experiments import preemption_cost as cost
-from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.model.build import build_model
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import OURS, is_earned, named, without_trace
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
-from kvarena.harness.summary import SummaryRow, beside_published, frame, published_values, row
+from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.systems import System
 
 NAME = "preemption"
 HEADLINE = "overhead_vs_block_size"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "swapping"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "swapping", "threads"),
+}
 LATENCY = "normalized_latency_vs_block_size"
 RECOMPUTE, SWAP = WAYS = ("recompute", "swap")
 DRAWN = 0.9  # Fig 19a's script draws recomputation at 0.9 of what it measured
 AS_DRAWN = "recompute (as drawn, measured x0.9)"
-FITTED_ON = "a100-40gb"  # its copy_* come from Fig 19a
 SAID = {
-    "fig19a": f"swaps: device.copy_* of {FITTED_ON} are fitted to this figure; recomputation: fitted to Fig 12a, so "
+    "fig19a": "swaps: device.copy_* of a100-40gb are fitted to this figure; recomputation: fitted to Fig 12a, so "
     f"predicted here, and shown x{DRAWN} beside the published curve, which its script draws so",
     "copies": "modelled: one per block, layer and K or V, as the paper's; measured on a GPU: one per block",
     "fig19b": "modelled: attention reads blocks of any size equally fast; rows below 16 are conditional on that",
@@ -52,7 +55,20 @@ class Params:
     rounds: int = 1  # measured clock: repetitions, interleaved over block sizes; at least 6 give 95 %
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    unused = {
+        "allocator.block_size": "params.block_sizes=[...] and params.replay_block_sizes=[...] are the block sizes",
+        "allocator.swap_bytes": "params.swap_bytes is the CPU pool where requests are swapped",
+        "scheduler.preemption": "requests are preempted in both ways",
+    }
+    if run.clock == "modelled":
+        for key in ("params.victims", "params.rounds"):
+            unused[key] = "a replay gives the same again under clock=modelled; it is for clock=measured"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Both figures."""
     params: Params = run.params
     for sizes in (params.block_sizes, params.replay_block_sizes):
@@ -65,9 +81,7 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         progress.stage(f"{run.trace.name}, {run.arrival}")
         points = recorder.cell("replay", lambda: _replays(run))["points"]
         progress.advance()
-    summary = frame([*_cost_rows(run, paged, costs), *_replay_rows(run, points)])
-    notes = {"workload": workload_of(run).provenance, **SAID, "fig19a_log_error": _log_errors(summary)}
-    return Outcome(summary, pd.DataFrame(), points, HEADLINE, draw(summary), notes)
+    return Measured({"costs": costs, "points": points}, {"workload": workload_of(run).provenance, **SAID})
 
 
 def _paged(run: Run) -> System:
@@ -111,110 +125,101 @@ def _replays(run: Run) -> Frames:
 
 
 def ways(system: System) -> tuple[str, ...]:
-    """Swapping is for blocks."""
-    return WAYS if system.allocator.name == "paged" else (RECOMPUTE,)
+    """Swapping is for blocks, and for a scheduler that has both ways."""
+    both = system.allocator.name == "paged" and hasattr(system.scheduler, "preemption")
+    return WAYS if both else (RECOMPUTE,)
 
 
 def preempting(system: System, way: str, swap_bytes: str) -> System:
-    """The system, always preempting in one way."""
+    """The system, always preempting in one way; as it is, where its scheduler has none to choose."""
+    if not hasattr(system.scheduler, "preemption"):
+        return system
     allocator = replace(system.allocator, swap_bytes=swap_bytes) if way == SWAP else system.allocator
     return replace(system, allocator=allocator, scheduler=replace(system.scheduler, preemption=way))
 
 
-def _named(run: Run, system: System, what: str, published: str) -> dict[str, str]:
-    """Columns of a row: the published name of a way where the run imitates it, else `paged-<way>/<kernel>`."""
-    worn = published if system.published or run.clock == "measured" else None
-    variant = f"{system.allocator.name}-{what.replace(' ', '-')}"
-    return columns(run, replace(system, published=worn, variant=variant))
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Both figures' rows."""
+    return frame([*_cost_rows(run, _paged(run), frames["costs"]), *_replay_rows(run, frames["points"])])
+
+
+def _label(run: Run, system: System, way: str) -> str:
+    """`paged-swap-in/<kernel>`: a system and what is done with it."""
+    return f"{system.shown_allocator}-{way.replace(' ', '-')}/{run.kernel_of(system)}"
 
 
 def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[SummaryRow]:
-    panel = f"{run.params.tokens} tokens" if run.imitates else f"{run.model.name} {run.params.tokens} tokens"
+    """The figure's row of every way, recomputation as its script draws it; and what each costs."""
+    run, detail = without_trace(run), f"a request of {run.params.tokens} tokens"
     for size in run.params.block_sizes:
         samples = 1e3 * costs[costs.block_size == size].drop(columns="block_size")
-        for what in samples:
-            kind = evidence_of_cost(run, str(what))
-            common = {"experiment": NAME, "panel": panel, "x": size, "unit": "ms", "evidence": kind}
-            named = _named(run, paged, str(what), AS_DRAWN if what == RECOMPUTE else str(what))
-            drawn = DRAWN if named["system"] == AS_DRAWN else 1
-            yield row(blocks.estimate(run, drawn * samples[what]), paper="pagedattention", figure="fig19a",
-                      quantity=HEADLINE, **common, **named)  # fmt: skip
-            yield row(blocks.estimate(run, samples[what]), paper="kvarena", figure=NAME, quantity=f"cost_of_{what}",
-                      **common, **columns(run, paged))  # fmt: skip
-
-
-def evidence_of_cost(run: Run, what: str) -> str:
-    """Swaps are calibrated on the device whose copies were fitted to the figure."""
-    if run.clock == "measured":
-        return "measured"
-    return "calibrated" if what != RECOMPUTE and run.device.name == FITTED_ON else "predicted"
+        for what in map(str, samples):
+            key, label = AS_DRAWN if what == RECOMPUTE else what, _label(run, paged, what)
+            names = named(run, paged, "fig19a", key=key, label=label, detail=detail, x=size)
+            drawn = DRAWN if what == RECOMPUTE and is_earned(names) else 1
+            yield row(blocks.estimate(run, drawn * samples[what]), quantity=HEADLINE, unit="ms", **names)
+            ours = named(run, paged, label=label, detail=detail, x=size, fitted=names["evidence"] == "calibrated")
+            yield row(blocks.estimate(run, samples[what]), quantity=f"cost_of_{what}", unit="ms", **ours)
 
 
 def _replay_rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
-    panel = panel_of(run, run.trace.name)
     for (name, way), rows in points.groupby(["system", "way"], sort=False):
         system = next(s for s in run.systems if s.name == name)
-        swappable = len(ways(system)) > 1
-        named = _named(run, system, str(way), str(way)) if swappable else columns(run, system)
+        label = _label(run, system, str(way)) if len(ways(system)) > 1 else None
         for size in run.params.replay_block_sizes if blocks.has_blocks(system) else [None]:
             samples, suffix = (rows[rows.block_size == size], "_vs_block_size") if size else (rows, "")
-            ours = {"experiment": NAME, "panel": panel, "x": size, "evidence": blocks.evidence(run, size), **named}
-            published = (
-                {"paper": "pagedattention", "figure": "fig19b"} if size else {"paper": "kvarena", "figure": NAME}
-            )
+            figure, what = "fig19b" if size else None, {"label": label, "x": size, "assuming": blocks.assumed(size)}
+            names = named(run, system, figure, key=str(way), **what)
             yield row(blocks.estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
-                      unit="s/token", **published, **ours)  # fmt: skip
+                      unit="s/token", **names)  # fmt: skip
             for quantity, unit in blocks.OURS.items():
-                yield row(blocks.estimate(run, samples[quantity]), paper="kvarena", figure=NAME,
-                          quantity=f"{quantity}{suffix}", unit=unit, **ours)  # fmt: skip
-
-
-def _log_errors(summary: pd.DataFrame) -> dict[str, float]:
-    """RMS of log(ours / published) by curve of Fig 19a; empty where nothing is published of this panel."""
-    pairs = beside_published(summary[summary.quantity == HEADLINE], published_values("pagedattention"))
-    pairs = pairs.dropna(subset="published")
-    return {
-        str(name): float(np.sqrt((np.log(rows.value / rows.published) ** 2).mean()))
-        for name, rows in pairs.groupby("system")
-    }
+                yield row(blocks.estimate(run, samples[quantity]), quantity=f"{quantity}{suffix}", unit=unit,
+                          **named(run, system, **what))  # fmt: skip
 
 
 COLOURS = {"recompute": "#D55E00", "swap in+out": "#0072B2", "swap in": "#56B4E9", "swap out": "#009E73"}
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 19: left what one preemption costs, right what it does to the trace."""
-    published = published_values("pagedattention")
+    """Left what one preemption costs, right what it does to the trace."""
     figure, (left, right) = plots.canvas(1, 2, width=5.6, height=4.0)
-    cost = summary[summary.quantity == HEADLINE]
-    _cost_axis(left, cost, published[(published.figure == "fig19a") & published.panel.isin(cost.panel)])
-    _replay_axis(right, summary, published[published.figure == "fig19b"])
+    _cost_axis(left, summary[summary.quantity == HEADLINE])
+    _replay_axis(right, summary)
     figure.tight_layout()
     return figure
 
 
-def _cost_axis(axis: Axes, ours: pd.DataFrame, published: pd.DataFrame) -> None:
-    for name, rows in ours.groupby("system", sort=False):
-        colour = next(c for what, c in COLOURS.items() if what in str(name).replace("-", " "))
-        axis.plot(rows.x, rows.value, "-", color=colour, label=str(name))
+def _cost_axis(axis: Axes, ours: pd.DataFrame) -> None:
+    """Published points only of ways that stand for the figure's."""
+    theirs = published_values("pagedattention", figure="fig19a")
+    for label, rows in ours.groupby("label", sort=False):
+        colour = _colour(str(label))
+        points = theirs[theirs.system.isin(rows[rows.paper != OURS].system)]
+        axis.plot(rows.x, rows.value, "-", color=colour, label=plots.shown_names(rows)[str(label)])
         axis.fill_between(rows.x, rows.ci_low.astype(float), rows.ci_high.astype(float), color=colour, alpha=0.15, lw=0)
-        points = published[published.system == name]
         axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=5)
-    circles = "; circles: published" if len(published) else ""
-    axis.set(ylabel="ms", title=f"{ours.panel.iloc[0]}{circles}\n{blocks.where(ours)}", yscale="log")
+    title = "PagedAttention Fig 19a; circles: published\n" if plots.stands_for(ours, "fig19a") else ""
+    axis.set(ylabel="ms", yscale="log")
+    axis.set_title(title + blocks.where(ours), fontsize=9)
     blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)
 
 
-def _replay_axis(axis: Axes, summary: pd.DataFrame, published: pd.DataFrame) -> None:
+def _colour(label: str) -> str:
+    """By what is done: the first of COLOURS that a label ends with, before its kernel."""
+    done = label.rpartition("/")[0].replace("-", " ")
+    return next((colour for what, colour in COLOURS.items() if done.endswith(what)), COLOURS["swap in+out"])
+
+
+def _replay_axis(axis: Axes, summary: pd.DataFrame) -> None:
     ours = summary[summary.quantity == LATENCY]
-    for name, rows in ours.groupby("system", sort=False):
-        colour = COLOURS["recompute" if "recompute" in str(name) else "swap in+out"]
-        axis.plot(rows.x, rows.value, "o-", color=colour, ms=4, label=str(name))
-        points = published[(published.system == name) & published.panel.isin(rows.panel)]
-        axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=6)
+    for number, (label, rows) in enumerate(ours.groupby("label", sort=False)):
+        style = f"{plots.MARKERS[number // 2 % len(plots.MARKERS)]}-"
+        axis.plot(rows.x, rows.value, style, color=_colour(str(label)), ms=4, label=plots.shown_names(rows)[str(label)])
     blocks.hollow(axis, ours)
     blocks.lines_across(axis, summary[summary.quantity == "normalized_latency"])
-    axis.set(ylabel="normalized latency, s/token", title=f"{ours.panel.iloc[0]}: {blocks.where(ours)}", ylim=(0, None))
+    title = "PagedAttention Fig 19b, whose values are in no source\n" if plots.stands_for(ours, "fig19b") else ""
+    axis.set(ylabel="normalized latency, s/token", ylim=(0, None))
+    axis.set_title(title + blocks.where(ours), fontsize=9)
     blocks.block_axis(axis, ours.x)
     axis.legend(fontsize=7, frameon=False)

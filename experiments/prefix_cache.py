@@ -9,7 +9,6 @@ without the cache (cached_service.py).
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -19,10 +18,10 @@ from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments import cached_service, plots
-from kvarena.experiments.replay import columns
 from kvarena.harness.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
@@ -34,6 +33,10 @@ from kvarena.harness.trace.trace import Trace
 
 NAME = "prefix_cache"
 HEADLINE = "hit_ratio_unlimited"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
 ROUNDING_TOKENS = 1 << 16  # beside all prompts, where there is no limit: for the last part of who is served
 WAYS = {
     "every_id": "every id counts, a partly filled last block's too",
@@ -54,12 +57,25 @@ class Params:
     pool_bytes: int | None = None  # of K/V on one device then; null: what weights and activations leave
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    unused = {
+        "allocator.prefix_cache": "the trace is served with the cache and without it",
+        "allocator.max_rows": "there are as many rows as requests, so that memory alone limits what is kept",
+        "model.tp": "params.serve_tp is how many devices share the model when it is served",
+    }
+    if cached_service.with_ids(run.trace).keep_hash_ids:
+        unused["trace.new_conversation"] = "the blocks' ids say what prompts share"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
     _check(run.params)
     trace = _trace(run)
     run = replace(run, params=replace(run.params, context=_context(run, trace)))
-    policies = {system.name: _policy(run, trace, system, None) for system in run.systems}  # refuses before it counts
+    for system in run.systems:
+        _policy(run, trace, system, None)  # refuses before it counts
     hits = []
     service = cached_service.Service(run)
     with Progress(NAME, len(run.systems) + 1) as progress:
@@ -70,18 +86,16 @@ def run(run: Run, recorder: Recorder) -> Outcome:
         progress.stage("serving")
         served = recorder.cell("served", service.cell)["served"]
         progress.advance()
-    counts = pd.concat(hits, ignore_index=True)
-    units = {name: policy.cache_unit_tokens or 0 for name, policy in policies.items()}
-    rows = [*_trace_rows(run, trace), *_rows(run, trace, counts, units)]
-    rows += cached_service.rows(NAME, service.run, trace.name, served)
-    summary = frame(rows)
+    frames = {"hits": pd.concat(hits, ignore_index=True), "blocks": _blocks(run, trace), "served": served}
     notes = {"trace": trace.provenance, "ways_of_counting": WAYS, "served": service.workload.provenance}
-    return Outcome(summary, served, counts, HEADLINE, draw(summary), notes)
+    return Measured(frames, notes)
 
 
 def _check(params: Params) -> None:
     if params.repeats < 1:
         raise UserError(f"params.repeats={params.repeats}: must be 1 or more")
+    if len(set(params.capacities_gb)) < len(params.capacities_gb):
+        raise UserError(f"params.capacities_gb={params.capacities_gb}: none twice")
     if not all(capacity > 0 for capacity in params.capacities_gb):
         raise UserError(f"params.capacities_gb={params.capacities_gb}: every capacity must be above 0")
 
@@ -124,37 +138,44 @@ def _count(run: Run, trace: Trace, system: System) -> Frames:
         policy = _policy(run, trace, system, capacity_gb)
         hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
         found = {"hit_tokens": hits.hit_tokens, "ratio": hits.ratio, "kept_gb": hits.cached_bytes / 1e9}
-        rows.append({"system": system.name, "capacity_gb": capacity_gb, "refused": hits.refused, **found})
+        unit = {"unit_tokens": policy.cache_unit_tokens, "refused": hits.refused}
+        rows.append({"system": system.name, "capacity_gb": capacity_gb, **unit, **found})
     return {"hits": pd.DataFrame(rows).astype({"capacity_gb": float})}
 
 
-def _trace_rows(run: Run, trace: Trace) -> Iterator[SummaryRow]:
+def _blocks(run: Run, trace: Trace) -> pd.DataFrame:
     """Blocks of the trace itself, without a limit: what any cache of blocks of that size could find."""
     assert trace.hash_ids is not None
-    shared = {
-        "experiment": NAME, "paper": "kvarena", "figure": NAME, "panel": trace.name, "system": "trace",
-        "allocator": "none", "kernel": "none", "model": run.model.name, "clock": run.clock, "device": run.device_name,
-        "unit": "blocks", "evidence": "exact",
-    }  # fmt: skip
-    whole = count_blocks(trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
-    yield row(sum(map(len, trace.hash_ids)), quantity="blocks", **shared)
-    yield row(count_ids(trace.hash_ids), quantity="hit_blocks:every_id", **shared)
-    yield row(whole, quantity="hit_blocks:whole_blocks", **shared)
+    counts = {
+        "blocks": sum(map(len, trace.hash_ids)),
+        "hit_blocks:every_id": count_ids(trace.hash_ids),
+        "hit_blocks:whole_blocks": count_blocks(trace.hash_ids, trace.prompt_tokens, run.params.block_tokens),
+    }
+    return pd.DataFrame({"quantity": counts.keys(), "count": counts.values()})
 
 
-def _rows(run: Run, trace: Trace, counts: pd.DataFrame, units: dict[str, int]) -> Iterator[SummaryRow]:
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Counts of the trace and of every cache, and what serving with one saves."""
+    return frame([*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])])
+
+
+def _trace_rows(run: Run, blocks: pd.DataFrame) -> Iterator[SummaryRow]:
+    for quantity, count in zip(blocks.quantity, blocks["count"], strict=True):
+        yield row(count, quantity=quantity, unit="blocks", **named(run, label="trace", counted=True))
+
+
+def _rows(run: Run, hits: pd.DataFrame) -> Iterator[SummaryRow]:
     systems = {system.name: system for system in run.systems}
-    for cell in counts.to_dict("records"):
-        shared: dict[str, Any] = {
-            "experiment": NAME, "paper": "kvarena", "figure": NAME, "panel": trace.name, "evidence": "exact",
-            **columns(run, systems[cell["system"]]),
-        }  # fmt: skip
-        if pd.isna(cell["capacity_gb"]):
-            yield row(100 * cell["ratio"], quantity=HEADLINE, unit="%", **shared)
-            yield row(cell["kept_gb"], quantity="distinct_kv", unit="GB", **shared)
-            yield row(units[cell["system"]], quantity="tokens_per_unit", unit="tokens", **shared)
-        else:
-            yield row(100 * cell["ratio"], quantity="hit_ratio_vs_capacity", x=cell["capacity_gb"], unit="%", **shared)
+    for cell in hits.to_dict("records"):
+        system, capacity = systems[cell["system"]], cell["capacity_gb"]
+        if not pd.isna(capacity):
+            names = named(run, system, x=capacity, counted=True)
+            yield row(100 * cell["ratio"], quantity="hit_ratio_vs_capacity", unit="%", **names)
+            continue
+        names = named(run, system, counted=True)
+        yield row(100 * cell["ratio"], quantity=HEADLINE, unit="%", **names)
+        yield row(cell["kept_gb"], quantity="distinct_kv", unit="GB", **names)
+        yield row(cell["unit_tokens"], quantity="tokens_per_unit", unit="tokens", **names)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -169,12 +190,12 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
     rows = summary[summary.quantity == "hit_ratio_vs_capacity"]
     unlimited = summary[summary.quantity == HEADLINE]
-    tokens = summary[summary.quantity == "tokens_per_unit"].set_index("system").value
-    for number, (name, line) in enumerate(rows.groupby("system", sort=False)):
+    tokens = summary[summary.quantity == "tokens_per_unit"].set_index("label").value
+    for number, (name, line) in enumerate(rows.groupby("label", sort=False)):
         line = line.sort_values("x")
-        colour = plots.COLOURS.get(line.allocator.iloc[0], "#000000")
+        colour = plots.colour_of(line.allocator.iloc[0])
         label = f"{name}: {tokens[name]:.4g} tokens in a unit"
-        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number]
+        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
         axis.plot(line.x, line.value, dash, color=colour, marker=marker, ms=4, mfc="none", label=label)
     if len(unlimited):
         top = float(unlimited.value.max())
@@ -187,18 +208,18 @@ def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
     axis.set_xticks(capacities, [f"{capacity:g}" for capacity in capacities])
     axis.minorticks_off()
     if len(rows):
-        axis.set_title(f"{rows.panel.iloc[0]}, {rows.model.iloc[0]}: counted, no clock is read", fontsize=9)
+        axis.set_title(f"{rows.setup.iloc[0]}:\ncounted, no clock is read", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="lower right")
-    if rows.system.nunique() > 1:
+    if rows.label.nunique() > 1:
         _draw_differences(axis.inset_axes((0.12, 0.48, 0.32, 0.26)), rows)
 
 
 def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
     """The same curves less the first of them: they lie too close to tell apart."""
-    curves = rows.pivot_table(index="x", columns="system", values="value", sort=False).sort_index()
+    curves = rows.pivot_table(index="x", columns="label", values="value", sort=False).sort_index()
     for number, (name, curve) in enumerate(curves.items()):
-        colour = plots.COLOURS.get(rows[rows.system == name].allocator.iloc[0], "#000000")
-        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number]
+        colour = plots.colour_of(rows[rows.label == name].allocator.iloc[0])
+        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
         axis.plot(curve.index, curve - curves.iloc[:, 0], dash, color=colour, marker=marker, ms=3, mfc="none", lw=1)
     axis.set(xscale="log", xticks=[])
     axis.minorticks_off()

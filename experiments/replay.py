@@ -26,7 +26,7 @@ from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine import Engine
 from kvarena.harness.file_arrivals import ASKED, RATES
-from kvarena.harness.kv_pool import kv_pool_bytes
+from kvarena.harness.kv_pool import check_fits, kv_pool_bytes
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.prefix import Prefix
 from kvarena.harness.request import Request
@@ -77,13 +77,20 @@ def pool_bytes_of(run: Run, system: System) -> int:
     """Bytes of K/V on one device: `params.pool_bytes`, else the pool that the engine's constants were fitted with,
     else what weights and activations leave of the device.
 
-    Raises UserError where the clock is measured, and `params.pool_bytes` is not given.
+    Raises UserError where the clock is measured, and `params.pool_bytes` is not given; modelled, where the device has
+    no room for it beside the weights.
     """
     given: int | None = getattr(run.params, "pool_bytes", None)
-    if given is not None:
-        return given
     if run.clock == "measured":
-        raise UserError("params.pool_bytes: under clock=measured a replay needs the bytes of the K/V pool")
+        if given is None:
+            raise UserError("params.pool_bytes: under clock=measured a replay needs the bytes of the K/V pool")
+        return given
+    pool_bytes = _modelled_pool(run, system) if given is None else given
+    check_fits(run.device, run.model, pool_bytes)
+    return pool_bytes
+
+
+def _modelled_pool(run: Run, system: System) -> int:
     fitted = run.engine.constants(run.model.name, system.scheduler.name)
     if fitted is not None and fitted.kv_blocks is not None:
         return int(fitted.kv_blocks * BLOCK_TOKENS * run.model.shard().kv_layout().token_bytes)

@@ -42,7 +42,8 @@ class Fitted(NamedTuple):
 def fit(steps: pd.DataFrame, limits: Limits, model: ModelConfig, name: str) -> Fitted:
     """Fit to rows of `KnownStep`, one per load: least squares of log(predicted / measured) over whole steps.
 
-    Nothing may be faster than the machine's limits, so efficiencies stay at or below 1.
+    Nothing may be faster than the machine's limits, so efficiencies stay at or below 1. What was fitted holds for this
+    machine and this model, and the engine says so.
     """
     floors = _floors(limits, model)
     measured = steps.step_s.to_numpy()
@@ -63,6 +64,8 @@ def fit(steps: pd.DataFrame, limits: Limits, model: ModelConfig, name: str) -> F
         weights_efficiency=best.weights,
         kv_efficiency=best.kv,
         flop_efficiency=best.flop,
+        devices=[name],
+        models=[model.name],
     )
     return Fitted(device_of(limits, name), engine)
 
@@ -123,7 +126,7 @@ def yaml_files(fitted: Fitted) -> dict[str, str]:
     use = (
         "# Fitted by experiment=calibrate on this machine. To use it, copy device.yaml to\n"
         f"# conf/device/{name}.yaml and engine.yaml to conf/engine/{name}.yaml, then:\n"
-        f"# clock=modelled device={name} engine={name}\n"
+        f"# clock=modelled device={name} engine={name} model={', '.join(fitted.engine.models)}\n"
     )
     return {f"{kind}.yaml": use + OmegaConf.to_yaml(OmegaConf.create(asdict(getattr(fitted, kind))))
             for kind in Fitted._fields}  # fmt: skip

@@ -5,29 +5,32 @@ data and gives its distribution back within a percent or so.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from kvarena.errors import UserError
 from kvarena.experiments import plots
-from kvarena.experiments.replay import TITLES, trace_named
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.experiments.replay import trace_named
+from kvarena.harness.published import OURS, is_earned, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
 from kvarena.harness.trace import load_trace
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.length_table import length_table
+from kvarena.harness.trace.published_files import is_published
 from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Ints, Trace
 
 NAME = "trace_lengths"
 HEADLINE = "mean_length"
+READS = {"modelled": ("trace",), "measured": ("trace",)}
+FIGURE = "fig11"
 COUNTS = "histogram_count_vs_bin_left"
 
 
@@ -46,96 +49,133 @@ class Params:
     traces: list[str] = field(default_factory=list)  # names of conf/trace/
     paths: dict[str, str | None] = field(default_factory=dict)  # trace -> local file, beside trace.path
     num_bins: int = 128
-    bins: dict[str, Bins] = field(default_factory=dict)  # trace -> its range; other traces: their own
+    bins: dict[str, Bins] = field(default_factory=dict)  # trace -> its range; other traces, and other files: their own
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Read every trace and count. Raises UserError where there is nothing to count."""
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
-    if not params.traces or params.num_bins < 1:
-        raise UserError(f"params.traces={params.traces}, params.num_bins={params.num_bins}: at least one of each")
-    traces = {name: _whole(trace_named(run, name, params.paths.get(name))) for name in params.traces}
-    summary = frame(r for name, trace in traces.items() for r in _summary(run, name, trace))
-    notes = {name: trace.provenance for name, trace in traces.items()}
-    nothing = pd.DataFrame({"trace": pd.Series(dtype=str)})  # lengths stay where they are: some may not be passed on
-    return Outcome(summary, nothing, nothing, HEADLINE, draw(summary), notes)
+    unused = {"clock": "no clock is read; leave clock=modelled"} if run.clock == "measured" else {}
+    listed = f"params.traces names the traces: {', '.join(params.traces)}"
+    if run.trace.name not in params.traces:
+        unused["trace"] = listed
+    elif params.paths.get(run.trace.name):
+        unused["trace.path"] = f"params.paths.{run.trace.name} is its file"
+    for key, values in (("paths", params.paths), ("bins", params.bins)):
+        unused |= {f"params.{key}.{name}": listed for name in values if name not in params.traces}
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Read every trace and count. Lengths stay where they are: some may not be passed on.
+
+    Raises UserError where there is nothing to count.
+    """
+    params: Params = run.params
+    if not params.traces or params.num_bins < 1 or len(set(params.traces)) < len(params.traces):
+        raise UserError(
+            f"params.traces={params.traces}, params.num_bins={params.num_bins}: at least one of each, no trace twice"
+        )
+    statistics, histograms, notes = list[dict[str, Any]](), list[pd.DataFrame](), {}
+    for name in params.traces:
+        config = _of_trace(run, name).trace
+        trace = _whole(config)
+        notes[name] = trace.provenance
+        for side, lengths in (("input", trace.prompt_tokens), ("output", trace.output_tokens)):
+            column = {"trace": name, "side": side}
+            drawn = "table" in trace.provenance
+            statistics.append({**column, "drawn": drawn, **_statistics(lengths)})
+            histograms.append(_histogram(run, config, side, lengths).assign(**column))
+    return Measured({"statistics": pd.DataFrame(statistics), "histograms": pd.concat(histograms, ignore_index=True)}, notes)
+
+
+def _of_trace(run: Run, name: str) -> Run:
+    return replace(run, trace=trace_named(run, name, run.params.paths.get(name)))
 
 
 def _whole(config: TraceConfig) -> Trace:
-    """All of a file, or as many draws from a table as its data has records."""
-    drawn = config.path is None and config.table is not None
+    """All of a file, or as many draws from a table as its data has records; or as many as are asked for."""
+    drawn = config.path is None and config.table is not None and config.num_requests is None
     trace = load_trace(config, num_requests=length_table(str(config.table)).num_records if drawn else None)
     return told(config, trace)
 
 
-def _summary(run: Run, name: str, trace: Trace) -> Iterator[SummaryRow]:
-    paper = "pagedattention" if name in TITLES else "kvarena"
-    shared: dict[str, Any] = {
-        "experiment": NAME, "panel": TITLES.get(name, name), "allocator": "-", "kernel": "-", "model": "-",
-        "clock": run.clock, "device": run.device_name,
-        "evidence": "calibrated" if "table" in trace.provenance else "exact",
-    }  # fmt: skip
-    for system, lengths in (("input", trace.prompt_tokens), ("output", trace.output_tokens)):
-        shared["system"] = system
-        published = {"paper": paper, "figure": "fig11" if paper == "pagedattention" else NAME, **shared}
-        yield row(float(lengths.mean()), quantity="mean_length", unit="tokens", **published)
-        for left, count in _histogram(run.params, name, system, lengths):
-            yield row(count, quantity=COUNTS, x=left, unit="records", **published)
-        ours = {"paper": "kvarena", "figure": NAME, **shared}
-        for percent in (50, 90, 99):
-            value = float(np.percentile(lengths, percent))
-            yield row(value, quantity=f"length_p{percent}", unit="tokens", **ours)
-        yield row(len(lengths), quantity="num_records", unit="records", **ours)
+def _statistics(lengths: Ints) -> dict[str, float]:
+    percentiles = {f"length_p{percent}": float(np.percentile(lengths, percent)) for percent in (50, 90, 99)}
+    return {HEADLINE: float(lengths.mean()), **percentiles, "num_records": float(len(lengths))}
 
 
-def _histogram(params: Params, name: str, system: str, lengths: Ints) -> Iterator[tuple[float, int]]:
-    """Left edge and count of every bin."""
-    bins = params.bins.get(name)
-    ends = (bins.prompt if system == "input" else bins.output) if bins else [int(lengths.min()), int(lengths.max())]
+def _histogram(run: Run, config: TraceConfig, side: str, lengths: Ints) -> pd.DataFrame:
+    """Left edge and count of every bin. A trace of one's own takes Fig 11's range only where that is asked for."""
+    bins = run.params.bins.get(config.name)
+    asked = any(key.startswith(f"params.bins.{config.name}") or key == "params.bins" for key in run.given)
+    if bins is None or not (asked or is_published(config)):
+        ends = [int(lengths.min()), int(lengths.max()) + (lengths.min() == lengths.max())]
+    else:
+        ends = bins.prompt if side == "input" else bins.output
     if len(ends) != 2 or ends[0] >= ends[1]:
-        raise UserError(f"params.bins.{name}: {ends} is not [shortest, longest]")
-    counts, edges = np.histogram(lengths, bins=params.num_bins, range=(ends[0], ends[1]))
-    yield from zip(_as_published(edges[:-1], name, system), counts.tolist(), strict=True)
+        raise UserError(f"params.bins.{config.name}: {ends} is not [shortest, longest]")
+    counts, edges = np.histogram(lengths, bins=run.params.num_bins, range=(ends[0], ends[1]))
+    return pd.DataFrame({"left": edges[:-1], "count": counts})
 
 
-def _as_published(lefts: NDArray[np.float64], name: str, system: str) -> list[float]:
-    """Left edges to a thousandth of a token; those read out of the figure are taken as read, so that rows join."""
-    rows = published_values("pagedattention", figure="fig11")
-    read = rows[(rows.panel == TITLES.get(name)) & (rows.system == system) & (rows.quantity == COUNTS)]["x"].to_numpy()
-    edges = []
-    for left in lefts.tolist():
-        close = [float(x) for x in read if abs(x - left) < 0.01]
-        edges.append(close[0] if close else round(left, 3))
-    return edges
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Means, percentiles and counts of every trace: exact from a file, calibrated from a table, which was fitted."""
+    return frame(_summary(run, frames["statistics"], frames["histograms"]))
+
+
+def _summary(run: Run, statistics: pd.DataFrame, histograms: pd.DataFrame) -> Iterator[SummaryRow]:
+    for found in statistics.to_dict("records"):
+        name, side = found["trace"], found["side"]
+        here, bins = _of_trace(run, name), run.params.bins.get(name)
+        of_figure = {"key": side, "bins": asdict(bins) if bins else None, "requests": here.trace.num_requests}
+        kind: dict[str, Any] = {"label": side, "counted": not found["drawn"], "fitted": found["drawn"]}
+        yield row(found[HEADLINE], quantity=HEADLINE, unit="tokens", **named(here, None, FIGURE, **of_figure, **kind))
+        counts = histograms[(histograms.trace == name) & (histograms.side == side)]
+        for left, count in zip(counts.left.tolist(), counts["count"].tolist(), strict=True):
+            names = named(here, None, FIGURE, x=round(left, 3), **of_figure, **kind)
+            x = _as_published(left, names) if is_earned(names) else names["x"]
+            yield row(count, quantity=COUNTS, unit="records", **{**names, "x": x})
+        for quantity in ("length_p50", "length_p90", "length_p99", "num_records"):
+            unit = "records" if quantity == "num_records" else "tokens"
+            yield row(found[quantity], quantity=quantity, unit=unit, **named(here, **kind))
+
+
+def _as_published(left: float, names: dict[str, Any]) -> float:
+    """A left edge as it was read out of the figure, so that rows join; else to a thousandth of a token."""
+    rows = published_values(names["paper"], figure=FIGURE, panel=names["panel"], system=names["system"])
+    read = [float(x) for x in rows[rows.quantity == COUNTS].x if abs(x - left) < 0.01]
+    return read[0] if read else round(left, 3)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Densities as Fig 11 draws them, and the published counts where there are any."""
-    theirs = published_values("pagedattention", figure="fig11")
-    panels = list(dict.fromkeys(summary.panel))
+    """Densities as Fig 11 draws them, and the published counts where the trace is the figure's."""
+    theirs = published_values("pagedattention", figure=FIGURE)
+    panels = list(dict.fromkeys(summary.setup))
     figure, axes = plots.canvas(1, len(panels), width=6)
     for axis, panel in zip(axes, panels, strict=True):
-        _panel(axis, summary[summary.panel == panel], theirs[theirs.panel == panel])
-        axis.set(title=f"PagedAttention Fig 11: {panel}\n{_source(summary)}", xlabel="tokens", ylabel="density")
+        rows = summary[summary.setup == panel]
+        earned = rows[rows.paper != OURS]
+        _panel(axis, rows, theirs[theirs.panel.isin(earned.panel)])
+        title = f"PagedAttention Fig 11: {earned.panel.iloc[0]}" if len(earned) else panel
+        axis.set(title=f"{title}\n{_source(rows)}", xlabel="tokens", ylabel="density")
         axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
 
-def _source(summary: pd.DataFrame) -> str:
-    return (
-        "counted in the data" if set(summary.evidence) == {"exact"} else "drawn from a length table, at least in part"
-    )
+def _source(rows: pd.DataFrame) -> str:
+    return "counted in the data" if set(rows.evidence) == {"exact"} else "drawn from a length table"
 
 
 def _panel(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     longest = 0.0
     for system, colour in (("input", "#0072B2"), ("output", "#D55E00")):
-        own = ours[ours.system == system]
+        own = ours[ours.label == system]
         bins = own[own.quantity == COUNTS].sort_values("x")
         total = own[own.quantity == "num_records"]["value"].iloc[0]
         mean = own[own.quantity == "mean_length"]["value"].iloc[0]
-        width = (bins.x.iloc[-1] - bins.x.iloc[0]) / (len(bins) - 1)
+        width = (bins.x.iloc[-1] - bins.x.iloc[0]) / max(1, len(bins) - 1) or 1.0
         axis.bar(bins.x, bins.value / total / width, width, align="edge", color=colour, alpha=0.5,
                  label=f"{system}, mean {mean:.2f}")  # fmt: skip
         dots = theirs[(theirs.system == system) & (theirs.quantity == COUNTS)]

@@ -23,11 +23,14 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, window
-from kvarena.experiments.replay import Replayer, columns, panel_of, workload_of
+from kvarena.experiments.replay import Replayer, workload_of
+from kvarena.experiments.seeds import check_seeds
 from kvarena.harness.capacity import capacity, paired_ratio
 from kvarena.harness.metrics import latencies
+from kvarena.harness.config import names as names_in
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, row
@@ -36,6 +39,10 @@ from kvarena.harness.workload import Workload
 
 NAME = "waterfall"
 HEADLINE = "mean_batched_requests"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
 MEASURES = {"batch": (HEADLINE, "requests"), "capacity": ("capacity", "req/s")}
 
 
@@ -62,7 +69,17 @@ class Params:
     pool_bytes: int | None = None
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    seeds = "params.seeds=[...] are the seeds of trace and arrivals"
+    unused = {"trace.seed": seeds, "arrival.seed": seeds}
+    if run.params.limit_s is None:
+        search = ("capacity_duration_s", "guess", "tolerance")
+        unused |= {f"params.{key}": "params.limit_s=SECONDS starts the search for the capacity" for key in search}
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve every seed with every system."""
     params: Params = run.params
     _check(run)
@@ -76,20 +93,20 @@ def run(run: Run, recorder: Recorder) -> Outcome:
                 cells.append(recorder.cell(f"{seed}-{system.name}", measure)["points"])
                 progress.advance()
     points = pd.concat(cells, ignore_index=True)
-    summary = frame(_summary(run, points))
-    notes = {"workload": overload.provenance, "seeds": params.seeds}
-    return Outcome(summary, pd.DataFrame({"seed": []}), points, HEADLINE, draw(summary), notes)
+    return Measured({"points": points}, {"workload": overload.provenance, "seeds": params.seeds})
 
 
 def _check(run: Run) -> None:
-    seeds = run.params.seeds
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"params.seeds={seeds}: at least one seed, and none twice")
+    check_seeds(run.params.seeds)
     if run.arrival.rate is None:
         raise UserError("arrival.rate: the mean batch needs a rate at which requests wait under every system")
     known = [step.name for step in run.params.steps]
     if len(set(known)) < len(known):
         raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")
+    there_are = {*names_in("system"), *(system.name for system in run.systems)}
+    for name in (name for step in run.params.steps for name in (step.origin, step.system)):
+        if name not in there_are:
+            raise UserError(f"params.steps: no such system {name!r}. There are: {', '.join(sorted(there_are))}")
 
 
 def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed: int) -> Frames:
@@ -114,22 +131,23 @@ def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed
     return {"points": pd.DataFrame([point])}
 
 
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every system over the seeds, and what each step is worth, paired."""
+    return frame(_summary(run, frames["points"]))
+
+
 def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
-    evidence = "measured" if run.clock == "measured" else "predicted"
-    shared = {"experiment": NAME, "paper": "kvarena", "figure": NAME, "panel": panel_of(run, run.trace.name),
-              "evidence": evidence}  # fmt: skip
     systems = {system.name: system for system in run.systems}
     for measure, (quantity, unit) in MEASURES.items():
         if measure not in points:
             continue
         by_seed = points.pivot(index="seed", columns="system", values=measure)
         for name, system in systems.items():
-            names = {**shared, **columns(run, system)}
-            yield row(median_interval(by_seed[name]), quantity=quantity, unit=unit, **names)
+            yield row(median_interval(by_seed[name]), quantity=quantity, unit=unit, **named(run, system))
         for step in run.params.steps:
             if step.system in systems and step.origin in systems:
-                names = {**shared, **columns(run, systems[step.system])}
                 ratio = paired_ratio(by_seed, step.system, step.origin)
+                names = named(run, systems[step.system])
                 yield row(ratio, quantity=f"{measure}_ratio:{step.name}", unit="ratio", **names)
 
 
@@ -137,12 +155,12 @@ def draw(summary: pd.DataFrame) -> Figure:
     """A bar for every system, and on it what it is worth over its origin."""
     measures = [m for m, (quantity, _) in MEASURES.items() if quantity in set(summary.quantity)]
     figure, axes = plots.canvas(1, len(measures), width=7, height=4.4)
-    device = f"{summary.panel.iloc[0]}; {summary.clock.iloc[0]}, {summary.device.iloc[0]}"
+    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
     for axis, measure in zip(axes, measures, strict=True):
         quantity, unit = MEASURES[measure]
         ratios = summary[summary.quantity.str.startswith(f"{measure}_ratio:")]
         _bars(axis, summary[summary.quantity == quantity], ratios)
-        axis.set(ylabel=f"{quantity.replace('_', ' ')}, {unit}", title=f"from Orca(Max) to vAttention\n{device}")
+        axis.set(ylabel=f"{quantity.replace('_', ' ')}, {unit}", title=f"one change at a time\n{device}")
     figure.tight_layout()
     return figure
 
@@ -150,13 +168,13 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
     for x, bar in enumerate(rows.to_dict("records")):
         value = top = bar["value"]
-        axis.bar(x, value, 0.7, color=plots.COLOURS.get(bar["allocator"].split("_")[0], "#666666"))
+        axis.bar(x, value, 0.7, color=plots.colour_of(bar["allocator"]))
         if bar["n"] > 5:
             top = bar["ci_high"]
             axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
-        steps = ratios[ratios.system == bar["system"]]
+        steps = ratios[ratios.label == bar["label"]]
         names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n").str.replace(" over ", "\nover ")
         worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
         axis.text(x, top, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
     axis.set_ylim(0, 1.6 * rows.value.max())  # room for what is said above the bars
-    axis.set_xticks(range(len(rows)), [s.split("/")[0] for s in rows.system], rotation=30, ha="right", fontsize=8)
+    axis.set_xticks(range(len(rows)), [label.rpartition("/")[0] or label for label in rows.label], rotation=30, ha="right", fontsize=8)

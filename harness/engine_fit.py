@@ -25,18 +25,24 @@ def misfit(engine: EngineConfig, device: DeviceConfig, model: ModelConfig, sched
         return f"was fitted on {', '.join(engine.devices)}; this is {device.name}"
     if engine.schedulers and scheduler not in engine.schedulers:
         return f"was fitted under scheduler {', '.join(engine.schedulers)}; this is {scheduler}"
+    if engine.models and model.name not in engine.models:
+        return f"was fitted with model {', '.join(engine.models)}; this is {model.name}"
     if engine.hosts and model.tp not in engine.hosts:
         return f"knows the host's work for model.tp={', '.join(map(str, engine.hosts))}; this is {model.tp}"
-    if not engine.fitted:
-        return None
+    if engine.fitted and (reason := _no_constants(engine, device, model, scheduler)) is not None:
+        return reason
+    if (engine.models or engine.fitted) and model.name in preset_names() and not _same_sizes(model):
+        return f"has constants of {model.name} as conf/model has it; this one has other sizes"
+    return None
+
+
+def _no_constants(engine: EngineConfig, device: DeviceConfig, model: ModelConfig, scheduler: str) -> str | None:
     step = engine.constants(model.name, scheduler)
     if step is None:
         there = ", ".join(sorted(engine.fitted))
         return f"has no constants for model={model.name} under scheduler={scheduler}. There are: {there}"
     if step.device is not None and (device.name, model.tp) != (step.device, step.tp):
         return f"has constants of {model.name} on {step.tp} x {step.device}; this is {model.tp} x {device.name}"
-    if model.name in preset_names() and not _same_sizes(model):
-        return f"has constants of {model.name} as conf/model has it; this one has other sizes"
     return None
 
 

@@ -128,7 +128,8 @@ def named(
         "experiment": run.experiment, **names, "setup": ran, "label": ours["system"], "evidence": kind,
         "allocator": system.allocator.name if system else "-",
         "kernel": run.kernel_of(system) if system else "-",
-        "model": run.model.name, "clock": run.clock, "device": run.device_name, "x": x,
+        "model": run.model.name if "model" in run.reads else "-",
+        "clock": run.clock, "device": run.device_name, "x": x,
     }  # fmt: skip
 
 
@@ -140,7 +141,13 @@ def is_earned(names: Mapping[str, Any]) -> bool:
 def setup(run: "Run", detail: str = "") -> str:
     """`<model> <trace>, <detail>, <n> x <device>`: what ran, whatever it may be called."""
     what = " ".join(filter(None, (run.model.name if "model" in run.reads else "", _trace_name(run))))
-    return ", ".join(filter(None, (what, detail, f"{run.model.tp} x {run.device_name}")))
+    where = f"{run.model.tp} x {run.device_name}" if "device" in run.reads else ""
+    return ", ".join(filter(None, (what, detail, where)))
+
+
+def without_trace(run: "Run") -> "Run":
+    """The run as rows have it that no trace enters."""
+    return replace(run, reads=tuple(group for group in run.reads if group != "trace"))
 
 
 def _trace_name(run: "Run") -> str:

@@ -7,10 +7,13 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
+from kvarena.experiments import block_size
 from kvarena.experiments.block_sweep import measures
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
+from kvarena.harness.published import is_earned, named
 
+DEFAULTS = ("experiment=block_size",)
 SHORT = ("arrival.duration_s=40", "params.rates={sharegpt: 2.5}", "params.block_sizes=[4,16,256]")
 PAGED = "systems=[paged]"
 TINY = (
@@ -24,12 +27,11 @@ def latency(summary: pd.DataFrame) -> pd.Series:
     return rows.set_index("x").value
 
 
-def test_rows_join_the_published_figure(summary_of: Callable[..., pd.DataFrame]) -> None:
+def test_rows_are_told_apart_by_block_size(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("block_size", *SHORT)
-    rows = summary[summary.figure == "fig18b"]
-    assert set(zip(rows.paper, rows.panel, rows.system, rows.unit, strict=True)) == {
-        ("pagedattention", "ShareGPT", "vLLM", "s/token")
-    }
+    rows = summary[summary.quantity == "normalized_latency_vs_block_size"]
+    assert set(summary.paper) == {"kvarena"}, "another load is not Fig 18b"
+    assert set(rows.system) == {"paged/vllm2023"}
     assert rows.set_index("x").evidence.to_dict() == {4: "conditional", 16: "predicted", 256: "predicted"}
     waste = summary[summary.quantity == "last_block_waste_vs_block_size"].set_index("x").value
     assert waste[4] < waste[16] < 5 < waste[256] < 50
@@ -47,7 +49,7 @@ def test_a_kernels_cost_makes_its_block_size_slower_and_conditional(summary_of: 
     assert costly[4] > 1.05 * free[4]
     assert costly[16] == free[16]
     assert costly[256] == free[256]
-    evidence = summary[summary.figure == "fig18b"].set_index("x").evidence
+    evidence = summary[summary.quantity == "normalized_latency_vs_block_size"].set_index("x").evidence
     assert evidence.to_dict() == {4: "conditional", 16: "predicted", 256: "conditional"}
 
 
@@ -71,9 +73,9 @@ def test_a_file_of_lengths_is_read_for_the_runs_own_trace_too(tmp_path: Path) ->
 
 def test_measured_it_runs_the_kernel_with_every_block_size(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("block_size", *TINY, PAGED)
-    rows = summary[summary.figure == "fig18b"]
-    assert set(zip(rows.panel, rows.system, rows.evidence, rows.n, strict=True)) == {
-        ("tiny-opt ShareGPT", "paged/numba", "measured", 2)
+    rows = summary[summary.quantity == "normalized_latency_vs_block_size"]
+    assert set(zip(rows.paper, rows.system, rows.evidence, rows.n, strict=True)) == {
+        ("kvarena", "paged/numba", "measured", 2)
     }
     assert set(rows.x) == {1, 16}
     assert (rows.value > 0).all()
@@ -100,3 +102,64 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
 def test_a_kernels_cost_is_for_the_modelled_clock(summary_of: Callable[..., pd.DataFrame]) -> None:
     with pytest.raises(UserError, match="clock=modelled"):
         summary_of("block_size", *TINY, PAGED, "params.kernel_cost={16: 2.0}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("engine=vllm2023_folded", "params.kernel_cost={16: 3.0}"),
+        ("engine=lean", "params.kernel_cost={16: 0.5}"),  # faster than the device can read
+    ],
+)
+def test_a_cost_that_no_constant_of_the_engine_can_have_is_refused(overrides: tuple[str, ...]) -> None:
+    run = compose_run(*DEFAULTS, *SHORT, PAGED, *overrides)
+    with pytest.raises(UserError, match="Engines that can"):
+        block_size._check(run)
+
+
+@pytest.mark.parametrize("overrides", [
+    (PAGED, "engine=lean"), ("systems=[paged-fa2]", "engine=sarathi2024", "device=a100-80gb", "model=yi-6b"),
+])  # fmt: skip
+def test_a_cost_slows_whatever_reads_kv(overrides: tuple[str, ...]) -> None:
+    run = compose_run(*DEFAULTS, *overrides, "params.kernel_cost={16: 3.0}")
+    block_size._check(run)
+
+
+def earned_panel(*overrides: str, trace: str = "sharegpt", **point: object) -> str | None:
+    """The published panel that vLLM's row at 16 would have."""
+    run = compose_run(*DEFAULTS, *overrides)
+    names = named(block_size._of_trace(run, trace), run.systems[0], "fig18b", kernel_cost=None, x=16)
+    return names["panel"] if is_earned(names) else None
+
+
+def test_with_the_defaults_both_panels_are_earned_by_vllm_alone() -> None:
+    assert earned_panel() == "ShareGPT"
+    assert earned_panel(trace="alpaca") == "Alpaca"
+    run = compose_run(*DEFAULTS)
+    assert not any(is_earned(named(run, system, "fig18b", kernel_cost=None)) for system in run.systems[1:])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "device=a100-80gb engine=lean", "engine=lean", "engine=vllm2023_folded", "model=opt-66b",
+        "model=opt-13b model.dtype=float32", "model=opt-13b model.tp=2", "arrival.duration_s=300", "arrival.seed=3", "params.rates={sharegpt:2.5}", "trace.max_tokens=1024",
+        "params.pool_bytes=12897484800", "allocator=paged allocator.watermark=0.1", "scheduler=chunked_prefill", "decoding=parallel",
+    ],
+)  # fmt: skip
+def test_whatever_changes_the_figure_loses_its_name(override: str) -> None:
+    assert earned_panel(*override.split(), "systems=[paged]") is None
+
+
+def test_a_given_cost_is_not_the_figures_kernel() -> None:
+    run = compose_run(*DEFAULTS)
+    assert not is_earned(named(block_size._of_trace(run, "sharegpt"), run.systems[0], "fig18b", kernel_cost=2.0))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ["arrival.rate=3", "allocator=paged allocator.block_size=32", "params.rounds=3", "params.rates={sharegpt:2} params.paths.alpaca=x"],
+)  # fmt: skip
+def test_keys_without_effect_are_refused(keys: str) -> None:
+    with pytest.raises(UserError, match="nothing reads it"):
+        compose_run(*DEFAULTS, *keys.split())

@@ -1,5 +1,6 @@
 """Calibration: known constants are found again, files can be used, loads are what they say."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvarena.errors import UserError
+from kvarena.experiments import compose
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.known_steps import decode_load, prefill_load
 from kvarena.experiments.step_fit import Fitted, Limits, device_of, fit, predicted_s, yaml_files
+from kvarena.harness import config
 from kvarena.harness.config import typed
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model.build import build_model
+from kvarena.harness.paths import CONF
 from kvarena.harness.run import Run
 
 LIMITS = Limits(read_gb_per_s=20.0, tflop_per_s=0.05)
@@ -70,6 +74,26 @@ def test_fitted_files_are_a_device_and_an_engine(run: Run) -> None:
         fitted.device.need("copy_in_us")
 
 
+def test_the_written_files_run_on_this_machine_and_are_refused_elsewhere(
+    finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished("calibrate", *TINY)
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    for kind in ("device", "engine"):
+        shutil.copy(folder / f"{kind}.yaml", conf / kind / "this-machine.yaml")
+    for module in (config, compose):
+        monkeypatch.setattr(module, "CONF", conf)
+    here = ("device=this-machine", "engine=this-machine", "model=tiny-llama", "systems=[paged]", "arrival.rate=100",
+            "arrival.duration_s=0.1", "trace.max_tokens=64", "params.pool_bytes=1048576", "params.seeds=[0]",
+            "params.window_s=[0,100]")  # fmt: skip
+    summary = pd.read_csv(finished("memory_waste", *here) / "summary.csv")
+    assert set(summary.device) == set(summary.kernel) == {"this-machine"}
+    for other in ("device=a100-40gb", "model=tiny-opt"):
+        with pytest.raises(UserError, match="engine=this-machine was fitted"):
+            finished("memory_waste", *here, other)
+
+
 def test_a_decode_load_grows_by_a_token_per_sequence_and_step(run: Run) -> None:
     load = decode_load(run, run.systems[0], build_model(run.model, "cpu"), batch=3, context=20, steps=4)
     try:
@@ -105,7 +129,9 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
     assert set(modelled.device) == {"this-machine"}
     errors = summary[summary.quantity.str.startswith("step_time_rms_log_error:")]
     assert set(errors.quantity.str.partition(":")[2]) == {"fitted", "held_out"}
-    replays = pd.read_parquet(folder / "requests.parquet")
+    replays = pd.read_parquet(folder / "replays.parquet")
+    replays = replays.merge(pd.read_parquet(folder / "modelled_replays.parquet"), on="system", suffixes=("", "_modelled"))
+    assert not {"requests.parquet", "steps.parquet"} & {path.name for path in folder.iterdir()}, "none of their rows are"
     rows = summary[summary.quantity == "modelled_over_measured:e2el_mean"]
     assert list(rows.n) == [2, 2]
     for system, value in zip(("paged", "orca-oracle"), rows.value, strict=True):
@@ -123,6 +149,8 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
         ("params.contexts=[8,20,100000]", "leave"),
         ("params.rounds=0", "at least 1 each"),
         ("systems=[orca-oracle]", "must be one with allocator paged"),
+        ("model.num_layers=3", "has other sizes|other sizes"),
+        ("engine.kv_efficiency=0.5", "nothing reads it"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, said: str, finished: Callable[..., Path]) -> None:

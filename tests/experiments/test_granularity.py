@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
+from kvarena.experiments.compose import compose_run
 
 SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.seeds=[0]", "params.page_groups=[2MB]")
 
@@ -27,13 +28,30 @@ def test_batch_falls_and_waste_rises_with_the_unit(summary_of: Callable[..., pd.
     mapped = summary[summary.quantity == "units_per_step_vs_tokens_per_unit"].set_index("allocator").value
     assert (mapped["paged"] == 0).all()
     assert mapped["vattention"] > 0
+    assert set(summary.paper) == {"kvarena"}
+    assert set(summary.evidence) == {"conditional"}
 
 
 def test_a_system_without_units_is_refused(finished: Callable) -> None:
     with pytest.raises(UserError, match="no unit"):
-        finished("granularity", *SHORT, "systems=[contiguous]")
+        finished("granularity", *SHORT[:3], "systems=[contiguous]")
 
 
 def test_a_page_group_that_no_driver_has_is_refused(finished: Callable) -> None:
     with pytest.raises(UserError, match="page_group"):
         finished("granularity", *SHORT[:3], "params.page_groups=[1MB]", "systems=[vattention]")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["params.seeds=[-1]", "params.seeds=[0,0]", "params.block_sizes=[16,16]", "params.block_sizes=[]", "allocator.block_size=8",
+     "trace.seed=1"],
+)  # fmt: skip
+def test_units_and_seeds_that_cannot_be_are_refused(finished: Callable, override: str) -> None:
+    with pytest.raises(UserError):
+        finished("granularity", *SHORT[:2], "systems=[paged]", override)
+
+
+def test_units_of_systems_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="no system of this run has such units"):
+        compose_run("experiment=granularity", "systems=[paged]", "params.page_groups=[2MB]")

@@ -10,6 +10,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.memory_by_batch import attached_bytes, running_lengths
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import is_earned, named
 from kvarena.harness.summary import PUBLISHED_KEY, read_published
 from kvarena.harness.workload import Workload
 
@@ -17,7 +18,7 @@ LAYOUT = "experiment=memory_layout"
 
 
 def test_published_numbers(summary_of: Callable[..., pd.DataFrame]) -> None:
-    summary = summary_of("memory_layout", "trace.num_requests=4000")
+    summary = summary_of("memory_layout")
     published = read_published(PUBLISHED)
     published = published[(published.paper == "pagedattention") & published.figure.isin(["fig1", "fig3", "table1"])]
     rows = published.merge(summary, on=PUBLISHED_KEY, how="left", suffixes=("_published", ""))
@@ -28,13 +29,60 @@ def test_published_numbers(summary_of: Callable[..., pd.DataFrame]) -> None:
     assert error[rows.figure == "table1"].max() < 0.015
     assert error[rows.quantity == "memory_vs_batch"].max() < 0.05
     assert error[rows.quantity == "throughput_vs_batch"].max() < 0.2, "Fig 1 was a faster run than Fig 12"
-    blocks = summary[summary.quantity == "kv_blocks_of_16"].set_index("panel").value
-    assert dict(blocks) == {"OPT-13B": 984, "OPT-66B": 605, "OPT-175B": 3757}
+    blocks = summary[summary.quantity == "kv_blocks_of_16"].set_index("model").value
+    assert dict(blocks) == {"opt-13b": 984, "opt-66b": 605, "opt-175b": 3757}
+    kinds = rows.drop_duplicates("quantity").set_index("quantity").evidence
+    assert kinds["max_kv_slots"] == "calibrated"
+    assert kinds["parameter_size"] == kinds["never_used_slots"] == "exact"
+    assert set(summary[summary.allocator == "vattention"].paper) == {"kvarena"}, "the paper has no such system"
 
 
 def test_another_model_wears_no_published_panel(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("memory_layout", "trace.num_requests=200", "engine=lean", "model=llama-13b")
-    assert set(summary.figure[summary.quantity == "memory_vs_batch"]) == {"memory_layout"}
+    of_device = summary[summary.quantity.isin(["memory_vs_batch", "throughput_vs_batch", "share_of_gpu_memory:parameters"])]
+    assert set(of_device.paper) == {"kvarena"}
+    assert "table1" in set(summary.figure), "its servers are named, whatever the run's own"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trace.num_requests=200", "trace=alpaca", "trace.max_tokens=1024", "model=opt-13b model.dtype=float32 engine=lean device=a100-80gb",
+        "device=h100 engine=lean", "engine=lean",
+    ],
+)  # fmt: skip
+def test_whatever_changes_fig_1_loses_its_name(overrides: str) -> None:
+    for ours, earns in (((), True), (overrides.split(), False)):
+        run = compose_run(LAYOUT, *ours)
+        point = {"half": "memory", "requests": run.trace.num_requests}
+        assert is_earned(named(run, run.systems[1], "fig1", key="vLLM", x=8.9, **point)) == earns
+
+
+def test_another_request_or_server_is_not_the_papers(summary_of: Callable[..., pd.DataFrame]) -> None:
+    longer = "{name: request A, prompt_tokens: 9, output_tokens: 3, max_tokens: 2048}"
+    server = "{model: opt-13b, tp: 1, device: a100-80gb}"
+    summary = summary_of(
+        "memory_layout", f"params.reservations=[{longer}]", f"params.servers=[{server}]", "trace.num_requests=50"
+    )
+    changed = summary[summary.quantity.isin(["never_used_slots", "max_kv_slots"])]
+    assert set(changed.paper) == {"kvarena"}
+    assert set(changed.evidence) == {"exact", "predicted"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["params.servers=[{model: opt-66b, tp: 1, device: a100-40gb}]"], "122.4 GiB"),
+        (["engine=lean", "device=a100-40gb", "device.memory_gib=4"], "weights do not fit, 23.9 GiB"),
+        (["params.servers=[{model: opt-13b, tp: 1, device: a100-40gb}, {model: opt-13b, tp: 1, device: a100-40gb}]"], "twice"),
+        (["params.throughput_batches=[0]"], "at least 1"),
+        (["params.pool_bytes=1000000000"], "nothing reads it"),
+        (["arrival=poisson"], "nothing reads it"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides: list[str], said: str, finished: Callable) -> None:
+    with pytest.raises(UserError, match=said):
+        finished("memory_layout", "trace.num_requests=10", *overrides)
 
 
 def test_lengths_of_running_requests_by_hand() -> None:

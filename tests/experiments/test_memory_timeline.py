@@ -134,12 +134,32 @@ def test_a_run_writes_all_pictures(finished):
     summary = pd.read_csv(folder / "summary.csv")
     assert memory_timeline.draw(summary).axes
     assert len(summary) < 1000
+    assert {p.stem for p in folder.glob("*.parquet")} == {"counts", "held_by_request", "requests", "steps"}
+
+
+def test_the_papers_counts_are_of_their_own_systems(summary_of):
+    few = ("trace.num_requests=4", "systems=[paged,vattention-64kb,vattention-2mb]")
+    counted = summary_of("memory_timeline", *few).set_index("figure")
+    counted = counted[counted.evidence == "exact"]
+    assert dict(zip(counted.index, counted.system, strict=True)) == {
+        "s4.3": "vLLM", "s6.1.1": "vAttention", "memory_timeline": "vattention-64KB/vllm2023",
+    }  # fmt: skip
+    assert counted.value["s4.3"] == 0
+    assert counted.value["s6.1.1"] == 1
+    other = summary_of("memory_timeline", *few, "device=a100-80gb", "engine=lean")
+    assert set(other.paper) == {"kvarena"}
+
+
+def test_a_device_that_the_weights_do_not_fit_is_refused(finished):
+    with pytest.raises(UserError, match="weights do not fit, 23.9 GiB"):
+        finished("memory_timeline", "engine=lean", "device=a100-40gb", "device.memory_gib=4", "params.pool_bytes=null")
+    with pytest.raises(UserError, match="do not fit its 39.4"):
+        finished("memory_timeline", "params.pool_bytes=20000000000")
 
 
 def test_what_cannot_be_drawn():
     run = compose_run(*SMALL, "systems=[fastertransformer]", "params.pool_bytes=1073741824")
     with pytest.raises(UserError, match="cannot be told apart by request"):
         film(run, run.systems[0], workload_of(run))
-    measured = compose_run(*SMALL, "clock=measured", "device=cpu")
-    with pytest.raises(UserError, match="clock=measured: memory_timeline stops a replay at every step"):
-        memory_timeline.run(measured, None)
+    with pytest.raises(UserError, match="memory_timeline stops a replay at every step"):
+        compose_run(*SMALL, "clock=measured", "device=cpu")

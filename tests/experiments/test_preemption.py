@@ -10,10 +10,11 @@ from kvarena.allocators.policy import SwapIn
 from kvarena.errors import UserError
 from kvarena.experiments.block_sweep import variants
 from kvarena.experiments.compose import compose_run
-from kvarena.experiments.preemption import AS_DRAWN
+from kvarena.experiments.preemption import AS_DRAWN, preempting, ways
 from kvarena.experiments.preemption_cost import RECOMPUTE, PreemptionBench, modelled_costs, scattered_policy
 from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.published import is_earned, named
 from kvarena.harness.summary import beside_published, read_published
 
 SHORT = ("arrival.duration_s=60", "arrival.rate=3", "params.replay_block_sizes=[8,16]")
@@ -38,6 +39,7 @@ def test_a_swap_costs_its_bytes_and_its_copies() -> None:
 
 def test_modelled_costs_are_near_the_published(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("preemption", "systems=[paged]", *SHORT)
+    assert set(summary[summary.quantity == "overhead_vs_block_size"].figure) == {"fig19a"}
     rows = beside_published(summary[summary.figure == "fig19a"], read_published(PUBLISHED)).dropna(subset="published")
     assert len(rows) == 4 * 9
     error = (rows.value / rows.published - 1).abs().groupby(rows.system).max()
@@ -49,19 +51,22 @@ def test_modelled_costs_are_near_the_published(summary_of: Callable[..., pd.Data
     own = summary[summary.quantity == "cost_of_recompute"].set_index("x").value
     drawn = summary[summary.system == AS_DRAWN].set_index("x").value
     assert (drawn / own).round(9).eq(0.9).all()
-    other = summary_of("preemption", "systems=[paged]", "device=a100-80gb", *SHORT)
-    assert set(other[other.figure == "fig19a"].evidence) == {"predicted"}, "its copies were fitted to nothing here"
+    assert set(summary[summary.quantity == "cost_of_swap in"].evidence) == {"calibrated"}
+    other = summary_of("preemption", "systems=[paged]", "device=a100-80gb", "engine=lean", *SHORT)
+    assert set(other[other.quantity == "overhead_vs_block_size"].evidence) == {"predicted"}, "fitted to nothing here"
+    assert set(other.paper) == {"kvarena"}
 
 
 def test_both_ways_serve_the_trace(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("preemption", *SHORT, "systems=[paged,vattention-64kb]")
-    rows = summary[summary.figure == "fig19b"]
-    assert set(rows.panel) == {"OPT-13B ShareGPT"}
+    rows = summary[summary.quantity == "normalized_latency_vs_block_size"]
+    assert set(rows.paper) == {"kvarena"}, "another load is not Fig 19b"
     assert set(zip(rows.system, rows.x, rows.evidence, strict=True)) == {
-        (way, x, kind) for way in ("recompute", "swap") for x, kind in ((8, "conditional"), (16, "predicted"))
-    }
+        (f"paged-{way}/vllm2023", x, kind)
+        for way in ("recompute", "swap") for x, kind in ((8, "conditional"), (16, "predicted"))
+    }  # fmt: skip
     stall = summary[(summary.quantity == "stall_mean_s_vs_block_size") & (summary.x == 16)].set_index("system").value
-    assert stall["recompute"] == 0 < stall["swap"], "only copies keep a step waiting"
+    assert stall["paged-recompute/vllm2023"] == 0 < stall["paged-swap/vllm2023"], "only copies keep a step waiting"
     preempted = summary[summary.quantity == "preemptions_vs_block_size"].value
     assert (preempted > 0).all()
     assert list(summary[summary.quantity == "normalized_latency"].system) == ["vattention-64KB/vllm2023"]
@@ -98,13 +103,13 @@ def test_a_swap_that_loses_bytes_is_noticed_before_it_is_timed(monkeypatch: pyte
 def test_measured_it_swaps_and_recomputes_for_real(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("preemption", *TINY)
     assert set(summary.evidence) == {"measured"}
-    cost = summary[summary.figure == "fig19a"]
-    assert set(cost.panel) == {"tiny-opt 40 tokens"}
+    cost = summary[summary.quantity == "overhead_vs_block_size"]
+    assert set(cost.panel) == {"tiny-opt, a request of 40 tokens, 1 x cpu"}
     assert set(cost.system) == {
         "paged-recompute/numba", "paged-swap-in/numba", "paged-swap-out/numba", "paged-swap-in+out/numba",
     }  # fmt: skip
     assert (cost.value > 0).all()
-    replays = summary[summary.figure == "fig19b"]
+    replays = summary[summary.quantity == "normalized_latency_vs_block_size"]
     assert set(replays.system) == {"paged-recompute/numba", "paged-swap/numba"}
     preempted = summary[summary.quantity == "preemptions_vs_block_size"]
     assert (preempted.value > 0).all()
@@ -125,3 +130,44 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
     overrides = (*SHORT, override) if override.startswith("systems") else ("systems=[paged]", *SHORT, override)
     with pytest.raises(UserError, match=said):
         summary_of("preemption", *overrides)
+
+
+def earned(*overrides: str) -> set[str]:
+    """Of the two figures, those whose rows swapping would carry."""
+    run = compose_run("experiment=preemption", "systems=[paged]", *overrides)
+    ways = {"fig19a": "swap in", "fig19b": "swap"}
+    return {figure for figure, way in ways.items() if is_earned(named(run, run.systems[0], figure, key=way, x=16))}
+
+
+def test_with_the_defaults_both_figures_are_earned() -> None:
+    assert earned() == {"fig19a", "fig19b"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        ("params.tokens=512", {"fig19b"}),
+        ("arrival.rate=3", {"fig19a"}),
+        ("params.swap_bytes=10GB", {"fig19a"}),
+        ("arrival.seed=1", {"fig19a"}),
+        ("trace=alpaca", {"fig19a"}),
+        ("device=a100-40gb device.copy_in_us=4", set()),
+        ("device=h100 engine=lean", set()),
+        ("model=llama-13b", set()),
+    ],
+)
+def test_whatever_changes_a_figure_loses_its_name(overrides: str, left: set[str]) -> None:
+    assert earned(*overrides.split()) == left
+
+
+def test_a_scheduler_without_a_choice_is_served_as_it_is() -> None:
+    run = compose_run("experiment=preemption", "systems=[orca-max,paged]", "scheduler=chunked_prefill", "engine=lean")
+    for system in run.systems:
+        assert ways(system) == ("recompute",)
+        assert preempting(system, "recompute", "20GB") == system
+
+
+@pytest.mark.parametrize("key", ["allocator=paged allocator.swap_bytes=1GB", "scheduler.preemption=swap", "params.rounds=3"])
+def test_keys_without_effect_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match="nothing reads it"):
+        compose_run("experiment=preemption", *key.split())

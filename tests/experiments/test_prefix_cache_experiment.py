@@ -24,6 +24,8 @@ def test_mooncakes_counts(summary_of: Callable[..., pd.DataFrame], shared: Calla
     assert trace["blocks"] == 121_877
     assert trace["hit_blocks:every_id"] == 77_953
     assert trace["hit_blocks:whole_blocks"] == 77_740
+    served = summary[summary.quantity == "prefill_tokens:with_cache"]
+    assert set(served.panel) == {"llama-3-8b mooncake_synthetic.jsonl, 8 x a100-80gb"}
     hits = summary[summary.quantity == "hit_ratio_vs_capacity"].set_index("x").value
     unlimited = summary[summary.quantity == "hit_ratio_unlimited"].value.item()
     assert 0 < hits[100] < hits[1000] < unlimited < 100 * 77_740 / 121_877 * 1.02
@@ -37,11 +39,14 @@ def test_chats_without_a_file(summary_of: Callable[..., pd.DataFrame]) -> None:
     assert set(summary.evidence) == {"exact", "predicted"}
     fed, ttft, reused = (by_way(summary, q) for q in ("prefill_tokens", "ttft_mean", "reused_share"))
     assert len(fed) == 4
+    counted = summary[summary.quantity.str.startswith("hit_") | (summary.system == "trace")]
+    assert set(counted.evidence) == {"exact"}
+    assert set(summary.panel) == {"llama-3-8b sharegpt_chat, 1 x a100-80gb"}
     assert (fed.with_cache < 0.8 * fed.without_cache).all()
     assert (ttft.with_cache < ttft.without_cache).all()
     assert (reused.without_cache == 0).all()
     assert (reused.with_cache > 20).all()
-    assert by_way(summary, "stall_mean").loc["vLLM"].tolist() == [0, 0]
+    assert by_way(summary, "stall_mean").loc["paged/lean"].tolist() == [0, 0]
 
 
 def test_measured(summary_of: Callable[..., pd.DataFrame]) -> None:
@@ -67,8 +72,11 @@ def test_an_allocator_that_keeps_nothing_is_refused(finished: Callable) -> None:
     [
         ("params.repeats=0", "params.repeats=0: must be 1 or more"),
         ("params.capacities_gb=[30,0]", "every capacity must be above 0"),
+        ("params.capacities_gb=[30,30]", "none twice"),
+        ("model=llama-3-8b model.tp=2", "params.serve_tp"),
+        ("allocator=paged allocator.prefix_cache=true", "with the cache and without it"),
     ],
 )
 def test_what_cannot_be_counted_or_served_is_refused_first(override: str, said: str, finished: Callable) -> None:
     with pytest.raises(UserError, match=said):
-        finished("prefix_cache", override)
+        finished("prefix_cache", *override.split())
