@@ -48,7 +48,7 @@ def dots(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
     for label, look in looks(rows).items():
         points = published_of(rows[rows.label == label], theirs)
         if len(points):
-            axis.plot(points.x, points.value, "o", ms=6, mfc="none", color=look.colour)
+            axis.plot(points.x, points.value, look.marker, ms=7, mfc="none", color=look.colour)
 
 
 def published_of(rows: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
@@ -64,5 +64,5 @@ def title(axis: Axes, rows: pd.DataFrame, figure: str | None, ours: str) -> None
     if len(earned):
         first = earned.iloc[0]
         theirs = published_values(PAPER, figure=first.figure, panel=first.panel)
-        what = f"vAttention {str(figure).replace('fig', 'Fig ')}: {first.panel}" + ("; rings published" if len(theirs) else "")
+        what = f"vAttention {str(figure).replace('fig', 'Fig ')}: {first.panel}" + ("; published beside" if len(theirs) else "")
     axis.set_title(f"{what}\n{rows.setup.iloc[0]}, {rows.clock.iloc[0]}", fontsize=9)
