@@ -42,8 +42,8 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
         before = read.gb_per_s()
         steps = pd.DataFrame(_rounds(params, batches, progress))
         after = read.gb_per_s()
-        cells = [_account(name, b, before, after) for name, b in batches.items()]
-        return {"steps": steps, "requests": _requests(batches), "cells": pd.DataFrame(cells)}
+        accounts = [_account(name, b, before, after) for name, b in batches.items()]
+        return {"steps": steps, "requests": _requests(batches), "batches": pd.DataFrame(accounts)}
     finally:
         for batch in batches.values():
             batch.close()

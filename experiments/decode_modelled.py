@@ -4,56 +4,66 @@ Every sequence is resident from the start, as in the paper's measurement. The po
 for real, so that what they map, and whether the device hides it, is in the step's time.
 """
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments import plots
-from kvarena.experiments.published_models import runs_by_model
-from kvarena.experiments.replay import columns, pool_bytes_of
+from kvarena.experiments.published_models import by_model, of_model, runs_by_model
+from kvarena.experiments.replay import pool_bytes_of
 from kvarena.harness.action_prices import action_prices
-from kvarena.harness.model import panel_name
 from kvarena.harness.modelled_executor import ModelledExecutor
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.request import Request, RequestState
 from kvarena.harness.resident import make_resident
 from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.step_model import PS_PER_S
-from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.summary import SummaryRow, row
 from kvarena.harness.systems import System
 
 NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
+TRACE = "trace"  # of `params.prompts`: those of the trace
 
 
-def run_modelled(run: Run, recorder: Recorder) -> Outcome:
-    """Every model, system and batch size that fits the device."""
-    context = int(run.params.prompts[0])
-    steps: list[pd.DataFrame] = []
-    rows: list[SummaryRow] = []
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Every model, prompt length, system and batch size that fits the device."""
+    lengths = _lengths(run)
+    points: list[pd.DataFrame] = []
     left_out: list[str] = []
     runs = runs_by_model(run)
-    with Progress(NAME, len(runs)) as progress:
-        for one in runs:
-            progress.stage(one.model.name)
+    with Progress(NAME, len(runs) * len(lengths)) as progress:
+        for one, context in itertools.product(runs, lengths):
+            progress.stage(f"{one.model.name}, {context} tokens")
             batches = [b for b in run.params.batch_sizes if _fits(one, b, context)]
-            left_out += [f"{one.model.name} at {b}: no room" for b in run.params.batch_sizes if b not in batches]
-            table = recorder.cell(one.model.name, partial(_cell, one, batches, context))["steps"]
-            steps.append(table)
-            rows += _rows(one, table, context)
+            left_out += [
+                f"{one.model.name} at {b} x {context}" for b in run.params.batch_sizes if b not in batches
+            ]
+            if batches:
+                cell = recorder.cell(f"{one.model.name}-{context}", partial(_cell, one, batches, context))
+                points.append(of_model(one, cell["points"]))
             progress.advance()
-    summary = frame(rows)
-    notes = {"context": context, "left_out": left_out}
-    return Outcome(summary, pd.DataFrame(), pd.concat(steps, ignore_index=True), HEADLINE, draw(summary), notes)
+    if not points:
+        raise UserError(f"params.batch_sizes={run.params.batch_sizes}: none has room in the pool: {', '.join(left_out)}")
+    return Measured({"points": pd.concat(points, ignore_index=True)}, {"no_room_for": left_out})
+
+
+def _lengths(run: Run) -> list[int]:
+    """Tokens of each prompt. Raises UserError for prompts of a trace."""
+    for kind in run.params.prompts:
+        if not kind.isdecimal() or int(kind) < 1:
+            raise UserError(f"params.prompts={kind}: clock=modelled takes a number of tokens, the same for all")
+    return [int(kind) for kind in run.params.prompts]
 
 
 def _fits(run: Run, batch: int, context: int) -> bool:
@@ -65,11 +75,11 @@ def _fits(run: Run, batch: int, context: int) -> bool:
 
 def _cell(run: Run, batches: list[int], context: int) -> Frames:
     records = [
-        {"model": run.model.name, "system": system.name, "batch": batch, **_decode(run, system, batch, context)}
+        {"prompts": str(context), "system": system.name, "batch": batch, **_decode(run, system, batch, context)}
         for system in run.systems
         for batch in batches
     ]
-    return {"steps": pd.DataFrame(records)}
+    return {"points": pd.DataFrame(records)}
 
 
 def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, float]:
@@ -109,45 +119,34 @@ def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Req
     return requests
 
 
-def _rows(run: Run, table: pd.DataFrame, context: int) -> Iterator[SummaryRow]:
-    """Fig 8 and Table 7 where the run imitates them; and what the allocator took of a step."""
+def rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Fig 8 and Table 7; and what the allocator took of a step."""
     systems = {system.name: system for system in run.systems}
-    published = context == 16384 and run.imitates
-    panel = panel_name(run.model) if published else f"{run.model.name} {context} tokens"
-    cells: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-    for cell in cells:
-        shared = {"experiment": NAME, "panel": panel, "x": cell["batch"], **columns(run, systems[cell["system"]])}
-
-        def of(figure: str, quantity: str, value: float, unit: str, shared: dict[str, Any] = shared) -> SummaryRow:
-            paper = "vattention" if figure != NAME else "kvarena"
-            evidence = run.engine.evidence(figure, panel, shared["system"], shared["x"])
-            return row(value, paper=paper, figure=figure, quantity=quantity, unit=unit, evidence=evidence, **shared)
-
-        yield of("fig8", HEADLINE, cell["batch"] / cell["step_s"], "tok/s")
-        yield of("table7", "decode_attention_time_vs_batch", 1e3 * cell["attention_s"], "ms")
-        yield of(NAME, "step_time_vs_batch", 1e3 * cell["step_s"], "ms")
-        yield of(NAME, "attention_share_of_step", 100 * cell["attention_s"] / cell["step_s"], "%")
-        yield of(NAME, "allocator_stall_vs_batch", 1e6 * cell["stall_s"], "us")
-        yield of(NAME, "actions_per_step_vs_batch", cell["actions"], "count")
+    for one, table in by_model(run, points):
+        for point in table.itertuples():
+            yield from _rows(one, systems[str(point.system)], point)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 8: a panel per model, lines modelled, dots published."""
-    ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("vattention", figure="fig8")
-    panels = list(dict.fromkeys(ours.panel))
-    figure, axes = plots.canvas(1, len(panels), width=5)
-    for axis, panel in zip(axes, panels, strict=True):
-        rows = ours[ours.panel == panel]
-        for number, (name, line) in enumerate(rows.groupby("system", sort=False)):
-            colour = plots.PAPER_COLOURS.get(str(name), f"C{number}")
-            axis.plot(line.x, line.value, "-" if name in plots.PAPER_COLOURS else ":", color=colour, label=str(name))
-            dots = theirs[(theirs.panel == panel) & (theirs.system == name)]
-            axis.plot(dots.x, dots.value, "o", ms=4, color=colour)
-        clock = f"{rows.kernel.iloc[0]} on {rows.device.iloc[0]}, {rows.clock.iloc[0]}"
-        axis.set(ylabel="decode tokens/s", title=f"vAttention Fig 8: {panel}; dots published\n{clock}")
-        axis.set_ylim(0, None)
-        plots.batch_axis(axis, sorted(rows.x.unique()))
-        axis.legend(fontsize=7, frameon=False, loc="upper left")
-    figure.tight_layout()
-    return figure
+def _rows(run: Run, system: System, point: Any) -> Iterator[SummaryRow]:
+    for figure, quantity, value, unit in (
+        ("fig8", HEADLINE, point.batch / point.step_s, "tok/s"),
+        ("table7", "decode_attention_time_vs_batch", 1e3 * point.attention_s, "ms"),
+        (None, "step_time_vs_batch", 1e3 * point.step_s, "ms"),
+        (None, "attention_share_of_step", 100 * point.attention_s / point.step_s, "%"),
+        (None, "allocator_stall_vs_batch", 1e6 * point.stall_s, "us"),
+        (None, "actions_per_step_vs_batch", point.actions, "count"),
+    ):
+        yield row(value, quantity=quantity, unit=unit, **named_at(run, system, point.prompts, figure, x=point.batch))
+
+
+def named_at(
+    run: Run, system: System, prompts: str, figure: str | None = None, *, x: float, counted: bool = False
+) -> dict[str, Any]:
+    """What a row is called. `prompts` of `params.prompts`: the trace's, or so many tokens each as in Fig 8."""
+    if prompts == TRACE:
+        return named(run, system, figure, x=x, counted=counted)
+    alike = replace(run, reads=tuple(group for group in run.reads if group != "trace"))
+    return named(
+        alike, system, figure, detail=f"{prompts} tokens", x=x, counted=counted,
+        prompt_tokens=int(prompts), decoded_tokens=run.params.steps,
+    )  # fmt: skip

@@ -8,25 +8,20 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
-from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
-from kvarena.experiments import decode_modelled, plots
-from kvarena.experiments.decode_cell import measure_cell
-from kvarena.experiments.replay import columns
-from kvarena.harness.calibration import StreamingRead
-from kvarena.harness.model import panel_name
-from kvarena.harness.model.build import build_model
+from kvarena.experiments import decode_modelled, looks, plots
+from kvarena.experiments.decode_modelled import HEADLINE, NAME, TRACE, named_at
+from kvarena.experiments.published_models import unread_models
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
@@ -34,8 +29,10 @@ from kvarena.harness.trace import Trace, TraceConfig, load_trace
 from kvarena.harness.trace.account import account_of
 from kvarena.harness.trace.told import tell
 
-NAME = "decode_throughput"
-HEADLINE = "decode_throughput_vs_batch"
+READS = {
+    "modelled": ("model", "engine", "device", "systems"),
+    "measured": ("model", "trace", "engine", "device", "systems", "threads"),
+}
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Params:
 
     batch_sizes: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)  # "trace": the trace's; a number: that many tokens, as in Fig 8
-    max_tokens: int = 0  # longest sequence: the row of a static allocator
+    max_tokens: int = 0  # measured clock: longest sequence, the row of a static allocator
     pool_bytes: int | None = None  # of every allocator; null: batch x max_tokens, what static reservation needs
     warmup_steps: int = 0
     check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
@@ -58,33 +55,47 @@ class Params:
         return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Measure every batch size and summarise."""
-    params: Params = run.params
-    _check(params)
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run)
     if run.clock == "modelled":
-        return decode_modelled.run_modelled(run, recorder)
+        keys["params.max_tokens"] = "a row is as long as its sequence gets: params.prompts and the steps"
+    elif TRACE not in run.params.prompts:
+        keys["trace"] = f"params.prompts={run.params.prompts} are no prompts of a trace; params.prompts=[trace] are"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Measure every batch size; under the modelled clock of every model."""
+    _check(run.params)
+    if run.clock == "modelled":
+        return decode_modelled.measure(run, recorder)
+    import torch
+
+    from kvarena.allocators.vmm.fragments import scattered_pages_held
+    from kvarena.experiments.decode_cell import measure_cell
+    from kvarena.harness.calibration import StreamingRead
+    from kvarena.harness.model.build import build_model
+
+    params: Params = run.params
     device = torch.device(run.device.kind)
     prompts, trace_notes = _prompts(run)
     model = build_model(run.model, device)
     with scattered_pages_held():
         read = StreamingRead(device)
-    frames: list[Frames] = []
+    cells: list[Frames] = []
     with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
         for kind, lengths in prompts.items():
+            what = "trace" if kind == TRACE else f"{kind} tokens"
             for batch in params.batch_sizes:
-                progress.stage(f"{kind}, batch {batch}")
-                key = f"{kind}-{batch}".replace(" ", "-")
+                progress.stage(f"{what}, batch {batch}")
+                key = f"{what}-{batch}".replace(" ", "-")
                 if recorder.has_cell(key):
                     progress.advance(params.rounds)
                 cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
-                frames.append({name: table.assign(prompts=kind) for name, table in cell.items()})
-    steps, requests, cells = (
-        pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "requests", "cells")
-    )
-    summary = frame(itertools.chain(_summary(run, steps, cells), _over_paged(run, steps)))
-    notes = {"trace": trace_notes, "calibration": cells.to_dict("records")}
-    return Outcome(summary, requests, steps, HEADLINE, draw(summary), notes)
+                cells.append({name: table.assign(prompts=kind) for name, table in cell.items()})
+    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
+    return Measured(frames, {"trace": trace_notes, "calibration": frames["batches"].to_dict("records")})
 
 
 def _check(params: Params) -> None:
@@ -100,7 +111,7 @@ def _check(params: Params) -> None:
 
 
 def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Prompt lengths of the largest batch, by what they are called, and where they come from."""
+    """Prompt lengths of the largest batch, by what `params.prompts` calls them, and where the trace's come from."""
     params: Params = run.params
     largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 2
     if params.max_tokens > run.model.max_tokens:
@@ -108,11 +119,10 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     lengths: dict[str, list[int]] = {}
     notes: dict[str, Any] = {}
     for kind in params.prompts:
-        if kind == "trace":
-            trace = load_trace(run.trace, params.max_tokens)
-            lengths[trace.name], notes = _trace_prompts(run.trace, trace, largest, room)
+        if kind == TRACE:
+            lengths[kind], notes = _trace_prompts(run.trace, load_trace(run.trace, params.max_tokens), largest, room)
         elif kind.isdecimal() and 0 < int(kind) <= room:
-            lengths[f"{kind} tokens"] = [int(kind)] * largest
+            lengths[kind] = [int(kind)] * largest
         else:
             raise UserError(
                 f'params.prompts={kind}: neither "trace" nor a number of tokens from 1 to {room}, which is what '
@@ -135,19 +145,24 @@ def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -
     return served.prompt_tokens.tolist(), notes
 
 
-def _summary(run: Run, steps: pd.DataFrame, cells: pd.DataFrame) -> Iterator[SummaryRow]:
-    """One row per system, batch size and quantity; the intervals are over rounds."""
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 8 and Table 7, and what else is known of a step, by system and batch size; intervals are over rounds."""
+    if run.clock == "modelled":
+        return frame(decode_modelled.rows(run, frames["points"]))
+    steps = frames["steps"]
+    return frame(itertools.chain(_rows(run, steps, frames["batches"]), _over_paged(run, steps)))
+
+
+def _rows(run: Run, steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[SummaryRow]:
     grid = itertools.product(steps.prompts.unique(), run.params.batch_sizes, run.systems)
     for kind, batch, system in grid:
-        here, cell = (
+        here, account = (
             table[(table.prompts == kind) & (table.batch == batch) & (table.system == system.name)]
-            for table in (steps, cells)
+            for table in (steps, batches)
         )
-        for paper, figure, quantity, value, unit, evidence in _quantities(run, here, cell.iloc[0]):
-            yield row(
-                    value, experiment=NAME, paper=paper, figure=figure, panel=_panel(run, kind), quantity=quantity,
-                    x=batch, unit=unit, evidence=evidence, **columns(run, system),
-                )  # fmt: skip
+        for each in _quantities(run, here, account.iloc[0]):
+            names = named_at(run, system, kind, each.figure, x=batch, counted=each.counted)
+            yield row(each.value, quantity=each.name, unit=each.unit, **names)
 
 
 def _over_paged(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -159,102 +174,102 @@ def _over_paged(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
             other = paged.get(system.kernel.name, system.name)
             if system.name != other:
                 ratio = median_interval(seconds[other] / seconds[system.name])
-                yield row(
-                    ratio, experiment=NAME, paper="kvarena", figure=NAME, panel=_panel(run, str(kind)), x=batch,
-                    quantity="throughput_over_paged_vs_batch", unit="ratio", evidence="measured",
-                    **columns(run, system),
-                )  # fmt: skip
+                names = named_at(run, system, str(kind), x=int(str(batch)))
+                yield row(ratio, quantity="throughput_over_paged_vs_batch", unit="ratio", **names)
 
 
-def _panel(run: Run, kind: str) -> str:
-    """The published panel where the run imitates Fig 8 (16K tokens each), else model and prompts."""
-    if run.imitates and kind == "16384 tokens":
-        return panel_name(run.model)
-    return f"{run.model.name} {kind}"
+class _Quantity(NamedTuple):
+    name: str
+    value: Estimate | float
+    unit: str
+    counted: bool = False
+    figure: str | None = None
 
 
-Quantity = tuple[str, str, str, Estimate | float, str, str]
-
-
-def _quantities(run: Run, steps: pd.DataFrame, cell: pd.Series) -> Iterator[Quantity]:
-    """(paper, figure, quantity, value, unit, evidence) of one system at one batch size."""
+def _quantities(run: Run, steps: pd.DataFrame, account: pd.Series) -> Iterator[_Quantity]:
+    """What is known of one system at one batch size."""
     rounds = steps.groupby("round")
     total = rounds["step_s"].sum()
     attention = rounds["attention_s"].sum()
     token_bytes = run.model.kv_layout().token_bytes
-    limit = max(cell.read_gb_per_s_before, cell.read_gb_per_s_after)
+    limit = max(account.read_gb_per_s_before, account.read_gb_per_s_after)
     bandwidth = rounds["kv_tokens"].sum() * token_bytes / attention / 1e9
 
-    def ours(quantity: str, value: Any, unit: str, evidence: str = "measured") -> Quantity:
-        return "kvarena", NAME, quantity, value, unit, evidence
-
-    yield "vattention", "fig8", "decode_throughput_vs_batch", median_interval(rounds["batch"].sum() / total), "tok/s", "measured"  # fmt: skip  # noqa: E501
+    yield _Quantity(HEADLINE, median_interval(rounds["batch"].sum() / total), "tok/s", figure="fig8")
     if steps["attention_s"].notna().all():  # a step replayed as a graph has no parts
-        yield "vattention", "table7", "decode_attention_time_vs_batch", median_interval(1e3 * rounds["attention_s"].mean()), "ms", "measured"  # fmt: skip  # noqa: E501
-        yield ours("append_time_vs_batch", median_interval(1e3 * rounds["append_s"].mean()), "ms")
-        yield ours("attention_share_of_step", median_interval(100 * attention / total), "%")
-        yield ours("kv_read_bandwidth", median_interval(bandwidth), "GB/s")
-        yield ours("kv_read_share_of_streaming_read", median_interval(100 * bandwidth / limit), "%")
-    yield ours("step_time_vs_batch", median_interval(1e3 * rounds["step_s"].mean()), "ms")
-    yield ours("step_time_p99_vs_batch", float(1e3 * steps["step_s"].quantile(0.99)), "ms")
-    yield ours("streaming_read_before", float(cell.read_gb_per_s_before), "GB/s")
-    yield ours("streaming_read_after", float(cell.read_gb_per_s_after), "GB/s")
+        attention_ms = median_interval(1e3 * rounds["attention_s"].mean())
+        yield _Quantity("decode_attention_time_vs_batch", attention_ms, "ms", figure="table7")
+        yield _Quantity("append_time_vs_batch", median_interval(1e3 * rounds["append_s"].mean()), "ms")
+        yield _Quantity("attention_share_of_step", median_interval(100 * attention / total), "%")
+        yield _Quantity("kv_read_bandwidth", median_interval(bandwidth), "GB/s")
+        yield _Quantity("kv_read_share_of_streaming_read", median_interval(100 * bandwidth / limit), "%")
+    yield _Quantity("step_time_vs_batch", median_interval(1e3 * rounds["step_s"].mean()), "ms")
+    yield _Quantity("step_time_p99_vs_batch", float(1e3 * steps["step_s"].quantile(0.99)), "ms")
+    yield _Quantity("streaming_read_before", float(account.read_gb_per_s_before), "GB/s")
+    yield _Quantity("streaming_read_after", float(account.read_gb_per_s_after), "GB/s")
     overhead = rounds["schedule_s"].sum() + rounds["view_s"].sum()
-    yield ours("scheduler_policy_view_share_of_step", median_interval(100 * overhead / total), "%")
-    yield ours("actions_share_of_step", median_interval(100 * rounds["actions_s"].sum() / total), "%")
+    yield _Quantity("scheduler_policy_view_share_of_step", median_interval(100 * overhead / total), "%")
+    yield _Quantity("actions_share_of_step", median_interval(100 * rounds["actions_s"].sum() / total), "%")
     for count in ("growths", "actions", "ahead"):
-        yield ours(f"{count}_in_window", float(steps[count].sum()), "count", "exact")
+        yield _Quantity(f"{count}_in_window", float(steps[count].sum()), "count", counted=True)
     for key in ("driver_critical", "driver_background"):
-        yield ours(f"{key}_calls", float(cell[key]), "count", "exact")
-        yield ours(f"{key}_time", 1e3 * float(cell[f"{key}_s"]), "ms")
-    yield ours("driver_waited", 1e3 * float(cell.driver_waited_s), "ms")
+        yield _Quantity(f"{key}_calls", float(account[key]), "count", counted=True)
+        yield _Quantity(f"{key}_time", 1e3 * float(account[f"{key}_s"]), "ms")
+    yield _Quantity("driver_waited", 1e3 * float(account.driver_waited_s), "ms")
     for key in ("mapped_bytes", "pooled_bytes"):
-        yield ours(key, float(cell[key]), "bytes", "exact")
+        yield _Quantity(key, float(account[key]), "bytes", counted=True)
     for leaf in LEAVES:
-        share = 100 * steps[leaf].sum() / (len(steps) * cell.pool_bytes)
-        yield ours(f"share_of_kv_memory:{leaf}", float(share), "%", "exact")
+        share = 100 * steps[leaf].sum() / (len(steps) * account.pool_bytes)
+        yield _Quantity(f"share_of_kv_memory:{leaf}", float(share), "%", counted=True)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Ours, the bandwidth behind it and the memory under it; below, the paper's Fig 8."""
-    if set(summary.clock) == {"modelled"}:
-        return decode_modelled.draw(summary)
-    theirs = published_values("vattention", figure="fig8")
-    ours = summary[summary.quantity == HEADLINE]
-    device = f"{ours.device.iloc[0]}, {ours.clock.iloc[0]}"
-    titles = f"this run: {{panel}}\n{device}", "published: vAttention Fig 8\n{panel}, 16K tokens each, A100"
-    figure, above, below = plots.over_published(ours, theirs, _throughput, titles)
-    _bandwidth(above, summary, device)
-    _memory(below, summary, device)
+    """Throughput, a panel for all that ran alike; measured, the bandwidth behind it and the memory under it too."""
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    bandwidth = _of_last_setup(summary[summary.quantity == "kv_read_share_of_streaming_read"])
+    memory = _of_last_setup(summary[summary.quantity.str.startswith("share_of_kv_memory:")])
+    count = len(panels) + (not bandwidth.empty) + (not memory.empty)
+    columns = count if count <= 3 else (count + 1) // 2
+    figure, axes = plots.canvas(-(-count // columns), columns, width=5)
+    free = iter(axes)
+    for _, rows in panels:
+        _throughput(next(free), rows)
+    if not bandwidth.empty:
+        _bandwidth(next(free), bandwidth)
+    if not memory.empty:
+        _memory(next(free), memory)
     return plots.tidy(figure)
 
 
-def _throughput(axis: Axes, rows: pd.DataFrame, title: str) -> None:
-    plots.lines(axis, rows)
-    axis.set(ylabel="decode tokens/s", title=title, ylim=(0, None))
+def _of_last_setup(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows if rows.empty else rows[rows.setup == rows.setup.iloc[-1]]
+
+
+def _throughput(axis: Axes, rows: pd.DataFrame) -> None:
+    """One panel; dots are published, beside those that earned their names."""
+    looks.lines(axis, rows)
+    looks.dots(axis, rows, published_values("vattention", quantity=HEADLINE))
+    axis.set(ylabel="decode tokens/s", ylim=(0, None))
+    looks.title(axis, rows, "fig8", "decode throughput")
     plots.batch_axis(axis, sorted(rows.x.unique()))
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
 
 
-def _bandwidth(axis: Axes, summary: pd.DataFrame, device: str) -> None:
+def _bandwidth(axis: Axes, rows: pd.DataFrame) -> None:
     """K/V read in attention, over what the machine can read at all."""
-    rows = summary[summary.quantity == "kv_read_share_of_streaming_read"]
-    if rows.empty:
-        return
-    rows = rows[rows.panel == rows.panel.iloc[-1]]
-    plots.lines(axis, rows)
+    looks.lines(axis, rows)
     axis.axhline(100, color="black", lw=0.8, ls="--")
-    axis.set(ylabel="K/V read, % of a streaming read", title=f"attention bandwidth: {rows.panel.iloc[0]}\n{device}")
-    axis.set_ylim(0, 110)
+    axis.set(ylabel="K/V read, % of a streaming read", ylim=(0, 110))
+    looks.title(axis, rows, None, "attention bandwidth")
     plots.batch_axis(axis, sorted(rows.x.unique()))
 
 
-def _memory(axis: Axes, summary: pd.DataFrame, device: str) -> None:
+def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     """Where the pool's bytes are, at the largest batch."""
-    rows = summary[summary.quantity.str.startswith("share_of_kv_memory:")]
-    rows = rows[(rows.panel == rows.panel.iloc[-1]) & (rows.x == rows.x.max())]
-    shares = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="system", columns="leaf", values="value")
+    rows = rows[rows.x == rows.x.max()]
+    shares = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
     shown = [leaf for leaf in LEAVES if shares[leaf].max() > 0]
-    plots.stacked_bars(axis, shares.loc[list(dict.fromkeys(rows.system))], shown)
-    axis.set(ylabel="% of the KV pool", title=f"memory at batch {rows.x.iloc[0]:g}: {rows.panel.iloc[0]}\n{device}")
+    plots.stacked_bars(axis, shares.loc[list(dict.fromkeys(rows.label))], shown)
+    axis.set(ylabel="% of the KV pool")
+    looks.title(axis, rows, None, f"memory at batch {rows.x.iloc[0]:g}")
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

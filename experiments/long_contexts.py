@@ -1,16 +1,16 @@
 """vAttention's replays of long prompts: its models with stretched contexts, its share of each device, its requests."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from kvarena.experiments.published_models import runs_by_model
-from kvarena.experiments.replay import columns
+from kvarena.experiments.published_models import runs_by_model, unread_models
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.run import Run
-from kvarena.harness.systems import System
 
-CONDITION = "lengths are made up unless trace.path names the published requests: without it rows are conditional"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+MADE_UP = "lengths are made up: trace.path names the published requests"
 
 
 def runs_of_long_contexts(run: Run) -> list[Run]:
@@ -25,16 +25,16 @@ def _with_pool(run: Run) -> Run:
     return replace(run, params=replace(run.params, pool_bytes=pool))
 
 
-def by_system(run: Run, experiment: str) -> Iterator[tuple[System, dict[str, Any]]]:
-    """Every system of the run, with what its summary rows share."""
-    for system in run.systems:
-        yield system, {"experiment": experiment, "panel": run.shown_model, **columns(run, system)}
-
-
-def evidence(run: Run, figure: str, shared: dict[str, Any]) -> str:
-    """What kind of evidence a row is; `shared` are its columns."""
+def unread_of_long_contexts(run: Run) -> dict[str, str]:
+    """Keys that such a run does not read, and what to write instead."""
+    keys = unread_models(run)
     if run.clock == "measured":
-        return "measured"
-    if not run.trace.path:
-        return "conditional"
-    return str(run.engine.evidence(figure, shared["panel"], shared["system"], shared.get("x")))
+        keys["params.memory_share"] = "params.pool_bytes sets the pool under clock=measured"
+    elif run.params.pool_bytes is not None:
+        keys["params.memory_share"] = "params.pool_bytes sets the pool"
+    return keys
+
+
+def assumed_lengths(run: Run) -> str:
+    """What rows of the run rest on where nobody's requests were served, in words."""
+    return MADE_UP if run.trace.path is None and run.trace.table is None else ""

@@ -14,20 +14,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvarena.experiments import plots
+from kvarena.experiments import looks, plots
 from kvarena.experiments.averages import Average, averages
-from kvarena.experiments.long_contexts import CONDITION, by_system, evidence, runs_of_long_contexts
+from kvarena.experiments.long_contexts import READS as READS
+from kvarena.experiments.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.published_models import by_model, of_model
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.metrics import makespan_s
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import is_earned, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.systems import System
 
 NAME = "offline_throughput"
 HEADLINE = "offline_throughput"
-LINK = "h100-pcie-link"  # a device whose link is assumed, so what it gives is conditional
-FIGURES = {"a100-80gb": "fig9", "h100": "fig11", LINK: "fig11"}  # the device that each was taken on
+FIGURES = ("fig9", "fig11")  # on the A100 and on the H100
 OURS = {
     "makespan": "s", "mean_batched_requests": "requests", "output_tokens_per_s": "tok/s", "preemptions": "count",
     "finished": "count", "allocator_stall_share": "%", "prefill_share": "%",
@@ -44,22 +47,21 @@ class Params:
     pool_bytes: int | None = None  # of K/V on one device; null: what memory_share leaves
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+unread = unread_of_long_contexts
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve all requests with every system, model by model."""
-    rows: list[SummaryRow] = []
-    cells: list[Frames] = []
     runs = runs_of_long_contexts(run)
-    notes = {"lengths": CONDITION, "workload": workload_of(runs[0]).provenance}
+    cells: list[Frames] = []
     with Progress(NAME, len(runs)) as progress:
         for one in runs:
             progress.stage(one.model.name)
             cell = recorder.cell(one.model.name, partial(_cell, one))
-            cells.append({name: table.assign(model=one.model.name) for name, table in cell.items()})
-            rows += _rows(one, cell["totals"])
+            cells.append({name: of_model(one, table) for name, table in cell.items()})
             progress.advance()
-    requests, totals = (pd.concat([c[name] for c in cells], ignore_index=True) for name in ("requests", "totals"))
-    summary = frame(rows)
-    return Outcome(summary, requests, totals, HEADLINE, draw(summary), notes)
+    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
+    return Measured(frames, {"workload": workload_of(runs[0]).provenance})
 
 
 def _cell(run: Run) -> Frames:
@@ -86,44 +88,53 @@ def _totals(requests: pd.DataFrame, steps: pd.DataFrame) -> dict[str, object]:
     }
 
 
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 9 or 11, and what lies behind it, model by model."""
+    return frame(each for one, totals in by_model(run, frames["totals"]) for each in _rows(one, totals))
+
+
 def _rows(run: Run, totals: pd.DataFrame) -> Iterator[SummaryRow]:
-    figure = FIGURES.get(run.device.name, NAME)
     records: dict[Any, dict[str, float]] = totals.set_index("system").to_dict("index")  # type: ignore[assignment]
-    for system, shared in by_system(run, NAME):
-        mine, kind = records[system.name], _evidence(run, figure, shared)
-        paper = "vattention" if figure != NAME else "kvarena"
-        yield row(mine[HEADLINE], paper=paper, figure=figure, quantity=HEADLINE, unit="req/min",
-                  evidence=kind, **shared)  # fmt: skip
+    for system in run.systems:
+        mine = records[system.name]
+        yield row(mine[HEADLINE], quantity=HEADLINE, unit="req/min", **_names(run, system))
         for quantity, unit in OURS.items():
-            yield row(mine[quantity], paper="kvarena", figure=NAME, quantity=quantity, unit=unit,
-                      evidence=kind, **shared)  # fmt: skip
+            names = named(run, system, assuming=assumed_lengths(run))
+            yield row(mine[quantity], quantity=quantity, unit=unit, **names)
 
 
-def _evidence(run: Run, figure: str, shared: dict[str, Any]) -> str:
-    return "conditional" if run.device.name == LINK else evidence(run, figure, shared)
+def _names(run: Run, system: System) -> dict[str, Any]:
+    """Of the figure that was taken on the run's device, if any."""
+    each = [named(run, system, figure, assuming=assumed_lengths(run)) for figure in FIGURES]
+    return next(filter(is_earned, each), each[0])
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Bars by system, a panel per model; the published ones beside them."""
-    ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("vattention", quantity=HEADLINE, figure=ours.figure.iloc[0])
-    panels = list(dict.fromkeys(ours.panel))
-    figure, axes = plots.canvas(1, len(panels), width=4.2)
-    for axis, panel in zip(axes, panels, strict=True):
-        rows = ours[ours.panel == panel]
-        _bars(axis, rows, theirs[theirs.panel == panel])
-        axis.set(ylabel="requests/min", title=f"{panel}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}",
-                 ylim=(0, 1.3 * rows.value.max()))  # fmt: skip
-        axis.legend(fontsize=7, frameon=False, loc="upper right")
+    """Bars by system, a panel per model; the published ones beside those that earned their names."""
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    theirs = published_values("vattention", quantity=HEADLINE)
+    figure, axes = plots.canvas(1, len(panels), width=4.6)
+    for axis, (_, rows) in zip(axes, panels, strict=True):
+        _bars(axis, rows, theirs)
+        axis.set(ylabel="requests/min", ylim=(0, 1.3 * rows.value.max()))
+        figure_of = next((each for each in FIGURES if plots.stands_for(rows, each)), None)
+        looks.title(axis, rows, figure_of, "offline throughput")
     figure.tight_layout()
     return figure
 
 
-def _bars(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    place = {name: x for x, name in enumerate(ours.system)}
-    for rows, offset, colour, label in ((ours, -0.2, "#0072B2", "this run"), (theirs, 0.2, "#BBBBBB", "published")):
-        shown = rows[rows.system.isin(list(place))]
-        if len(shown):
-            bars = axis.bar([place[s] + offset for s in shown.system], shown.value, 0.4, color=colour, label=label)
-            axis.bar_label(bars, fmt="%.2f", fontsize=6)
-    axis.set_xticks(range(len(place)), [name.split("/")[0] for name in place], rotation=30, ha="right", fontsize=8)
+def _bars(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    styles = looks.looks(rows)
+    published = [looks.published_of(rows[rows.label == label], theirs).value for label in rows.label]
+    beside = any(len(values) for values in published)
+    offset, width = (-0.2, 0.4) if beside else (0.0, 0.7)
+    colours = [styles[label].colour for label in rows.label]
+    bars = axis.bar([x + offset for x in range(len(rows))], rows.value, width, color=colours)
+    axis.bar_label(bars, fmt="%.2f", fontsize=6)
+    if beside:
+        places = [x + 0.2 for x, values in enumerate(published) if len(values)]
+        bars = axis.bar(places, [v.iloc[0] for v in published if len(v)], 0.4, color="#BBBBBB", label="published")
+        axis.bar_label(bars, fmt="%.2f", fontsize=6)
+        axis.legend(fontsize=7, frameon=False, loc="upper right")
+    names = [styles[label].name for label in rows.label]
+    axis.set_xticks(range(len(rows)), names, rotation=30, ha="right", fontsize=8)

@@ -18,18 +18,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments import plots
-from kvarena.experiments.long_contexts import CONDITION, by_system, evidence, runs_of_long_contexts
+from kvarena.experiments import looks, plots
+from kvarena.experiments.long_contexts import READS as READS
+from kvarena.experiments.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.published_models import by_model, of_model
 from kvarena.experiments.replay import Replayer, Served, workload_of
-from kvarena.harness.metrics import latencies, summarize
+from kvarena.harness.arrival import UNDRAWN
+from kvarena.harness.metrics import latencies
+from kvarena.harness.metrics import summarize as scalar_metrics
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import OURS, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.systems import System
 from kvarena.harness.workload import Workload
 
 NAME = "online_latency"
 HEADLINE = "request_latency_p50_vs_qps"
+FIGURE = "fig10"
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 OTHERS = "others"  # models without rates of their own
 BELOW = {"ttft_p99_s": "ttft_p99", "itl_p99_s": "tbt_p99", "e2el_p50_s": "request_latency_p50"}
@@ -48,23 +55,28 @@ class Params:
     pool_bytes: int | None = None  # of K/V on one device; null: what memory_share leaves
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_of_long_contexts(run) | {"arrival.rate": "params.rates and params.shares ask for rates"}
+    if run.clock == "measured":
+        keys["params.slower"] = "clock=measured takes as long as it takes; it is for clock=modelled"
+    if run.arrival.process in UNDRAWN:
+        keys["arrival"] = f"arrival={run.arrival.process} has no rate; arrival=poisson comes at those that are asked for"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve every rate and every share of capacity with every system, model by model."""
     _check(run)
-    rows: list[SummaryRow] = []
-    tables: list[pd.DataFrame] = []
     runs = runs_of_long_contexts(run)
-    notes = {"lengths": CONDITION, "workload": workload_of(runs[0], rate=1.0).provenance}
+    tables: list[pd.DataFrame] = []
     with Progress(NAME, len(runs)) as progress:
         for one in runs:
             progress.stage(one.model.name)
-            points = recorder.cell(one.model.name, partial(_cell, one))["points"]
-            tables.append(points.assign(model=one.model.name))
-            rows += _rows(one, points)
+            tables.append(of_model(one, recorder.cell(one.model.name, partial(_cell, one))["points"]))
             progress.advance()
-    summary = frame(rows)
-    nothing = pd.DataFrame({"model": pd.Series(dtype=str)})
-    return Outcome(summary, nothing, pd.concat(tables, ignore_index=True), HEADLINE, draw(summary), notes)
+    notes = {"workload": workload_of(runs[0], rate=1.0).provenance}
+    return Measured({"points": pd.concat(tables, ignore_index=True)}, notes)
 
 
 def _check(run: Run) -> None:
@@ -72,8 +84,6 @@ def _check(run: Run) -> None:
     for key in ("shares", "slower"):
         if any(not value > 0 for value in getattr(params, key)):
             raise UserError(f"params.{key}={list(getattr(params, key))}: takes numbers above 0")
-    if params.slower and run.clock == "measured":
-        raise UserError("params.slower: clock=measured takes as long as it takes; it is for clock=modelled")
     if not params.shares and not any(params.rates.values()):
         raise UserError("params.rates, params.shares: nothing to serve; name rates, or shares of capacity")
 
@@ -108,90 +118,88 @@ def _metrics(served: Served) -> dict[str, float]:
     at a rate f times lower, the same happens f times slower: so the caller stretches times instead of steps."""
     e2el_s = latencies(served.requests).e2el_s
     quantiles = {name: float(e2el_s.quantile(q)) for name, q in QUANTILES.items()}
-    return quantiles | summarize(served.requests, served.steps, served.resumed_gaps_ps)
+    return quantiles | scalar_metrics(served.requests, served.steps, served.resumed_gaps_ps)
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 10, and what it hides, model by model."""
+    return frame(each for one, points in by_model(run, frames["points"]) for each in _rows(one, points))
 
 
 def _rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
-    for system, shared in by_system(run, NAME):
+    for system in run.systems:
         for point in points[points.system == system.name].to_dict("records"):
-            yield from _point(run, point, shared)
+            yield from _point(run, system, point)
 
 
-def _point(run: Run, point: dict[Any, Any], shared: dict[str, Any]) -> Iterator[SummaryRow]:
-    """Fig 10's quantiles at a rate; or our own at a share of capacity."""
-    ours = {"paper": "kvarena", "figure": NAME, **shared}
-    kind = evidence(run, "fig10", shared)
+def _point(run: Run, system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:
+    """Fig 10's quantiles at a rate; or our own at a share of capacity, or where all steps are longer."""
+    of = partial(named, run, system, assuming=assumed_lengths(run))
+    rate, factor = point["rate"], point["factor"]
     if point["load"] == "capacity":
-        yield row(point["rate"], quantity="capacity", unit="req/s", evidence=kind, **ours)
+        yield row(rate, quantity="capacity", unit="req/s", **of())
     elif point["load"] == "share":
-        at = {**ours, "x": point["factor"], "evidence": kind}
         for metric, quantity in BELOW.items():
-            yield row(point[metric], quantity=f"{quantity}_vs_share_of_capacity", unit="s", **at)
-    elif point["factor"] == 1:
-        at = {**shared, "x": point["rate"], "evidence": kind, "paper": "vattention", "figure": "fig10"}
+            yield row(point[metric], quantity=f"{quantity}_vs_share_of_capacity", unit="s", **of(x=factor))
+    elif factor == 1:
         for name in QUANTILES:
-            yield row(point[name], quantity=f"request_latency_{name}_vs_qps", unit="s", **at)
-        yield row(point["rate_reached_per_s"], quantity="rate_reached_vs_qps", unit="req/s", evidence=kind,
-                  x=point["rate"], **ours)  # fmt: skip
+            yield row(point[name], quantity=f"request_latency_{name}_vs_qps", unit="s", **of(figure=FIGURE, x=rate))
+        yield row(point["rate_reached_per_s"], quantity="rate_reached_vs_qps", unit="req/s", **of(x=rate))
     else:
-        at = {**ours, "x": point["rate"], "evidence": "conditional"}
+        longer = named(run, system, x=rate, assuming=f"all steps take {factor:g} times as long")
         for name in QUANTILES:
-            quantity = f"request_latency_{name}_vs_qps:steps_{point['factor']:g}x"
-            yield row(point[name], quantity=quantity, unit="s", **at)
+            quantity = f"request_latency_{name}_vs_qps:steps_{factor:g}x"
+            yield row(point[name], quantity=quantity, unit="s", **longer)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Above, request latency at the paper's rates, ours over published; below, P99 of TTFT and TBT under capacity."""
-    published = published_values("vattention", figure="fig10")
-    panels = list(dict.fromkeys(summary.panel))
+    """Above, request latency at the rates asked for; below, P99 of TTFT and TBT under capacity; a column per model."""
+    published = published_values("vattention", figure=FIGURE)
+    panels = list(summary[summary.quantity == "capacity"].setup.unique())
     rated = summary[summary.quantity.str.startswith("request_latency_") & summary.quantity.str.contains("_vs_qps")]
-    figure, axes = plots.canvas(2 if len(rated) else 1, len(panels), width=5)
-    for number, panel in enumerate(panels):
-        if len(rated):
-            _quantiles(axes[number], rated[rated.panel == panel], published[published.panel == panel])
-        _below(axes[number - len(panels)], summary[summary.panel == panel])
-    figure.tight_layout()
-    return figure
+    shared = summary[summary.quantity.str.endswith("_vs_share_of_capacity")]
+    rows = int(not rated.empty) + int(not shared.empty)
+    figure, axes = plots.canvas(rows, len(panels), width=5)
+    for number, setup in enumerate(panels):
+        ours = rated[rated.setup == setup]
+        if not ours.empty:
+            _quantiles(axes[number], ours, looks.published_of(ours, published))
+        if not shared.empty:
+            capacity = summary[(summary.quantity == "capacity") & (summary.setup == setup)].set_index("label").value
+            _below(axes[number - len(panels)], shared[shared.setup == setup], capacity)
+    return plots.tidy(figure)
 
 
 def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Four quantiles of each system at each rate: dots published, lines ours; dashed where all steps are longer."""
-    systems = [name for name in dict.fromkeys(ours.system) if name in plots.PAPER_COLOURS]
-    places: dict[tuple[float, str], float] = {}
-    ticks: list[tuple[float, float]] = []
-    for rate in sorted(ours.x.unique()):
-        for name in systems:
-            places[rate, name] = float(len(places) + len(ticks))
-        ticks.append((rate, places[rate, systems[0]]))
-    for (rate, name), place in places.items():
-        colour = plots.PAPER_COLOURS[name]
-        here = ours[(ours.x == rate) & (ours.system == name)].set_index("quantity").value
-        for suffix, offset, style in (("", 0.0, "-"), (":steps_", 0.25, ":")):
-            keys = [k for k in here.index if (":" in k) == bool(suffix)]
-            if keys:
-                axis.plot([place + offset] * len(keys), here[keys], style, marker="_", color=colour, ms=7)
-        dots = theirs[(theirs.x == rate) & (theirs.system == name)]
-        axis.plot([place - 0.25] * len(dots), dots.value, "o", ms=4, mfc="none", color=colour)
-    for name in systems:
-        axis.plot([], [], color=plots.PAPER_COLOURS[name], label=name)
-    axis.set_xticks([place + 1 for _, place in ticks], [f"{rate:g} req/s" for rate, _ in ticks])
-    axis.set(ylabel="request latency, s: p50, p90, p99, max", yscale="log")
-    axis.set_title(
-        f"{ours.panel.iloc[0]}: {ours.device.iloc[0]}, {ours.clock.iloc[0]}\no published, - ours, : slower steps"
-    )
-    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3)
+    """Four quantiles of each system at each rate: rings published, lines ours; dotted where all steps are longer."""
+    styles = looks.looks(ours)
+    for group, rate in enumerate(sorted(ours.x.unique())):
+        for number, (label, look) in enumerate(styles.items()):
+            place = group * (len(styles) + 1) + number
+            here = ours[(ours.x == rate) & (ours.label == label)]
+            stretched = here.quantity.str.contains(":")
+            for rows, offset, style in ((here[~stretched], 0.0, "-"), (here[stretched], 0.25, ":")):
+                axis.plot([place + offset] * len(rows), rows.value, style, marker="_", color=look.colour, ms=7)
+            names = set(here.system[here.paper != OURS])
+            dots = theirs[(theirs.x == rate) & theirs.system.isin(names)]
+            axis.plot([place - 0.25] * len(dots), dots.value, "o", ms=4, mfc="none", color=look.colour)
+            axis.text(place, 0.01, str(number + 1), transform=axis.get_xaxis_transform(), ha="center", fontsize=6)
+    for number, look in enumerate(styles.values()):
+        axis.plot([], [], marker=f"${number + 1}$", ls="none", color=look.colour, label=look.name)
+    middle = (len(styles) - 1) / 2
+    ticks = {group * (len(styles) + 1) + middle: f"{rate:g} req/s" for group, rate in enumerate(sorted(ours.x.unique()))}
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set(ylabel="s: p50, p90, p99, max", yscale="log")
+    looks.title(axis, ours, FIGURE, "request latency; dotted: slower steps")
+    axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
 
 
-def _below(axis: Axes, rows: pd.DataFrame) -> None:
-    capacity = rows[rows.quantity == "capacity"].set_index("system").value
-    for (name, mine), marker in zip(rows.groupby("system", sort=False), plots.MARKERS, strict=False):
-        colour = plots.PAPER_COLOURS.get(str(name)) or plots.COLOURS[mine.allocator.iloc[0]]
+def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
+    for label, look in looks.looks(rows).items():
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
-            line = mine[mine.quantity == f"{quantity}_vs_share_of_capacity"]
-            label = f"{name}: capacity {capacity[name]:.3g}/s" if style == "-" else None
-            axis.plot(100 * line.x, line.value, style, marker=marker, ms=4, mfc="none", color=colour, label=label)
+            line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
+            said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
+            axis.plot(100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said)
     axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
-    axis.set_title(
-        f"{rows.panel.iloc[0]}: P99 of TTFT (solid) and TBT (dotted)\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}"
-    )
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    looks.title(axis, rows, None, "P99 of TTFT (solid) and TBT (dotted)")
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
