@@ -21,7 +21,7 @@ from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, check_window, window
 from kvarena.experiments.latency_curve import headed, published_beside, unread_traces
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
-from kvarena.experiments.seeds import seeded, seeds_of
+from kvarena.experiments.seeds import seeded, seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import OURS, is_earned, named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -98,7 +98,7 @@ class Params:
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     traces = [load.trace for load in run.params.loads]
-    rules = {key: "params.seeds=[...] are the seeds of trace and arrivals" for key in ("trace.seed", "arrival.seed")}
+    rules = unread_seeds(run)
     rules |= {"arrival.duration_s": "each load of params.loads has its duration_s"}
     rules |= unread_traces(run, traces, "a load of params.loads", of_all=("max_tokens",))
     if run.params.paths.get(run.trace.name):

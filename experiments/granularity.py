@@ -19,7 +19,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, shares, usage_of, window
 from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.seeds import check_seeds
+from kvarena.experiments.seeds import seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -61,10 +61,8 @@ class Params:
 
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    seeds = "params.seeds=[...] are the seeds of trace and arrivals"
     unused = {
-        "trace.seed": seeds,
-        "arrival.seed": seeds,
+        **unread_seeds(run),
         "allocator.block_size": "params.block_sizes=[...] are the block sizes",
         "allocator.page_group": "params.page_groups=[...] and params.sliced_page_groups=[...] are the page-groups",
     }
@@ -76,7 +74,7 @@ def unread(run: Run) -> dict[str, str]:
 
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every unit of every system."""
-    seeds = check_seeds(run.params.seeds)
+    seeds = seeds_of(run)
     variants = list(_variants(run))
     replayer, cells = Replayer(run), []
     with Progress(NAME, len(variants) * len(seeds)) as progress:

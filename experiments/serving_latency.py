@@ -31,6 +31,7 @@ from kvarena.experiments.latency_curve import (
 )
 from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.replay import Served, workload_of
+from kvarena.experiments.seeds import unread_seeds
 from kvarena.experiments.serving_panels import PADDED, Curve, OutOfSample, Panel, curves_of, out_of_sample, run_of_panel
 from kvarena.harness.capacity import capacity, crossing
 from kvarena.harness.metrics import latencies
@@ -72,7 +73,7 @@ def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     panels = chosen_panels(params.panels, params.only)
-    rules = {key: "params.seeds=[...] are the seeds of trace and arrivals" for key in ("trace.seed", "arrival.seed")}
+    rules = unread_seeds(run)
     rules |= {"arrival.rate": "params.panels.FIGURE.rates.SYSTEM=[...] are the rates"}
     rules |= {"arrival.duration_s": "params.panels.FIGURE.duration_s=SECONDS says how long requests arrive"}
     for group in ("model", "device"):

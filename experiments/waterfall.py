@@ -24,7 +24,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, window
 from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.seeds import check_seeds
+from kvarena.experiments.seeds import seeds_of, unread_seeds
 from kvarena.harness.capacity import capacity, paired_ratio
 from kvarena.harness.metrics import latencies
 from kvarena.harness.config import names as names_in
@@ -71,8 +71,7 @@ class Params:
 
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    seeds = "params.seeds=[...] are the seeds of trace and arrivals"
-    unused = {"trace.seed": seeds, "arrival.seed": seeds}
+    unused = unread_seeds(run)
     if run.params.limit_s is None:
         search = ("capacity_duration_s", "guess", "tolerance")
         unused |= {f"params.{key}": "params.limit_s=SECONDS starts the search for the capacity" for key in search}
@@ -81,11 +80,11 @@ def unread(run: Run) -> dict[str, str]:
 
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve every seed with every system."""
-    params: Params = run.params
+    seeds = seeds_of(run)
     _check(run)
     replayer, cells = Replayer(run), []
-    with Progress(NAME, len(params.seeds) * len(run.systems)) as progress:
-        for seed in params.seeds:
+    with Progress(NAME, len(seeds) * len(run.systems)) as progress:
+        for seed in seeds:
             overload = workload_of(run, seed=seed)
             for system in run.systems:
                 progress.stage(f"seed {seed}, {system.name}")
@@ -93,13 +92,12 @@ def measure(run: Run, recorder: Recorder) -> Measured:
                 cells.append(recorder.cell(f"{seed}-{system.name}", measure)["points"])
                 progress.advance()
     points = pd.concat(cells, ignore_index=True)
-    return Measured({"points": points}, {"workload": overload.provenance, "seeds": params.seeds})
+    return Measured({"points": points}, {"workload": overload.provenance, "seeds": seeds})
 
 
 def _check(run: Run) -> None:
-    check_seeds(run.params.seeds)
-    if run.arrival.rate is None:
-        raise UserError("arrival.rate: the mean batch needs a rate at which requests wait under every system")
+    if run.params.limit_s is not None and run.arrival.rate is None:
+        raise UserError("params.limit_s: the search for the capacity needs arrivals that are drawn at a rate (arrival=)")
     known = [step.name for step in run.params.steps]
     if len(set(known)) < len(known):
         raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")
