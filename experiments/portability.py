@@ -36,7 +36,6 @@ from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.kernels.append import append
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.reference import reference_attention
 from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec, missing
 

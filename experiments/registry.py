@@ -15,7 +15,6 @@ from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run, resolve
 from kvarena.harness.unread import check_read
 
-
 # They run one of their systems in several ways: further systems would be refused, or left out.
 ONE_SYSTEM = ("allocation_overlap", "calibrate", "deferred_reclamation", "preemption")
 

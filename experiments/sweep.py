@@ -24,7 +24,14 @@ from kvarena.experiments.over_seeds import over_seeds
 from kvarena.harness.provenance import identity
 from kvarena.harness.published import OURS
 from kvarena.harness.record import (
-    ADVICE, Frames, Measured, Outcome, publish, read_frames, runs_folder, write_outcome,
+    ADVICE,
+    Frames,
+    Measured,
+    Outcome,
+    publish,
+    read_frames,
+    runs_folder,
+    write_outcome,
 )  # fmt: skip
 from kvarena.harness.summary import COLUMNS, KEY
 from kvarena.harness.writing import explained, write_whole

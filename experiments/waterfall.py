@@ -26,8 +26,8 @@ from kvarena.experiments.averages import Average, averages, window
 from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.experiments.seeds import seeds_of, unread_seeds
 from kvarena.harness.capacity import capacity, paired_ratio
-from kvarena.harness.metrics import latencies
 from kvarena.harness.config import names as names_in
+from kvarena.harness.metrics import latencies
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import named
 from kvarena.harness.record import Frames, Measured, Recorder

@@ -66,6 +66,93 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.survivals=[neutral]",
     ),
     ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
+    ("block_size", "modelled"): (
+        "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 40.0}", "arrival.duration_s=1", "params.block_sizes=[8,16]",
+    ),
+    ("block_size", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.05", "trace.max_tokens=64", "params.block_sizes=[16]", "params.rounds=1",
+    ),
+    ("preemption", "modelled"): (
+        "systems=[paged,vattention-64kb]", "arrival.rate=60", "arrival.duration_s=1", "params.block_sizes=[8,16]",
+        "params.replay_block_sizes=[16]",
+    ),
+    ("preemption", "measured"): (
+        "systems=[paged]", "model=tiny-llama", "arrival.duration_s=0.05", "trace.max_tokens=64", "params.tokens=32",
+        "params.block_sizes=[16]", "params.replay_block_sizes=[16]", "params.victims=2", "params.rounds=1",
+    ),
+    ("memory_layout", "modelled"): ("systems=[orca-max,paged]", "trace.num_requests=200"),
+    ("memory_layout", "measured"): (
+        "systems=[paged]", "trace.num_requests=3", "trace.max_tokens=64", "params.rounds=1",
+    ),
+    ("memory_timeline", "modelled"): ("trace.num_requests=4", "trace.max_tokens=256", "params.samples=5"),
+    ("trace_lengths", "modelled"): ("params.traces=[sharegpt]",),
+    ("granularity", "modelled"): (
+        "systems=[paged,vattention]", "arrival.rate=60", "arrival.duration_s=1", "params.block_sizes=[16]",
+        "params.page_groups=[2MB]", "params.seeds=[0]", "params.window_s=[0,8]",
+    ),
+    ("granularity", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64", "params.block_sizes=[16]",
+    ),
+    ("waterfall", "modelled"): (
+        "systems=[orca-max,paged]", "arrival.rate=60", "arrival.duration_s=1", "params.seeds=[0]", "params.window_s=[0,8]",
+        "params.capacity_duration_s=4", "params.tolerance=1.0", "params.guess=8",
+    ),
+    ("waterfall", "measured"): ("systems=[orca-max,paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
+    ("prefix_cache", "modelled"): ("systems=[paged]", "trace.num_requests=30", "params.capacities_gb=[30.0]"),
+    ("prefix_cache", "measured"): (
+        "systems=[paged]", "trace.num_requests=10", "params.capacities_gb=[0.02]", "params.serve_requests=3",
+        "params.repeats=1", "arrival.rate=400",
+    ),
+    ("calibrate", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.3", "trace.max_tokens=64", "params.batch_sizes=[1,2,3]",
+        "params.contexts=[8,16,24]", "params.prompts=[4,8,12]", "params.rounds=1", "params.steps_per_round=1",
+    ),
+    ("attention_kernel", "measured"): (
+        "params.batch_sizes=[2]", "params.contexts=[16]", "params.block_sizes=[16]", "params.kernels=[numba]",
+        "params.working_set_bytes=65536", "params.rounds=1",
+    ),
+    ("block_size_kernel", "measured"): (
+        "params.batch_sizes=[1]", "params.context=32", "params.block_sizes=[16,32]", "params.working_set_bytes=65536",
+        "params.drawn_blocks=8", "params.rounds=1",
+    ),
+    ("portability", "measured"): ("model=tiny-llama", "params.prompts=[3]", "params.max_tokens=16"),
+    ("vmm_api_latency", "measured"): (
+        "params.page_groups=[64KB]", "params.mapped=[2]", "params.created=[2]", "params.runs=[1]", "params.rounds=1",
+        "params.calls=1",
+    ),
+    ("allocation_bandwidth", "measured"): (
+        "params.page_groups=[64KB]", "params.pool=1MB", "params.run_groups=2", "params.rounds=1", "params.need_models=[yi-6b]",
+        "params.need_batches=[1]",
+    ),
+    ("decode_throughput", "modelled"): (
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]", "params.prompts=['64']",
+        "params.max_tokens=256", "params.steps_per_round=9",
+    ),
+    ("decode_throughput", "measured"): (
+        "systems=[paged-numba]", "model=tiny-llama", "params.batch_sizes=[1]", "params.prompts=['16']", "params.max_tokens=64",
+        "params.warmup_steps=0", "params.check_steps=1", "params.rounds=1", "params.steps_per_round=1",
+    ),
+    ("prefill_throughput", "modelled"): (
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.contexts=[1024]",
+    ),
+    ("prefill_throughput", "measured"): (
+        "systems=[paged-numba]", "model=tiny-llama", "params.contexts=[16]", "params.rounds=1",
+    ),
+    ("offline_throughput", "modelled"): (
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=3",
+    ),
+    ("offline_throughput", "measured"): (
+        "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=32", "trace.output_tokens=4",
+        "trace.max_tokens=64",
+    ),
+    ("online_latency", "modelled"): (
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=3", "params.rates={yi-6b: [0.2]}",
+        "params.shares=[0.5]",
+    ),
+    ("online_latency", "measured"): (
+        "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=32", "trace.output_tokens=4",
+        "trace.max_tokens=64", "params.shares=[0.5]",
+    ),
 }  # fmt: skip
 _COMPOSED = (
     *GROUPS[:6],
