@@ -46,8 +46,8 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     if accounts:
         measured.notes["traces"] = [str(account) for account in accounts]
         measured.frames[TRACES] = pd.DataFrame(
-            {"trace": a.name, "source": a.source, "quantity": name, "value": value, "unit": unit}
-            for a in accounts
+            {"trace": f"{number}: {a.name}, {a.source}", "quantity": name, "value": value, "unit": unit}
+            for number, a in enumerate(accounts, start=1)
             for name, (value, unit) in a.quantities().items()
         )
     return measured
@@ -60,7 +60,7 @@ def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
         return summary
     rows = frame(
         row(each["value"], quantity=each["quantity"], unit=each["unit"],
-            **named(run, label=f"trace {each['trace']}, {each['source']}", counted=True))
+            **named(run, label=f"{registry.ACCOUNT}{each['trace']}", counted=True))
         for each in frames[TRACES].to_dict("records")
     )  # fmt: skip
     return pd.concat([summary, rows], ignore_index=True)
@@ -70,7 +70,7 @@ def made_of(run: Run, measured: Measured) -> Outcome:
     """Summary and figure of what was measured."""
     module = registry.get(run.experiment)
     summary = summary_of(run, measured.frames)
-    figure = module.draw(summary)
+    figure = registry.drawn(run.experiment, summary)
     figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
     return Outcome(measured, summary, module.HEADLINE, figure)
 

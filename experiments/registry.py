@@ -58,6 +58,14 @@ def named(overrides: Sequence[str]) -> str:
     return chosen[-1]
 
 
+ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
+
+
+def drawn(name: str, summary: pd.DataFrame) -> Figure:
+    """The figure of an experiment's own rows; what became of its traces is in the table alone."""
+    return get(name).draw(summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True))
+
+
 def resolved(config: DictConfig, overrides: Sequence[str]) -> Run:
     """The run of a composed configuration. Raises UserError for what does not exist, does not fit or is not read."""
     module = get(config.name)

@@ -90,7 +90,7 @@ class Sweep:
         timed = len(tables) > 1 and any(config["clock"] == "measured" for config in configs)
         measured = Measured(_frames(jobs, differing(overrides)), {"remark": APART} if timed else {})
         module = registry.get(self._experiment)
-        return Outcome(measured, summary, module.HEADLINE, module.draw(summary))
+        return Outcome(measured, summary, module.HEADLINE, registry.drawn(self._experiment, summary))
 
 
 def within() -> list[list[str]]:

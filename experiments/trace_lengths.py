@@ -56,6 +56,7 @@ def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     unused = {"clock": "no clock is read; leave clock=modelled"} if run.clock == "measured" else {}
+    unused["trace.mix"] = "it says how requests are decoded, not how long they are"
     listed = f"params.traces names the traces: {', '.join(params.traces)}"
     if run.trace.name not in params.traces:
         unused["trace"] = listed

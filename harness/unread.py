@@ -157,6 +157,8 @@ def _engine(run: Run) -> Unread:
             )
     if engine.attention:
         yield "engine.kv_efficiency", f"engine={engine.name} has a read_efficiency for each kernel (engine.attention)"
+    if not (engine.fitted or engine.hosts or engine.host_step_us or engine.host_sequence_us):
+        yield "engine.overlaps_host", "the engine's host costs nothing (engine.host_step_us, engine.host_sequence_us)"
     if engine.hosts:
         for key in _HOST:
             yield f"engine.{key}", f"engine={engine.name} has its host's work by devices (engine.hosts)"

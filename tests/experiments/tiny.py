@@ -67,7 +67,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
     ("block_size", "modelled"): (
-        "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 40.0}", "arrival.duration_s=1", "params.block_sizes=[8,16]",
+        "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 80.0}", "arrival.duration_s=1", "params.block_sizes=[8,16]",
     ),
     ("block_size", "measured"): (
         "systems=[paged]", "arrival.duration_s=0.05", "trace.max_tokens=64", "params.block_sizes=[16]", "params.rounds=1",
