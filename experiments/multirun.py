@@ -1,8 +1,8 @@
 """What the jobs of a multirun are: which of them are one run.
 
-Jobs that differ in their systems alone (an allocator, a kernel, a scheduler, or fields of them) are one run of all those
-systems: so these are measured as the systems of any run are, in turn, and whatever disturbs the machine disturbs them
-all. Jobs that differ in seeds stay jobs, and their rows become one (`over_seeds.py`). All others stay apart.
+Jobs that differ in their systems alone (an allocator, a kernel, a scheduler, or fields of them) are one run of all
+those systems: so these are measured as the systems of any run are, in turn, and whatever disturbs the machine disturbs
+them all. Jobs that differ in seeds stay jobs, and their rows become one (`over_seeds.py`). All others stay apart.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from kvarena.errors import UserError
 from kvarena.experiments import registry
 from kvarena.harness.run import Run
-from kvarena.harness.systems import System, distinct, said
+from kvarena.harness.systems import System, alike, distinct, said
 
 OF_SYSTEMS = ("systems", "allocator", "kernel", "scheduler")
 SEEDS = ("trace.seed", "arrival.seed")  # of jobs that become one row; params.seeds are one run's
@@ -63,11 +63,15 @@ def _is_within(override: Override) -> bool:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    return [_parsed_one(parser, each) for each in overrides]
+
+
+def _parsed_one(parser: OverridesParser, override: str) -> Override:
     try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
+        return parser.parse_override(override)
     except HydraException as error:
-        raise UserError(str(error)) from error
-    return parsed
+        raise UserError(f"{override}: {error}") from error
 
 
 def _choices(override: Override) -> list[str]:
@@ -128,17 +132,12 @@ def _united(runs: Sequence[Run], within: Sequence[Sequence[str]]) -> Iterator[Sy
     seen: list[System] = []
     for run, own in zip(runs, values, strict=True):
         for system in run.systems:
-            if any(_alike(system, each) for each in seen):
+            if any(alike(system, each) for each in seen):
                 continue
             seen.append(system)
             others = (each for other in runs for each in other.systems if each.name == system.name)
-            kept = all(_alike(system, each) for each in others)
+            kept = all(alike(system, each) for each in others)
             yield system if kept else _said(system, {key: own[key] for key in swept})
-
-
-def _alike(one: System, other: System) -> bool:
-    """Whether two systems are one, whatever they are called: a sweep may make those of two files alike."""
-    return (one.allocator, one.kernel, one.scheduler) == (other.allocator, other.kernel, other.scheduler)
 
 
 def _assignments(overrides: Sequence[str]) -> dict[str, str]:

@@ -23,15 +23,17 @@ def over_seeds(summaries: Sequence[pd.DataFrame]) -> pd.DataFrame:
     rows = pd.concat([table.assign(seed=seed) for seed, table in enumerate(summaries)], ignore_index=True)
     ours_last = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable")
     each = ours_last.drop_duplicates(["seed", *_RAN], keep="last").sort_index()
-    told = pd.DataFrame([_folded(alike) for _, alike in each.groupby(_RAN, sort=False, dropna=False)])
-    earned = rows[rows.paper != OURS].groupby(KEY, sort=False, dropna=False)
-    told = pd.concat([told, *(one for _, one in earned if len(one) < len(summaries))], ignore_index=True)
-    return told[COLUMNS]
+    earned = rows[rows.paper != OURS]
+    folded = [_folded(alike) for _, alike in each.groupby(_RAN, sort=False, dropna=False)]
+    folded += [_folded(alike) for _, alike in earned.groupby(KEY, sort=False, dropna=False)]
+    return pd.DataFrame(folded)[COLUMNS].drop_duplicates(KEY, ignore_index=True)
 
 
 def _folded(rows: pd.DataFrame) -> dict[str, Any]:
     """One row of those of every seed, ours unless all have one published name."""
-    first = rows.sort_values("paper", key=lambda paper: paper != OURS, kind="stable").iloc[0].to_dict()
+    if len(rows) == 1:
+        return {str(name): value for name, value in rows.iloc[0].items()}
+    first: dict[Any, Any] = rows.sort_values("paper", key=lambda paper: paper != OURS, kind="stable").iloc[0].to_dict()
     if len(rows[_NAMES].drop_duplicates()) > 1:
         first |= {"paper": OURS, "figure": first["experiment"], "panel": first["setup"], "system": first["label"]}
     estimate = median_interval(rows.value)

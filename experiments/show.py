@@ -15,7 +15,7 @@ from kvarena.harness.record import Outcome
 def outcome(done: Outcome, folder: Path) -> None:
     """The headline quantity as systems x points (or x its kinds, `quantity:kind`), then where everything is."""
     console = Console()
-    kinds = done.summary.quantity.str.partition(":")[0]
+    kinds = done.summary.quantity.str.split(":").str[0]
     rows = done.summary[kinds == done.headline]
     for _, part in rows.groupby(["paper", "figure", "panel", "unit"], sort=False):
         _print(console, part, done.headline)
@@ -46,8 +46,8 @@ def _names(rows: pd.DataFrame) -> list[str]:
     """What each row is called; with what ran, where one name stands for several."""
     ran = rows.groupby("system").label.nunique()
     return [
-        shown(r.system, r.paper) + (f" ({r.label})" if ran[r.system] > 1 else "")
-        for r in rows[["system", "paper", "label"]].itertuples()
+        shown(system, paper) + (f" ({label})" if ran[system] > 1 else "")
+        for system, paper, label in zip(rows.system, rows.paper, rows.label, strict=True)
     ]
 
 

@@ -3,8 +3,8 @@
     results/runs/<experiment>/.unfinished/sweep-<hash>/<job>/   finished jobs of a sweep that has not ended
     results/runs/<experiment>/<time>-<hash>/                    the whole sweep: aggregated files, and jobs/<job>/
 
-A sweep whose jobs are all one run (`multirun.py`) leaves the folder of that run. The same command continues a sweep that
-was killed: jobs that had ended are not run again.
+A sweep whose jobs are all one run (`multirun.py`) leaves the folder of that run. The same command continues a sweep
+that was killed: jobs that had ended are not run again.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from kvarena.harness.record import (
     read_frames,
     runs_folder,
     write_outcome,
-)  # fmt: skip
+)
 from kvarena.harness.summary import COLUMNS, KEY
 from kvarena.harness.writing import explained, write_whole
 

@@ -46,8 +46,9 @@ def print_grid(console: Console, title: str, grid: Grid, justify: Justify = "rig
         widths = [_widths(part.columns(), console.width, whole) for part in way]
         if all(widths):
             break
+    console.print(Text(title, style="italic"))
     for part, width in zip(way, widths, strict=True):
-        console.print(_table(title, part, width, justify))
+        console.print(_table(part, width, justify))
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int, whole: bool) -> list[int]:
@@ -65,8 +66,8 @@ def _widths(columns: Sequence[Sequence[str]], room: int, whole: bool) -> list[in
     return least
 
 
-def _table(title: str, grid: Grid, widths: Sequence[int], justify: Justify) -> Table:
-    table = Table(title=Text(title), title_justify="left")
+def _table(grid: Grid, widths: Sequence[int], justify: Justify) -> Table:
+    table = Table()
     names, *others = grid.columns()
     for number, column in enumerate((names, *others)):
         at = justify if number else "left"

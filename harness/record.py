@@ -136,7 +136,7 @@ def write_measured(folder: Path, measured: Measured, config: dict[str, Any]) -> 
 
 
 def write_summary(folder: Path, outcome: Outcome) -> None:
-    """Write, or replace, what was made of it: the summary and the figure. All is rendered before anything is written."""
+    """Write, or replace, what was made of it, the summary and the figure, once all of it is rendered."""
     files = {"summary.csv": outcome.summary.to_csv(index=False).encode()}
     if outcome.figure is not None:
         with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes

@@ -99,7 +99,7 @@ def resolve(
     profile = config.profiles.get(kind) or OmegaConf.create()
     listed = config.systems or profile.get("systems") or []
     kept = systems.kept(listed, config.allocator.name, config.kernel.name)
-    built = tuple(systems.build(s, config.scheduler, overrides, _as_config) for s in kept)
+    built = tuple(systems.unlike([systems.build(s, config.scheduler, overrides, _as_config) for s in kept]))
     model = _model(config, profile)
     if config.clock == "measured":
         check_fit(built, model, device.kind)

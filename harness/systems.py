@@ -1,13 +1,13 @@
 """Systems: what an experiment compares. An allocator, a kernel and a scheduling policy under one name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.allocators.registry import memory_layout, policy_class
+from kvarena.allocators.registry import memory_layout
 from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, names, no_such_key, typed
 from kvarena.harness.scheduler.registry import check_pair
@@ -50,9 +50,10 @@ def described(allocator: Any) -> str:
 
 def said(shown: str, values: Mapping[str, Any]) -> str:
     """A shown allocator with more of its fields: `vattention{page_group: 64KB}`."""
-    start, opened, end = shown.removesuffix("}").partition("{")
-    words = [*([end] if opened else []), *(f"{name}: {value}" for name, value in values.items())]
-    return f"{start}{{{', '.join(words)}}}" if words else shown
+    words = ", ".join(f"{name}: {value}" for name, value in values.items())
+    if not words:
+        return shown
+    return f"{shown[:-1]}, {words}}}" if shown.endswith("}") else f"{shown}{{{words}}}"
 
 
 def distinct(systems: Sequence[System], by_kernel: bool) -> tuple[System, ...]:
@@ -72,6 +73,22 @@ def distinct(systems: Sequence[System], by_kernel: bool) -> tuple[System, ...]:
     return tuple(told)
 
 
+def unlike(systems: Sequence[System]) -> Iterator[System]:
+    """The systems, without those that the command line made like an earlier one: as filed they differ."""
+    for number, system in enumerate(systems):
+        if not any(alike(system, each) and not _filed_alike(system, each) for each in systems[:number]):
+            yield system
+
+
+def _filed_alike(one: System, other: System) -> bool:
+    return alike(_built(one.name)[0], _built(other.name)[0])
+
+
+def alike(one: System, other: System) -> bool:
+    """Whether two systems are one in all but what they are called."""
+    return (one.allocator, one.kernel, one.scheduler) == (other.allocator, other.kernel, other.scheduler)
+
+
 def with_room_to_read(system: System) -> System:
     """Keep as many tokens mapped past a row's end as its kernel may touch, unless the user says how many."""
     if getattr(system.allocator, "read_past", 0) is not None:
@@ -82,10 +99,10 @@ def with_room_to_read(system: System) -> System:
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[DictConfig]:
     """The system files that `allocator=` and `kernel=` keep.
 
-    Of the experiment's systems where some match; else of all system files, those on the kernel that is asked for, or on
-    the experiment's; else the pair of both, or of the allocator and the experiment's first kernel that can read it; and
-    where none can, any system file. Raises UserError where nothing is left of an experiment's systems; one that compares
-    none lists none.
+    Of the experiment's systems where some match; else of all system files, those on the kernel that is asked for, or
+    on the experiment's; else the pair of both, or of the allocator and the experiment's first kernel that can read it;
+    and where none can, any system file. Raises UserError where nothing is left of an experiment's systems; one that
+    compares none lists none.
     """
     if not listed and allocator == kernel == ALL:
         return []
@@ -140,8 +157,8 @@ def build(
     """A system from its file. Fields: group file, then system file, then command line; the last one wins.
 
     `scheduler` is the run's, for a system whose file names none; `scheduler=NAME` on the command line is for all.
-    `as_config(group, name, node)` turns a node into its dataclass. Raises UserError for fields that it does not have, and for an
-    allocator that the scheduler cannot drive.
+    `as_config(group, name, node)` turns a node into its dataclass. Raises UserError for fields that it does not have,
+    and for an allocator that the scheduler cannot drive.
     """
     parts = {}
     variant = file.get("variant")
@@ -154,7 +171,7 @@ def build(
             variant = described(parts[group])  # the file's word is for the file's fields
     asked = any(override.startswith("scheduler=") for override in overrides)
     policy = load("scheduler", file.scheduler) if file.get("scheduler") and not asked else scheduler
-    check_pair(policy.name, policy_class(parts["allocator"].name))
+    check_pair(policy.name, parts["allocator"].name)
     return System(
         name=file.name,
         scheduler=as_config("scheduler", policy.name, _with_fields(policy, overrides)),

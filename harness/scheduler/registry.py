@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvarena.allocators.policy import Policy
+from kvarena.allocators.registry import policy_class
 from kvarena.errors import UserError
 from kvarena.harness.scheduler.chunked_prefill import ChunkedPrefillConfig, ChunkedPrefillScheduler
 from kvarena.harness.scheduler.fastertransformer import FasterTransformerConfig, FasterTransformerScheduler
@@ -28,11 +29,11 @@ def config_class(name: str) -> type[Any]:
     return _look_up(name)[0]
 
 
-def check_pair(scheduler: str, policy: type[Policy]) -> None:
-    """Raises UserError for a policy that the scheduler cannot drive."""
-    if _look_up(scheduler)[1].pads and not policy.pads:
+def check_pair(scheduler: str, allocator: str) -> None:
+    """Raises UserError for an allocator that the scheduler cannot drive."""
+    if _look_up(scheduler)[1].pads and not policy_class(allocator).pads:
         raise UserError(
-            f"scheduler={scheduler}: its batches run to the end together, and {policy.name} does not pad rows to it; "
+            f"scheduler={scheduler}: its batches run to the end together, and {allocator} does not pad rows to it; "
             "allocator=fastertransformer does"
         )
 

@@ -1,48 +1,92 @@
-"""A run from its measurement to its folder, and summaries made again of what a folder holds."""
+"""A run that fails after it has measured: what is kept, and where the same command goes on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from tiny import TINY
 
 from kvarena.errors import UserError
-from kvarena.experiments import allocation_bandwidth
+from kvarena.experiments import memory_waste
 from kvarena.experiments.carry_out import carry_out, resolved_in, summarize
 from kvarena.experiments.compose import compose_run
-from kvarena.harness.record import Recorder
+from kvarena.experiments.replay import Replayer
+from kvarena.harness.record import Recorder, read_frames
 
+SMALL = ("experiment=memory_waste", *TINY["memory_waste", "modelled"])
 QUICK = ("experiment=allocation_bandwidth", "device=cpu", "params.page_groups=[64KB]", "params.pool=1MB",
          "params.run_groups=2", "params.rounds=6")  # fmt: skip
+FROM_MEASURING = ("config.yaml", "provenance.json")
 
 
-@pytest.fixture
-def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def start(*overrides: str) -> Path:
+    run = compose_run(*(overrides or SMALL))
+    recorder = Recorder(run.experiment, run.plain())
+    return recorder.finish(carry_out(run, recorder))
+
+
+def fail(*_: object, **__: object) -> pd.DataFrame:
+    raise ZeroDivisionError("planted")
+
+
+def badly_lettered(_: pd.DataFrame) -> Figure:
+    figure = Figure()
+    figure.suptitle(r"$\unknown$")  # no fault until it is laid out
+    return figure
+
+
+@pytest.mark.parametrize(("stage", "fault"), [("summarize", fail), ("draw", fail), ("draw", badly_lettered)])
+def test_a_fault_after_measuring_loses_nothing(
+    stage: str, fault: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
-    return Recorder("allocation_bandwidth", compose_run(*QUICK).plain())
+    unfinished = tmp_path / "memory_waste" / ".unfinished"
+    with monkeypatch.context() as mended:
+        mended.setattr(memory_waste, stage, fault)
+        with pytest.raises((ZeroDivisionError, ValueError)):
+            start()
+    (kept,) = unfinished.glob("*-measured")
+    assert str(kept) in capsys.readouterr().err
+    assert not list((tmp_path / "memory_waste").glob("2*")), "nothing half-written"
+    frames = read_frames(kept)
+    assert len(frames["averages"]) == 3 * 3
+
+    outcome = summarize(kept)
+    assert len(outcome.summary) == len(pd.read_csv(kept / "summary.csv")) > 100
+    assert (kept / "figure.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(Replayer, "serve", fail)  # nothing is measured again
+    folder = start()
+    for name, table in read_frames(folder).items():
+        pd.testing.assert_frame_equal(table, frames[name])
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "summary.csv"), outcome.summary.reset_index(drop=True))
+    assert not list(unfinished.iterdir())
 
 
-def test_a_fault_in_the_summary_loses_nothing_and_mended_code_makes_it(
-    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_is_summarised_again_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faulty(*_: object) -> pd.DataFrame:
-        raise ZeroDivisionError
-
-    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(allocation_bandwidth, "summarize", faulty)
-        carry_out(compose_run(*QUICK), recorder)
-    (folder,) = tmp_path.glob("allocation_bandwidth/.unfinished/*-measured")
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    folder = start()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as full:
+        full.setattr(Figure, "savefig", fail)
+        with pytest.raises(ZeroDivisionError):
+            summarize(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "summary.csv").write_text("old")
     summarize(folder)
-    rates = pd.read_parquet(folder / "samples.parquet").gb_per_s
-    assert pd.read_csv(folder / "summary.csv").value.iloc[0] <= rates.max()
-    assert (folder / "figure.svg").is_file()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {*FROM_MEASURING, "summary.csv", "averages.parquet"} <= before.keys()
 
 
-def test_a_run_of_another_machines_gpu_keeps_its_name(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = recorder.finish(carry_out(compose_run(*QUICK), recorder))
+def test_a_run_of_another_machines_gpu_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    folder = start(*QUICK)
     assert resolved_in(folder).device_name == "cpu"
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("name: cpu\n  kind: cpu", "name: cuda\n  kind: cuda"))
@@ -53,9 +97,10 @@ def test_a_run_of_another_machines_gpu_keeps_its_name(
     assert resolved_in(folder).device_name == "nvidia-h200"
 
 
-def test_folders_that_are_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no config.yaml"):
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config"):
         summarize(tmp_path)
-    (tmp_path / "config.yaml").write_text("arguments: [a=1]\njobs: {}\n")
-    with pytest.raises(UserError, match="whole sweep"):
+    (tmp_path / "config.yaml").write_text("jobs: {}\n")
+    (tmp_path / "jobs").mkdir()
+    with pytest.raises(UserError, match="multirun"):
         summarize(tmp_path)

@@ -124,7 +124,7 @@ def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path: Path) -> 
     assert not list(home.glob(".unfinished/*"))
 
 
-def test_a_sweep_makes_one_folder_and_prints_one_line(tmp_path: Path) -> None:
+def test_a_sweep_over_fields_of_an_allocator_is_one_run_that_is_interleaved(tmp_path: Path) -> None:
     sweep = ("-m", "allocator=paged", "kernel=numba", "allocator.block_size=8,16", "params.batch_sizes=[2]")
     output, error = start(tmp_path, *sweep).communicate(timeout=120)
     (folder,) = (tmp_path / "decode_throughput").glob("2*")
@@ -133,10 +133,13 @@ def test_a_sweep_makes_one_folder_and_prints_one_line(tmp_path: Path) -> None:
     assert list(summary.columns) == COLUMNS
     throughput = summary[summary.quantity == "decode_throughput_vs_batch"]
     assert sorted(throughput.system) == [
-        "paged/numba [allocator.block_size=16]",
-        "paged/numba [allocator.block_size=8]",
+        "paged{block_size: 16}/numba",
+        "paged{block_size: 8}/numba",
     ]
-    assert len(list((folder / "jobs").iterdir())) == 2
+    steps = pd.read_parquet(folder / "steps.parquet")
+    assert (steps.groupby(["batch", "round"]).system.nunique() == 2).all(), "both systems in every round"
+    assert not (folder / "jobs").exists()
+    assert "block_size: 16" in output
 
 
 def test_a_users_mistake_is_one_message(tmp_path: Path) -> None:

@@ -1,50 +1,150 @@
 """What a sweep leaves behind, wherever it was killed."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
-from kvarena.experiments.sweep import Sweep, _labelled
-from kvarena.harness.record import Measured, Outcome, Recorder
+from kvarena.experiments import memory_waste, sweep
+from kvarena.experiments.over_seeds import over_seeds
+from kvarena.experiments.sweep import Sweep
+from kvarena.harness.published import OURS
+from kvarena.harness.record import Frames, Measured, Outcome, Recorder
 from kvarena.harness.summary import COLUMNS
 
-SUMMARY = pd.DataFrame([dict.fromkeys(COLUMNS, "x")])
+NAN = float("nan")
+
 TABLE = pd.DataFrame({"a": [1, 2]})
+ROW = dict.fromkeys(COLUMNS, "-") | {
+    "experiment": "memory_waste", "paper": OURS, "figure": "memory_waste", "panel": "s", "setup": "s", "quantity": "q",
+    "system": "paged/numba", "label": "paged/numba", "x": 1.0, "n": 1, "ci_low": NAN, "ci_high": NAN,
+}  # fmt: skip
+EARNED = {"paper": "pagedattention", "figure": "fig2", "panel": "OPT-13B", "system": "vLLM"}
 
 
-def a_job(sweep_folder: Path, value: int) -> Recorder:
-    return Recorder("serving_latency", {"value": value}, sweep_folder / f"job-{value:012}")
-
-
-def finish(recorder: Recorder) -> None:
-    from matplotlib.figure import Figure
-
-    recorder.cell("batch-1", lambda: {"steps": TABLE})
-    recorder.finish(Outcome(Measured({"steps": TABLE}), SUMMARY, "x", Figure()))
-
-
-def test_rows_of_a_sweep_say_what_was_swept_and_keep_what_they_earned() -> None:
-    rows = pd.DataFrame({"paper": ["kvarena", "vattention"], "system": ["paged/fa2", "FA2_Paged"],
-                         "label": ["paged/fa2"] * 2})  # fmt: skip
-    told = _labelled(rows, "threads=2")
-    assert list(told.system) == ["paged/fa2 [threads=2]", "FA2_Paged"]
-    assert list(told.label) == ["paged/fa2 [threads=2]"] * 2
-
-
-def test_a_job_killed_before_it_forgets_its_cells_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
-    monkeypatch.setenv("KVARENA_SWEEP", "")  # the sweep sets it: give it back at the end
-    sweep = Sweep("serving_latency", ["a=1,2"])
-    home = tmp_path / "serving_latency"
-    (folder,) = (home / ".unfinished").iterdir()
+    monkeypatch.setenv("KVARENA_SWEEP", "")  # a sweep sets it: give it back at the end
+    monkeypatch.setattr(memory_waste, "draw", lambda _: Figure())
+    return tmp_path / "memory_waste"
+
+
+def finish(*overrides: str, clock: str = "modelled", frames: Frames | None = None, **row: object) -> None:
+    """A job of the sweep that is under way."""
+    config = {"clock": clock, "overrides": list(overrides)}
+    recorder = Recorder("memory_waste", config, sweep.job_folder(config))
+    recorder.cell("batch-1", lambda: {"steps": TABLE})
+    measured = Measured(frames or {"points": TABLE}, sweep.notes(overrides))
+    rows = [ROW | row] if "rows" not in row else row["rows"]
+    recorder.finish(Outcome(measured, pd.DataFrame(rows, columns=COLUMNS), "q", Figure()))
+
+
+def begun(*arguments: str) -> Sweep:
+    return Sweep("memory_waste", list(arguments))
+
+
+def test_a_job_killed_before_it_forgets_its_cells_leaves_none(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = begun("a=1,2")
+    (folder,) = (runs / ".unfinished").iterdir()
     with monkeypatch.context() as killed:
         killed.setattr("kvarena.harness.record.shutil.rmtree", lambda *_, **__: None)  # died between the two
-        finish(a_job(folder, 1))
+        finish("a=1", value=1.0)
     (folder / ".job-2-written-half").mkdir()
     (folder / ".job-2-written-half" / "summary.csv").touch()
-    finish(a_job(folder, 2))
-    monkeypatch.setattr("kvarena.experiments.sweep.Sweep._aggregate", lambda *_: Outcome(Measured({}), SUMMARY, "x"))
-    target, _ = sweep.finish()
-    assert sorted(path.name for path in (target / "jobs").iterdir()) == ["job-000000000001", "job-000000000002"]
-    assert not list((home / ".unfinished").iterdir())
+    finish("a=2", value=2.0)
+    target, _ = whole.finish()
+    assert len(list((target / "jobs").iterdir())) == 2
+    assert not list((runs / ".unfinished").iterdir())
+
+
+def test_rows_say_what_was_swept_and_frames_of_which_job_they_are(runs: Path) -> None:
+    whole = begun("a=1,2", "b=7")
+    finish("a=1", "b=7", value=1.0)
+    finish("a=2", "b=7", value=2.0, frames={"points": TABLE, "samples": TABLE})
+    target, outcome = whole.finish()
+    assert set(outcome.summary.system) == set(outcome.summary.label) == {"paged/numba [a=1]", "paged/numba [a=2]"}
+    assert outcome.measured.frames["points"].job.tolist() == ["a=1", "a=1", "a=2", "a=2"] or (
+        outcome.measured.frames["points"].job.tolist() == ["a=2", "a=2", "a=1", "a=1"]
+    )
+    assert set(outcome.measured.frames["samples"].job) == {"a=2"}
+    assert {path.name for path in target.glob("*.parquet")} == {"points.parquet", "samples.parquet"}
+    assert "remark" not in outcome.measured.notes
+
+
+def test_a_published_name_is_kept_by_the_one_job_that_earned_it_and_by_none_of_two() -> None:
+    whole = begun("a=1,2")
+    finish("a=1", value=1.0, **EARNED)
+    finish("a=2", value=2.0)
+    _, outcome = whole.finish()
+    assert outcome.summary.set_index("value").system.to_dict() == {1.0: "vLLM", 2.0: "paged/numba [a=2]"}
+
+    whole = begun("a=1,2", "b=1")
+    finish("a=1", value=1.0, **EARNED)
+    finish("a=2", value=2.0, **EARNED)
+    _, outcome = whole.finish()
+    assert set(outcome.summary.paper) == {OURS}
+    assert set(outcome.summary.system) == {"paged/numba [a=1]", "paged/numba [a=2]"}
+
+
+@pytest.mark.parametrize(("clock", "remarks"), [("measured", 1), ("modelled", 0)])
+def test_measured_jobs_are_said_not_to_be_comparable(clock: str, remarks: int) -> None:
+    whole = begun("a=1,2")
+    finish("a=1", clock=clock, value=1.0)
+    finish("a=2", clock=clock, value=2.0)
+    target, outcome = whole.finish()
+    assert list(outcome.measured.notes.values()) == [sweep.APART] * remarks
+    kept = json.loads((target / "provenance.json").read_text())
+    assert ("remark" in kept) == bool(remarks)
+
+
+def test_seeds_become_one_row_with_an_interval_and_are_comparable() -> None:
+    whole = begun("trace.seed=range(0,6)")
+    for seed in range(6):
+        names = EARNED | {"evidence": "calibrated"} if seed == 0 else {"evidence": "predicted"}
+        finish(f"trace.seed={seed}", clock="measured", value=float(seed), **names)
+    target, outcome = whole.finish()
+    assert outcome.measured.notes == {}
+    ours, earned = (outcome.summary[outcome.summary.paper == paper] for paper in (OURS, "pagedattention"))
+    (row,), (one,) = (rows.to_dict("records") for rows in (ours, earned))
+    assert (row["system"], row["panel"], row["figure"]) == ("paged/numba", "s", "memory_waste")
+    assert (row["value"], row["n"], row["ci_low"], row["ci_high"], row["evidence"]) == (2.5, 6, 0, 5, "predicted")
+    assert (one["system"], one["value"], one["n"], one["evidence"]) == ("vLLM", 0, 1, "calibrated")
+    assert set(outcome.measured.frames["points"].job) == {f"trace.seed={seed}" for seed in range(6)}
+    assert list(pd.read_csv(target / "summary.csv").columns) == COLUMNS
+
+
+def test_seeds_of_each_other_value_are_one_row() -> None:
+    whole = begun("arrival.seed=0,1", "a=1,2")
+    for seed in (0, 1):
+        for a in (1, 2):
+            finish(f"arrival.seed={seed}", f"a={a}", value=10.0 * a + seed)
+    _, outcome = whole.finish()
+    assert outcome.summary.set_index("system").value.to_dict() == {"paged/numba [a=1]": 10.5, "paged/numba [a=2]": 20.5}
+    assert set(outcome.summary.n) == {2}
+
+
+def test_a_name_that_every_seed_earned_is_kept() -> None:
+    tables = [pd.DataFrame([ROW | EARNED | {"value": float(seed)}], columns=COLUMNS) for seed in range(3)]
+    (row,) = over_seeds(tables).to_dict("records")
+    assert (row["system"], row["value"], row["n"]) == ("vLLM", 1, 3)
+
+
+def test_a_row_of_ours_beside_an_earned_one_is_counted_once() -> None:
+    """As of experiments whose own rows are over `params.seeds`."""
+    both = [pd.DataFrame([ROW | {"value": s}, ROW | EARNED | {"value": 9.0}], columns=COLUMNS) for s in (1.0, 2.0)]
+    rows = over_seeds(both).set_index("system")
+    assert rows.value.to_dict() == {"paged/numba": 1.5, "vLLM": 9}
+    assert rows.n.to_dict() == {"paged/numba": 2, "vLLM": 2}
+
+
+def test_a_sweep_of_one_job_is_that_run(runs: Path) -> None:
+    whole = begun("allocator.block_size=8,16")
+    finish("experiment=memory_waste", value=1.0)
+    target, outcome = whole.finish()
+    assert set(outcome.summary.system) == {"paged/numba"}
+    assert not (target / "jobs").exists()
+    kept = json.loads((target / "provenance.json").read_text())
+    assert kept["command"] == ["-m", "allocator.block_size=8,16"]

@@ -129,3 +129,12 @@ def test_a_full_disk_is_noticed_before_anything_is_measured(monkeypatch: pytest.
     monkeypatch.setattr(record, "_probe", full)
     with pytest.raises(UserError, match="no space is left"):
         recorder()
+
+
+def test_what_is_kept_goes_with_the_cells_once_the_run_ends(runs: Path) -> None:
+    keeper = recorder()
+    keeper.cell("batch-1", lambda: measured([]))
+    kept = keeper.keep(outcome().measured)
+    assert recorder().keep(outcome().measured) == kept, "a second try replaces the first"
+    recorder().finish(outcome())
+    assert not list((runs / "demo" / ".unfinished").iterdir())

@@ -1,0 +1,36 @@
+"""Colours of allocators that no figure has heard of."""
+
+import itertools
+
+import pandas as pd
+import pytest
+
+from kvarena.experiments.plots import COLOURS, canvas, colour_of, colours_of, lines
+
+NEW = [f"allocator-{number}" for number in range(40)]
+
+
+@pytest.mark.parametrize("pair", [*itertools.combinations(["headroom", *NEW[:8]], 2), ("ab", "ba")])
+def test_two_newcomers_differ_and_from_all_that_are_known(pair: tuple[str, str]) -> None:
+    one, other = (colours_of(pair)[name] for name in pair)
+    assert one != other
+    assert not {one, other} & set(COLOURS.values())
+
+
+def test_many_newcomers_have_as_many_colours_in_whatever_order_they_come() -> None:
+    colours = colours_of([*NEW, "paged"])
+    assert len({colours[name] for name in NEW}) == len(NEW)
+    assert colours["paged"] == COLOURS["paged"]
+    assert colours == colours_of(["paged", *reversed(NEW)])
+    assert colours["allocator-3"] == colour_of("allocator-3", NEW)
+    assert colour_of("headroom") == colours_of(["headroom", "paged"])["headroom"]
+
+
+def test_lines_of_two_newcomers_are_told_apart_by_colour() -> None:
+    _, (axis,) = canvas(1, 1)
+    rows = [
+        {"system": f"{name}/numba", "allocator": name, "kernel": "numba", "x": 1.0, "value": 1.0}
+        for name in ("ab", "ba")
+    ]
+    lines(axis, pd.DataFrame(rows))
+    assert len({line.get_color() for line in axis.get_lines()}) == 2
