@@ -127,7 +127,9 @@ def _checked(run: Run) -> list[Load]:
     loads: list[Load] = run.params.loads
     told = [{load.key for load in loads}, {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}]
     if not loads or any(len(each) < len(loads) for each in told):
-        raise UserError("params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice")
+        raise UserError(
+            "params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice"
+        )
     if not any(load.systems_of(run) for load in loads):
         raise UserError("params.loads: none of the loads is for a system of this run (its key systems)")
     return loads

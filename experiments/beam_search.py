@@ -24,8 +24,8 @@ from kvarena.experiments.latency_curve import (
     measure_lines,
     summarize_lines,
 )
-from kvarena.experiments.parallel_sampling import Params as SamplingParams
 from kvarena.experiments.parallel_sampling import READS as READS
+from kvarena.experiments.parallel_sampling import Params as SamplingParams
 from kvarena.experiments.parallel_sampling import notes, serving, with_rows
 from kvarena.experiments.parallel_sampling import unread as unread_of_sampling
 from kvarena.experiments.replay import Replayer

@@ -71,7 +71,11 @@ def unread_rates(curves: Curves, guesses: Iterable[str]) -> dict[str, str]:
 
 def unread_panels(panels: Iterable[str], only: list[str] | None) -> dict[str, str]:
     """Keys of panels that do not run."""
-    return {f"params.panels.{figure}": f"params.only={only} leaves it out" for figure in panels if figure not in (only or panels)}
+    return {
+        f"params.panels.{figure}": f"params.only={only} leaves it out"
+        for figure in panels
+        if figure not in (only or panels)
+    }
 
 
 def unread_traces(run: Run, traces: Collection[str], instead: str, of_all: Collection[str]) -> dict[str, str]:

@@ -259,15 +259,15 @@ def draw(summary: pd.DataFrame) -> Figure:
     setups = list(dict.fromkeys(rows.setup))
     columns = min(3, len(setups))
     down, legend_columns = -(-len(setups) // columns), min(4, 2 * columns)
-    key = 0.2 * -(-rows.label[rows.quantity == HEADLINE].nunique() // legend_columns) / down  # height of the legend, in inches of each row
+    key = (
+        0.2 * -(-rows.label[rows.quantity == HEADLINE].nunique() // legend_columns) / down
+    )  # height of the legend, in inches of each row
     figure, axes = plots.canvas(down, columns, width=5, height=3.6 + key)
     for axis, setup in zip(axes, setups, strict=False):
         _panel_axis(axis, rows[rows.setup == setup])
     plots.tidy(figure).tight_layout(rect=(0, key / (3.6 + key), 1, 1))
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles, fontsize=8, frameon=False, loc="lower center", ncols=legend_columns
-    )
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower center", ncols=legend_columns)
     return figure
 
 
@@ -289,10 +289,10 @@ def _panel_axis(axis: Axes, rows: pd.DataFrame) -> None:
         circled |= bool(len(theirs))
     for allocator, points in others.groupby("allocator", sort=False):
         axis.plot(points.x, points.value, "x", color=plots.colour_of(str(allocator)), ms=4)
-    notes = ["lines: median over seeds, with its 95 % interval; thin: seed 0"] if many else []
-    notes += ["circles: published"] if circled else []
+    notes = ["circles: published"] if circled else []
     notes += ["crosses: constants of the others' curves"] if len(others) else []
     axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
-    axis.set_title("\n".join(filter(None, (headed(curves), "; ".join(notes)))), fontsize=8)
+    lines = "lines: median over seeds, with its 95 % interval; thin: seed 0" if many else ""
+    axis.set_title("\n".join(filter(None, (headed(curves), lines, "; ".join(notes)))), fontsize=8)
     axis.set_xlim(0, None)
     axis.set_ylim(0, min(1.0, 1.1 * curves.value.max()))

@@ -150,10 +150,14 @@ def out_of_sample(run: Run, runs: dict[str, Run]) -> Iterator[tuple[str, EngineC
     for other in run.params.out_of_sample:
         if own := runs.get(other.figure):
             engine = _engine(other.engine)
-            systems = [s for s in run.systems if s.name in other.systems and own.params.panels[other.figure].rates_of(s)]
-            yield other.figure, engine, [
-                s for s in systems if misfit(engine, own.device, own.model, s.scheduler.name) is None
+            systems = [
+                s for s in run.systems if s.name in other.systems and own.params.panels[other.figure].rates_of(s)
             ]
+            yield (
+                other.figure,
+                engine,
+                [s for s in systems if misfit(engine, own.device, own.model, s.scheduler.name) is None],
+            )
 
 
 def run_of_panel(run: Run, panel: Panel) -> Run:

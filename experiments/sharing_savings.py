@@ -41,7 +41,9 @@ READS = {  # no decoding: both ways are run, for every n
 FIGURE = "fig15"
 FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
-ASSUMED = "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+ASSUMED = (
+    "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+)
 EXTREME = ", survival "  # what tells the setups of other survivals
 UNATTACHED = ("stranded", "free", "remainder")  # leaves of the pool that no sequence holds
 

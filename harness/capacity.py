@@ -1,9 +1,9 @@
 """Capacity: the highest rate whose latency stays within a limit, by bisection, with seeds paired across systems.
 
-    latency |          x   two rates that were tried bracket the limit; the rate at the limit lies on the straight line
-     limit -+- - - - -/    between them, both axes logarithmic (`crossing`)
-            |      x.'
-            +----------- rate
+latency |          x   two rates that were tried bracket the limit; the rate at the limit lies on the straight line
+ limit -+- - - - -/    between them, both axes logarithmic (`crossing`)
+        |      x.'
+        +----------- rate
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def _bisect(latency_at: LatencyAt, limit: float, low: float, high: float, tolera
 def crossing(low: tuple[float, float], high: tuple[float, float], limit: float) -> float:
     """The rate at `limit` between two points (rate, latency), of which `low` keeps it and `high` does not.
 
-        rate = low (high / low)^w,   w = ln(limit / latency at low) / ln(latency at high / latency at low)
+    rate = low (high / low)^w,   w = ln(limit / latency at low) / ln(latency at high / latency at low)
     """
     (rate, below), (above, beyond) = low, high
     share: float = log(limit / below) / log(beyond / below)
