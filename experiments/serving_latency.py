@@ -74,13 +74,13 @@ def unread(run: Run) -> dict[str, str]:
     params: Params = run.params
     panels = chosen_panels(params.panels, params.only)
     rules = unread_seeds(run)
-    rules |= {"arrival.rate": "params.panels.FIGURE.rates.SYSTEM=[...] are the rates"}
-    rules |= {"arrival.duration_s": "params.panels.FIGURE.duration_s=SECONDS says how long requests arrive"}
+    rules |= {"arrival.rate": "the panels name the rates: params.panels={FIGURE: {rates: {SYSTEM: [...]}, ...}}"}
+    rules |= {"arrival.duration_s": "the panels say how long: params.panels={FIGURE: {duration_s: SECONDS, ...}}"}
     for group in ("model", "device"):
         if all(getattr(panel, group) for panel in panels.values()):
-            rules[group] = f"every panel names its {group}; params.panels.FIGURE.{group}=NAME names another"
+            rules[group] = f"every panel names its own: params.panels={{FIGURE: {{{group}: NAME, ...}}}}"
     traces = [panel.trace for panel in panels.values()]
-    rules |= unread_traces(run, traces, "params.panels.FIGURE.trace=NAME", of_all=("max_tokens",))
+    rules |= unread_traces(run, traces, "params.panels={FIGURE: {trace: NAME, ...}}", of_all=("max_tokens",))
     if params.paths.get(run.trace.name):
         rules["trace.path"] = f"params.paths.{run.trace.name} is given"
     for trace in set(params.paths) - set(traces):
@@ -95,7 +95,7 @@ def _unread_of_systems(run: Run, panels: dict[str, Panel]) -> dict[str, str]:
     padded = any(system.allocator.name == PADDED for system in run.systems)
     for figure, panel in panels.items():
         if panel.batch_size is not None and padded:
-            rules["allocator.batch_size"] = f"params.panels.{figure}.batch_size=N sets it"
+            rules["allocator.batch_size"] = "the panels set it: params.panels={FIGURE: {batch_size: N, ...}}"
         if not padded:
             for key in ("batch_size", "fastertransformer_duration_s"):
                 rules[f"params.panels.{figure}.{key}"] = "FasterTransformer is not among the systems of this run"
@@ -108,9 +108,9 @@ def _unread_of_systems(run: Run, panels: dict[str, Panel]) -> dict[str, str]:
             rules[key] = "no crossing is searched: params.crossing=[SYSTEM] searches one"
     if absent := set(params.crossing) - there:
         rules["params.crossing"] = f"{', '.join(sorted(absent))}: not among the systems of this run"
-    if len(params.seeds) == 1 or not set(params.once) & there:
+    if params.once and (len(params.seeds) == 1 or not set(params.once) & there):
         rules["params.once"] = "every system is replayed once; params.seeds=[0,1,2,3,4,5] has more seeds"
-    if not any(systems for _, _, systems in out_of_sample(run, _runs(run))):
+    if params.out_of_sample and not any(systems for *_, systems in out_of_sample(run, _runs(run))):
         rules["params.out_of_sample"] = "its engines were fitted on no system, model and device of this run"
     return rules
 
@@ -290,10 +290,10 @@ def _panel_axis(axis: Axes, rows: pd.DataFrame) -> None:
         circled |= bool(len(theirs))
     for allocator, points in others.groupby("allocator", sort=False):
         axis.plot(points.x, points.value, "x", color=plots.colour_of(str(allocator)), ms=4)
-    notes = ["lines: median over seeds, with its 95 % interval; thin: seed 0"] if many else []
-    notes += ["circles: published"] if circled else []
+    notes = ["circles: published"] if circled else []
     notes += ["crosses: constants of the others' curves"] if len(others) else []
     axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
-    axis.set_title("\n".join(filter(None, (headed(curves), "; ".join(notes)))), fontsize=8)
+    lines = "lines: median over seeds, with its 95 % interval; thin: seed 0" if many else ""
+    axis.set_title("\n".join(filter(None, (headed(curves), lines, "; ".join(notes)))), fontsize=8)
     axis.set_xlim(0, None)
     axis.set_ylim(0, min(1.0, 1.1 * curves.value.max()))

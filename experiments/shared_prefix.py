@@ -67,7 +67,9 @@ def unread(run: Run) -> dict[str, str]:
     rules = unread_panels(params.panels, params.only)
     rules |= unread_rates(params, (f"params.panels.{figure}.guess" for figure in params.panels))
     traces = [panel.trace for panel in chosen_panels(params.panels, params.only).values()]
-    return rules | unread_traces(run, traces, "params.panels.FIGURE.trace=NAME", of_all=("max_tokens", "path"))
+    return rules | unread_traces(
+        run, traces, "params.panels={FIGURE: {trace: NAME, ...}}", of_all=("max_tokens", "path")
+    )
 
 
 def measure(run: Run, recorder: Recorder) -> Measured:

@@ -6,7 +6,7 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, columns, context_of, panel_of, pool_bytes_of, trace_named, workload_of
+from kvarena.experiments.replay import Replayer, context_of, pool_bytes_of, trace_named, workload_of
 from kvarena.harness.run import Run
 
 WASTE = "experiment=memory_waste"
@@ -120,19 +120,6 @@ def test_seeds_and_rates_change_the_workload_alone():
     assert run.arrival.rate == 4.0
 
 
-def test_names_are_published_only_where_the_run_imitates():
-    modelled, measured = compose_run(WASTE), compose_run(WASTE, *SMALL)
-    assert panel_of(modelled, "sharegpt") == "OPT-13B ShareGPT"
-    assert panel_of(measured, "sharegpt") == "tiny-opt ShareGPT"
-    assert columns(modelled, system(modelled, "paged"))["system"] == "vLLM"
-    assert columns(measured, system(measured, "paged"))["system"] == "paged/numba"
-    sliced = columns(modelled, system(modelled, "vattention-sliced-2mb"))
-    assert (sliced["system"], sliced["kernel"]) == ("vattention-sliced-2MB/vllm2023", "vllm2023")
-    assert context_of(modelled) == 2048
-    assert context_of(measured) == 64
-
-
-def test_a_system_with_other_fields_than_the_papers_does_not_wear_its_name():
-    for override, shown in (("16", "vLLM"), ("32", "paged/vllm2023")):
-        run = compose_run(WASTE, "allocator=paged", f"allocator.block_size={override}")
-        assert [run.shown_as(s) for s in run.systems] == [shown]
+def test_the_longest_sequence_is_the_models_or_the_traces():
+    assert context_of(compose_run(WASTE)) == 2048
+    assert context_of(compose_run(WASTE, *SMALL)) == 64

@@ -1,4 +1,4 @@
-"""Latency over rate: which constants a curve may be called fitted to, what is refused, what a killed sweep keeps."""
+"""Latency over rate: what a curve may be called, what is refused, what a killed sweep keeps."""
 
 import os
 import signal
@@ -8,65 +8,187 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
+from kvarena.experiments.compose import compose_run
+from kvarena.experiments.latency_curve import chosen_panels
 from kvarena.experiments.latency_error import log_errors, rms
 from kvarena.experiments.serving_latency import HEADLINE
-from kvarena.harness.config import load, typed
-from kvarena.harness.engine_config import EngineConfig
-from kvarena.harness.schemas import of
+from kvarena.experiments.serving_panels import curves_of
 
 
-def panel(*rates: float, duration_s: int = 30) -> str:
+def panel(*rates: float, duration_s: int = 30, device: str = "a100-40gb") -> str:
     """An override: the panel of Fig 12a, over so few seconds."""
-    keys = f"trace: sharegpt, model: opt-13b, device: a100-40gb, duration_s: {duration_s}"
+    keys = f"trace: sharegpt, model: opt-13b, device: {device}, duration_s: {duration_s}"
     return f"params.panels={{fig12a: {{{keys}, rates: {{others: {list(rates)}}}}}}}"
 
 
-SYSTEMS = ("clock=modelled", "systems=[orca-oracle,paged]", "params.crossing=[]", "params.out_of_sample=[]")
+BARE = ("params.crossing=[]", "params.out_of_sample=[]")
+SYSTEMS = ("clock=modelled", "systems=[orca-oracle,paged]", *BARE)
 TINY = (*SYSTEMS, panel(1.0))
+WHOLE = (*SYSTEMS, panel(1.0, duration_s=3600))
 OTHERS = "params.out_of_sample=[{figure: fig12a, engine: vllm2023_from_orca, systems: [paged]}]"
 
 
 def test_a_curve_out_of_sample_is_predicted_and_stands_beside_the_calibrated_one(
     summary_of: Callable[..., pd.DataFrame],
 ) -> None:
-    summary = summary_of("serving_latency", *TINY, OTHERS)
-    own = summary[summary.quantity == HEADLINE].set_index("system")
+    summary = summary_of("serving_latency", *WHOLE, OTHERS)
+    own = summary[(summary.quantity == HEADLINE) & (summary.paper == "pagedattention")].set_index("system")
     other = summary[summary.quantity == f"{HEADLINE}:out_of_sample"].set_index("system")
     assert own.evidence.to_dict() == {"Orca(Oracle)": "calibrated", "vLLM": "calibrated"}
-    assert other.evidence.to_dict() == {"vLLM": "predicted"}
-    assert other.kernel.to_dict() == {"vLLM": "vllm2023_from_orca"}
-    assert other.value["vLLM"] != own.value["vLLM"]
-    errors = summary[summary.quantity == "rms_log_error"].set_index(["kernel", "system"])
+    assert set(own.figure) == {"fig12a"}
+    assert other.evidence.to_dict() == {"paged/vllm2023_from_orca": "predicted"}
+    assert set(other.paper) == {"kvarena"}
+    assert other.value.iloc[0] != own.value["vLLM"]
+    errors = summary[summary.quantity == "rms_log_error"].set_index("system")
     assert errors.evidence.to_dict() == {
-        ("vllm2023", "Orca"): "calibrated",
-        ("vllm2023", "vLLM"): "calibrated",
-        ("vllm2023", "all systems"): "calibrated",
-        ("vllm2023_from_orca", "vLLM"): "predicted",
+        "Orca/vllm2023": "calibrated",
+        "vLLM/vllm2023": "calibrated",
+        "all systems/vllm2023": "calibrated",
+        "vLLM/vllm2023_from_orca": "predicted",
     }
 
 
-def test_an_engine_run_by_itself_is_predicted_where_it_was_not_fitted(summary_of: Callable[..., pd.DataFrame]) -> None:
-    summary = summary_of("serving_latency", *TINY, "engine=vllm2023_from_orca")
-    own = summary[summary.quantity == HEADLINE].set_index("system")
-    assert own.evidence.to_dict() == {"Orca(Oracle)": "calibrated", "vLLM": "predicted"}
+def test_an_engine_run_by_itself_is_ours_and_predicted_where_it_was_not_fitted(
+    summary_of: Callable[..., pd.DataFrame],
+) -> None:
+    summary = summary_of("serving_latency", *WHOLE, "engine=vllm2023_from_orca")
+    assert set(summary.paper) == {"kvarena"}
+    own = summary[summary.quantity == HEADLINE].set_index("allocator")
+    assert own.evidence.to_dict() == {"orca_oracle": "calibrated", "paged": "predicted"}
+    assert "rms_log_error" not in set(summary.quantity)
+
+
+FIGURES = {
+    "fig12a": "OPT-13B ShareGPT", "fig12b": "OPT-66B ShareGPT", "fig12c": "OPT-175B ShareGPT",
+    "fig12d": "OPT-13B Alpaca", "fig12e": "OPT-66B Alpaca", "fig12f": "OPT-175B Alpaca",
+}  # fmt: skip
+THEIRS = {"FasterTransformer", "Orca(Max)", "Orca(Pow2)", "Orca(Oracle)", "vLLM"}
+
+
+def earned(*overrides: str, seed: int = 0) -> pd.DataFrame:
+    """Names of a point at 1 request/s of every curve of a run, where they are published."""
+    run = compose_run("experiment=serving_latency", "clock=modelled", *overrides)
+    curves = curves_of(run, chosen_panels(run.params.panels, run.params.only))
+    names = pd.DataFrame([curve.published(seed, 1.0) for curve in curves if not curve.out_of_sample])
+    return names[names.paper == "pagedattention"]
+
+
+def test_by_default_all_five_systems_of_all_six_figures_are_the_papers() -> None:
+    names = earned()
+    assert dict(zip(names.figure, names.panel, strict=True)) == FIGURES
+    assert names.groupby("figure").system.agg(set).eq(THEIRS).all()
+    assert set(names.evidence[names.figure < "fig12d"]) == {"calibrated"}
+    assert set(names.evidence[names.figure >= "fig12d"]) == {"predicted"}, "nothing was fitted to Alpaca"
 
 
 @pytest.mark.parametrize(
-    ("point", "evidence"),
+    "override",
     [
-        (("fig12b", "OPT-66B ShareGPT", "Orca(Max)", 0.1), "calibrated"),
-        (("fig12c", "OPT-175B ShareGPT", "FasterTransformer"), "calibrated"),
-        (("fig12d", "OPT-13B Alpaca", "vLLM", 24.0), "predicted"),
-        (("fig12a", "OPT-13B ShareGPT", "vAttention/2MB", 1.0), "predicted"),
+        "engine=lean",
+        "trace.filter=none",
+        "trace.max_tokens=1024",
+        "arrival.quantum_s=0.02",
+        "arrival=poisson",
+        "decoding=parallel",
+        "params.pool_bytes=1000000000",
+        "params.tolerance=0.1",
+        "scheduler.token_budget=512",
+        "scheduler=vllm_v1",
+        panel(1.0),
+        panel(1.0, duration_s=3600, device="a100-80gb"),
     ],
 )
-def test_the_engine_was_fitted_to_the_papers_own_curves_of_sharegpt(point: tuple[str, str, str], evidence: str) -> None:
-    engine: EngineConfig = typed(of("engine", "vllm2023"), load("engine", "vllm2023"), "engine")
-    assert engine.evidence(*point) == evidence
+def test_whatever_changes_a_point_takes_its_name(override: str) -> None:
+    engine = () if "80gb" not in override else ("engine=lean",)
+    assert earned("params.only=[fig12a]", "systems=[paged]", override, *engine).empty
+    assert len(earned("params.only=[fig12a]", "systems=[paged]")) == 1
+
+
+def test_a_point_of_another_seed_or_batch_is_ours() -> None:
+    assert earned("params.only=[fig12a]", seed=1).empty
+    keys = "trace: sharegpt, model: opt-13b, device: a100-40gb, duration_s: 3600, rates: {others: [1.0]}"
+    sized = f"params.panels={{fig12a: {{{keys}, batch_size: 5}}}}"
+    assert set(earned(sized).system) == THEIRS - {"FasterTransformer"}
+
+
+def test_seeds_are_paired_and_the_papers_row_is_seed_0s_alone(summary_of: Callable[..., pd.DataFrame]) -> None:
+    six = ("params.seeds=[0,1,2,3,4,5]", "systems=[orca-max,paged,vattention-2mb]", "params.once=[vattention-2mb]")
+    summary = summary_of("serving_latency", *WHOLE, panel(0.2, duration_s=3600), *six)
+    points = summary[summary.quantity == HEADLINE].set_index("label")
+    theirs, ours = (points[points.paper == paper] for paper in ("pagedattention", "kvarena"))
+    assert dict(zip(theirs.index, theirs.n, strict=True)) == {"orca_max/vllm2023": 1, "paged/vllm2023": 1}
+    assert ours.n.to_dict() == {"orca_max/vllm2023": 6, "paged/vllm2023": 6, "vattention-2MB/vllm2023": 1}
+    of_six = ours[ours.n == 6]
+    assert (of_six.ci_low < of_six.value).all()
+    assert (of_six.value < of_six.ci_high).all()
+    assert (theirs.value.between(of_six.ci_low, of_six.ci_high)).all()
+    assert ours.ci_low["vattention-2MB/vllm2023"] != ours.ci_low["vattention-2MB/vllm2023"], "one seed has no interval"
+    alone = summary_of("serving_latency", *WHOLE, panel(0.2, duration_s=3600), "systems=[orca-max]")
+    alone = alone[(alone.quantity == HEADLINE) & (alone.paper == "pagedattention")]
+    assert alone.value.item() == theirs.value["orca_max/vllm2023"]
+
+
+def test_a_crossing_lies_on_the_line_between_the_two_rates_around_it(finished: Callable[..., Path]) -> None:
+    keys = "trace: sharegpt, model: opt-13b, device: a100-40gb, duration_s: 300"
+    folder = finished("serving_latency", "clock=modelled", "systems=[contiguous]", f"params.panels={{a: {{{keys}}}}}")
+    points = pd.read_parquet(folder / "points.parquet")
+    low, high = points[points.kind == "bracket"][["rate", "normalized_latency_s"]].sort_values("rate").to_numpy()
+    assert low[1] <= 0.5 < high[1]
+    assert high[0] <= 1.01 * low[0]
+    summary = pd.read_csv(folder / "summary.csv")
+    found = summary[summary.quantity == "rate_at_0.5_s_per_token"].value.item()
+    share = np.log(found / low[0]) / np.log(high[0] / low[0])
+    assert low[1] * (high[1] / low[1]) ** share == pytest.approx(0.5)
+    drawn = summary[summary.quantity == HEADLINE]
+    assert len(drawn) == 6, "a system without rates is drawn around its crossing"
+    assert drawn.x.max() / found == pytest.approx(1.03, rel=0.01)
+
+
+@pytest.mark.parametrize("system", ["vattention-2mb", "contiguous", "fastertransformer", "orca-max"])
+def test_a_system_runs_alone_with_curves_out_of_sample(system: str, summary_of: Callable[..., pd.DataFrame]) -> None:
+    summary = summary_of("serving_latency", panel(0.5), f"systems=[{system}]", "params.crossing=[]")
+    assert set(summary.paper) == {"kvarena"}
+    assert summary.setup.nunique() == 1
+
+
+def test_another_device_is_ours_and_its_published_system_says_so(summary_of: Callable[..., pd.DataFrame]) -> None:
+    h200 = panel(1.0, device="h200")
+    summary = summary_of("serving_latency", "engine=lean", h200, "systems=[paged]", "params.crossing=[]")
+    assert set(summary.paper) == {"kvarena"}
+    assert set(summary.setup) == {"opt-13b sharegpt, 1 x h200"}
+    assert set(summary.label) == {"paged (as vLLM)"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=llama-3-8b"], "model: .*every panel names its own"),
+        (["device=h200", "engine=lean"], "device: .*every panel names its own"),
+        (["trace.seed=1"], "params.seeds"),
+        (["arrival.rate=2"], r"arrival\.rate: .*rates"),
+        (["trace=alpaca"], "the panels name their traces"),
+        (["params.only=[fig12d]", "trace.filter=none"], "no panel of this run has trace=sharegpt"),
+        (["params.only=[fig12d]", "params.paths.sharegpt=x.csv"], "no panel of this run has that trace"),
+        (["allocator=fastertransformer", "allocator.batch_size=9"], "the panels set it"),
+        (["params.only=[fig12a]", "params.crossing=[]", "params.tolerance=0.1"], "no crossing is searched"),
+        (["systems=[vattention-2mb]", "params.crossing=[paged]"], "paged: not among the systems"),
+    ],
+)
+def test_keys_that_nothing_reads_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose_run("experiment=serving_latency", "clock=modelled", *overrides)
+
+
+def test_panels_of_one_setup_are_told_apart(summary_of: Callable[..., pd.DataFrame]) -> None:
+    keys = "trace: sharegpt, model: opt-13b, device: a100-40gb, rates: {others: [1.0]}, duration_s"
+    two = f"params.panels={{a: {{{keys}: 30}}, b: {{{keys}: 60}}}}"
+    summary = summary_of("serving_latency", *SYSTEMS, two)
+    assert set(summary.setup) == {f"opt-13b sharegpt, {each}, 1 x a100-40gb" for each in "ab"}
 
 
 def test_the_nearer_of_two_published_points_counts() -> None:
@@ -80,7 +202,7 @@ def test_the_nearer_of_two_published_points_counts() -> None:
 def test_requests_that_could_never_run_are_counted(summary_of: Callable[..., pd.DataFrame]) -> None:
     tokens = 1024  # in the pool: longer requests can never fit
     summary = summary_of("serving_latency", *TINY, f"params.pool_bytes={tokens * 819_200}")
-    counts = summary[summary.system == "vLLM"].set_index("quantity").value
+    counts = summary[summary.label == "paged/vllm2023"].set_index("quantity").value
     assert counts["refused_vs_rate"] > 0
     assert counts["finished_vs_rate"] > 0
 

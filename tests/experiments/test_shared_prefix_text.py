@@ -20,7 +20,7 @@ def of_text(tmp_path: Path, tokenizer: str) -> tuple[str, ...]:
 
 
 def panel(trace: str, prefix_tokens: int) -> str:
-    return f"{{name: {trace}, trace: {trace}, prefix_tokens: {prefix_tokens}, guess: {{others: 1}}}}"
+    return f"{{trace: {trace}, prefix_tokens: {prefix_tokens}, guess: {{others: 1}}}}"
 
 
 def test_both_panels_read_the_file(finished: Callable[..., Path], of_text: tuple[str, ...]) -> None:

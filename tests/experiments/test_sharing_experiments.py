@@ -1,60 +1,153 @@
 """Figs 14 to 17 on short traces: which order must come out, what is the paper's and what is ours, and refusals."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pandas as pd
 import pytest
 
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
+from kvarena.experiments import beam_search, chatbot, parallel_sampling, shared_prefix, sharing_savings
+from kvarena.experiments.compose import compose_run
 from kvarena.experiments.sharing_savings import savings
+from kvarena.harness.published import differences
 
 CROSSING, LATENCY = "rate_at_0.5_s_per_token", "normalized_latency_vs_rate"
 SHORT = ("arrival.duration_s=60", "params.tolerance=0.2", "params.shares=[]")
 
 
-def crossings(summary: pd.DataFrame, figure: str) -> pd.Series:
-    rows = summary[(summary.quantity == CROSSING) & (summary.figure == figure)]
-    return rows.set_index("system").value
+def crossings(summary: pd.DataFrame, detail: str) -> pd.Series:
+    """By allocator, of the setup in which this ran."""
+    rows = summary[(summary.quantity == CROSSING) & summary.setup.str.contains(f", {detail}, 1 x ")]
+    return rows.set_index("allocator").value
 
 
 def test_parallel_sampling(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("parallel_sampling", "params.only=[fig14b]", "systems=[orca-pow2,orca-oracle,paged]", *SHORT)
-    rates = crossings(summary, "fig14b")
-    assert rates["Orca(Pow2)"] < rates["Orca(Oracle)"] < rates["vLLM"]
-    assert set(summary[summary.paper == "pagedattention"].panel) == {"parallel n=4"}
+    rates = crossings(summary, "parallel n=4")
+    assert rates["orca_pow2"] < rates["orca_oracle"] < rates["paged"]
+    assert set(summary.paper) == {"kvarena"}, "a minute is not Fig 14"
     assert set(summary.evidence) == {"predicted"}
-    points = summary[(summary.quantity == LATENCY) & (summary.system == "vLLM")].sort_values("x")
-    assert points.x.iloc[0] < rates["vLLM"] < points.x.iloc[-1]
-    below = points[points.x < rates["vLLM"]]
+    points = summary[(summary.quantity == LATENCY) & (summary.allocator == "paged")].sort_values("x")
+    assert points.x.iloc[0] < rates["paged"] < points.x.iloc[-1]
+    below = points[points.x < rates["paged"]]
     assert (below.value < 0.5).all()
 
 
 def test_beams_are_conditional_and_their_band_is_ours(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("beam_search", "params.only=[fig14e]", "systems=[orca-oracle,paged]", *SHORT)
-    rates = crossings(summary, "fig14e")
-    assert rates["Orca(Oracle)"] < rates["vLLM"]
+    rates = crossings(summary, "beam w=4")
+    assert rates["orca_oracle"] < rates["paged"]
     assert set(summary.evidence) == {"conditional"}
-    band = summary[(summary.quantity == CROSSING) & (summary.figure == "beam_search")]
-    assert set(band.panel) == {"beam w=4, survival one", "beam w=4, survival all"}
-    assert set(band.paper) == {"kvarena"}
-    assert band.value.min() <= rates["vLLM"] * 1.01
-    assert band.value.max() >= rates["vLLM"] * 0.99
+    band = [crossings(summary, f"beam w=4, survival {survival}")["paged"] for survival in ("one", "all")]
+    assert min(band) <= rates["paged"] * 1.01
+    assert max(band) >= rates["paged"] * 0.99
 
 
 def test_a_shared_prefix_helps_whoever_shares_it(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("shared_prefix", "systems=[orca-oracle,paged]", *SHORT)
-    one, five = crossings(summary, "fig16a"), crossings(summary, "fig16b")
-    assert one["Orca(Oracle)"] < one["vLLM"]
-    assert five["vLLM"] / five["Orca(Oracle)"] > 1.3 * one["vLLM"] / one["Orca(Oracle)"]
-    assert set(summary[summary.paper == "pagedattention"].panel) == {"1-shot 80 tok", "5-shot 341 tok"}
+    one, five = crossings(summary, "80 tokens shared"), crossings(summary, "336 tokens shared")
+    assert one["orca_oracle"] < one["paged"]
+    assert five["paged"] / five["orca_oracle"] > 1.3 * one["paged"] / one["orca_oracle"]
+    assert set(summary.evidence) == {"conditional"}, "the engine's constants are OPT-13B's"
 
 
 def test_a_chatbot_as_the_artifact_and_fair(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("chatbot", "systems=[orca-oracle,paged]", "arrival.duration_s=300", *SHORT[1:])
-    theirs, fair = crossings(summary, "fig17"), crossings(summary, "chatbot")
-    assert theirs["Orca(Oracle)"] < theirs["vLLM"] == fair["vLLM"], "one replay serves both"
-    assert set(summary.panel) == {"chatbot", "chatbot, fair"}
+    theirs, fair = crossings(summary, "as_artifact"), crossings(summary, "fair")
+    assert theirs["orca_oracle"] < theirs["paged"] == fair["paged"], "one replay serves both"
+
+
+CURVES = {
+    parallel_sampling: {f"fig14{f}": f"parallel n={n}" for f, n in zip("abc", (2, 4, 6), strict=True)},
+    beam_search: {f"fig14{f}": f"beam w={n}" for f, n in zip("def", (2, 4, 6), strict=True)},
+    shared_prefix: {"fig16a": "1-shot 80 tok", "fig16b": "5-shot 341 tok"},
+    chatbot: {"fig17": "chatbot"},
+}
+
+
+def earned(module: ModuleType, *overrides: str) -> pd.DataFrame:
+    """Names of every line of a run that stands for a published one."""
+    run = compose_run(f"experiment={module.NAME}", "clock=modelled", *overrides)
+    names = pd.DataFrame([line.names() for line in module._lines(run)])
+    return names[names.paper == "pagedattention"]
+
+
+@pytest.mark.parametrize("module", CURVES)
+def test_by_default_every_published_system_is_the_papers(module: ModuleType) -> None:
+    names = earned(module)
+    assert dict(zip(names.figure, names.panel, strict=True)) == CURVES[module]
+    theirs = {"Orca(Oracle)", "vLLM"} | (set() if module is shared_prefix else {"Orca(Max)", "Orca(Pow2)"})
+    assert names.groupby("figure").system.agg(set).eq(theirs).all()
+    conditional = module in (beam_search, shared_prefix)
+    assert set(names.evidence) == {"conditional" if conditional else "predicted"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine=lean",
+        "arrival.duration_s=60",
+        "arrival.seed=1",
+        "arrival=poisson",
+        "trace.seed=1",
+        "trace.filter=fits_context",
+        "trace.max_tokens=1024",
+        "params.pool_bytes=1000000000",
+        "params.tolerance=0.1",
+        "params.stride=2",
+        "scheduler.token_budget=512",
+    ],
+)
+@pytest.mark.parametrize("module", CURVES)
+def test_whatever_changes_a_point_takes_its_name(module: ModuleType, override: str) -> None:
+    if module is chatbot and override.startswith("trace.filter"):
+        override = "trace.cut_prompt=512"
+    if module is shared_prefix and override.startswith(("trace.filter", "trace.seed")):
+        override = (
+            "params.only=[fig16b] params.panels={fig16b: {trace: wmt16_5shot, prefix_tokens: 320, guess: {others: 1}}}"
+        )
+    assert earned(module, *override.split(" ", 1) if "only" in override else [override]).empty
+
+
+def test_another_number_of_samples_or_order_of_conversations_is_ours() -> None:
+    assert earned(parallel_sampling, "params.panels={fig14a: {n: 3, guess: {others: 1}}}").empty
+    assert earned(beam_search, "params.panels={fig14d: {n: 3, guess: {others: 1}}}").empty
+    assert earned(chatbot, "params.new_conversation.as_artifact.orca=0.2").empty
+
+
+@pytest.mark.parametrize(
+    ("module", "overrides", "said"),
+    [
+        (parallel_sampling, ["decoding=beam"], "decoding"),
+        (parallel_sampling, ["trace.mix={n2: 1.0}"], "trace.mix"),
+        (parallel_sampling, ["arrival.rate=3"], "params.rates"),
+        (parallel_sampling, ["params.rates=[3]", "params.stride=2"], "params.stride"),
+        (beam_search, ["allocator=vattention", "allocator.max_rows=64"], "params.max_rows"),
+        (beam_search, ["systems=[orca-max]", "params.band=[paged]"], "paged: not among"),
+        (shared_prefix, ["trace=wmt16_5shot"], "the panels name their traces"),
+        (shared_prefix, ["params.only=[fig16b]", "trace.filter=fits_context"], "no panel of this run"),
+        (chatbot, ["trace.new_conversation=0.3"], "params.new_conversation"),
+        (sharing_savings, ["systems=[paged]", "params.max_rows=9"], "no system of this run has rows"),
+        (sharing_savings, ["decoding=parallel"], "decoding"),
+    ],
+)
+def test_keys_that_nothing_reads_are_refused(module: ModuleType, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose_run(f"experiment={module.NAME}", "clock=modelled", *overrides)
+
+
+def test_the_figures_window_and_load_make_the_saving_the_papers() -> None:
+    run = compose_run("experiment=sharing_savings", "clock=modelled")
+    for way in ("parallel", "beam"):
+        assert differences(run, "fig15", way, decoding=way, survival="neutral") == []
+        assert differences(run, "fig15", way, decoding=way, survival="one") == ["survival"]
+    other = compose_run("experiment=sharing_savings", "clock=modelled", "arrival.rate=10", "params.window_s=[5,20]")
+    assert differences(other, "fig15", "beam", decoding="beam", survival="neutral") == [
+        "arrival.rate",
+        "params.window_s",
+    ]
 
 
 def test_savings_grow_with_n_and_beams_save_more(summary_of: Callable[..., pd.DataFrame]) -> None:
@@ -62,14 +155,17 @@ def test_savings_grow_with_n_and_beams_save_more(summary_of: Callable[..., pd.Da
         "sharing_savings", "arrival.duration_s=20", "arrival.rate=10", "params.window_s=[5,20]", "params.n=[2,6]",
         "systems=[paged,vattention-2mb]",
     )  # fmt: skip
-    saving = summary[summary.quantity == "memory_saving_vs_n"].set_index(["panel", "system", "x"]).value
-    assert 0 < saving["parallel", "vLLM", 2] < saving["parallel", "vLLM", 6]
+    way = summary.setup.str.extract(r"opt-13b alpaca, (.*), 1 x a100-40gb")[0]
+    saving = summary.assign(way=way)[summary.quantity == "memory_saving_vs_n"].set_index(["way", "label", "x"]).value
+    blocks, groups = "paged/vllm2023", "vattention-2MB/vllm2023"
+    assert 0 < saving["parallel", blocks, 2] < saving["parallel", blocks, 6]
     for n in (2, 6):
-        assert saving["parallel", "vLLM", n] < saving["beam", "vLLM", n]
-        assert saving["beam, survival all", "vLLM", n] < saving["beam", "vLLM", n]
-        assert saving["beam", "vLLM", n] < saving["beam, survival one", "vLLM", n]
-        blocks, page_groups = (saving["parallel", s, n] for s in ("vLLM", "vattention-2MB/vllm2023"))
-        assert page_groups < blocks, "205 tokens of a page-group are more than most prompts"
+        assert saving["parallel", blocks, n] < saving["beam", blocks, n]
+        assert saving["beam, survival all", blocks, n] < saving["beam", blocks, n]
+        assert saving["beam", blocks, n] < saving["beam, survival one", blocks, n]
+        assert saving["parallel", groups, n] < saving["parallel", blocks, n], (
+            "205 tokens of a page-group are more than most prompts"
+        )
 
 
 def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
@@ -95,8 +191,11 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
         ("chatbot", "params.new_conversation=null", "at least one run"),
         ("parallel_sampling", "params.panels={fig14a: {n: 0, guess: {others: 1}}}", "at least 1"),
         ("parallel_sampling", "params.panels={fig14a: {n: 2}}", r"params\.guess"),
-        ("shared_prefix", "params.panels={a: {name: a, trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",
+        ("shared_prefix", "params.panels={a: {trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",
          "does not reach past its prefix"),
+        ("parallel_sampling", "params.panels={a: {n: 2, guess: {others: 1}}, b: {n: 2, guess: {others: 1}}}",
+         "one and the same curve"),
+        ("sharing_savings", "params.n=[2, 2]", "nothing twice"),
         ("parallel_sampling", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
         ("beam_search", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
         ("shared_prefix", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig16a, fig16b"),

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.capacity import capacity, paired_ratio
+from kvarena.harness.capacity import capacity, crossing, paired_ratio
 
 
 @pytest.mark.parametrize("guess", [0.01, 1.9, 2.0, 2.1, 300])
@@ -24,6 +24,16 @@ def test_brackets_the_knee(guess):
 def test_a_limit_that_nothing_crosses_is_refused(latency, verdict):
     with pytest.raises(UserError, match=f"every rate tried from 1 to .*{verdict} the limit of 0.5"):
         capacity(lambda rate: latency, limit=0.5, guess=1)
+
+
+def test_a_crossing_is_where_a_power_law_through_both_points_meets_the_limit():
+    def latency(rate):
+        return 0.03 * rate**7
+
+    at_limit = (0.5 / 0.03) ** (1 / 7)
+    found = crossing((1.2, latency(1.2)), (1.7, latency(1.7)), 0.5)
+    assert found == pytest.approx(at_limit)
+    assert crossing((1.2, 0.5), (1.3, 0.9), 0.5) == 1.2, "a rate that meets the limit keeps it"
 
 
 @pytest.mark.parametrize("wrong", [{"guess": 0}, {"limit": -1}, {"tolerance": 0}])
