@@ -8,8 +8,8 @@ Allocating is mapping: the page-groups were created when the server started. Thr
 
 The time is the wall's, around a call of our contract, bookkeeping included; a pass over the pool counts its median
 call, so that a slice that a busy machine takes away is not the driver's. The need is bytes of K/V per second of decode,
-tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With sarathi2024 as engine the
-host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
+tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With the engine sarathi2024
+the host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
 """
 
 import itertools

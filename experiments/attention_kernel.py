@@ -82,7 +82,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     _check(params)
     lines, by_block = _lines(run), _lines_by_block(run)
     read = StreamingRead(torch.device(run.device.kind))
-    cells = [(f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts]
+    cells = [
+        (f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts
+    ]
     largest = max(params.batch_sizes), max(params.contexts)
     if by_block:
         cells.append((f"{largest[0]}x{largest[1]}-by-block", by_block, *largest))
@@ -128,8 +130,8 @@ def _lines(run: Run) -> list[Line]:
     lines = [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
     if not lines:
         raise UserError(
-            f"params.kernels={run.params.kernels}: none that runs here reads rows, or blocks of {USUAL_BLOCK} tokens, of "
-            f"{run.model.name}"
+            f"params.kernels={run.params.kernels}: none that runs here reads rows of {run.model.name}, or blocks of "
+            f"{USUAL_BLOCK} tokens"
         )
     return lines
 
@@ -195,9 +197,9 @@ def _cell(run: Run, read: StreamingRead, lines: list[Line], batch: int, context:
     return {"samples": pd.DataFrame(rows).astype({"block_size": float})}
 
 
-def _line(kernel: object, block_size: float, scattered: object) -> Line:
+def _line(kernel: object, block_size: object, scattered: object) -> Line:
     """A line as the samples have it: a block size of 0 is none."""
-    return Line(str(kernel), Arrangement(int(block_size) or None, bool(scattered)))
+    return Line(str(kernel), Arrangement(int(float(str(block_size))) or None, bool(scattered)))
 
 
 def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -208,11 +210,12 @@ def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
             for key, rows in cell.groupby(["kernel", "block_size", "scattered"], sort=False)
         }
         for line, rows in by_line.items():
-            names = partial(named, run, line.system, detail=f"bs{batch}", x=context)
-            as_published = {"key": "vLLM", "batch": int(batch), "tables": line.tables}
-            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us", **names(FIGURE, **as_published))
+            names = partial(named, run, line.system, detail=f"bs{batch}", x=float(str(context)))
+            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us",
+                      **names(FIGURE, key="vLLM", batch=int(str(batch)), tables=line.tables))  # fmt: skip
             share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
-            yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names())
+            yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%",
+                      **names())  # fmt: skip
             on_rows = by_line.get(_line(line.kernel, 0, False))
             if on_rows is not None and line.tables != "none":
                 yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
@@ -224,7 +227,7 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for kernel, rows in samples.groupby("kernel", sort=False):
         usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s
         for size, part in rows.groupby("block_size"):
-            of_size = _line(kernel, float(str(size)), True)
+            of_size = _line(kernel, size, True)
             detail = f"bs{part.batch.iloc[0]}, {part.context.iloc[0]} tokens"
             yield row(median_interval(part.set_index("round").call_s / usual), unit="ratio",
                       quantity="time_over_block_16_vs_block_size",
@@ -258,7 +261,9 @@ def _published(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """The published points of each line that earned their name."""
     for (panel, system), points in theirs.groupby(["panel", "system"], sort=False):
         if ((rows.panel == panel) & (rows.system == system)).any():
-            axis.plot(points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published")
+            axis.plot(
+                points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published"
+            )
 
 
 def _ratios(axis: Axes, rows: pd.DataFrame) -> None:
@@ -282,6 +287,8 @@ def _block_sizes(axis: Axes, rows: pd.DataFrame) -> None:
         return
     plots.lines(axis, rows, "label")
     axis.axhline(1, color="black", lw=0.8)
-    axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None))
+    axis.set(
+        ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None)
+    )
     block_axis(axis, rows.x)
     axis.legend(fontsize=6, frameon=False)

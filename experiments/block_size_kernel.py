@@ -154,8 +154,8 @@ def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
         usual = by_size[USUAL_BLOCK].set_index("round").call_s
         for size, part in by_size.items():
             names = partial(
-                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}", x=batch,
-                detail=f"{run.params.context} tokens, {tables}",
+                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}",
+                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)),
             )  # fmt: skip
             times = part.set_index("round").call_s
             if size != USUAL_BLOCK:
@@ -167,7 +167,7 @@ def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Time over that of blocks of 16: one panel for each way the tables point, with the published points it stands for."""
+    """Time over that of blocks of 16: a panel for each way the tables point, with published points it stands for."""
     ours = summary[summary.quantity == HEADLINE]
     names, theirs = plots.shown_names(ours), published_values("vattention", figure=FIGURE)
     setups = list(ours.groupby("setup", sort=False))

@@ -25,8 +25,8 @@ def carry_out(run: Run, recorder: Recorder) -> Outcome:
     except Exception:
         folder = recorder.keep(measured)
         print(
-            f"What was measured is kept: {folder}\nThe same command goes on from there; where the code has to be mended, "
-            f"./run.sh summarize {folder} then makes the summary and the figure.",
+            f"What was measured is kept: {folder}\nThe same command goes on from there; where the code has to be "
+            f"mended, ./run.sh summarize {folder} then makes the summary and the figure.",
             file=sys.stderr,
         )
         raise

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
 from kvarena.experiments.attention_kernel import FIGURE, HEADLINE, Line
+from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.model import load_preset
@@ -142,7 +142,7 @@ def test_kernels_of_one_layout_are_compared_without_block_sizes(summary_of: Call
     quick = [each for each in SMALL[1:] if "block_sizes" not in each]
     summary = summary_of("attention_kernel", *quick, "params.kernels=[sdpa]", "params.batch_sizes=[1]")
     assert set(summary.label) == {"static/sdpa"}
-    with pytest.raises(UserError, match="params.block_sizes: nothing reads it"):
+    with pytest.raises(UserError, match=r"params\.block_sizes: nothing reads it"):
         compose_run(*SMALL, "params.kernels=[sdpa]")
 
 
@@ -168,7 +168,7 @@ def earned(run, line: Line, batch: int = 8) -> bool:
 def test_vllms_line_is_vllms_kernel_as_the_paper_ran_it(on_the_papers_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     run, line = on_the_papers_gpu, Line("vllm_paged", SCATTERED)
     names = named(run, line.system, FIGURE, key="vLLM", batch=32, tables="scattered", x=64)
-    assert [names[key] for key in ("paper", "figure", "panel", "system")] == ["pagedattention", "fig18a", "bs32", "vLLM"]
+    assert [names[key] for key in ("figure", "panel", "system")] == ["fig18a", "bs32", "vLLM"]
     assert earned(run, line)
     for other in (Line("triton", SCATTERED), Line("triton", ROWS), Line("vllm_paged", IN_ORDER)):
         assert not earned(run, other), other

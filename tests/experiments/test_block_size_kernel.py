@@ -38,7 +38,9 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 def test_every_size_is_compared_with_blocks_of_16(summary: pd.DataFrame) -> None:
     ratios = summary[summary.quantity == HEADLINE]
     assert set(ratios.paper) == {"kvarena"}
-    assert set(ratios.panel) == {f"tiny-llama, 64 tokens, {tables}, 1 x cpu" for tables in ("in order", "shuffled", "drawn")}
+    assert set(ratios.panel) == {
+        f"tiny-llama, 64 tokens, {tables}, 1 x cpu" for tables in ("in order", "shuffled", "drawn")
+    }
     assert set(ratios.system) == {"block 64/numba", "block 64/gather_sdpa"}
     assert set(ratios.x) == {1, 3}
     assert (ratios.n == 6).all()
