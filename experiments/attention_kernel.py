@@ -5,7 +5,7 @@ together. Here a kernel that reads both layouts runs on the same bytes as rows, 
 blocks: only where they lie differs. Kernels that read one layout stand beside them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -237,12 +237,12 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Latency by context, with the published points of lines that stand for them; what scattered blocks cost."""
     ours = summary[summary.quantity == HEADLINE]
-    names, theirs = plots.shown_names(ours), published_values("pagedattention", figure=FIGURE)
+    theirs = published_values("pagedattention", figure=FIGURE)
     title = "PagedAttention Fig 18a" if plots.stands_for(ours, FIGURE) else "attention by context"
     setups = list(ours.groupby("setup", sort=False))
     figure, axes = plots.canvas(2, -(-(len(setups) + 2) // 2), width=5.4)
     for axis, (setup, rows) in zip(axes, setups, strict=False):
-        _latency(axis, rows, names)
+        _latency(axis, rows)
         _published(axis, rows, theirs)
         axis.set(ylabel="one call, us", title=f"{title}\n{setup}; {rows.clock.iloc[0]}", ylim=(0, None))
         axis.legend(fontsize=6, frameon=False)
@@ -252,8 +252,8 @@ def draw(summary: pd.DataFrame) -> Figure:
     return plots.tidy(figure)
 
 
-def _latency(axis: Axes, rows: pd.DataFrame, names: Mapping[str, str]) -> None:
-    plots.lines(axis, rows.assign(shown=rows.label.map(names)), "shown")
+def _latency(axis: Axes, rows: pd.DataFrame) -> None:
+    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
     _context_axis(axis, rows)
 
 
