@@ -214,8 +214,9 @@ def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
             yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us",
                       **names(FIGURE, key="vLLM", batch=int(str(batch)), tables=line.tables))  # fmt: skip
             share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
-            yield row(median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%",
-                      **names())  # fmt: skip
+            yield row(
+                median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names()
+            )
             on_rows = by_line.get(_line(line.kernel, 0, False))
             if on_rows is not None and line.tables != "none":
                 yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
