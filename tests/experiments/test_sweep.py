@@ -25,8 +25,9 @@ def finish(recorder: Recorder) -> None:
 
 
 def test_rows_of_a_sweep_say_what_was_swept_and_keep_what_they_earned() -> None:
-    rows = pd.DataFrame({"paper": ["kvarena", "vattention"], "system": ["paged/fa2", "FA2_Paged"],
-                         "label": ["paged/fa2"] * 2})  # fmt: skip
+    rows = pd.concat([SUMMARY, SUMMARY]).assign(
+        paper=["kvarena", "vattention"], system=["paged/fa2", "FA2_Paged"], label="paged/fa2"
+    )
     told = _labelled(rows, "threads=2")
     assert list(told.system) == ["paged/fa2 [threads=2]", "FA2_Paged"]
     assert list(told.label) == ["paged/fa2 [threads=2]"] * 2
