@@ -8,8 +8,8 @@ Allocating is mapping: the page-groups were created when the server started. Thr
 
 The time is the wall's, around a call of our contract, bookkeeping included; a pass over the pool counts its median
 call, so that a slice that a busy machine takes away is not the driver's. The need is bytes of K/V per second of decode,
-tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With sarathi2024 as engine the
-host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
+tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With the engine sarathi2024
+the host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
 """
 
 import itertools
@@ -169,16 +169,17 @@ def draw(summary: pd.DataFrame) -> Figure:
 def _supplied(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """One group per page-group, one bar per way; the published value is a line across the bar that stands for it."""
     names, ways = list(dict.fromkeys(rows.label)), list(rows.groupby("setup", sort=False))
+    highest = rows.value.max()
     for number, (setup, bars) in enumerate(ways):
         places = [names.index(name) + 0.8 * (number + 0.5) / len(ways) - 0.4 for name in bars.label]
         axis.bar(places, bars.value, 0.8 / len(ways), label=str(setup).split(",")[0])
         for place, bar in zip(places, bars.itertuples(), strict=True):
             points = theirs[(theirs.panel == bar.panel) & (theirs.system == bar.system)]
             if bar.paper != OURS and len(points):
-                half = 0.4 / len(ways)
+                half, highest = 0.4 / len(ways), max(highest, points.value.max())
                 axis.hlines(points.value, place - half, place + half, color="black", label=f"{bar.system}, published")
     axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", ylim=(0, 1.3 * rows.value.max()))
+    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", ylim=(0, 1.3 * highest))
     title = "vAttention Table 9" if plots.stands_for(rows, FIGURE) else "page-groups that the driver allocates"
     axis.set_title(f"{title}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
     axis.legend(fontsize=7, frameon=False, ncols=2)

@@ -5,7 +5,7 @@ together. Here a kernel that reads both layouts runs on the same bytes as rows, 
 blocks: only where they lie differs. Kernels that read one layout stand beside them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -130,8 +130,8 @@ def _lines(run: Run) -> list[Line]:
     lines = [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
     if not lines:
         raise UserError(
-            f"params.kernels={run.params.kernels}: none that runs here reads rows, or blocks of {USUAL_BLOCK} tokens, of "
-            f"{run.model.name}"
+            f"params.kernels={run.params.kernels}: none that runs here reads rows of {run.model.name}, or blocks of "
+            f"{USUAL_BLOCK} tokens"
         )
     return lines
 
@@ -197,9 +197,9 @@ def _cell(run: Run, read: StreamingRead, lines: list[Line], batch: int, context:
     return {"samples": pd.DataFrame(rows).astype({"block_size": float})}
 
 
-def _line(kernel: object, block_size: float, scattered: object) -> Line:
+def _line(kernel: object, block_size: object, scattered: object) -> Line:
     """A line as the samples have it: a block size of 0 is none."""
-    return Line(str(kernel), Arrangement(int(block_size) or None, bool(scattered)))
+    return Line(str(kernel), Arrangement(int(float(str(block_size))) or None, bool(scattered)))
 
 
 def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -210,9 +210,9 @@ def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
             for key, rows in cell.groupby(["kernel", "block_size", "scattered"], sort=False)
         }
         for line, rows in by_line.items():
-            names = partial(named, run, line.system, detail=f"bs{batch}", x=context)
-            as_published = {"key": "vLLM", "batch": int(batch), "tables": line.tables}
-            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us", **names(FIGURE, **as_published))
+            names = partial(named, run, line.system, detail=f"bs{batch}", x=float(str(context)))
+            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us",
+                      **names(FIGURE, key="vLLM", batch=int(str(batch)), tables=line.tables))  # fmt: skip
             share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
             yield row(
                 median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names()
@@ -228,7 +228,7 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for kernel, rows in samples.groupby("kernel", sort=False):
         usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s
         for size, part in rows.groupby("block_size"):
-            of_size = _line(kernel, float(str(size)), True)
+            of_size = _line(kernel, size, True)
             detail = f"bs{part.batch.iloc[0]}, {part.context.iloc[0]} tokens"
             yield row(median_interval(part.set_index("round").call_s / usual), unit="ratio",
                       quantity="time_over_block_16_vs_block_size",
@@ -238,12 +238,12 @@ def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 def draw(summary: pd.DataFrame) -> Figure:
     """Latency by context, with the published points of lines that stand for them; what scattered blocks cost."""
     ours = summary[summary.quantity == HEADLINE]
-    names, theirs = plots.shown_names(ours), published_values("pagedattention", figure=FIGURE)
+    theirs = published_values("pagedattention", figure=FIGURE)
     title = "PagedAttention Fig 18a" if plots.stands_for(ours, FIGURE) else "attention by context"
     setups = list(ours.groupby("setup", sort=False))
     figure, axes = plots.canvas(2, -(-(len(setups) + 2) // 2), width=5.4)
     for axis, (setup, rows) in zip(axes, setups, strict=False):
-        _latency(axis, rows, names)
+        _latency(axis, rows)
         _published(axis, rows, theirs)
         axis.set(ylabel="one call, us", title=f"{title}\n{setup}; {rows.clock.iloc[0]}", ylim=(0, None))
         axis.legend(fontsize=6, frameon=False)
@@ -253,8 +253,8 @@ def draw(summary: pd.DataFrame) -> Figure:
     return plots.tidy(figure)
 
 
-def _latency(axis: Axes, rows: pd.DataFrame, names: Mapping[str, str]) -> None:
-    plots.lines(axis, rows.assign(shown=rows.label.map(names)), "shown")
+def _latency(axis: Axes, rows: pd.DataFrame) -> None:
+    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
     _context_axis(axis, rows)
 
 

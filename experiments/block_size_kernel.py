@@ -9,7 +9,7 @@ blocks look fast. Where a kernel slows down under `drawn` and not under `shuffle
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -154,8 +154,8 @@ def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
         usual = by_size[USUAL_BLOCK].set_index("round").call_s
         for size, part in by_size.items():
             names = partial(
-                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}", x=batch,
-                detail=f"{run.params.context} tokens, {tables}",
+                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}",
+                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)),
             )  # fmt: skip
             times = part.set_index("round").call_s
             if size != USUAL_BLOCK:
@@ -167,15 +167,15 @@ def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
 
 
 def draw(summary: pd.DataFrame) -> Figure:
-    """Time over that of blocks of 16: one panel for each way the tables point, with the published points it stands for."""
+    """Time over that of blocks of 16: a panel for each way the tables point, with published points it stands for."""
     ours = summary[summary.quantity == HEADLINE]
-    names, theirs = plots.shown_names(ours), published_values("vattention", figure=FIGURE)
+    theirs = published_values("vattention", figure=FIGURE)
     setups = list(ours.groupby("setup", sort=False))
     figure, axes = plots.canvas(1, len(setups), width=5)
     limit = 1.1 * max(2.0, ours.value.max())
     for axis, (setup, rows) in zip(axes, setups, strict=True):
         title = "vAttention Fig 3" if plots.stands_for(rows, FIGURE) else "decode kernel by block size"
-        _lines_over_batch(axis, rows, names, theirs)
+        _lines_over_batch(axis, rows, theirs)
         axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", ylim=(0, limit))
         axis.set_title(f"{title}\n{setup}; {rows.clock.iloc[0]}", fontsize=9)
         axis.legend(fontsize=7, frameon=False, loc="lower left")
@@ -183,7 +183,8 @@ def draw(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def _lines_over_batch(axis: Axes, rows: pd.DataFrame, names: Mapping[str, str], theirs: pd.DataFrame) -> None:
+def _lines_over_batch(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    names = plots.shown_names(rows)
     for number, (label, line) in enumerate(rows.groupby("label", sort=False)):
         colour = f"C{number}"
         axis.plot(line.x, line.value, marker=plots.MARKERS[number % len(plots.MARKERS)], ms=4, color=colour,

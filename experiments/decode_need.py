@@ -46,9 +46,8 @@ def need_rows(run: Run, need: pd.DataFrame) -> Iterator[SummaryRow]:
     system = as_filed(PAPERS_SYSTEM, scheduler)
     for name, cells in need.groupby("model", sort=False):
         of = _modelled(run, str(name))
-        for cell in cells.itertuples():
-            names = named(of, system, FIGURE, x=cell.batch)
-            tokens_per_s = float(str(cell.tokens_per_s))
+        for batch, tokens_per_s in zip(cells.batch.astype(float), cells.tokens_per_s, strict=True):
+            names = named(of, system, FIGURE, x=batch)
             rate = tokens_per_s * of.model.kv_layout().token_bytes / MB
             yield row(tokens_per_s, quantity="decode_throughput_vs_batch", unit="token/s", **names)
             yield row(rate, quantity="kv_allocation_rate_vs_batch", unit="MB/s", **names)

@@ -186,8 +186,9 @@ def _rows(run: Run, pairs: pd.DataFrame, releases: pd.DataFrame) -> Iterator[Sum
         ours = partial(named, run, label=allocator)
         yield row(_share(_passing(pairs, allocator), _passing(pairs, "static")), quantity=HEADLINE, unit="%",
                   **ours(figure=FIGURE, key=allocator, detail="kernels"))  # fmt: skip
-        yield row(_share(_fitting(pairs, allocator), _fitting(pairs, "static")), unit="%",
-                  quantity="share_of_contiguous_kernels_that_fit", **ours(counted=True, detail="catalogue"))  # fmt: skip
+        fitting = _share(_fitting(pairs, allocator), _fitting(pairs, "static"))
+        yield row(fitting, quantity="share_of_contiguous_kernels_that_fit", unit="%",
+                  **ours(counted=True, detail="catalogue"))  # fmt: skip
     for library, months in zip(releases.library, releases.lag_months, strict=True):
         yield row(months, quantity="months_from_contiguous_to_paged", unit="months",
                   **named(run, label=library, detail="lag", counted=True))  # fmt: skip

@@ -101,9 +101,9 @@ def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
                   **names(figure=FIGURE, key=calls[kind], page_group=group))  # fmt: skip
         yield row(median_interval(beside), quantity="api_latency_beside_kernels", unit="us", **names())
     for cell, (quantity, _) in SWEEPS.items():
-        for (x, kind), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
+        for (x, call), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
             yield row(median_interval(rows.us), quantity=quantity, unit="us",
-                      **named(run, label=calls[str(kind)], detail=format_bytes(sizes[0]), x=x))  # fmt: skip
+                      **named(run, label=calls[str(call)], detail=format_bytes(sizes[0]), x=float(str(x))))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
 from kvarena.experiments.attention_kernel import FIGURE, HEADLINE, Line
+from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.model import load_preset
@@ -142,7 +142,7 @@ def test_kernels_of_one_layout_are_compared_without_block_sizes(summary_of: Call
     quick = [each for each in SMALL[1:] if "block_sizes" not in each]
     summary = summary_of("attention_kernel", *quick, "params.kernels=[sdpa]", "params.batch_sizes=[1]")
     assert set(summary.label) == {"static/sdpa"}
-    with pytest.raises(UserError, match="params.block_sizes: nothing reads it"):
+    with pytest.raises(UserError, match=r"params\.block_sizes: nothing reads it"):
         compose_run(*SMALL, "params.kernels=[sdpa]")
 
 

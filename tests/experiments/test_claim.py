@@ -8,7 +8,6 @@ from kvarena.experiments.claim import arguments_for
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.scorecard.claims import claim_named, load_claims
 
-
 CLAIMED = [claim.id for claim in load_claims()]
 
 

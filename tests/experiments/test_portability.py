@@ -85,7 +85,7 @@ def test_the_claim_is_of_any_device_and_model(summary_of: Callable[..., pd.DataF
 
 
 def test_a_pool_without_room_is_the_users_mistake_and_no_failure_of_a_kernel() -> None:
-    with pytest.raises(UserError, match="params.pool_bytes=.*has no room"):
+    with pytest.raises(UserError, match=r"params\.pool_bytes=.*has no room"):
         portability._outcome(compose_run(*SMALL, "params.pool_bytes=131072"), Pair("static", "sdpa"))
 
 

@@ -25,8 +25,9 @@ def keep(results: Path, device: str, clock: str, experiment: str, figures: tuple
     table = read_published(PUBLISHED)
     rows = [
         row(1.04 * r.value, experiment=experiment, paper=r.paper, figure=r.figure, panel=r.panel, system=r.system,
-            setup="-", label="-", allocator="-", kernel="-", model="-", quantity=r.quantity, x=None if pd.isna(r.x) else r.x, unit=r.unit,
-            clock=clock, device=device, evidence="predicted" if clock == "modelled" else "measured")
+            setup="-", label="-", allocator="-", kernel="-", model="-", quantity=r.quantity,
+            x=None if pd.isna(r.x) else r.x, unit=r.unit, clock=clock, device=device,
+            evidence="predicted" if clock == "modelled" else "measured")
         for r in table[(table.paper == "pagedattention") & table.figure.isin(figures)].itertuples()
     ]  # fmt: skip
     folder = results / (device + ("-modelled" if clock == "modelled" else "")) / experiment

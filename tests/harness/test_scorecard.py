@@ -29,8 +29,8 @@ def a_row(paper, point, value, *, clock="modelled", device="a100-40gb", evidence
     unit = "%" if "share" in point.quantity else "s"
     return row(
         value, experiment=experiment, paper=paper, figure=point.figure, panel=point.panel, system=point.system,
-        setup="-", label="-", allocator="-", kernel="-", model="-", quantity=point.quantity, x=point.x, unit=unit, clock=clock,
-        device=device, evidence=evidence,
+        setup="-", label="-", allocator="-", kernel="-", model="-", quantity=point.quantity, x=point.x, unit=unit,
+        clock=clock, device=device, evidence=evidence,
     )  # fmt: skip
 
 
