@@ -4,8 +4,8 @@
     overlapped   beside the one before it (section 6.1.1)
     premapped    all at the start: what is left when mapping costs nothing
 
-Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay requests with
-the lengths of the paper's trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one
+Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay the requests of
+a trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one
 after the other, as processes do that wait for one lock of the driver. Of what mapping costs, overlap hides
 
     hidden share = 1 - (T_overlapped - T_premapped) / (T_sync - T_premapped)
@@ -14,7 +14,7 @@ An event is an iteration before which sync maps; T is the median, over events, o
 one before it, beside which overlap maps. Differences are taken event by event, since the machine's speed wanders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,19 +25,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments import plots
+from kvarena.experiments import looks, plots
+from kvarena.experiments.long_contexts import assumed_lengths
 from kvarena.experiments.mapping import the_system
-from kvarena.experiments.overlap_cell import Way, measure, system_in
+from kvarena.experiments.overlap_cell import CHANGED, Way, system_in
+from kvarena.experiments.overlap_cell import measure as measured_batch
 from kvarena.experiments.overlap_replay import replayed
-from kvarena.experiments.replay import columns
+from kvarena.experiments.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import label_of, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
 
 NAME = "allocation_overlap"
-HEADLINE = "decode_iteration_latency_p99"
+LATENCY = "decode_iteration_latency"
+HEADLINE = f"{LATENCY}_p99"
+MARKS = ("p50", "p99", "max")
+FIGURE = "fig12"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "engine", "device", "systems", "threads"),
+}
+_IN_TURN = "the driver serves one GPU at a time, as processes wait for one lock"
+_BATCH_ONLY = ("prompt_tokens", "cohorts", "stagger", "warmup_steps", "check_steps", "rounds")  # measured clock
 COLOURS = dict(zip(Way, ("#D55E00", "#009E73", "#666666", "#E69F00"), strict=True))
 
 
@@ -56,11 +68,7 @@ class Params:
     warmup_steps: int = 0
     check_steps: int = 0  # steps whose logits must agree before anything is timed
     rounds: int = 1  # batches, each in fresh memory: the samples of every interval
-    # modelled clock
-    tp: int = 1  # GPUs
-    requests: int = 0  # all there at the start
-    replay_prompts: list[int] = field(default_factory=list)  # shortest and longest, drawn evenly
-    replay_outputs: list[int] = field(default_factory=list)
+    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
 
     @property
     def steps(self) -> int:
@@ -72,31 +80,36 @@ class Params:
         return [self.prompt_tokens + self.stagger * (i % self.cohorts) for i in range(self.max_batch)]
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Decode in all three ways and compare."""
-    params: Params = run.params
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in CHANGED}
+    if run.clock == "modelled":
+        keys |= {f"params.{each}": "clock=modelled replays a trace; clock=measured decodes batches" for each in _BATCH_ONLY}
+        keys["scheduler.max_seqs"] = "params.max_batch sets it"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Decode in all three ways: a few rounds for real, or one replay of each model."""
     _check(run)
+    cells = list(_cells(run))
     frames: list[Frames] = []
-    with Progress(NAME, params.rounds) as progress:
-        for number, cell in enumerate(_cells(run)):
-            progress.stage(f"round {number}")
-            frames.append({name: t.assign(round=number) for name, t in recorder.cell(f"{number}", cell).items()})
+    with Progress(NAME, len(cells)) as progress:
+        for one, number, cell in cells:
+            progress.stage(f"{one.model.name}, round {number}")
+            taken = recorder.cell(f"{one.model.name}-{number}", cell)
+            frames.append({name: of_model(one, table.assign(round=number)) for name, table in taken.items()})
             progress.advance()
-    steps, calls = (pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "calls"))
-    summary = frame(_summary(run, steps, calls))
-    return Outcome(summary, calls, steps, HEADLINE, draw(summary))
+    iterations, calls = (pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "calls"))
+    return Measured({"iterations": iterations, "driver_calls": calls})
 
 
 def _check(run: Run) -> None:
     params: Params = run.params
     the_system(run)
-    counts = ("iterations", "max_batch", "prompt_tokens", "cohorts", "rounds")
-    if run.clock == "modelled":
-        counts = ("iterations", "max_batch", "requests", "tp", "rounds")
-        for key in ("replay_prompts", "replay_outputs"):
-            bounds = getattr(params, key)
-            if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
-                raise UserError(f"params.{key}={bounds}: a shortest and a longest length are needed, [low, high]")
+    counts = ["iterations", "max_batch", "max_tokens"]
+    if run.clock == "measured":
+        counts += ["prompt_tokens", "cohorts", "rounds"]
     for key in counts:
         if getattr(params, key) < 1:
             raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
@@ -104,19 +117,28 @@ def _check(run: Run) -> None:
         raise UserError(f"params.max_tokens={params.max_tokens}: the longest sequence gets to {longest}")
 
 
-def _cells(run: Run) -> Iterator[Any]:
-    """What each round measures; a modelled run has one."""
+def _cells(run: Run) -> Iterator[tuple[Run, int, Callable[[], Frames]]]:
+    """What is measured: the run, the round and how."""
     if run.clock == "modelled":
-        yield partial(replayed, run)
+        for one in runs_by_model(run, "gpus"):
+            yield one, 0, partial(replayed, one)
         return
     from kvarena.harness.model.build import build_model
 
     model = build_model(run.model, run.device.kind)
     for number in range(run.params.rounds):
-        yield partial(measure, run, model, number)
+        yield run, number, partial(measured_batch, run, model, number)
 
 
-def _summary(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 12, the iterations one by one, the driver's calls, and what overlap hides."""
+    calls = {one.model.name: table for one, table in by_model(run, frames["driver_calls"])}
+    return frame(
+        each for one, steps in by_model(run, frames["iterations"]) for each in _rows(one, steps, calls[one.model.name])
+    )
+
+
+def _rows(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
     table = events(steps)
     for way in (way for way in Way if way in set(steps.way)):
         own = steps[steps.way == way]
@@ -136,24 +158,23 @@ def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]
         (f"spikes_over_{spike_ms:g}ms_above_median", spikes, "count"),
     ):
         value = median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
-        yield row(value, paper="vattention", figure="fig12", quantity=quantity, unit=unit, **_columns(run, way))
+        yield row(value, quantity=quantity, unit=unit, **_names(run, way, FIGURE))
     for iteration, ms in own.groupby("iteration").latency_ms:
-        yield row(median_interval(ms), paper="kvarena", figure=NAME, quantity="decode_iteration_latency_vs_iteration",
-                  unit="ms", x=iteration, **_columns(run, way))  # fmt: skip
+        names = _names(run, way, x=iteration)
+        yield row(median_interval(ms), quantity="decode_iteration_latency_vs_iteration", unit="ms", **names)
 
 
 def _mapping_rows(
     run: Run, way: Way, own: pd.DataFrame, calls: pd.DataFrame, events_at: pd.Index
 ) -> Iterator[SummaryRow]:
     """Driver calls by where they are made, and what an event's own iteration waits for them."""
-    mine = {"paper": "kvarena", "figure": NAME, **_columns(run, way)}
     counts = {f"{key}_driver_calls": calls[key].sum() for key in ("critical", "background")}
     counts["iterations_after_mapping"] = (own.actions > 0).sum()
     for quantity, count in counts.items():
-        yield row(float(count), quantity=quantity, unit="count", **{**mine, "evidence": "exact"})
+        yield row(float(count), quantity=quantity, unit="count", **_names(run, way, counted=True))
     waits = own[own.set_index(["round", "iteration"]).index.isin(events_at)].stall_ms
     if len(waits):
-        yield row(median_interval(waits), quantity="wait_for_mapping", unit="ms", **mine)
+        yield row(median_interval(waits), quantity="wait_for_mapping", unit="ms", **_names(run, way))
 
 
 def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -161,18 +182,22 @@ def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
     if table.empty:
         return
     for way in (Way.SYNC, Way.OVERLAPPED):
-        yield row(median_interval(table[way] - table[Way.PREMAPPED]), paper="vattention", figure="fig12",
-                  quantity="added_latency_of_mapping", unit="ms", **_columns(run, way))  # fmt: skip
+        added = median_interval(table[way] - table[Way.PREMAPPED])
+        yield row(added, quantity="added_latency_of_mapping", unit="ms", **_names(run, way))
     share = hidden_share(table)
     if not np.isnan(share.median):
-        yield row(share, paper="kvarena", figure=NAME, quantity="hidden_share", unit="%",
-                  **_columns(run, Way.OVERLAPPED))  # fmt: skip
+        yield row(share, quantity="hidden_share", unit="%", **_names(run, Way.OVERLAPPED))
 
 
-def _columns(run: Run, way: Way) -> dict[str, Any]:
-    evidence = "measured" if run.clock == "measured" else "conditional" if way is Way.IN_TURN else "predicted"
-    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence}
-    return shared | columns(run, system_in(way, the_system(run)))
+def _names(
+    run: Run, way: Way, figure: str | None = None, x: float | None = None, counted: bool = False
+) -> dict[str, Any]:
+    """What a row is called: the paper's two ways are one system, mapped in either."""
+    system = the_system(run)
+    return named(
+        run, system, figure, key=way.value, label=label_of(run, system_in(way, system)), x=x, counted=counted,
+        assuming=_IN_TURN if way is Way.IN_TURN else assumed_lengths(run),
+    )  # fmt: skip
 
 
 def events(steps: pd.DataFrame) -> pd.DataFrame:
@@ -200,39 +225,36 @@ def hidden_share(table: pd.DataFrame, resamples: int = 2000) -> Estimate:
 def draw(summary: pd.DataFrame) -> Figure:
     """Latency over iterations, one panel for each way; P50, P99 and the longest, ours and the published."""
     series = summary[summary.quantity == "decode_iteration_latency_vs_iteration"]
-    series = series.assign(way=series.system.map(_way_of))
-    figure, axes = plots.canvas(1, 1 + series.way.nunique(), width=4)
-    limit = 1.05 * series.value.max()
-    for axis, (way, rows) in zip(axes, series.groupby("way", sort=False), strict=False):
-        axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
-        axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, limit))
-        axis.set_title(f"{way}\n{rows.panel.iloc[0]}; {rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
-    theirs = published_values("vattention", figure="fig12")
-    ours = summary[summary.figure == "fig12"]
-    _tails(axes[-1], ours, theirs if set(ours.panel) & set(theirs.panel) else theirs.iloc[:0])
+    series = series.assign(way=series.label.map(_way_of))
+    setups, columns = list(series.groupby("setup", sort=False)), 1 + series.way.nunique()
+    figure, axes = plots.canvas(len(setups), columns, width=4)
+    for number, (setup, table) in enumerate(setups):
+        line = axes[number * columns : (number + 1) * columns]
+        for axis, (way, rows) in zip(line, table.groupby("way", sort=False), strict=False):
+            axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
+            axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, 1.05 * table.value.max()))
+            looks.title(axis, rows, None, str(way))
+        ours = summary[(summary.setup == setup) & summary.quantity.isin([f"{LATENCY}_{mark}" for mark in MARKS])]
+        _tails(line[-1], ours, looks.published_of(ours, published_values("vattention", figure=FIGURE)))
     figure.tight_layout()
     return figure
 
 
-def _way_of(system: str) -> Way:
-    return next(way for way in reversed(Way) if way.value in system)
+def _way_of(label: str) -> Way:
+    return next(way for way in reversed(Way) if way.value in label)
 
 
 def _tails(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Bars of P50, P99 and the longest; dots are the published values."""
-    marks = ("p50", "p99", "max")
-    ways = list(dict.fromkeys(ours.system.map(_way_of)))
+    """Bars of P50, P99 and the longest; dashes are the published values."""
+    ways = list(dict.fromkeys(ours.label.map(_way_of)))
+    published = theirs.set_index(["system", "quantity"]).value
     for number, way in enumerate(ways):
-        places = [i + 0.8 * ((number + 0.5) / len(ways) - 0.5) for i in range(len(marks))]
-        for rows, published in ((ours, False), (theirs, True)):
-            here = rows[rows.system.map(_way_of) == way].set_index("quantity").value
-            values = [here.get(f"decode_iteration_latency_{mark}", np.nan) for mark in marks]
-            if published:
-                label = "published" if number == 0 and len(theirs) else None
-                axis.plot(places, values, "k_", ms=12, mew=2, label=label)
-            else:
-                axis.bar(places, values, 0.75 / len(ways), color=COLOURS[way], label=str(way))
-    axis.set_xticks(range(len(marks)), ["P50", "P99", "longest"])
-    top = 1.4 * max([*ours[ours.unit == "ms"].value, *theirs[theirs.unit == "ms"].value])
-    axis.set(ylabel="ms", title="latency of an iteration", ylim=(0, top))
+        places = [i + 0.8 * ((number + 0.5) / len(ways) - 0.5) for i in range(len(MARKS))]
+        here = ours[ours.label.map(_way_of) == way].set_index("quantity").value
+        axis.bar(places, [here[f"{LATENCY}_{mark}"] for mark in MARKS], 0.75 / len(ways), color=COLOURS[way], label=str(way))
+        values = [published.get((way, f"{LATENCY}_{mark}"), np.nan) for mark in MARKS]
+        axis.plot(places, values, "k_", ms=12, mew=2, label="published" if number == 0 and len(theirs) else None)
+    axis.set_xticks(range(len(MARKS)), ["P50", "P99", "longest"])
+    axis.set(ylabel="ms", ylim=(0, 1.4 * max([*ours.value, *theirs.value[theirs.unit == "ms"]])))
+    looks.title(axis, ours, FIGURE, "latency of an iteration")
     axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")

@@ -19,7 +19,7 @@ from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments import decode_modelled, looks, plots
 from kvarena.experiments.decode_modelled import HEADLINE, NAME, TRACE, named_at
-from kvarena.experiments.published_models import unread_models
+from kvarena.experiments.published_models import of_model, unread_models
 from kvarena.harness.progress import Progress
 from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
@@ -62,6 +62,8 @@ def unread(run: Run) -> dict[str, str]:
         keys["params.max_tokens"] = "a row is as long as its sequence gets: params.prompts and the steps"
     elif TRACE not in run.params.prompts:
         keys["trace"] = f"params.prompts={run.params.prompts} are no prompts of a trace; params.prompts=[trace] are"
+    else:
+        keys["trace.mix"] = "prompts are taken of it, and every sequence decodes greedily"
     return keys
 
 
@@ -94,7 +96,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
                     progress.advance(params.rounds)
                 cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
                 cells.append({name: table.assign(prompts=kind) for name, table in cell.items()})
-    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
+    frames = {name: of_model(run, pd.concat([cell[name] for cell in cells], ignore_index=True)) for name in cells[0]}
     return Measured(frames, {"trace": trace_notes, "calibration": frames["batches"].to_dict("records")})
 
 

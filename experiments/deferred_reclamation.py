@@ -26,13 +26,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.static import StaticConfig
-from kvarena.experiments import plots
+from kvarena.experiments import looks, plots
 from kvarena.experiments.driver_calls import check_counts
 from kvarena.experiments.mapping import on_gpus, the_system
-from kvarena.experiments.replay import Replayer, columns
-from kvarena.harness.model import load_preset
+from kvarena.experiments.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.replay import Replayer
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Frames, Outcome, Recorder
+from kvarena.harness.published import label_of, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import Estimate, median_interval
 from kvarena.harness.step_model import PS_PER_S
@@ -64,7 +65,6 @@ WAYS = (
     Way("64KB, reclaimed at once", "64KB", first=1, deferred=False),
     Way("64KB, one group ahead", "64KB", deferred=False, eager=True),
 )
-PUBLISHED_WAYS = tuple(way.name for way in WAYS[:4])
 
 
 @dataclass
@@ -81,30 +81,37 @@ class Params:
 HEADLINE = "mapping_time_over_rest"
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Time the second prefill in every way."""
-    params: Params = run.params
+FIGURE = "fig13"
+READS = {
+    "modelled": ("model", "engine", "device", "systems"),
+    "measured": ("model", "engine", "device", "systems", "threads"),
+}
+_CHANGED = ("page_group", "max_rows", "overlap", "watermark", "reclaim_threshold", "deferred_reclamation",
+            "eager_allocation")  # fmt: skip
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in _CHANGED}
+    keys["scheduler.max_seqs"] = "one request is served at a time"
+    if run.clock == "modelled":
+        keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Time the second prefill in every way, model by model."""
     the_system(run)
-    check_counts(params, "prompt_tokens", "output_tokens", "rounds")
-    frames = []
-    with Progress(NAME, len(params.gpus) or 1) as progress:
-        for served in _runs(run):
+    check_counts(run.params, "prompt_tokens", "output_tokens", *(["rounds"] if run.clock == "measured" else []))
+    runs = runs_by_model(run, "gpus")
+    tables: list[pd.DataFrame] = []
+    with Progress(NAME, len(runs)) as progress:
+        for served in runs:
             progress.stage(served.model.name)
             cell = recorder.cell(served.model.name, partial(_measure, served))
-            frames.append((served, cell["samples"].assign(model=served.model.name)))
+            tables.append(of_model(served, cell["samples"]))
             progress.advance()
-    summary = frame(r for served, samples in frames for r in _summary(served, samples))
-    samples = pd.concat([table for _, table in frames], ignore_index=True)
-    return Outcome(summary, pd.DataFrame({"model": []}), samples, HEADLINE, draw(summary))
-
-
-def _runs(run: Run) -> Iterator[Run]:
-    """The run with each of its models."""
-    if run.clock == "measured":
-        yield run
-        return
-    for name, gpus in (run.params.gpus or {run.model.name: run.model.tp}).items():
-        yield replace(run, model=load_preset(name, tp=gpus))
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
 def _measure(run: Run) -> Frames:
@@ -113,7 +120,8 @@ def _measure(run: Run) -> Frames:
     if run.clock == "modelled":
         run = on_gpus(run, run.model.tp, longest)
     replayer, samples = Replayer(replace(run, trace=replace(run.trace, max_tokens=longest))), []
-    for number in range(-1 if run.clock == "measured" else 0, run.params.rounds):
+    rounds = range(1) if run.clock == "modelled" else range(-1, run.params.rounds)
+    for number in rounds:
         turn = number % len(WAYS)
         for way in [*WAYS[turn:], *WAYS[:turn]]:
             second = _second_prefill(run, replayer, way)
@@ -154,60 +162,62 @@ def system_in(way: Way, system: System) -> System:
             system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
             deferred_reclamation=way.deferred, eager_allocation=way.eager,
         )  # fmt: skip
-    published = way.name if way.name in PUBLISHED_WAYS else None
     alone = replace(system.scheduler, max_seqs=1)
-    return replace(system, name=way.name, variant=way.name, published=published, allocator=allocator, scheduler=alone)
+    return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
 
 
-def _summary(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 13, and what mapping is of it, model by model."""
+    return frame(each for served, samples in by_model(run, frames["samples"]) for each in _rows(served, samples))
+
+
+def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     tokens = run.params.prompt_tokens
     size = f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
     plain = samples[samples.way == PLAIN.name].set_index("round").prefill_s
     for way in WAYS:
-        own = samples[samples.way == way.name].set_index("round")
-        mine = {"paper": "kvarena", "figure": NAME, **_columns(run, way)}
-        yield row(_estimate(own.prefill_s), paper="vattention", figure="fig13", unit="s",
-                  quantity=f"prefill_time_{size}_prompt", **_columns(run, way))  # fmt: skip
-        yield row(_estimate(own.prefill_s / plain), quantity="prefill_time_over_no_vmm_calls", unit="ratio", **mine)
-        yield row(_estimate(1e3 * own.mapping_s), quantity="mapping_time", unit="ms", **mine)
+        own, of = samples[samples.way == way.name].set_index("round"), partial(_names, run, way)
+        yield row(_estimate(own.prefill_s), quantity=f"prefill_time_{size}_prompt", unit="s", **of(FIGURE))
+        yield row(_estimate(own.prefill_s / plain), quantity="prefill_time_over_no_vmm_calls", unit="ratio", **of())
+        yield row(_estimate(1e3 * own.mapping_s), quantity="mapping_time", unit="ms", **of())
         rest = own.prefill_s - own.mapping_s
-        yield row(_estimate(100 * own.mapping_s / rest), quantity=HEADLINE, unit="%", **mine)
-        yield row(float(own.slabs.iloc[0]), quantity="page_groups_per_tensor", unit="count",
-                  **{**mine, "evidence": "exact"})  # fmt: skip
+        yield row(_estimate(100 * own.mapping_s / rest), quantity=HEADLINE, unit="%", **of())
+        yield row(float(own.slabs.iloc[0]), quantity="page_groups_per_tensor", unit="count", **of(counted=True))
 
 
 def _estimate(samples: pd.Series) -> Estimate | float:
     return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
 
 
-def _columns(run: Run, way: Way) -> dict[str, Any]:
-    evidence = "measured" if run.clock == "measured" else "predicted"
-    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence}
-    return shared | columns(run, system_in(way, the_system(run)))
+def _names(run: Run, way: Way, figure: str | None = None, counted: bool = False) -> dict[str, Any]:
+    """What a row is called: the paper's ways are one system, with its allocator set in each."""
+    listed, system = the_system(run), system_in(way, the_system(run))
+    names = named(run, listed, figure, key=way.name, label=label_of(run, system), counted=counted)
+    return {**names, "allocator": system.allocator.name}
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """What mapping adds to a prefill, one panel for each model; diamonds are what the published times say."""
-    ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("vattention", figure="fig13")
-    panels = list(ours.groupby("panel", sort=False))
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    theirs = published_values("vattention", figure=FIGURE)
     figure, axes = plots.canvas(1, len(panels), width=5)
-    for axis, (panel, rows) in zip(axes, panels, strict=True):
-        _bars(axis, rows, theirs[theirs.panel == panel].set_index("system").value)
-        axis.set_title(f"{panel}\n{rows.clock.iloc[0]}, {rows.device.iloc[0]}", fontsize=9)
+    for axis, (setup, rows) in zip(axes, panels, strict=True):
+        times = summary[(summary.setup == setup) & summary.quantity.str.startswith("prefill_time_")]
+        _bars(axis, rows, looks.published_of(times, theirs).set_index("system").value)
+        looks.title(axis, times, FIGURE, "mapping in front of a prefill")
     figure.tight_layout()
     return figure
 
 
 def _bars(axis: Axes, rows: pd.DataFrame, theirs: pd.Series) -> None:
-    names = [system.split("/")[0] for system in rows.system]
-    places = range(len(names))
+    ways = list(rows.label.str.rpartition("/")[0])
+    places = range(len(ways))
     spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
     axis.barh(places, rows.value, 0.7, xerr=spread, color=plots.COLOURS["vattention"], label="this run")
-    if len(theirs):
-        published = [100 * (theirs.get(name, np.nan) / theirs[PLAIN.name] - 1) for name in names]
+    if PLAIN.name in theirs:
+        published = [100 * (theirs.get(way, np.nan) / theirs[PLAIN.name] - 1) for way in ways]
         axis.plot(published, places, "kD", ms=5, label="published")
-    axis.set_yticks(places, names, fontsize=8)
+    axis.set_yticks(places, ways, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="mapping, % of the rest of the prefill", xlim=(0, None))
     axis.legend(fontsize=7, frameon=False, loc="upper right")

@@ -29,6 +29,7 @@ class Way(StrEnum):
     IN_TURN = "sync, GPUs in turn"  # as sync, the driver serving one GPU at a time; modelled clock only
 
 
+CHANGED = ("overlap", "eager_allocation", "reclaim_threshold", "watermark")  # fields of the allocator, by `system_in`
 MEASURED = (Way.SYNC, Way.OVERLAPPED, Way.PREMAPPED)
 
 
@@ -37,7 +38,7 @@ def system_in(way: Way, system: System) -> System:
     plain = replace(
         system.allocator, overlap=way is Way.OVERLAPPED, eager_allocation=False, reclaim_threshold=0, watermark=0
     )
-    return replace(system, name=way.value, variant=f"vattention-{way}", published=way.value, allocator=plain)
+    return replace(system, name=way.value, variant=f"vattention-{way}", allocator=plain)
 
 
 def measure(run: Run, model: Model, number: int) -> Frames:

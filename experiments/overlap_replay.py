@@ -7,11 +7,10 @@ import pandas as pd
 
 from kvarena.experiments.mapping import on_gpus, the_system, with_driver_calls
 from kvarena.experiments.overlap_cell import Way, geometries, system_in
-from kvarena.experiments.replay import Replayer
+from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
 from kvarena.harness.step_model import PS_PER_S
-from kvarena.harness.workload import Workload
 
 _PS_PER_MS = PS_PER_S // 1000
 
@@ -19,12 +18,13 @@ _PS_PER_MS = PS_PER_S // 1000
 def replayed(run: Run) -> Frames:
     """As `overlap_cell.measure`. A driver call counts once for each tensor, on each of the model's GPUs alike."""
     steps, calls = [], []
-    run = on_gpus(run, run.params.tp, run.params.max_tokens)
+    run = on_gpus(run, run.model.tp, run.params.max_tokens)
+    workload = workload_of(run)
     for way in Way:
         priced = with_driver_calls(run, {Way.PREMAPPED: 0, Way.IN_TURN: run.model.tp}.get(way, 1))
         system = system_in(way, the_system(run))
         system = replace(system, scheduler=replace(system.scheduler, max_seqs=run.params.max_batch))
-        decoding = decode_only(Replayer(priced).serve(system, workload(run)).steps, run.params.iterations)
+        decoding = decode_only(Replayer(priced).serve(system, workload).steps, run.params.iterations)
         if way is Way.PREMAPPED:
             decoding = decoding.assign(actions=0)
         steps.append(decoding.assign(way=way.value))
@@ -33,16 +33,6 @@ def replayed(run: Run) -> Frames:
         totals = {"critical": tensors * decoding.actions.sum(), "background": tensors * decoding.ahead.sum()}
         calls.append({"way": way.value, **totals})
     return {"steps": pd.concat(steps, ignore_index=True), "calls": pd.DataFrame(calls)}
-
-
-def workload(run: Run) -> Workload:
-    """All requests at the start."""
-    params = run.params
-    draw = np.random.default_rng(run.model.seed)
-    prompts, outputs = (
-        draw.integers(low, high + 1, params.requests) for low, high in (params.replay_prompts, params.replay_outputs)
-    )
-    return Workload(prompts, outputs, np.zeros(params.requests, np.int64))
 
 
 def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:

@@ -5,8 +5,9 @@ Fig 15 is predicted: chats of the OpenChat data set arrive at 7 requests/s, whic
 the largest batch is counted. The paper does not say how long the trace was, or how its lengths were cut.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pandas as pd
@@ -14,14 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments import page_group_batch, page_group_kernels, plots
+from kvarena.experiments import looks, page_group_batch, page_group_kernels, plots
 from kvarena.experiments.driver_calls import check_counts, page_groups_of
-from kvarena.experiments.page_group_batch import Variant
+from kvarena.experiments.page_group_batch import CHANGED, Variant
 from kvarena.experiments.page_group_kernels import Point
 from kvarena.experiments.page_group_tables import token_rows
-from kvarena.experiments.replay import columns
+from kvarena.experiments.published_models import by_model, of_model, unread_models
+from kvarena.experiments.seeds import seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
-from kvarena.harness.record import Outcome, Recorder
+from kvarena.harness.published import label_of, named
+from kvarena.harness.record import Frames, Measured, Recorder
 from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.summary import SummaryRow, frame, published_values, row
@@ -30,7 +33,6 @@ from kvarena.kernels.registry import fits, kernel_spec, missing
 
 NAME = "page_group_size"
 HEADLINE = "max_batch_vs_page_group"
-TABLED = ("yi-6b", "llama-3-8b", "yi-34b")
 ASSUMED = "The trace's length and how its chats were cut are not published; 8192 tokens, and as long as the run says."
 
 
@@ -42,7 +44,7 @@ class Params:
     sliced_page_groups: list[str] = field(default_factory=list)  # and with its tensor slicing
     block_sizes: list[int] = field(default_factory=list)  # of paged, tokens
     seeds: list[int] = field(default_factory=list)  # of the trace; at least 6 give a 95 % interval
-    pool_bytes: int | None = None  # measured clock
+    pool_bytes: int | None = None  # null: what the model's GPUs leave, modelled clock
     gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
     # Fig 14, measured clock
     kernels: list[str] = field(default_factory=list)
@@ -58,46 +60,61 @@ class Params:
         return prefills + [Point("decode", batch, self.decode_context) for batch in self.decode_batches]
 
 
-def run(run: Run, recorder: Recorder) -> Outcome:
-    """Count tokens, time kernels where they are real, and replay."""
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+_FIG14 = ("compared", "prefill_contexts", "decode_context", "decode_batches", "rounds")
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    units = "params.page_groups, params.sliced_page_groups and params.block_sizes set the units"
+    keys = unread_models(run, "gpus") | {f"allocator.{each}": units for each in CHANGED}
+    keys |= unread_seeds(run)
+    if run.clock == "modelled":
+        keys |= {f"params.{each}": "a device model knows nothing of it; clock=measured times kernels"
+                 for each in ("kernels", *_FIG14)}  # fmt: skip
+    elif not run.params.kernels:
+        keys |= {f"params.{each}": "params.kernels names none" for each in _FIG14}
+    have = {name for s in run.systems for name in ("page_group", "block_size") if hasattr(s.allocator, name)}
+    if "block_size" not in have:
+        keys["params.block_sizes"] = "no system of this run has blocks"
+    if "page_group" not in have:
+        keys |= {f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")}
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Time kernels where they are real, and replay."""
     params: Params = run.params
     _check(run)
     kernels = params.kernels if run.clock == "measured" else []
-    served = list(page_group_batch.models(run))
-    variants = list(page_group_batch.variants(run))
-    rows = list(token_rows(TABLED, experiment=NAME, clock=run.clock, device=run.device_name))
-    points, samples = [], []
-    with Progress(NAME, len(kernels) + len(served) * len(variants)) as progress:
+    runs, units = page_group_batch.served(run), page_group_batch.variants(run)
+    points, calls = [], []
+    with Progress(NAME, len(kernels) + len(runs) * len(units)) as progress:
         for kernel in kernels:
             progress.stage(kernel)
             sizes = page_groups_of(params.compared, "params.compared")
-            measure = partial(page_group_kernels.measure, run.model, kernel, params.points(), sizes, params.rounds,
-                              run.device.kind)  # fmt: skip
-            samples.append(recorder.cell(f"kernel-{kernel}", measure)["kernels"].assign(kernel=kernel))
+            timed = partial(page_group_kernels.measure, run.model, kernel, params.points(), sizes, params.rounds,
+                            run.device.kind)  # fmt: skip
+            calls.append(recorder.cell(f"kernel-{kernel}", timed)["kernels"].assign(kernel=kernel))
             progress.advance()
-        for one in served:
-            first: pd.DataFrame | None = None
-            for variant in variants:
-                progress.stage(f"{one.model.name}, {variant.label}")
-                cells = [
-                    recorder.cell(f"{one.model.name}-{variant.label}-{seed}".replace(" ", "-"),
-                                  partial(page_group_batch.measure, one, variant, seed))["points"]
-                    for seed in params.seeds
-                ]  # fmt: skip
-                points.append(pd.concat(cells, ignore_index=True))
-                first = points[-1] if first is None else first
-                rows += _batch_rows(one, variant, points[-1], first)
-                progress.advance()
-    if samples:
-        rows += _kernel_rows(run, pd.concat(samples, ignore_index=True))
-    summary, steps = frame(rows), pd.concat(samples or points, ignore_index=True)
-    return Outcome(summary, pd.concat(points, ignore_index=True), steps, HEADLINE, draw(summary), {"assumed": ASSUMED})
+        for one, variant in itertools.product(runs, units):
+            progress.stage(f"{one.model.name}, {variant.unit}")
+            for seed in seeds_of(run):
+                key = f"{one.model.name}-{variant.key}-{seed}"
+                points.append(of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"]))
+            progress.advance()
+    frames = {"points": pd.concat(points, ignore_index=True)}
+    if calls:
+        frames["kernel_calls"] = pd.concat(calls, ignore_index=True)
+    return Measured(frames, {"assumed": ASSUMED})
 
 
 def _check(run: Run) -> None:
     params: Params = run.params
-    if not params.seeds or len(set(params.seeds)) < len(params.seeds):
-        raise UserError(f"params.seeds={params.seeds}: at least one seed, and none twice")
+    seeds_of(run)
     if run.clock == "modelled":
         return
     check_counts(params, "prefill_contexts", "decode_context", "decode_batches", "rounds")
@@ -113,74 +130,82 @@ def _check(run: Run) -> None:
             raise UserError(f"params.kernels: {name}: {reason}")
 
 
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Tables 8 and 10, Fig 14 where kernels are real, and Fig 15."""
+    rows = list(token_rows(run))
+    units = page_group_batch.variants(run)
+    for one, points in by_model(run, frames["points"]):
+        of_unit = {v.key: points[(points.system == v.system.shown_allocator) & (points.kernel == v.system.kernel.name)]
+                   for v in units}  # fmt: skip
+        for variant in units:
+            rows += _batch_rows(one, variant, of_unit[variant.key], of_unit[units[0].key])
+    if "kernel_calls" in frames:
+        rows += _kernel_rows(run, frames["kernel_calls"])
+    return frame(rows)
+
+
 def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
     """The largest batch, and, seed by seed, over that of the first unit listed."""
-    evidence = "measured" if run.clock == "measured" else "conditional"
-    shared = {"experiment": NAME, "panel": run.shown_model, "evidence": evidence, "unit": "requests"}
-    shared |= columns(run, variant.system)
-    yield row(median_interval(points.max_batch), paper="vattention", figure="fig15", quantity=HEADLINE, **shared)
-    ours = {**shared, "paper": "kvarena", "figure": NAME}
-    yield row(median_interval(points.mean_batch), quantity="mean_batch_while_waiting_vs_page_group", **ours)
-    yield row(median_interval(points.max_batch / first.max_batch), quantity=f"max_batch_over_{first.unit.iloc[0]}",
-              **{**ours, "unit": "ratio"})  # fmt: skip
+    label = label_of(run, variant.system)
+    names = named(run, variant.listed, "fig15", key=variant.unit, label=label, assuming=ASSUMED)
+    yield row(median_interval(points.max_batch), quantity=HEADLINE, unit="requests", **names)
+    ours = named(run, variant.listed, label=label, assuming=ASSUMED)
+    mean = median_interval(points.mean_batch)
+    yield row(mean, quantity="mean_batch_while_waiting_vs_page_group", unit="requests", **ours)
+    ratio = median_interval(points.max_batch.to_numpy() / first.max_batch.to_numpy())
+    yield row(ratio, quantity=f"max_batch_over_{first.unit.iloc[0]}", unit="ratio", **ours)
 
 
-def _kernel_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _kernel_rows(run: Run, calls: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Time over the smaller page-groups over that over the larger, round by round."""
     small, large = page_groups_of(run.params.compared)
-    names = "_over_".join(run.params.compared)
-    for (kernel, *_), cell in samples.groupby(["kernel", *Point._fields], sort=False):
+    alone = replace(run, reads=("model",))  # no request is served
+    for (kernel, *_), cell in calls.groupby(["kernel", *Point._fields], sort=False):
         seconds = cell.pivot(index="round", columns="page_group", values="call_s")
         first = cell.iloc[0]
         point = Point(str(first.phase), int(first.batch), int(first.context))
-        axis = "context" if point.phase == "prefill" else "batch"
-        suffix = "" if point.phase == "prefill" else f" {point.context}"
-        yield row(
-            median_interval(seconds[small] / seconds[large]), experiment=NAME, paper="vattention", figure="fig14",
-            panel=run.shown_model, x=point.x, unit="ratio",
-            system=f"{kernel} {point.phase}{suffix}", allocator="vattention", kernel=str(kernel),
-            model=run.model.name, quantity=f"kernel_time_{names}_vs_{axis}", clock=run.clock, device=run.device_name,
-            evidence="measured",
+        decode = point.phase == "decode"
+        names = named(
+            alone, None, "fig14", key="FA2 decode 32K" if decode else "FA2 prefill",
+            label=f"{kernel} {point.phase}{f' {point.context}' if decode else ''}", x=point.x, kernel=str(kernel),
+            decode_context=point.context if decode else 32768,
         )  # fmt: skip
+        names |= {"allocator": "vattention", "kernel": str(kernel)}
+        quantity = f"kernel_time_{'_over_'.join(run.params.compared)}_vs_{'batch' if decode else 'context'}"
+        yield row(median_interval(seconds[small] / seconds[large]), quantity=quantity, unit="ratio", **names)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Requests at once by unit, one panel for each model; kernel times over page-groups where there are any."""
-    batches = summary[summary.quantity == HEADLINE]
-    kernels = summary[summary.figure == "fig14"]
-    panels = list(batches.groupby("panel", sort=False))
-    figure, axes = plots.canvas(1, len(panels) + (2 if len(kernels) else 0), width=4.4)
-    for axis, (panel, rows) in zip(axes, panels, strict=False):
-        _bars(axis, rows, f"{panel}\n{rows.clock.iloc[0]}, {rows.device.iloc[0]}")
-    if len(kernels):
-        theirs = published_values("vattention", figure="fig14")
-        for axis, phase in zip(axes[len(panels) :], ("context", "batch"), strict=True):
-            ours, published = (table[table.quantity.str.endswith(phase)] for table in (kernels, theirs))
-            _kernel_lines(axis, ours, published, phase)
+    batches = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    kernels = summary[summary.quantity.str.startswith("kernel_time_")]
+    phases = [phase for phase in ("context", "batch") if kernels.quantity.str.endswith(f"_vs_{phase}").any()]
+    figure, axes = plots.canvas(1, len(batches) + len(phases), width=4.4)
+    for axis, (_, rows) in zip(axes, batches, strict=False):
+        _bars(axis, rows)
+    for axis, phase in zip(axes[len(batches) :], phases, strict=True):
+        _kernel_lines(axis, kernels[kernels.quantity.str.endswith(f"_vs_{phase}")], phase)
     figure.tight_layout()
     return figure
 
 
-def _bars(axis: Axes, rows: pd.DataFrame, title: str) -> None:
-    colours = [plots.COLOURS[allocator] for allocator in rows.allocator]
+def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+    colours = plots.colours_of(rows.allocator)
     spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
-    labels = [system.split("/")[0] for system in rows.system]
-    axis.bar(range(len(rows)), rows.value, 0.7, yerr=spread, color=colours)
-    axis.set_xticks(range(len(rows)), labels, rotation=30, ha="right", fontsize=8)
+    names = plots.shown_names(rows)
+    axis.bar(range(len(rows)), rows.value, 0.7, yerr=spread, color=[colours[each] for each in rows.allocator])
+    axis.set_xticks(range(len(rows)), [names[label] for label in rows.label], rotation=30, ha="right", fontsize=8)
     axis.set(ylabel="requests at once, at most", ylim=(0, None))
-    axis.set_title(title, fontsize=9)
+    looks.title(axis, rows, "fig15", "largest batch")
 
 
-def _kernel_lines(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame, phase: str) -> None:
-    for system, line in ours.groupby("system", sort=False):
-        axis.plot(line.x, line.value, "o-", ms=4, label=f"{system}, this run")
-        axis.fill_between(line.x, line.ci_low.astype(float), line.ci_high.astype(float), alpha=0.15, lw=0)
-    for system, line in theirs.groupby("system", sort=False):
-        axis.plot(line.x, line.value, "k_", ms=9, mew=2, label=f"{system}, published")
-    plots.batch_axis(axis, sorted({*ours.x, *theirs.x}))
+def _kernel_lines(axis: Axes, rows: pd.DataFrame, phase: str) -> None:
+    looks.lines(axis, rows)
+    looks.dots(axis, rows, published_values("vattention", figure="fig14"))
+    plots.batch_axis(axis, sorted(rows.x.unique()))
     axis.axhline(1, color="black", lw=0.8)
-    names = ours.quantity.iloc[0].removeprefix("kernel_time_").split("_vs_")[0].replace("_", " ")
+    said = rows.quantity.iloc[0].removeprefix("kernel_time_").split("_vs_")[0].replace("_", " ")
     axis.set(xlabel={"batch": "batch size", "context": "context, tokens"}[phase], ylim=(0, 1.6))
-    axis.set(ylabel=f"kernel time, {names}")
-    axis.set_title(f"{'prefill' if phase == 'context' else 'decode'}: {ours.panel.iloc[0]}, {ours.device.iloc[0]}",
-                   fontsize=9)  # fmt: skip
+    axis.set(ylabel=f"kernel time, {said}")
+    looks.title(axis, rows, "fig14", "prefill" if phase == "context" else "decode")
     axis.legend(fontsize=7, frameon=False, loc="lower left")

@@ -26,7 +26,10 @@ def runs_by_model(run: Run, key: str = "models") -> list[Run]:
 def unread_models(run: Run, key: str = "models") -> dict[str, str]:
     """`params.<key>` where it is not what chooses, and what does."""
     if run.clock == "measured":
-        return {f"params.{key}": "clock=measured runs one model: model=NAME"}
+        keys = {f"params.{key}": "clock=measured runs one model: model=NAME"}
+        if run.model.tp == 1:
+            keys["model.shard_only"] = "one device runs all of the model; model.tp sets how many share it"
+        return keys
     if "model" in run.given:
         return {f"params.{key}": f"model={run.model.name} is run alone; model.tp sets on how many devices"}
     if getattr(run.params, key):

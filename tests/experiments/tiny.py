@@ -125,34 +125,43 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.need_batches=[1]",
     ),
     ("decode_throughput", "modelled"): (
-        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]", "params.prompts=['64']",
-        "params.max_tokens=256", "params.steps_per_round=9",
+        "systems=[paged-fa2,paged-flashinfer,vattention-fa2]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]",
     ),
     ("decode_throughput", "measured"): (
-        "systems=[paged-numba]", "model=tiny-llama", "params.batch_sizes=[1]", "params.prompts=['16']", "params.max_tokens=64",
-        "params.warmup_steps=0", "params.check_steps=1", "params.rounds=1", "params.steps_per_round=1",
+        "systems=[static-numba,paged-numba]", "model=tiny-llama", "params.batch_sizes=[2]",
+        "params.prompts=[trace]", "params.max_tokens=128", "params.warmup_steps=1", "params.check_steps=1",
+        "params.rounds=2", "params.steps_per_round=2",
     ),
-    ("prefill_throughput", "modelled"): (
-        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.contexts=[1024]",
-    ),
+    ("prefill_throughput", "modelled"): ("params.models={llama-3-8b: 2}", "params.contexts=[1024,4096]"),
     ("prefill_throughput", "measured"): (
-        "systems=[paged-numba]", "model=tiny-llama", "params.contexts=[16]", "params.rounds=1",
+        "systems=[static-numba,paged-numba]", "model=tiny-llama", "params.contexts=[16,32]",
+        "params.rounds=1", "params.pool_bytes=1048576",
     ),
     ("offline_throughput", "modelled"): (
-        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=3",
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=6",
+        "params.pool_bytes=16000000000",
     ),
     ("offline_throughput", "measured"): (
-        "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=32", "trace.output_tokens=4",
-        "trace.max_tokens=64",
+        "systems=[paged-numba,static-numba]", "model=tiny-llama", "trace.num_requests=3",
+        "trace.prompt_tokens=30", "trace.output_tokens=4", "trace.max_tokens=64", "params.pool_bytes=1048576",
     ),
     ("online_latency", "modelled"): (
-        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=3", "params.rates={yi-6b: [0.2]}",
-        "params.shares=[0.5]",
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.rates={yi-6b: [0.25]}",
+        "params.shares=[0.5,0.9]", "params.slower=[1.2]", "trace.num_requests=6",
     ),
     ("online_latency", "measured"): (
-        "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=32", "trace.output_tokens=4",
-        "trace.max_tokens=64", "params.shares=[0.5]",
+        "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=30",
+        "trace.output_tokens=4", "trace.max_tokens=64", "params.pool_bytes=1048576", "params.shares=[0.9]",
+        "params.rates={tiny-llama: [50.0]}",
     ),
+    ("page_group_size", "modelled"): (
+        "params.gpus={yi-6b: 1}", "params.seeds=[0]", "params.page_groups=[2MB,64KB]", "arrival.duration_s=3",
+    ),
+    ("allocation_overlap", "modelled"): (
+        "params.gpus={llama-3-8b: 2}", "params.iterations=60", "params.max_batch=4", "params.spike_ms=1.0",
+        "trace.num_requests=4", "trace.prompt_tokens=2030", "trace.output_tokens=80", "trace.range_ratio=0.005",
+    ),
+    ("deferred_reclamation", "modelled"): ("params.gpus={yi-6b: 1}",),
 }  # fmt: skip
 _COMPOSED = (
     *GROUPS[:6],
