@@ -129,8 +129,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
 
 def _checked(run: Run) -> list[Load]:
     loads: list[Load] = run.params.loads
-    told = [{load.key for load in loads}, {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}]
-    if not loads or any(len(each) < len(loads) for each in told):
+    keys = {load.key for load in loads}
+    alike = {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}
+    if not loads or min(len(keys), len(alike)) < len(loads):
         raise UserError(
             "params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice"
         )

@@ -166,7 +166,8 @@ def _measure(curves: Curves, line: Line) -> Frames:
         latency_s(rate)
     if not curves.rates:
         bracket = capacity(latency_s, LIMIT_S, line.guess, curves.tolerance, curves.stride)
-        at_limit = crossing(*((rate, latency_s(rate)) for rate in bracket), LIMIT_S)
+        low, high = ((rate, latency_s(rate)) for rate in bracket)
+        at_limit = crossing(low, high, LIMIT_S)
         for share in curves.shares:
             latency_s(float(f"{at_limit * share:.3g}"))
     rows = [{"kind": BRACKET if rate in bracket else "point", "rate": rate, **points[rate]} for rate in sorted(points)]

@@ -150,7 +150,8 @@ def _points(curve: Curve, seed: int) -> Frames:
     rates, bracket = curve.rates, list[float]()
     if curve.searched and seed == curve.seeds[0]:
         bracket = _bracket(curve, lambda rate: at(rate)["normalized_latency_s"])
-        at_limit = crossing(*((rate, at(rate)["normalized_latency_s"]) for rate in bracket), LIMIT_S)
+        low, high = ((rate, at(rate)["normalized_latency_s"]) for rate in bracket)
+        at_limit = crossing(low, high, LIMIT_S)
         rates = rates or [float(f"{at_limit * share:.3g}") for share in AROUND]
     kinds = [("point", rate) for rate in rates] + [(BRACKET, rate) for rate in bracket]
     return {"points": pd.DataFrame([{"kind": kind, "rate": rate, **at(rate)} for kind, rate in kinds])}

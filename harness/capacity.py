@@ -7,7 +7,7 @@ latency |          x   two rates that were tried bracket the limit; the rate at 
 """
 
 from collections.abc import Callable
-from math import log
+from math import exp, log
 from typing import NamedTuple
 
 import pandas as pd
@@ -71,8 +71,8 @@ def crossing(low: tuple[float, float], high: tuple[float, float], limit: float) 
     rate = low (high / low)^w,   w = ln(limit / latency at low) / ln(latency at high / latency at low)
     """
     (rate, below), (above, beyond) = low, high
-    share: float = log(limit / below) / log(beyond / below)
-    return rate * (above / rate) ** share
+    share = log(limit / below) / log(beyond / below)
+    return rate * exp(log(above / rate) * share)
 
 
 def paired_ratio(rates: pd.DataFrame, system: str, baseline: str) -> Estimate:
