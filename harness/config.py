@@ -112,13 +112,17 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def on_auto(overrides: Sequence[str]) -> list[str]:
-    """The overrides, as Hydra takes them: a field of a model or device that nobody names is that of the profile's one.
+    """The overrides, as Hydra takes them: a field of what the profile names, or below a null that the profile fills.
 
-    `auto` has no such field in its file, so that Hydra would propose `+model.tp=4` instead of `model.tp=4`.
+    No file has such a field, so that Hydra would propose `+model.tp=4` instead of `model.tp=4`.
     """
     chosen = {key for key, _ in map(_split, overrides)}
     open_groups = tuple(f"{group}." for group in ("model", "device") if group not in chosen)
-    return [f"++{o.lstrip('+')}" if o.lstrip("+").startswith(open_groups) else o for o in overrides]
+
+    def is_open(key: str) -> bool:
+        return key.startswith(open_groups) or (key.startswith("params.") and key.count(".") > 1)
+
+    return [f"++{o.lstrip('+')}" if is_open(_split(o)[0]) and not o.startswith("~") else o for o in overrides]
 
 
 def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -31,8 +31,8 @@ def check_read(run: Run, own: Mapping[str, str]) -> None:
 
 
 def _covers(rule: str, key: str) -> bool:
-    """Whether a rule for a key or a group speaks of this key."""
-    return key == rule or key.startswith(f"{rule}.")
+    """Whether a rule for a key, a group, or a group's choice alone (`decoding=`) speaks of this key."""
+    return key == rule.removesuffix("=") or key.startswith(f"{rule}.")
 
 
 def _generic(run: Run) -> Unread:
@@ -125,7 +125,13 @@ def _arrival(run: Run) -> Unread:
 def _decoding(run: Run) -> Unread:
     name = run.decoding.name
     if run.trace.mix:
-        yield "decoding", "trace.mix says how each request is decoded"
+        for key in ("decoding=", "decoding.name", "decoding.n"):
+            yield key, "trace.mix says how each request is decoded"
+        if run.clock == "modelled":
+            yield "decoding.temperature", "clock=modelled samples nothing"
+        else:
+            yield "decoding.survival", "under clock=measured the model's scores say which beams live on"
+        return
     if name != "beam" or run.clock == "measured":
         yield "decoding.survival", "it is for decoding=beam under clock=modelled; the model's scores decide otherwise"
     if name != "parallel" or run.clock == "modelled":

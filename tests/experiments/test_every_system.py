@@ -66,6 +66,8 @@ def newcomers() -> Iterator[None]:
 
 def newcomer(allocator: str, kernel: str) -> System:
     options, scheduler = allocators.config_class(allocator)(), scheduler_config("vllm")(name="vllm")
+    if allocator == "paged":
+        options = replace(options, block_size=32)  # another system than the one of the list
     return System(f"new-{allocator}", options, KernelConfig(kernel), scheduler, "best of each")
 
 
