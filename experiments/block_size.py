@@ -100,7 +100,7 @@ def _of_trace(run: Run, name: str) -> Run:
 
 
 def _check(run: Run) -> None:
-    """Raises UserError for sizes that no block has, for no trace, and for a cost that is none or that nothing would use."""
+    """Raises UserError for sizes that no block has, for no trace, and for a cost that is none or has no use."""
     params: Params = run.params
     blocks.check_block_sizes(params.block_sizes)
     if not params.rates:
@@ -122,8 +122,9 @@ def _check_slowed(run: Run, system: System, cost: float) -> None:
         every: list[EngineConfig] = [typed(EngineConfig, load("engine", name), "engine") for name in names("engine")]
         able = [engine.name for engine in every if _slows(run, engine, system, cost)]
         raise UserError(
-            f"params.kernel_cost: engine={run.engine.name} cannot have {run.model.name} take {cost:g} times as long to read "
-            f"K/V: it has no such time apart, or the device reads no faster. Engines that can: {', '.join(able) or 'none'}"
+            f"params.kernel_cost: engine={run.engine.name} cannot read K/V of {run.model.name} in {cost:g} times the "
+            "time: it has no such time apart, or the device reads no faster. "
+            f"Engines that can: {', '.join(able) or 'none'}"
         )
 
 

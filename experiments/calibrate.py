@@ -3,7 +3,7 @@
 Half of the loads are fitted, in turn along each axis; the other half, and the replays, are predicted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +68,11 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         "modelled_replays": _modelled_replays(run, fitted),
         "constants": pd.DataFrame([{name: getattr(fitted.engine, name) for name in CONSTANTS} | limits._asdict()]),
     }
-    notes = {"workload": workload_of(run).provenance, "rms_log_error": _rms_errors(made["loads"]), "limits": limits._asdict()}
+    notes = {
+        "workload": workload_of(run).provenance,
+        "rms_log_error": _rms_errors(made["loads"]),
+        "limits": limits._asdict(),
+    }
     return Measured(frames | made, notes, yaml_files(fitted))
 
 
@@ -76,7 +80,9 @@ def _check(run: Run) -> None:
     params: Params = run.params
     if run.device.kind != "cpu":
         raise UserError(f"device={run.device.name}: {NAME} knows the steps of a CPU, device=cpu, so far")
-    if (reason := misfit(EngineConfig(params.name, False, models=[run.model.name]), run.device, run.model, "")) is not None:
+    if (
+        reason := misfit(EngineConfig(params.name, False, models=[run.model.name]), run.device, run.model, "")
+    ) is not None:
         raise UserError(f"model={run.model.name}: a fitted engine {reason}")
     for key in ("batch_sizes", "contexts", "prompts"):
         values = getattr(params, key)
@@ -144,7 +150,7 @@ def _summary(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         yield from _replay_rows(run, modelled, system, replays[replays.system == system.name])
 
 
-def _load_rows(run: Run, modelled: Run, load: dict[str, Any]) -> Iterator[SummaryRow]:
+def _load_rows(run: Run, modelled: Run, load: dict[Hashable, Any]) -> Iterator[SummaryRow]:
     """Step times, measured and modelled, and what each kernel reached."""
     system, decodes = run.systems[0], load["axis"] == "decode"
     what: dict[str, Any] = {"x": load["x"], "detail": f"batch {load['group']}" if decodes else "a prompt"}
@@ -205,7 +211,9 @@ def _replays_axis(axis: Axes, summary: pd.DataFrame) -> None:
     for number, (name, part) in enumerate(rows.groupby("label", sort=False)):
         x = np.arange(len(metrics)) + 0.15 * number
         spread = [part.value - part.ci_low.fillna(part.value), part.ci_high.fillna(part.value) - part.value]
-        axis.errorbar(x, part.value, yerr=spread, fmt=plots.MARKERS[number % len(plots.MARKERS)], ms=5, capsize=2, label=str(name))
+        axis.errorbar(
+            x, part.value, yerr=spread, fmt=plots.MARKERS[number % len(plots.MARKERS)], ms=5, capsize=2, label=str(name)
+        )
     axis.axhspan(0.9, 1.1, color="black", alpha=0.08, lw=0)
     axis.axhline(1, color="black", lw=0.8)
     axis.set_xticks(range(len(metrics)), [m.partition(":")[2].replace("_", " ") for m in metrics])

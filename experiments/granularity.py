@@ -142,7 +142,8 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
 def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         own = points[points.system == system.name]
-        for tokens, rows in own.groupby("tokens"):
+        for tokens in sorted(own.tokens.unique().tolist()):
+            rows = own[own.tokens == tokens]
             for column, (quantity, unit) in QUANTITIES.items():
                 name, _, kind = quantity.partition(":")
                 full = f"{name}_vs_tokens_per_unit" + (f":{kind}" if kind else "")

@@ -5,6 +5,7 @@ how often a running request has that length. Measured, the same is read off the 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ def frames(run: Run, workload: Workload) -> Frames:
     """Modelled: `memory_by_batch` of every system, and `throughput_by_batch` of those with blocks on demand."""
     occurrences = running_lengths(workload)
     mean_tokens = _mean(np.arange(len(occurrences)), occurrences)
-    memory, throughput = [], []
+    memory, throughput = list[dict[str, Any]](), list[dict[str, Any]]()
     for system in run.systems:
         attached = attached_bytes(run, system, len(occurrences) - 1)
         reserves, per_request = bool(attached[1] == attached[-1]), _mean(attached, occurrences)
@@ -52,7 +53,7 @@ def _mean(values: Ints, occurrences: Ints) -> float:
     return float((values * occurrences).sum() / occurrences.sum())
 
 
-def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[str, object]]:
+def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[str, Any]]:
     model = make_step_model(run.device, run.engine, run.model, system)
     for batch in run.params.throughput_batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))
@@ -62,22 +63,23 @@ def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[s
 def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
     """Memory of every system, and throughput, at the lengths that a running request has."""
     requests = run.trace.num_requests  # whose lengths they are
-    throughput = frames.get("throughput_by_batch", pd.DataFrame(columns=["system"]))
+    throughput = frames.get("throughput_by_batch", pd.DataFrame(columns=["system", "batch", "tokens_per_s"]))
     for system in run.systems:
         memory = frames["memory_by_batch"]
         own = memory[memory.system == system.name]
         reserves = bool(own.reserves.iloc[0])
-        for point in own.itertuples():
-            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=point.batch, counted=reserves,
+        for batch, held in zip(own.batch.tolist(), own.bytes.tolist(), strict=True):
+            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=batch, counted=reserves,
                           half="memory", requests=requests)  # fmt: skip
-            yield row(point.bytes / GB, quantity="memory_vs_batch", unit="GB", **names)
+            yield row(held / GB, quantity="memory_vs_batch", unit="GB", **names)
         yield _per_request(named(run, system, counted=reserves), own.bytes_per_request.iloc[0])
-        for point in throughput[throughput.system == system.name].itertuples():
-            names = named(run, system, FIGURE, key=VLLM, x=point.batch, half="throughput", requests=requests)
-            yield row(point.tokens_per_s, quantity="throughput_vs_batch", unit="token/s", **names)
+        points = throughput[throughput.system == system.name]
+        for batch, rate in zip(points.batch.tolist(), points.tokens_per_s.tolist(), strict=True):
+            names = named(run, system, FIGURE, key=VLLM, x=batch, half="throughput", requests=requests)
+            yield row(rate, quantity="throughput_vs_batch", unit="token/s", **names)
 
 
-def _per_request(names: dict[str, object], value: float) -> SummaryRow:
+def _per_request(names: dict[str, Any], value: float) -> SummaryRow:
     return row(value / GB, quantity="memory_per_running_request", unit="GB", **names)
 
 
@@ -119,7 +121,7 @@ def measured(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         own = decoding[decoding.system == system.name]
         for batch, rows in own.groupby("requests"):
-            names = named(run, system, x=batch)
+            names = named(run, system, x=float(batch))  # type: ignore[arg-type]
             value = (run.model.weight_bytes + rows.attached.sum() / rows.steps.sum()) / GB
             yield row(value, quantity="memory_vs_batch", unit="GB", **names)
             value = PS_PER_S / float((rows.duration_ps / (rows.steps * rows.output_tokens)).median())

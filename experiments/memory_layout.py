@@ -78,7 +78,14 @@ class Params:
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     if run.clock == "measured":
-        arithmetic = ("servers", "reservations", "nominal_gb", "reserving_batches", "on_demand_batches", "throughput_batches")
+        arithmetic = (
+            "servers",
+            "reservations",
+            "nominal_gb",
+            "reserving_batches",
+            "on_demand_batches",
+            "throughput_batches",
+        )
         return {f"params.{key}": "it is arithmetic of clock=modelled" for key in arithmetic}
     unused = {key: "nothing is replayed under clock=modelled; clock=measured replays" for key in (
         "params.rounds", "scheduler", "trace.mix", "allocator.watermark", "allocator.swap_bytes", "device.map_us",
@@ -107,7 +114,7 @@ def _cell(replayer: Replayer, system: System, workload: Workload, number: int) -
 
 def _check(params: Params) -> None:
     """Raises UserError for two servers or requests of one name, one batch twice, and for no batch."""
-    named_by = {
+    named_by: dict[str, list[Any]] = {
         "servers": [(each.model, each.tp, each.device) for each in params.servers],
         "reservations": [_shown(each) for each in params.reservations],
         "reserving_batches": params.reserving_batches,

@@ -96,7 +96,9 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
 
 
 def _summary(run: Run, system: System, frames: Frames) -> Iterator[SummaryRow]:
-    held, steps, counts = (f[f.system == system.name] for f in (frames[k] for k in ("held_by_request", "steps", "counts")))
+    held, steps, counts = (
+        f[f.system == system.name] for f in (frames[k] for k in ("held_by_request", "steps", "counts"))
+    )
     ours = named(run, system)
     for leaf in LEAVES:
         share = 100 * steps[leaf] / counts.pool_bytes.iloc[0]
@@ -106,7 +108,9 @@ def _summary(run: Run, system: System, frames: Frames) -> Iterator[SummaryRow]:
     yield row(int(steps.preempted.sum() + steps.swapped_out.sum()), quantity="preemptions", unit="count", **ours)
     for quantity, (figure, unit, allocator) in COUNTED.items():
         if system.allocator.name == allocator:
-            yield row(counts[quantity].iloc[0], quantity=quantity, unit=unit, **named(run, system, figure, counted=True))
+            yield row(
+                counts[quantity].iloc[0], quantity=quantity, unit=unit, **named(run, system, figure, counted=True)
+            )
     for sample in _samples(held, run.params.samples).to_dict("records"):
         quantity = f"{_HELD}_{sample['request']}:{sample['leaf']}"
         yield row(sample["bytes"], quantity=quantity, unit="bytes", **named(run, system, x=sample["time_s"]))

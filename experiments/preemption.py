@@ -6,6 +6,7 @@ its recomputation does not enter any constant. Fig 19b serves ShareGPT a little 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -168,7 +169,8 @@ def _replay_rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
         label = _label(run, system, str(way)) if len(ways(system)) > 1 else None
         for size in run.params.replay_block_sizes if blocks.has_blocks(system) else [None]:
             samples, suffix = (rows[rows.block_size == size], "_vs_block_size") if size else (rows, "")
-            figure, what = "fig19b" if size else None, {"label": label, "x": size, "assuming": blocks.assumed(size)}
+            figure = "fig19b" if size else None
+            what: dict[str, Any] = {"label": label, "x": size, "assuming": blocks.assumed(size)}
             names = named(run, system, figure, key=str(way), **what)
             yield row(blocks.estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
                       unit="s/token", **names)  # fmt: skip

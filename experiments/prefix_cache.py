@@ -156,7 +156,9 @@ def _blocks(run: Run, trace: Trace) -> pd.DataFrame:
 
 def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     """Counts of the trace and of every cache, and what serving with one saves."""
-    return frame([*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])])
+    return frame(
+        [*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])]
+    )
 
 
 def _trace_rows(run: Run, blocks: pd.DataFrame) -> Iterator[SummaryRow]:

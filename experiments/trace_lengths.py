@@ -87,7 +87,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             drawn = "table" in trace.provenance
             statistics.append({**column, "drawn": drawn, **_statistics(lengths)})
             histograms.append(_histogram(run, config, side, lengths).assign(**column))
-    return Measured({"statistics": pd.DataFrame(statistics), "histograms": pd.concat(histograms, ignore_index=True)}, notes)
+    return Measured(
+        {"statistics": pd.DataFrame(statistics), "histograms": pd.concat(histograms, ignore_index=True)}, notes
+    )
 
 
 def _of_trace(run: Run, name: str) -> Run:

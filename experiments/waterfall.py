@@ -175,4 +175,10 @@ def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
         worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
         axis.text(x, top, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
     axis.set_ylim(0, 1.6 * rows.value.max())  # room for what is said above the bars
-    axis.set_xticks(range(len(rows)), [label.rpartition("/")[0] or label for label in rows.label], rotation=30, ha="right", fontsize=8)
+    axis.set_xticks(
+        range(len(rows)),
+        [label.rpartition("/")[0] or label for label in rows.label],
+        rotation=30,
+        ha="right",
+        fontsize=8,
+    )

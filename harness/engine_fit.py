@@ -1,6 +1,6 @@
 """Where an engine holds: constants fitted on one device, model or scheduler say nothing of another."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from kvarena.errors import UserError
 from kvarena.harness.config import load, names, typed
@@ -50,4 +50,4 @@ def _same_sizes(model: ModelConfig) -> bool:
     """Whether it is the model of that name, in all that the time of a step depends on."""
     filed = load_preset(model.name, tp=model.tp)
     free = {name: getattr(filed, name) for name in ("seed", "checkpoint", "shard_only", "max_tokens")}
-    return replace(model, **free) == filed
+    return asdict(replace(model, **free)) == asdict(filed)

@@ -13,8 +13,8 @@ def check_fits(device: DeviceConfig, model: ModelConfig, pool_bytes: int = 0) ->
     weights, pool, there_is = model.shard().weight_bytes / GIB, pool_bytes / GIB, device.need("memory_gib")
     if weights > there_is:
         raise UserError(
-            f"model={model.name} on {model.tp} x device={device.name}: the weights do not fit, {weights:.1f} GiB on each "
-            f"of {there_is:g} GiB; raise model.tp or take a larger device"
+            f"model={model.name} on {model.tp} x device={device.name}: the weights do not fit, {weights:.1f} GiB on "
+            f"each of {there_is:g} GiB; raise model.tp or take a larger device"
         )
     if weights + pool > there_is:
         raise UserError(

@@ -77,6 +77,7 @@ _CHATS_ONLY = ("cut_prompt", "cut_output", "new_conversation")
 def _trace(run: Run) -> Unread:
     """By where the lengths come from: a file, a table, or as given."""
     trace = run.trace
+    yield "trace.paper_filter", "it states the filter of the paper's own data; trace.filter=NAME asks for one"
     if trace.path is not None:
         for key in ("table", *_GIVEN_ONLY):
             yield f"trace.{key}", f"lengths come from trace.path={trace.path}"

@@ -143,8 +143,9 @@ def test_with_the_defaults_both_panels_are_earned_by_vllm_alone() -> None:
     "override",
     [
         "device=a100-80gb engine=lean", "engine=lean", "engine=vllm2023_folded", "model=opt-66b",
-        "model=opt-13b model.dtype=float32", "model=opt-13b model.tp=2", "arrival.duration_s=300", "arrival.seed=3", "params.rates={sharegpt:2.5}", "trace.max_tokens=1024",
-        "params.pool_bytes=12897484800", "allocator=paged allocator.watermark=0.1", "scheduler=chunked_prefill", "decoding=parallel",
+        "model=opt-13b model.dtype=float32", "model=opt-13b model.tp=2", "arrival.duration_s=300", "arrival.seed=3",
+        "params.rates={sharegpt:2.5}", "trace.max_tokens=1024", "params.pool_bytes=12897484800",
+        "allocator=paged allocator.watermark=0.1", "scheduler=chunked_prefill", "decoding=parallel",
     ],
 )  # fmt: skip
 def test_whatever_changes_the_figure_loses_its_name(override: str) -> None:
@@ -158,7 +159,8 @@ def test_a_given_cost_is_not_the_figures_kernel() -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    ["arrival.rate=3", "allocator=paged allocator.block_size=32", "params.rounds=3", "params.rates={sharegpt:2} params.paths.alpaca=x"],
+    ["arrival.rate=3", "allocator=paged allocator.block_size=32", "params.rounds=3",
+     "params.rates={sharegpt:2} params.paths.alpaca=x"],
 )  # fmt: skip
 def test_keys_without_effect_are_refused(keys: str) -> None:
     with pytest.raises(UserError, match="nothing reads it"):

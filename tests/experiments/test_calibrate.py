@@ -130,8 +130,12 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
     errors = summary[summary.quantity.str.startswith("step_time_rms_log_error:")]
     assert set(errors.quantity.str.partition(":")[2]) == {"fitted", "held_out"}
     replays = pd.read_parquet(folder / "replays.parquet")
-    replays = replays.merge(pd.read_parquet(folder / "modelled_replays.parquet"), on="system", suffixes=("", "_modelled"))
-    assert not {"requests.parquet", "steps.parquet"} & {path.name for path in folder.iterdir()}, "none of their rows are"
+    replays = replays.merge(
+        pd.read_parquet(folder / "modelled_replays.parquet"), on="system", suffixes=("", "_modelled")
+    )
+    assert not {"requests.parquet", "steps.parquet"} & {path.name for path in folder.iterdir()}, (
+        "none of their rows are"
+    )
     rows = summary[summary.quantity == "modelled_over_measured:e2el_mean"]
     assert list(rows.n) == [2, 2]
     for system, value in zip(("paged", "orca-oracle"), rows.value, strict=True):

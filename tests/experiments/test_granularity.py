@@ -44,8 +44,8 @@ def test_a_page_group_that_no_driver_has_is_refused(finished: Callable) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["params.seeds=[-1]", "params.seeds=[0,0]", "params.block_sizes=[16,16]", "params.block_sizes=[]", "allocator.block_size=8",
-     "trace.seed=1"],
+    ["params.seeds=[-1]", "params.seeds=[0,0]", "params.block_sizes=[16,16]", "params.block_sizes=[]",
+     "allocator.block_size=8", "trace.seed=1"],
 )  # fmt: skip
 def test_units_and_seeds_that_cannot_be_are_refused(finished: Callable, override: str) -> None:
     with pytest.raises(UserError):

@@ -39,7 +39,9 @@ def test_published_numbers(summary_of: Callable[..., pd.DataFrame]) -> None:
 
 def test_another_model_wears_no_published_panel(summary_of: Callable[..., pd.DataFrame]) -> None:
     summary = summary_of("memory_layout", "trace.num_requests=200", "engine=lean", "model=llama-13b")
-    of_device = summary[summary.quantity.isin(["memory_vs_batch", "throughput_vs_batch", "share_of_gpu_memory:parameters"])]
+    of_device = summary[
+        summary.quantity.isin(["memory_vs_batch", "throughput_vs_batch", "share_of_gpu_memory:parameters"])
+    ]
     assert set(of_device.paper) == {"kvarena"}
     assert "table1" in set(summary.figure), "its servers are named, whatever the run's own"
 
@@ -47,8 +49,8 @@ def test_another_model_wears_no_published_panel(summary_of: Callable[..., pd.Dat
 @pytest.mark.parametrize(
     "overrides",
     [
-        "trace.num_requests=200", "trace=alpaca", "trace.max_tokens=1024", "model=opt-13b model.dtype=float32 engine=lean device=a100-80gb",
-        "device=h100 engine=lean", "engine=lean",
+        "trace.num_requests=200", "trace=alpaca", "trace.max_tokens=1024",
+        "model=opt-13b model.dtype=float32 engine=lean device=a100-80gb", "device=h100 engine=lean", "engine=lean",
     ],
 )  # fmt: skip
 def test_whatever_changes_fig_1_loses_its_name(overrides: str) -> None:
@@ -74,7 +76,10 @@ def test_another_request_or_server_is_not_the_papers(summary_of: Callable[..., p
     [
         (["params.servers=[{model: opt-66b, tp: 1, device: a100-40gb}]"], "122.4 GiB"),
         (["engine=lean", "device=a100-40gb", "device.memory_gib=4"], "weights do not fit, 23.9 GiB"),
-        (["params.servers=[{model: opt-13b, tp: 1, device: a100-40gb}, {model: opt-13b, tp: 1, device: a100-40gb}]"], "twice"),
+        (
+            ["params.servers=[{model: opt-13b, tp: 1, device: a100-40gb}, {model: opt-13b, tp: 1, device: a100-40gb}]"],
+            "twice",
+        ),
         (["params.throughput_batches=[0]"], "at least 1"),
         (["params.pool_bytes=1000000000"], "nothing reads it"),
         (["arrival=poisson"], "nothing reads it"),

@@ -151,9 +151,9 @@ def test_the_papers_counts_are_of_their_own_systems(summary_of):
 
 
 def test_a_device_that_the_weights_do_not_fit_is_refused(finished):
-    with pytest.raises(UserError, match="weights do not fit, 23.9 GiB"):
+    with pytest.raises(UserError, match=r"weights do not fit, 23\.9 GiB"):
         finished("memory_timeline", "engine=lean", "device=a100-40gb", "device.memory_gib=4", "params.pool_bytes=null")
-    with pytest.raises(UserError, match="do not fit its 39.4"):
+    with pytest.raises(UserError, match=r"do not fit its 39\.4"):
         finished("memory_timeline", "params.pool_bytes=20000000000")
 
 

@@ -63,7 +63,8 @@ def test_a_file_of_ones_own_is_not_fig_11(summary_of: Callable[..., pd.DataFrame
 
 
 @pytest.mark.parametrize(
-    "override", ["trace.num_requests=1000", "trace.seed=1", "trace.filter=none", "params.num_bins=64", "trace.max_tokens=500"]
+    "override",
+    ["trace.num_requests=1000", "trace.seed=1", "trace.filter=none", "params.num_bins=64", "trace.max_tokens=500"],
 )
 def test_other_lengths_or_bins_are_not_fig_11(summary_of: Callable[..., pd.DataFrame], override: str) -> None:
     summary = summary_of("trace_lengths", "params.traces=[sharegpt]", override)

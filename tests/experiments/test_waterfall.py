@@ -51,7 +51,8 @@ UNKNOWN = "params.steps=[{name: a, origin: orca-max, system: nothing}]"
 
 
 @pytest.mark.parametrize(
-    "override", ["params.seeds=[]", "params.seeds=[1,1]", "params.seeds=[-1]", "arrival.rate=0", "trace.seed=4", UNKNOWN]
+    "override",
+    ["params.seeds=[]", "params.seeds=[1,1]", "params.seeds=[-1]", "arrival.rate=0", "trace.seed=4", UNKNOWN],
 )
 def test_bad_seeds_and_rates_are_refused(finished: Callable, override: str) -> None:
     with pytest.raises(UserError):
