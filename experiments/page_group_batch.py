@@ -42,7 +42,9 @@ def variants(run: Run) -> list[Variant]:
             found.append(variant)
     if not found:
         raise UserError("params.page_groups, params.sliced_page_groups, params.block_sizes: name at least one unit")
-    told = distinct([variant.system for variant in found], by_kernel=bool(run.clock == "measured" or run.engine.attention))
+    told = distinct(
+        [variant.system for variant in found], by_kernel=bool(run.clock == "measured" or run.engine.attention)
+    )
     return [variant._replace(system=system) for variant, system in zip(found, told, strict=True)]
 
 

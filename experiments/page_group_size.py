@@ -81,7 +81,9 @@ def unread(run: Run) -> dict[str, str]:
     if have == {"page_group"}:
         keys["params.block_sizes"] = "no system of this run has blocks"
     if have == {"block_size"}:
-        keys |= {f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")}
+        keys |= {
+            f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")
+        }
     return keys
 
 
@@ -104,7 +106,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             progress.stage(f"{one.model.name}, {variant.unit}")
             for seed in seeds_of(run):
                 key = f"{one.model.name}-{variant.key}-{seed}"
-                points.append(of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"]))
+                points.append(
+                    of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"])
+                )
             progress.advance()
     frames = {"points": pd.concat(points, ignore_index=True)}
     if calls:

@@ -160,8 +160,10 @@ def test_the_published_requests_earn_fig_12(summary_of: Callable[..., pd.DataFra
 
 @pytest.mark.parametrize(
     "changed",
-    ["trace.num_requests=5", "params.max_batch=4", "params.iterations=100", "params.spike_ms=5", "model=llama-3-8b model.tp=1",
-     "arrival=poisson", "device=h200 engine=lean", "allocator=vattention allocator.page_group=64KB", "scheduler=sarathi"],
+    ["trace.num_requests=5", "params.max_batch=4", "params.iterations=100", "params.spike_ms=5",
+     "model=llama-3-8b model.tp=1",
+     "arrival=poisson", "device=h200 engine=lean", "allocator=vattention allocator.page_group=64KB",
+     "scheduler=sarathi"],
 )  # fmt: skip
 def test_fig_12_is_earned_by_what_it_ran_with_alone(changed: str, listed: str) -> None:
     def papers(*overrides: str) -> set[str]:
@@ -173,7 +175,8 @@ def test_fig_12_is_earned_by_what_it_ran_with_alone(changed: str, listed: str) -
     assert papers(*changed.split()) == {"kvarena"}
 
 
-@pytest.mark.parametrize("key", ["scheduler.max_seqs=3", "allocator=vattention allocator.overlap=false", "params.rounds=3",
+@pytest.mark.parametrize("key", ["scheduler.max_seqs=3", "allocator=vattention allocator.overlap=false",
+                                 "params.rounds=3",
                                  "params.prompt_tokens=30", "model.tp=1"])  # fmt: skip
 def test_keys_that_the_ways_or_the_replay_set_are_refused(key: str) -> None:
     with pytest.raises(UserError):

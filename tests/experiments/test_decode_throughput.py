@@ -13,7 +13,7 @@ import pytest
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
-from kvarena.experiments.carry_out import carry_out, summary_of
+from kvarena.experiments.carry_out import carry_out
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.paths import ROOT
 from kvarena.harness.record import Recorder

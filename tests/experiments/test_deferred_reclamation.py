@@ -69,7 +69,8 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
 
 @pytest.mark.parametrize(
     "changed",
-    ["model.dtype=float32", "model.tp=2", "device=h200 engine=lean", "params.prompt_tokens=8192", "params.pool_bytes=9000000000",
+    ["model.dtype=float32", "model.tp=2", "device=h200 engine=lean", "params.prompt_tokens=8192",
+     "params.pool_bytes=9000000000",
      "scheduler.token_budget=4000", "allocator=vattention allocator.tensor_slicing=true"],
 )  # fmt: skip
 def test_fig_13_is_earned_by_what_it_ran_with_alone(changed: str) -> None:

@@ -67,7 +67,8 @@ def test_keys_of_what_is_not_run_are_refused(overrides: str, said: str) -> None:
 
 CHANGES = (
     "model.dtype=float32", "model.tp=4", "device=a100-40gb engine=lean", "device=h200 engine=lean", "engine=lean",
-    "scheduler=sarathi", "scheduler.max_seqs=64", "params.pool_bytes=60000000000", "allocator=paged allocator.watermark=0.02",
+    "scheduler=sarathi", "scheduler.max_seqs=64", "params.pool_bytes=60000000000",
+    "allocator=paged allocator.watermark=0.02",
     "params.steps_per_round=40",
 )  # fmt: skip
 
@@ -105,7 +106,9 @@ def test_decode_throughput_at_scale(summary_of: Callable[..., pd.DataFrame]) -> 
     assert (values(summary, "allocator_stall_vs_batch", "model", "label", "x") == 0).all()
 
 
-def test_every_prompt_length_runs_and_what_has_no_room_anywhere_is_refused(summary_of: Callable[..., pd.DataFrame]) -> None:
+def test_every_prompt_length_runs_and_what_has_no_room_anywhere_is_refused(
+    summary_of: Callable[..., pd.DataFrame],
+) -> None:
     few = ("clock=modelled", "model=yi-6b", "systems=[paged-fa2]", "params.batch_sizes=[2]")
     summary = summary_of("decode_throughput", *few, "params.prompts=['1024','4096']")
     step_ms = values(summary, "step_time_vs_batch", "setup")
@@ -151,7 +154,9 @@ def test_prefill_throughput_for_real(summary_of: Callable[..., pd.DataFrame]) ->
     assert (summary[summary.quantity == "prefill_throughput_vs_context"].n == 2).all()
 
 
-def test_offline_throughput_at_scale(summary_of: Callable[..., pd.DataFrame], listed: Callable[[str, str], str]) -> None:
+def test_offline_throughput_at_scale(
+    summary_of: Callable[..., pd.DataFrame], listed: Callable[[str, str], str]
+) -> None:
     lengths = listed("vattention_offline", "prompt_tokens,output_tokens\n" + "".join(
         f"{64000 + 60 * i},{20 + i % 7}\n" for i in range(427)
     ))  # fmt: skip
@@ -206,10 +211,13 @@ def test_fig_11_is_earned_on_an_h100_and_calibrated_at_one_point(listed: Callabl
 
 @pytest.mark.parametrize(
     "changed",
-    ["trace.num_requests=100", "trace.seed=1 trace.shuffle=true", "arrival.seed=7", "arrival=poisson", "params.context=70000",
+    ["trace.num_requests=100", "trace.seed=1 trace.shuffle=true", "arrival.seed=7", "arrival=poisson",
+     "params.context=70000",
      "params.memory_share=0.8", "params.pool_bytes=40000000000", "scheduler=sarathi", "decoding=parallel decoding.n=2"],
 )  # fmt: skip
-def test_fig_10_is_earned_by_its_own_requests_and_arrivals_alone(changed: str, listed: Callable[[str, str], str]) -> None:
+def test_fig_10_is_earned_by_its_own_requests_and_arrivals_alone(
+    changed: str, listed: Callable[[str, str], str]
+) -> None:
     path = listed("vattention_online", LENGTHS)
 
     def paper(*overrides: str) -> str:
