@@ -5,8 +5,8 @@
     premapped    all at the start: what is left when mapping costs nothing
 
 Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay the requests of
-a trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one
-after the other, as processes do that wait for one lock of the driver. Of what mapping costs, overlap hides
+a trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one after the other, as
+processes do that wait for one lock of the driver. Of what mapping costs, overlap hides
 
     hidden share = 1 - (T_overlapped - T_premapped) / (T_sync - T_premapped)
 
@@ -84,7 +84,9 @@ def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in CHANGED}
     if run.clock == "modelled":
-        keys |= {f"params.{each}": "clock=modelled replays a trace; clock=measured decodes batches" for each in _BATCH_ONLY}
+        keys |= {
+            f"params.{each}": "clock=modelled replays a trace; clock=measured decodes batches" for each in _BATCH_ONLY
+        }
         keys["scheduler.max_seqs"] = "params.max_batch sets it"
     return keys
 
@@ -160,7 +162,7 @@ def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]
         value = median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
         yield row(value, quantity=quantity, unit=unit, **_names(run, way, FIGURE))
     for iteration, ms in own.groupby("iteration").latency_ms:
-        names = _names(run, way, x=iteration)
+        names = _names(run, way, x=float(str(iteration)))
         yield row(median_interval(ms), quantity="decode_iteration_latency_vs_iteration", unit="ms", **names)
 
 
@@ -251,7 +253,9 @@ def _tails(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     for number, way in enumerate(ways):
         places = [i + 0.8 * ((number + 0.5) / len(ways) - 0.5) for i in range(len(MARKS))]
         here = ours[ours.label.map(_way_of) == way].set_index("quantity").value
-        axis.bar(places, [here[f"{LATENCY}_{mark}"] for mark in MARKS], 0.75 / len(ways), color=COLOURS[way], label=str(way))
+        axis.bar(
+            places, [here[f"{LATENCY}_{mark}"] for mark in MARKS], 0.75 / len(ways), color=COLOURS[way], label=str(way)
+        )
         values = [published.get((way, f"{LATENCY}_{mark}"), np.nan) for mark in MARKS]
         axis.plot(places, values, "k_", ms=12, mew=2, label="published" if number == 0 and len(theirs) else None)
     axis.set_xticks(range(len(MARKS)), ["P50", "P99", "longest"])

@@ -46,15 +46,15 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         for one, context in itertools.product(runs, lengths):
             progress.stage(f"{one.model.name}, {context} tokens")
             batches = [b for b in run.params.batch_sizes if _fits(one, b, context)]
-            left_out += [
-                f"{one.model.name} at {b} x {context}" for b in run.params.batch_sizes if b not in batches
-            ]
+            left_out += [f"{one.model.name} at {b} x {context}" for b in run.params.batch_sizes if b not in batches]
             if batches:
                 cell = recorder.cell(f"{one.model.name}-{context}", partial(_cell, one, batches, context))
                 points.append(of_model(one, cell["points"]))
             progress.advance()
     if not points:
-        raise UserError(f"params.batch_sizes={run.params.batch_sizes}: none has room in the pool: {', '.join(left_out)}")
+        raise UserError(
+            f"params.batch_sizes={run.params.batch_sizes}: none has room in the pool: {', '.join(left_out)}"
+        )
     return Measured({"points": pd.concat(points, ignore_index=True)}, {"no_room_for": left_out})
 
 

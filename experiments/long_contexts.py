@@ -30,6 +30,7 @@ def unread_of_long_contexts(run: Run) -> dict[str, str]:
     keys = unread_models(run)
     if run.clock == "measured":
         keys["params.memory_share"] = "params.pool_bytes sets the pool under clock=measured"
+        keys["params.context"] = "no position is stretched under clock=measured; trace.max_tokens bounds a sequence"
     elif run.params.pool_bytes is not None:
         keys["params.memory_share"] = "params.pool_bytes sets the pool"
     return keys

@@ -64,5 +64,7 @@ def title(axis: Axes, rows: pd.DataFrame, figure: str | None, ours: str) -> None
     if len(earned):
         first = earned.iloc[0]
         theirs = published_values(PAPER, figure=first.figure, panel=first.panel)
-        what = f"vAttention {str(figure).replace('fig', 'Fig ')}: {first.panel}" + ("; published beside" if len(theirs) else "")
+        what = f"vAttention {str(figure).replace('fig', 'Fig ')}: {first.panel}" + (
+            "; published beside" if len(theirs) else ""
+        )
     axis.set_title(f"{what}\n{rows.setup.iloc[0]}, {rows.clock.iloc[0]}", fontsize=9)

@@ -61,7 +61,9 @@ def unread(run: Run) -> dict[str, str]:
     if run.clock == "measured":
         keys["params.slower"] = "clock=measured takes as long as it takes; it is for clock=modelled"
     if run.arrival.process in UNDRAWN:
-        keys["arrival"] = f"arrival={run.arrival.process} has no rate; arrival=poisson comes at those that are asked for"
+        keys["arrival"] = (
+            f"arrival={run.arrival.process} has no rate; arrival=poisson comes at those that are asked for"
+        )
     return keys
 
 
@@ -187,7 +189,9 @@ def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     for number, look in enumerate(styles.values()):
         axis.plot([], [], marker=f"${number + 1}$", ls="none", color=look.colour, label=look.name)
     middle = (len(styles) - 1) / 2
-    ticks = {group * (len(styles) + 1) + middle: f"{rate:g} req/s" for group, rate in enumerate(sorted(ours.x.unique()))}
+    ticks = {
+        group * (len(styles) + 1) + middle: f"{rate:g} req/s" for group, rate in enumerate(sorted(ours.x.unique()))
+    }
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(ylabel="s: p50, p90, p99, max", yscale="log")
     looks.title(axis, ours, FIGURE, "request latency; dotted: slower steps")
@@ -199,7 +203,9 @@ def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
             line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
             said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
-            axis.plot(100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said)
+            axis.plot(
+                100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said
+            )
     axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
     looks.title(axis, rows, None, "P99 of TTFT (solid) and TBT (dotted)")
     axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)

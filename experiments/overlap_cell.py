@@ -38,7 +38,7 @@ def system_in(way: Way, system: System) -> System:
     plain = replace(
         system.allocator, overlap=way is Way.OVERLAPPED, eager_allocation=False, reclaim_threshold=0, watermark=0
     )
-    return replace(system, name=way.value, variant=f"vattention-{way}", allocator=plain)
+    return replace(system, name=way.value, variant=f"{system.shown_allocator}-{way}", allocator=plain)
 
 
 def measure(run: Run, model: Model, number: int) -> Frames:

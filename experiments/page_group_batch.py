@@ -14,7 +14,7 @@ from kvarena.experiments.replay import Replayer, workload_of
 from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
-from kvarena.harness.systems import System, distinct
+from kvarena.harness.systems import System, alike, distinct
 
 MEMORY_UTILIZATION = 0.9  # of the paper's runs
 _ROWS = 1024  # of the virtual tensors: no batch gets there
@@ -38,11 +38,13 @@ def variants(run: Run) -> list[Variant]:
     """Every system with each of its units, what comes twice once. Raises UserError for one without any, or for none."""
     found: list[Variant] = []
     for variant in (each for system in run.systems for each in _units_of(run, system)):
-        if not any(_same(variant.system, other.system) for other in found):
+        if not any(alike(variant.system, other.system) for other in found):
             found.append(variant)
     if not found:
         raise UserError("params.page_groups, params.sliced_page_groups, params.block_sizes: name at least one unit")
-    told = distinct([variant.system for variant in found], by_kernel=bool(run.clock == "measured" or run.engine.attention))
+    told = distinct(
+        [variant.system for variant in found], by_kernel=bool(run.clock == "measured" or run.engine.attention)
+    )
     return [variant._replace(system=system) for variant, system in zip(found, told, strict=True)]
 
 
@@ -64,12 +66,6 @@ def _units_of(run: Run, system: System) -> Iterator[Variant]:
 
 def _variant(system: System, unit: str, name: str, changes: dict[str, Any]) -> Variant:
     return Variant(unit, system, replace(system, allocator=replace(system.allocator, **changes), variant=name))
-
-
-def _same(one: System, other: System) -> bool:
-    return bool(
-        one.allocator == other.allocator and one.kernel == other.kernel and one.scheduler == other.scheduler
-    )
 
 
 def served(run: Run) -> list[Run]:

@@ -78,10 +78,12 @@ def unread(run: Run) -> dict[str, str]:
     elif not run.params.kernels:
         keys |= {f"params.{each}": "params.kernels names none" for each in _FIG14}
     have = {name for s in run.systems for name in ("page_group", "block_size") if hasattr(s.allocator, name)}
-    if "block_size" not in have:
+    if have == {"page_group"}:
         keys["params.block_sizes"] = "no system of this run has blocks"
-    if "page_group" not in have:
-        keys |= {f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")}
+    if have == {"block_size"}:
+        keys |= {
+            f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")
+        }
     return keys
 
 
@@ -104,7 +106,9 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             progress.stage(f"{one.model.name}, {variant.unit}")
             for seed in seeds_of(run):
                 key = f"{one.model.name}-{variant.key}-{seed}"
-                points.append(of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"]))
+                points.append(
+                    of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"])
+                )
             progress.advance()
     frames = {"points": pd.concat(points, ignore_index=True)}
     if calls:
@@ -159,7 +163,7 @@ def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.Data
 def _kernel_rows(run: Run, calls: pd.DataFrame) -> Iterator[SummaryRow]:
     """Time over the smaller page-groups over that over the larger, round by round."""
     small, large = page_groups_of(run.params.compared)
-    alone = replace(run, reads=("model",))  # no request is served
+    alone = replace(run, reads=("model", "device"))  # no request is served
     for (kernel, *_), cell in calls.groupby(["kernel", *Point._fields], sort=False):
         seconds = cell.pivot(index="round", columns="page_group", values="call_s")
         first = cell.iloc[0]

@@ -34,7 +34,9 @@ def unread_models(run: Run, key: str = "models") -> dict[str, str]:
         return {f"params.{key}": f"model={run.model.name} is run alone; model.tp sets on how many devices"}
     if getattr(run.params, key):
         fields = [each for each in run.given if each.startswith("model.")]
-        return {each: f"params.{key} lists the models; model=NAME runs one alone, with its fields set" for each in fields}
+        return {
+            each: f"params.{key} lists the models; model=NAME runs one alone, with its fields set" for each in fields
+        }
     return {}
 
 

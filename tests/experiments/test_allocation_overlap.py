@@ -8,12 +8,14 @@ import pytest
 
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments.allocation_overlap import events, hidden_share
+from kvarena.experiments.allocation_overlap import _names, events, hidden_share
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.mapping import the_system
 from kvarena.experiments.overlap_cell import Way, _prime, system_in
 from kvarena.experiments.overlap_replay import decode_only, replayed
+from kvarena.experiments.published_models import runs_by_model
 from kvarena.harness.request import Request
+from kvarena.harness.trace import published_files
 
 SMALL = (
     "experiment=allocation_overlap", "device=cpu", "model=tiny-llama", "params.iterations=30", "params.max_batch=2",
@@ -22,13 +24,13 @@ SMALL = (
 )  # fmt: skip
 MODELLED = (
     "experiment=allocation_overlap", "clock=modelled", "params.iterations=300", "params.max_batch=4",
-    "params.requests=8", "params.replay_prompts=[1900,2000]", "params.replay_outputs=[200,300]",
+    "trace.num_requests=8", "trace.prompt_tokens=1950", "trace.output_tokens=250", "trace.range_ratio=0.02",
 )  # fmt: skip
 
 
 def in_figure(summary: pd.DataFrame, quantity: str) -> dict[str, float]:
     rows = summary[summary.quantity == quantity]
-    return dict(zip(rows.system.str.removeprefix("vattention-").str.split("/").str[0], rows.value, strict=True))
+    return dict(zip(rows.label.str.removeprefix("vattention-").str.split("/").str[0], rows.value, strict=True))
 
 
 def test_only_sync_maps_in_front_of_an_iteration(summary_of: Callable[..., pd.DataFrame]) -> None:
@@ -118,7 +120,8 @@ def test_modelled_sync_waits_for_the_published_calls(summary_of: Callable[..., p
     p50, longest = (in_figure(summary, f"decode_iteration_latency_{mark}") for mark in ("p50", "max"))
     assert longest["sync"] - p50["sync"] >= 2.5
     assert longest["overlapped"] == pytest.approx(longest["premapped"])
-    assert set(summary[summary.system == "sync, GPUs in turn"].evidence) == {"conditional", "exact"}
+    assert set(summary.evidence) == {"conditional", "exact"}, "lengths are made up, and GPUs in turn assumed"
+    assert set(summary.paper) == {"kvarena"}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,46 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
         summary_of(*(s.removeprefix("experiment=") for s in SMALL), override)
 
 
-def test_modelled_lengths_are_ranges(summary_of: Callable[..., pd.DataFrame]) -> None:
-    with pytest.raises(UserError, match="replay_outputs"):
-        summary_of(*(s.removeprefix("experiment=") for s in MODELLED), "params.replay_outputs=[3,2]")
+@pytest.fixture
+def listed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file that counts as the published requests."""
+    path = tmp_path / "lengths.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "".join(f"{1900 + i},{200 + i}\n" for i in range(8)))
+    known = (published_files.sha256(path), "vattention_overlap")
+    monkeypatch.setattr(published_files, "_listed", lambda: {known})
+    return f"trace.path={path}"
+
+
+def test_the_published_requests_earn_fig_12(summary_of: Callable[..., pd.DataFrame], listed: str) -> None:
+    summary = summary_of("allocation_overlap", "clock=modelled", listed)
+    fig12 = summary[summary.paper == "vattention"]
+    assert set(fig12.panel) == {"Llama-3-8B"}
+    assert set(fig12.system) == {"sync", "overlapped"}
+    assert set(fig12.evidence) == {"predicted"}
+    in_turn = summary[summary.label.str.contains("in turn")]
+    assert set(in_turn.evidence) == {"conditional", "exact"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["trace.num_requests=5", "params.max_batch=4", "params.iterations=100", "params.spike_ms=5",
+     "model=llama-3-8b model.tp=1",
+     "arrival=poisson", "device=h200 engine=lean", "allocator=vattention allocator.page_group=64KB",
+     "scheduler=sarathi"],
+)  # fmt: skip
+def test_fig_12_is_earned_by_what_it_ran_with_alone(changed: str, listed: str) -> None:
+    def papers(*overrides: str) -> set[str]:
+        run = compose_run("experiment=allocation_overlap", "clock=modelled", listed, *overrides)
+        [one] = runs_by_model(run, "gpus")
+        return {_names(one, way, "fig12")["paper"] for way in (Way.SYNC, Way.OVERLAPPED)}
+
+    assert papers() == {"vattention"}
+    assert papers(*changed.split()) == {"kvarena"}
+
+
+@pytest.mark.parametrize("key", ["scheduler.max_seqs=3", "allocator=vattention allocator.overlap=false",
+                                 "params.rounds=3",
+                                 "params.prompt_tokens=30", "model.tp=1"])  # fmt: skip
+def test_keys_that_the_ways_or_the_replay_set_are_refused(key: str) -> None:
+    with pytest.raises(UserError):
+        compose_run(*MODELLED, *key.split())

@@ -13,7 +13,7 @@ import pytest
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
-from kvarena.experiments import decode_throughput
+from kvarena.experiments.carry_out import carry_out
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.paths import ROOT
 from kvarena.harness.record import Recorder
@@ -30,7 +30,7 @@ def measure(runs: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Pat
     monkeypatch.setenv("KVARENA_RUNS", str(runs))
     run = compose_run(*SMALL, *overrides)
     recorder = Recorder(run.experiment, run.plain())
-    return recorder.finish(decode_throughput.run(run, recorder))
+    return recorder.finish(carry_out(run, recorder))
 
 
 def test_a_run_reports_every_system_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
+from kvarena.experiments.compose import compose_run
+from kvarena.experiments.deferred_reclamation import WAYS, _names
+from kvarena.experiments.published_models import runs_by_model
 
 SMALL = (
     "deferred_reclamation", "device=cpu", "model=tiny-llama", "params.prompt_tokens=1500", "params.pool_bytes=33554432",
@@ -16,7 +19,7 @@ MODELLED = ("deferred_reclamation", "clock=modelled", "params.gpus={yi-6b: 1}")
 
 def by_way(summary: pd.DataFrame, quantity: str) -> dict[str, float]:
     rows = summary[summary.quantity == quantity]
-    return dict(zip(rows.system.str.split("/").str[0], rows.value, strict=True))
+    return dict(zip(rows.label.str.split("/").str[0], rows.value, strict=True))
 
 
 def test_each_way_maps_what_it_lacks(summary_of: Callable[..., pd.DataFrame]) -> None:
@@ -45,7 +48,9 @@ def test_modelled_prefills_wait_for_the_published_calls(summary_of: Callable[...
     for way, ratio in by_way(summary, "prefill_time_over_no_vmm_calls").items():
         assert ratio == pytest.approx(seconds[way] / plain)
         assert seconds[way] == pytest.approx(plain + mapping[way] / 1e3)
-    assert set(summary[summary.figure == "fig13"].panel) == {"Yi-6B"}
+    fig13 = summary[summary.paper == "vattention"]
+    assert set(fig13.panel) == {"Yi-6B"}
+    assert set(fig13.system) == {"no VMM calls", "64KB sync", "2MB sync", "deferred reclamation"}
     assert set(summary.evidence) == {"predicted", "exact"}
 
 
@@ -60,3 +65,19 @@ def test_modelled_prefills_wait_for_the_published_calls(summary_of: Callable[...
 def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callable[..., pd.DataFrame]) -> None:
     with pytest.raises(UserError, match=said):
         summary_of(*SMALL, override)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["model.dtype=float32", "model.tp=2", "device=h200 engine=lean", "params.prompt_tokens=8192",
+     "params.pool_bytes=9000000000",
+     "scheduler.token_budget=4000", "allocator=vattention allocator.tensor_slicing=true"],
+)  # fmt: skip
+def test_fig_13_is_earned_by_what_it_ran_with_alone(changed: str) -> None:
+    def papers(*overrides: str) -> set[str]:
+        run = compose_run("experiment=deferred_reclamation", "clock=modelled", "model=yi-6b", *overrides)
+        [one] = runs_by_model(run, "gpus")
+        return {_names(one, way, "fig13")["paper"] for way in WAYS[:4]}
+
+    assert papers() == {"vattention"}
+    assert papers(*changed.split()) == {"kvarena"}

@@ -147,7 +147,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("online_latency", "modelled"): (
         "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "params.rates={yi-6b: [0.25]}",
-        "params.shares=[0.5,0.9]", "params.slower=[1.2]", "trace.num_requests=6",
+        "params.shares=[0.5,0.9]", "params.slower=[1.2]", "trace.num_requests=40",
     ),
     ("online_latency", "measured"): (
         "systems=[paged-numba]", "model=tiny-llama", "trace.num_requests=3", "trace.prompt_tokens=30",
@@ -158,8 +158,8 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.gpus={yi-6b: 1}", "params.seeds=[0]", "params.page_groups=[2MB,64KB]", "arrival.duration_s=3",
     ),
     ("allocation_overlap", "modelled"): (
-        "params.gpus={llama-3-8b: 2}", "params.iterations=60", "params.max_batch=4", "params.spike_ms=1.0",
-        "trace.num_requests=4", "trace.prompt_tokens=2030", "trace.output_tokens=80", "trace.range_ratio=0.005",
+        "params.gpus={llama-3-8b: 2}", "params.iterations=60", "params.max_batch=256", "params.spike_ms=1.0",
+        "trace.num_requests=256", "trace.prompt_tokens=2030", "trace.output_tokens=80", "trace.range_ratio=0.005",
     ),
     ("deferred_reclamation", "modelled"): ("params.gpus={yi-6b: 1}",),
 }  # fmt: skip
