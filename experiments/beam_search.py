@@ -24,7 +24,7 @@ from kvarena.experiments.latency_curve import (
     measure_lines,
     summarize_lines,
 )
-from kvarena.experiments.parallel_sampling import READS as READS
+from kvarena.experiments.parallel_sampling import READS as OF_SAMPLING
 from kvarena.experiments.parallel_sampling import Params as SamplingParams
 from kvarena.experiments.parallel_sampling import notes, serving, with_rows
 from kvarena.experiments.parallel_sampling import unread as unread_of_sampling
@@ -35,6 +35,7 @@ from kvarena.harness.run import Run
 
 NAME = "beam_search"
 HEADLINE = CROSSING
+READS = {clock: (*words, "beams") for clock, words in OF_SAMPLING.items()}
 SURVIVAL = "neutral"  # of the rows that are compared
 BAND = ("one", "all")  # the memory of any scores lies between
 EXTREME = ", survival "  # what tells the setups of the band from the others

@@ -25,7 +25,7 @@ from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import named
 from kvarena.harness.record import Frames, Measured, Recorder
-from kvarena.harness.roofline import attention_key, make_step_model
+from kvarena.harness.roofline import make_step_model
 from kvarena.harness.run import Run
 from kvarena.harness.summary import SummaryRow, frame, row
 from kvarena.harness.systems import System
@@ -140,8 +140,7 @@ def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
 
 def _context_ps(run: Run, system: System) -> int:
     """Picoseconds for the K/V of one token."""
-    attention = attention_key(system)
-    return make_step_model(run.device, run.engine, run.model, system.scheduler.name, attention).context_ps
+    return make_step_model(run.device, run.engine, run.model, system).context_ps
 
 
 def _cell(run: Run) -> Frames:

@@ -19,6 +19,7 @@ def replayed(run: Run) -> Frames:
     """As `overlap_cell.measure`. A driver call counts once for each tensor, on each of the model's GPUs alike."""
     steps, calls = [], []
     run = on_gpus(run, run.model.tp, run.params.max_tokens)
+    run = replace(run, model=replace(run.model, max_tokens=run.params.max_tokens))
     workload = workload_of(run)
     for way in Way:
         priced = with_driver_calls(run, {Way.PREMAPPED: 0, Way.IN_TURN: run.model.tp}.get(way, 1))

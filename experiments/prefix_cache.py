@@ -34,8 +34,8 @@ from kvarena.harness.trace.trace import Trace
 NAME = "prefix_cache"
 HEADLINE = "hit_ratio_unlimited"
 READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching", "threads"),
 }
 ROUNDING_TOKENS = 1 << 16  # beside all prompts, where there is no limit: for the last part of who is served
 WAYS = {

@@ -35,8 +35,8 @@ from kvarena.harness.systems import System
 NAME = "sharing_savings"
 HEADLINE = "memory_saving_vs_n"
 READS = {  # no decoding: both ways are run, for every n
-    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing"),
-    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "threads"),
+    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams"),
+    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams", "threads"),
 }
 FIGURE = "fig15"
 FEWER = 4  # share of the requests that is tried first

@@ -37,9 +37,9 @@ def _covers(rule: str, key: str) -> bool:
 
 def _generic(run: Run) -> Unread:
     yield from _groups(run)
-    for group in ("device", "engine", "trace"):
+    for group in ("device", "engine", "trace", "decoding", "scheduler", "allocator", "kernel"):
         yield f"{group}.name", f"a name is no setting; {group}=NAME takes another {group}"
-    for speak in (_model, _trace, _arrival, _decoding, _engine, _device, _scheduler):
+    for speak in (_model, _trace, _arrival, _decoding, _engine, _device, _scheduler, _allocator):
         yield from speak(run)
 
 
@@ -62,6 +62,8 @@ def _model(run: Run) -> Unread:
     if run.clock == "modelled":
         for key in ("rope_theta", "norm_eps", "seed", "checkpoint", "shard_only"):
             yield f"model.{key}", "it changes what is computed, not how long it takes: clock=measured computes"
+        if getattr(run.params, "pool_bytes", None) is not None:
+            yield "model.tied_embeddings", "it changes the weights' memory alone, and params.pool_bytes sets the pool"
         return
     if run.model.family != "llama":
         yield "model.rope_theta", f"the family {run.model.family} has learned positions; llama rotates them"
@@ -147,7 +149,7 @@ _EFFICIENCIES = ("weights_efficiency", "kv_efficiency", "flop_efficiency")
 
 def _engine(run: Run) -> Unread:
     engine = run.engine
-    for key in ("calibrated_on", "left_out", "devices", "schedulers"):
+    for key in ("calibrated_on", "left_out", "devices", "models", "schedulers"):
         yield f"engine.{key}", "it states what the file's constants were fitted on"
     if run.clock == "measured":
         if run.device.kind != "cuda":
@@ -228,3 +230,29 @@ def _scheduler(run: Run) -> Unread:
         if not have:
             there = ", ".join(dict.fromkeys(s.scheduler.name for s in run.systems))
             yield key, f"the schedulers of this run ({there}) have no {field}"
+
+
+def _allocator(run: Run) -> Unread:
+    """Fields that need something of the requests: prompts that begin alike, beams, or more sequences than one."""
+    if not (_shares_prompts(run) or "caching" in run.reads):
+        yield "allocator.prefix_cache", f"no prompt of trace={run.trace.name} begins as another's; those of chats do"
+    if not ("beams" in run.reads or _decodes(run, "beam")):
+        yield "allocator.copy_beams", "no beams run; decoding=beam has them"
+    if not (_swaps_when_preempting(run) or "swapping" in run.reads):
+        yield "allocator.swap_bytes", "every victim is recomputed; scheduler.preemption=swap swaps"
+
+
+def _shares_prompts(run: Run) -> bool:
+    trace = run.trace
+    return trace.keep_hash_ids or trace.new_conversation is not None
+
+
+def _decodes(run: Run, method: str) -> bool:
+    """Whether some request is decoded so."""
+    return run.decoding.name == method or any(method in way for way in run.trace.mix or ())
+
+
+def _swaps_when_preempting(run: Run) -> bool:
+    """Whether a victim may be swapped: always, or under `auto` where a request has several sequences."""
+    ways = {getattr(system.scheduler, "preemption", "recompute") for system in run.systems}
+    return "swap" in ways or ("auto" in ways and _may_copy(run))

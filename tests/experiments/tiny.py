@@ -33,28 +33,28 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("serving_latency", "modelled"): (
         "systems=[orca-max,paged]", "params.only=[fig12a]", "params.crossing=[]",
-        "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [4.0]}}}",
+        "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [16.0]}}}",
     ),
     ("serving_latency", "measured"): (
         "systems=[paged]", "trace.max_tokens=64",
         "params.panels={fig12a: {trace: sharegpt, duration_s: 1, rates: {others: [16.0]}}}",
     ),
     ("parallel_sampling", "modelled"): (
-        "systems=[orca-max,paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[4]",
+        "systems=[orca-max,paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[40]",
         "params.panels={fig14a: {n: 2, guess: {others: 8}}}",
     ),
     ("parallel_sampling", "measured"): (
         "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.rates=[16]",
     ),
     ("beam_search", "modelled"): (
-        "systems=[orca-max,paged]", "arrival.duration_s=3", "params.rates=[4]",
+        "systems=[orca-max,paged]", "arrival.duration_s=3", "params.rates=[40]",
         "params.panels={fig14d: {n: 2, guess: {others: 8}}}",
     ),
     ("beam_search", "measured"): (
         "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.rates=[16]",
     ),
     ("shared_prefix", "modelled"): (
-        "systems=[orca-oracle,paged]", "arrival.duration_s=1", "params.rates=[8]", "params.only=[fig16a]",
+        "systems=[paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[30]", "params.only=[fig16a]",
     ),
     ("shared_prefix", "measured"): (
         "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=256", "params.rates=[16]", "params.only=[fig16a]",
@@ -62,7 +62,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("chatbot", "modelled"): ("systems=[orca-max,paged]", "arrival.duration_s=2", "params.rates=[4]"),
     ("chatbot", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "params.rates=[16]"),
     ("sharing_savings", "modelled"): (
-        "systems=[paged,vattention-64kb]", "arrival.duration_s=1", "params.window_s=[0,8]", "params.n=[2]",
+        "systems=[paged,vattention-64kb]", "arrival.duration_s=3", "params.window_s=[0,8]", "params.n=[2]",
         "params.survivals=[neutral]",
     ),
     ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
@@ -84,7 +84,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_layout", "measured"): (
         "systems=[paged]", "trace.num_requests=3", "trace.max_tokens=64", "params.rounds=1",
     ),
-    ("memory_timeline", "modelled"): ("trace.num_requests=4", "trace.max_tokens=256", "params.samples=5"),
+    ("memory_timeline", "modelled"): ("systems=[paged,vattention-2mb]", "params.samples=5"),
     ("trace_lengths", "modelled"): ("params.traces=[sharegpt]",),
     ("granularity", "modelled"): (
         "systems=[paged,vattention]", "arrival.rate=60", "arrival.duration_s=1", "params.block_sizes=[16]",
@@ -98,7 +98,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.capacity_duration_s=4", "params.tolerance=1.0", "params.guess=8",
     ),
     ("waterfall", "measured"): ("systems=[orca-max,paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
-    ("prefix_cache", "modelled"): ("systems=[paged]", "trace.num_requests=30", "params.capacities_gb=[30.0]"),
+    ("prefix_cache", "modelled"): ("systems=[paged]", "trace.num_requests=30", "params.capacities_gb=[30.0]", "params.pool_bytes=1500000000"),
     ("prefix_cache", "measured"): (
         "systems=[paged]", "trace.num_requests=10", "params.capacities_gb=[0.02]", "params.serve_requests=3",
         "params.repeats=1", "arrival.rate=400",
@@ -125,7 +125,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.need_batches=[1]",
     ),
     ("decode_throughput", "modelled"): (
-        "systems=[paged-fa2,paged-flashinfer,vattention-fa2]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]",
+        "systems=[paged-fa2,paged-flashinfer,vattention-fa2-64kb]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]",
     ),
     ("decode_throughput", "measured"): (
         "systems=[static-numba,paged-numba]", "model=tiny-llama", "params.batch_sizes=[2]",
