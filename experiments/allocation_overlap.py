@@ -4,8 +4,8 @@
     overlapped   beside the one before it (section 6.1.1)
     premapped    all at the start: what is left when mapping costs nothing
 
-Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay the requests of
-a trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one after the other, as
+Measured, the three hold the same sequences and decode in turn, one iteration each. Modelled, they replay the requests
+of a trace; there the GPUs of a model map side by side, or, in a fourth row that assumes so, one after the other, as
 processes do that wait for one lock of the driver. Of what mapping costs, overlap hides
 
     hidden share = 1 - (T_overlapped - T_premapped) / (T_sync - T_premapped)

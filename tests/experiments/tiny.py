@@ -129,7 +129,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("decode_throughput", "measured"): (
         "systems=[static-numba,paged-numba]", "model=tiny-llama", "params.batch_sizes=[2]",
-        "params.prompts=[trace]", "params.max_tokens=128", "params.warmup_steps=1", "params.check_steps=1",
+        "params.prompts=[trace]", "params.max_tokens=512", "params.warmup_steps=1", "params.check_steps=1",
         "params.rounds=2", "params.steps_per_round=2",
     ),
     ("prefill_throughput", "modelled"): ("params.models={llama-3-8b: 2}", "params.contexts=[1024,4096]"),
@@ -138,8 +138,8 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.rounds=1", "params.pool_bytes=1048576",
     ),
     ("offline_throughput", "modelled"): (
-        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=6",
-        "params.pool_bytes=16000000000",
+        "systems=[paged-fa2,vattention-fa2]", "params.models={yi-6b: 1}", "trace.num_requests=8",
+        "params.pool_bytes=14000000000",
     ),
     ("offline_throughput", "measured"): (
         "systems=[paged-numba,static-numba]", "model=tiny-llama", "trace.num_requests=3",
@@ -155,7 +155,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.rates={tiny-llama: [50.0]}",
     ),
     ("page_group_size", "modelled"): (
-        "params.gpus={yi-6b: 1}", "params.seeds=[0]", "params.page_groups=[2MB,64KB]", "arrival.duration_s=3",
+        "params.gpus={yi-6b: 1}", "params.seeds=[0]", "arrival.duration_s=3",
     ),
     ("allocation_overlap", "modelled"): (
         "params.gpus={llama-3-8b: 2}", "params.iterations=60", "params.max_batch=256", "params.spike_ms=1.0",
