@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 
 from kvarena.experiments.mapping import on_gpus, the_system, with_driver_calls
@@ -25,7 +24,7 @@ def replayed(run: Run) -> Frames:
         priced = with_driver_calls(run, {Way.PREMAPPED: 0, Way.IN_TURN: run.model.tp}.get(way, 1))
         system = system_in(way, the_system(run))
         system = replace(system, scheduler=replace(system.scheduler, max_seqs=run.params.max_batch))
-        decoding = decode_only(Replayer(priced).serve(system, workload).steps, run.params.iterations)
+        decoding = decode_only(Replayer(priced, jump=False).serve(system, workload).steps, run.params.iterations)
         if way is Way.PREMAPPED:
             decoding = decoding.assign(actions=0)
         steps.append(decoding.assign(way=way.value))
@@ -37,18 +36,16 @@ def replayed(run: Run) -> Frames:
 
 
 def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The first `count` iterations without a prompt token, one a row; the log keeps stretches of them."""
-    rows = steps[(steps.prefills == 0) & (steps.decodes > 0)]
-    number = np.concatenate([np.arange(k) for k in rows.steps]) if len(rows) else np.empty(0, int)
-    first = rows.duration_ps / rows.steps - rows.slope_ps * (rows.steps - 1) / 2
-    each = rows.index.repeat(rows.steps)
-    expanded = pd.DataFrame(
+    """The first `count` iterations without a prompt token; a row of the log is one iteration."""
+    rows = steps[(steps.prefills == 0) & (steps.decodes > 0)].iloc[:count]
+    assert (rows.steps == 1).all(), "the replay was walked step by step"
+    return pd.DataFrame(
         {
-            "latency_ms": (first[each].to_numpy() + number * rows.slope_ps[each].to_numpy()) / _PS_PER_MS,
-            "batch": rows.decodes[each].to_numpy(),
-            "stall_ms": rows.stall_ps[each].to_numpy() / _PS_PER_MS,
-            "actions": rows.actions[each].to_numpy(),
-            "ahead": (rows.ahead / rows.steps)[each].to_numpy(),  # a stretch is logged with all that it maps
+            "latency_ms": rows.duration_ps.to_numpy() / _PS_PER_MS,
+            "batch": rows.decodes.to_numpy(),
+            "stall_ms": rows.stall_ps.to_numpy() / _PS_PER_MS,
+            "actions": rows.actions.to_numpy(),
+            "ahead": rows.ahead.to_numpy(),
+            "iteration": range(len(rows)),
         }
-    ).iloc[:count]
-    return expanded.assign(iteration=range(len(expanded)))
+    )

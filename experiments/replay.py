@@ -121,11 +121,12 @@ class Replayer:
     """Serves workloads with the systems of a run. Under the measured clock all systems share one model, and each first
     serves two short requests: what is compiled or loaded then is not timed.
 
-    One device's share is served: the others of a tensor-parallel group do the same, at the same time.
+    One device's share is served: the others of a tensor-parallel group do the same, at the same time. `jump=False` has
+    the log of a modelled replay keep every iteration by itself.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, *, jump: bool = True) -> None:
+        self._run, self._jump = run, jump
         self._warm: set[tuple[str, str]] = set()
 
     def serve(
@@ -163,7 +164,7 @@ class Replayer:
         scheduler = make_scheduler(system.scheduler, policy, context_of(run))
         with self._executor(system, policy) as executor:
             kept = [prefix] if prefix is not None and share_prefix else []
-            engine = Engine(scheduler, executor, prefixes=kept)
+            engine = Engine(scheduler, executor, jump=self._jump, prefixes=kept)
             done = engine.run(requests_of(workload, run, decoding, prefix))
         requests, steps = request_frame(done.requests), done.steps.to_frame()
         return Served(requests.assign(system=system.name), steps.assign(system=system.name), done.resumed_gaps_ps)

@@ -253,6 +253,8 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
     """Whether a system is that of a file of conf/system/, with the panel's scheduler and fields of its allocator."""
     if file is None or system is None:
         return file is None
+    if not _is_first(run, system):
+        return False
     scheduler = system.scheduler if panel.scheduler is None else _scheduler(panel.scheduler)
     published = as_filed(file, scheduler)
     fields = {name: value for name, value in panel.allocator.items() if hasattr(published.allocator, name)}
@@ -260,6 +262,12 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
     if run.clock == "measured":
         published = with_room_to_read(published)
     return _same_policy(system, published) and system.kernel == published.kernel
+
+
+def _is_first(run: "Run", system: System) -> bool:
+    """Whether no system before it in the run is the same under another name: one row has a published name."""
+    alike = [each.name for each in run.systems if _same_policy(each, system) and each.kernel == system.kernel]
+    return system.name not in alike or alike[0] == system.name
 
 
 def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:

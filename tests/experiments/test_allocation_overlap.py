@@ -86,16 +86,15 @@ def test_without_a_cost_nothing_is_hidden() -> None:
     assert np.isnan(share.median)
 
 
-def test_stretches_come_apart_into_their_iterations() -> None:
+def test_iterations_that_only_decode_are_kept_one_by_one() -> None:
     log = pd.DataFrame(
-        {"steps": [1, 3, 1], "duration_ps": [9e9, 3 * 10e9 + 3 * 1e9, 5e9], "slope_ps": [0, 1e9, 0],
-         "decodes": [2, 2, 2], "prefills": [1, 0, 0], "stall_ps": [0, 0, 2e9], "actions": [4, 0, 1], "ahead": [0, 0, 0]}
+        {"steps": [1, 1, 1], "duration_ps": [9e9, 10e9, 5e9], "decodes": [2, 2, 2], "prefills": [1, 0, 0],
+         "stall_ps": [0, 0, 2e9], "actions": [4, 0, 1], "ahead": [0, 3, 0]}
     )  # fmt: skip
     each = decode_only(log, count=4)
-    assert each.latency_ms.tolist() == [10, 11, 12, 5], "the first row prefills"
-    assert each.stall_ms.tolist() == [0, 0, 0, 2]
-    assert each.iteration.tolist() == [0, 1, 2, 3]
-    assert len(decode_only(log, count=2)) == 2
+    assert each.latency_ms.tolist() == [10, 5], "the first row prefills"
+    assert (each.stall_ms.tolist(), each.ahead.tolist(), each.iteration.tolist()) == ([0, 2], [3, 0], [0, 1])
+    assert len(decode_only(log, count=1)) == 1
 
 
 @pytest.mark.parametrize(("sliced", "tensors"), [(False, 64), (True, 2)])

@@ -77,7 +77,6 @@ def offered(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     for field in dataclasses.fields(run.params):
         key = f"params.{field.name}"
         yield key, [[f"{key}={value}"] for value in other_values(key, getattr(run.params, field.name))]
-    yield "decoding.name", [["decoding.name=parallel", "decoding.n=2"]]
     yield (
         "systems",
         [["systems=[paged]"], ["systems=[contiguous]"], ["systems=[vattention-fa2]"], ["systems=[paged-numba]"]],
@@ -114,7 +113,7 @@ OTHER = {  # values of keys that are words, or null
     "trace.prompt_tokens": [33, 50], "trace.output_tokens": [3, 7], "trace.mix": ["{n1: 0.5, n2: 0.5}"],
     "trace.cut_prompt": [16, 64], "trace.cut_output": [5, 20], "trace.new_conversation": [0.2, 0.9], "trace.examples": [1, 5],
     "trace.prefix_path": ["/nowhere"], "arrival.process": ["poisson", "constant"], "arrival.rate": [3.0, 50.0],
-    "arrival.duration_s": [0.5, 3.0], "arrival.seed": [7], "decoding.name": [], "params.paths": ["{sharegpt: /nowhere.csv, alpaca: /nowhere.csv}"], "decoding.n": [2, 3],
+    "arrival.duration_s": [0.5, 3.0], "arrival.seed": [7], "decoding.name": ["parallel"], "params.paths": ["{sharegpt: /nowhere.csv, alpaca: /nowhere.csv}"], "decoding.n": [2, 3],
     "decoding.survival": ["one", "all"], "engine.name": ["renamed"], "engine.host_step_us": [1000000], "engine.host_sequence_us": [1000000], "device.name": ["renamed", "h200"],
     "device.kind": ["cpu"], "device.assumed": ["something"], "scheduler.token_budget": [2100, 4000, 300],
     "scheduler.preemption": ["swap", "recompute"], "scheduler.max_seqs": [3, 1, 2], "allocator.swap_bytes": ["2GB"],
@@ -203,14 +202,16 @@ def test_another_value_changes_what_comes_out_or_is_refused(experiment: str) -> 
 BESIDE = {
     "device.unmap_us": ["allocator=vattention", "allocator.deferred_reclamation=false"],
     "allocator=vattention allocator.deferred_reclamation": ["trace.num_requests=12"],
+    "trace.filter": ["arrival.duration_s=60"],
 }
 
 
 def effect_beside(experiment: str, key: str) -> str:
-    base_run = resolved(experiment, "modelled", *BESIDE[key])
+    more = BESIDE[key]
+    base_run = resolved(experiment, "modelled", *more)
     base = made(base_run)
     ways = next(ways for each, ways in offered(base_run) if each == key)
-    return effect_of(experiment, [[*BESIDE[key], *way] for way in ways], base, drawn(base_run, base.summary))
+    return effect_of(experiment, [[*more, *way] for way in ways], base, drawn(base_run, base.summary))
 
 
 def effect_of(experiment: str, ways: list[list[str]], base: Made, picture: bytes) -> str:

@@ -84,7 +84,7 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_layout", "measured"): (
         "systems=[paged]", "trace.num_requests=3", "trace.max_tokens=64", "params.rounds=1",
     ),
-    ("memory_timeline", "modelled"): ("systems=[paged,vattention-2mb]", "params.samples=5"),
+    ("memory_timeline", "modelled"): ("systems=[paged,vattention-2mb]", "params.samples=5", "trace.num_requests=14"),
     ("trace_lengths", "modelled"): ("params.traces=[sharegpt]",),
     ("granularity", "modelled"): (
         "systems=[paged,vattention]", "arrival.rate=60", "arrival.duration_s=1", "params.block_sizes=[16]",
