@@ -83,6 +83,8 @@ class Params:
 def unread(run: Run) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in CHANGED}
+    keys["allocator.deferred_reclamation"] = "rows are given back beside prompts, in iterations that do not count here"
+    keys["device.unmap_us"] = keys["allocator.deferred_reclamation"]
     if run.clock == "modelled":
         keys |= {
             f"params.{each}": "clock=modelled replays a trace; clock=measured decodes batches" for each in _BATCH_ONLY

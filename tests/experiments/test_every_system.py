@@ -1,7 +1,7 @@
 """Every experiment with every system that it accepts: one tiny cell each, its table, its figure and its rows.
 
-Systems are those of the experiment's list, one of every other kind, and a newcomer's: the allocator and the kernel of the
-README, which no table of colours, prices or names has heard of.
+Systems are those of the experiment's list, one of every other kind, and a newcomer's: the allocator and the kernel of
+the README, which no table of colours, prices or names has heard of.
 """
 
 import contextlib
@@ -30,8 +30,10 @@ from kvarena.harness.systems import System, distinct
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.config import KernelConfig
 
-OTHERS = ("static-numba", "paged", "contiguous", "paged-reserved", "fastertransformer", "vattention-2mb", "vattention-sliced",
-          "paged-fa2", "vattention-fa2", "vattention-64kb-copied", "paged-gather")  # fmt: skip
+OTHERS = (
+    "static-numba", "paged", "contiguous", "paged-reserved", "fastertransformer", "vattention-2mb", "vattention-sliced",
+    "paged-fa2", "vattention-fa2", "vattention-64kb-copied", "paged-gather",
+)  # fmt: skip
 NO_SYSTEMS = (
     "attention_kernel",
     "block_size_kernel",

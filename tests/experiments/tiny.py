@@ -19,7 +19,7 @@ from kvarena.harness.schemas import schema_of
 _FEW = "systems=[orca-max,paged,vattention-64kb]"
 TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_waste", "modelled"): (
-        _FEW, "arrival.rate=60", "arrival.duration_s=1", "params.window_s=[0,8]", "params.seeds=[0]",
+        _FEW, "arrival.rate=40", "arrival.duration_s=1", "params.window_s=[0,8]", "params.seeds=[0]",
     ),
     ("memory_waste", "measured"): ("systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
     ("batched_requests", "modelled"): (
@@ -28,16 +28,18 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("batched_requests", "measured"): (
         "systems=[paged]",
+
         "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 600, duration_s: 0.01, window_s: null}]",
         "trace.max_tokens=64",
     ),
     ("serving_latency", "modelled"): (
         "systems=[orca-max,paged]", "params.only=[fig12a]", "params.crossing=[]",
+
         "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [16.0]}}}",
     ),
     ("serving_latency", "measured"): (
         "systems=[paged]", "trace.max_tokens=64",
-        "params.panels={fig12a: {trace: sharegpt, duration_s: 1, rates: {others: [16.0]}}}",
+        "params.panels={fig12a: {trace: sharegpt, duration_s: 2, rates: {others: [16.0]}}}",
     ),
     ("parallel_sampling", "modelled"): (
         "systems=[orca-max,paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[40]",
@@ -57,7 +59,8 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "systems=[paged,vattention-64kb]", "arrival.duration_s=3", "params.rates=[30]", "params.only=[fig16a]",
     ),
     ("shared_prefix", "measured"): (
-        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=256", "params.rates=[16]", "params.only=[fig16a]",
+        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=256", "params.rates=[16]",
+        "params.only=[fig16a]",
     ),
     ("chatbot", "modelled"): ("systems=[orca-max,paged]", "arrival.duration_s=2", "params.rates=[4]"),
     ("chatbot", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "params.rates=[16]"),
@@ -67,10 +70,12 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
     ("block_size", "modelled"): (
-        "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 80.0}", "arrival.duration_s=1", "params.block_sizes=[8,16]",
+        "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 80.0}", "arrival.duration_s=1",
+        "params.block_sizes=[8,16]",
     ),
     ("block_size", "measured"): (
-        "systems=[paged]", "arrival.duration_s=0.05", "trace.max_tokens=64", "params.block_sizes=[16]", "params.rounds=1",
+        "systems=[paged]", "arrival.duration_s=0.05", "trace.max_tokens=64", "params.block_sizes=[16]",
+        "params.rounds=1",
     ),
     ("preemption", "modelled"): (
         "systems=[paged,vattention-64kb]", "arrival.rate=60", "arrival.duration_s=1", "params.block_sizes=[8,16]",
@@ -94,7 +99,8 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64", "params.block_sizes=[16]",
     ),
     ("waterfall", "modelled"): (
-        "systems=[orca-max,paged]", "arrival.rate=60", "arrival.duration_s=1", "params.seeds=[0]", "params.window_s=[0,8]",
+        "systems=[orca-max,paged]", "arrival.rate=60", "arrival.duration_s=1", "params.seeds=[0]",
+        "params.window_s=[0,8]",
         "params.capacity_duration_s=4", "params.tolerance=1.0", "params.guess=8",
     ),
     ("waterfall", "measured"): ("systems=[orca-max,paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
@@ -121,11 +127,13 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.calls=1",
     ),
     ("allocation_bandwidth", "measured"): (
-        "params.page_groups=[64KB]", "params.pool=1MB", "params.run_groups=2", "params.rounds=1", "params.need_models=[yi-6b]",
+        "params.page_groups=[64KB]", "params.pool=1MB", "params.run_groups=2", "params.rounds=1",
+        "params.need_models=[yi-6b]",
         "params.need_batches=[1]",
     ),
     ("decode_throughput", "modelled"): (
-        "systems=[paged-fa2,paged-flashinfer,vattention-fa2-64kb]", "params.models={yi-6b: 1}", "params.batch_sizes=[1,2]",
+        "systems=[paged-fa2,paged-flashinfer,vattention-fa2-64kb]", "params.models={yi-6b: 1}",
+        "params.batch_sizes=[1,2]",
     ),
     ("decode_throughput", "measured"): (
         "systems=[static-numba,paged-numba]", "model=tiny-llama", "params.batch_sizes=[2]",
