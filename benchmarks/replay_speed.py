@@ -14,7 +14,7 @@ from functools import cache
 
 from kvarena.allocators.registry import make_policy
 from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, context_of, pool_bytes_of, requests_of, workload_of
+from kvarena.experiments.replay import Replayer, pool_bytes_of, requests_of, workload_of
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.engine import Engine
 from kvarena.harness.modelled_executor import ModelledExecutor
@@ -64,7 +64,7 @@ def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged")
 
 def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
     """CPU seconds of one replay with its record, from the requests to the frames."""
-    [system], context = run.systems, context_of(run)
+    [system], context = run.systems, run.context
     policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context)
     step_model = make_step_model(run.device, run.engine, run.model, system)
     executor = ModelledExecutor(step_model, action_prices(run.device, policy))

@@ -21,7 +21,7 @@ from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, check_window, window
 from kvarena.experiments.latency_curve import headed, published_beside, unread_traces
 from kvarena.experiments.replay import Replayer, trace_named, workload_of
-from kvarena.experiments.seeds import seeded, seeds_of, unread_seeds
+from kvarena.experiments.seeds import frames_of_seeds, seeded, seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import OURS, is_earned, named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -124,7 +124,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     for load in loads:
         workload = workload_of(load.run_of(run), seed=seeds[0])
         notes[load.key] = {**workload.provenance, "rate_asked": workload.rate, "window_s": load.window_s}
-    return Measured(_frames(cells, seeds[0]), notes)
+    return Measured(frames_of_seeds(cells, seeds[0]), notes)
 
 
 def _checked(run: Run) -> list[Load]:
@@ -147,12 +147,6 @@ def _cell(run: Run, replayer: Replayer, system: System, load: Load, seed: int) -
     )
     memory = by_interval(steps, run.params.record_every_s)
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
-
-
-def _frames(cells: list[Frames], first_seed: int) -> Frames:
-    """The averages of every seed; requests and memory over time of the first, which would be too large otherwise."""
-    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
-    return {n: t if n == "averages" else t[t.seed == first_seed].reset_index(drop=True) for n, t in frames.items()}
 
 
 def summarize(run: Run, frames: Frames) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from kvarena.allocators.holding import Holding
 from kvarena.allocators.policy import Action
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments.replay import context_of, pool_bytes_of, requests_of
+from kvarena.experiments.replay import pool_bytes_of, requests_of
 from kvarena.harness.action_prices import action_prices
 from kvarena.harness.engine import Engine
 from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
@@ -93,8 +93,8 @@ def film(run: Run, system: System, workload: Workload) -> Film:
     Raises UserError for an allocator whose memory cannot be told apart by request.
     """
     pool_bytes = pool_bytes_of(run, system)
-    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes, context_of(run))
-    scheduler = make_scheduler(system.scheduler, policy, context_of(run))
+    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes, run.context)
+    scheduler = make_scheduler(system.scheduler, policy, run.context)
     units, prices = policy.units, action_prices(run.device, policy)
     if units is None:
         raise UserError(

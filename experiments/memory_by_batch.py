@@ -14,7 +14,7 @@ from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
-from kvarena.experiments.replay import context_of, pool_bytes_of
+from kvarena.experiments.replay import pool_bytes_of
 from kvarena.harness.published import named
 from kvarena.harness.record import Frames
 from kvarena.harness.roofline import make_step_model
@@ -100,8 +100,8 @@ def attached_bytes(run: Run, system: System, longest: int) -> Ints:
     Raises UserError where the pool does not hold one.
     """
     pool_bytes = run.model.tp * pool_bytes_of(run, system)
-    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes, context_of(run))
-    if not policy.admit(Sequence(0, 1, context_of(run) - 1), 1):
+    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes, run.context)
+    if not policy.admit(Sequence(0, 1, run.context - 1), 1):
         raise UserError(f"params.pool_bytes: {policy.name} cannot hold one sequence")
     attached = [0, _attached(policy.usage())]
     for _ in range(longest - 1):

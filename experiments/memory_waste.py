@@ -19,7 +19,7 @@ from kvarena.allocators.usage import LEAVES, paper_rollup, paper_vllm_rollup, st
 from kvarena.experiments import plots
 from kvarena.experiments.averages import Average, averages, by_interval, check_window, leaves, shares, usage_of, window
 from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.seeds import seeded, seeds_of, unread_seeds
+from kvarena.experiments.seeds import frames_of_seeds, seeded, seeds_of, unread_seeds
 from kvarena.harness.progress import Progress
 from kvarena.harness.published import is_earned, named
 from kvarena.harness.record import Frames, Measured, Recorder
@@ -61,7 +61,7 @@ def unread(run: Run) -> dict[str, str]:
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every system and average its memory; again for every seed."""
     seeds = seeds_of(run)
-    replayer, cells, notes = Replayer(run), list[Frames](), {}
+    replayer, cells, notes = Replayer(run), list[Frames](), dict[str, object]()
     with Progress(NAME, len(seeds) * len(run.systems)) as progress:
         for seed in seeds:
             workload = workload_of(run, seed=seed)
@@ -71,7 +71,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
                 cell = recorder.cell(f"{seed}-{system.name}", partial(_cell, run, replayer, system, workload))
                 cells.append({name: table.assign(seed=seed) for name, table in cell.items()})
                 progress.advance()
-    return Measured(_frames(cells, seeds[0]), notes)
+    return Measured(frames_of_seeds(cells, seeds[0]), notes)
 
 
 def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
@@ -79,12 +79,6 @@ def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> F
     means = averages(window(steps, run.params.window_s)).assign(system=system.name)
     memory = by_interval(steps, run.params.record_every_s)
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
-
-
-def _frames(cells: list[Frames], first_seed: int) -> Frames:
-    """The averages of every seed; requests and memory over time of the first, which would be too large otherwise."""
-    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
-    return {n: t if n == "averages" else t[t.seed == first_seed].reset_index(drop=True) for n, t in frames.items()}
 
 
 def summarize(run: Run, frames: Frames) -> pd.DataFrame:
@@ -175,9 +169,9 @@ def _bars(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     kinds = rows.assign(kind=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="kind", values="value")
     published = theirs.assign(kind=theirs.quantity.str.split(":").str[1])
     shown = plots.shown_names(rows)
-    for x, (label, name) in enumerate(shown.items()):
+    for x, (label, own) in enumerate(kinds.reindex(list(shown)).iterrows()):
         pair = published[(published.system == rows.system[rows.label == label].iloc[0])].set_index("kind")["value"]
-        _bar(axis, x - 0.2 if len(pair) else x, kinds.loc[label].dropna(), 1.0)
+        _bar(axis, x - 0.2 if len(pair) else x, own.dropna(), 1.0)
         if len(pair):
             _bar(axis, x + 0.2, pair, 0.45)
     handles = [axis.bar(0, 0, color=colour, label=kind.replace("_", " ")) for kind, colour in KINDS.items()]

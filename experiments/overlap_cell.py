@@ -29,7 +29,8 @@ class Way(StrEnum):
     IN_TURN = "sync, GPUs in turn"  # as sync, the driver serving one GPU at a time; modelled clock only
 
 
-CHANGED = ("overlap", "eager_allocation", "eager_groups", "reclaim_threshold", "watermark")  # fields of the allocator, by `system_in`
+# Fields of the allocator that `system_in` sets.
+CHANGED = ("overlap", "eager_allocation", "eager_groups", "reclaim_threshold", "watermark")
 MEASURED = (Way.SYNC, Way.OVERLAPPED, Way.PREMAPPED)
 
 

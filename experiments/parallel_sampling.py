@@ -119,10 +119,6 @@ def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[Syste
             yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
 
 
-def _has_rows(system: System) -> bool:
-    return bool(system.allocator.name == "vattention")
-
-
 def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
     """Serves the run's workload at a rate, decoded in one way."""
     return lambda rate: replayer.serve(system, workload_of(run, rate=rate), decoding)

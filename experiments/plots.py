@@ -1,7 +1,7 @@
 """The look shared by all figures: one colour per allocator, one line style per kernel."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ def _newcomers(first: int) -> Iterator[str]:
     """The colours of newcomers, beginning with one of them; then hues without end."""
     yield from NEWCOMERS[first:] + NEWCOMERS[:first]
     for number in itertools.count(1):
-        yield to_hex(hsv_to_rgb((number * 0.618 % 1, 0.6, 0.55)))  # steps of the golden ratio: no two hues meet
+        yield to_hex(tuple(hsv_to_rgb((number * 0.618 % 1, 0.6, 0.55))))  # steps of the golden ratio: no two hues meet
 
 
 def colour_of(allocator: str, among: Iterable[str] = ()) -> str:
@@ -83,21 +83,6 @@ def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> 
         axis.spines[["top", "right"]].set_visible(False)
     plt.close(figure)  # it lives on as an object; pyplot need not keep it
     return figure, list(axes.flat)
-
-
-def over_published(
-    ours: pd.DataFrame, theirs: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame, str], None], titles: tuple[str, str]
-) -> tuple[Figure, Axes, Axes]:
-    """Our panels above the paper's, each drawn by `draw(axis, rows, title)`; `titles` of both have a {panel} in them.
-
-    Returns the figure, and two axes at its right, above and below, for what the paper does not show.
-    """
-    columns = 1 + max(ours.panel.nunique(), theirs.panel.nunique())
-    figure, axes = canvas(2, columns)
-    for row, table, title in zip((axes[:columns], axes[columns:]), (ours, theirs), titles, strict=True):
-        for axis, (panel, rows) in zip(row, table.groupby("panel", sort=False), strict=False):
-            draw(axis, rows, title.format(panel=panel))
-    return figure, axes[columns - 1], axes[-1]
 
 
 def tidy(figure: Figure) -> Figure:

@@ -27,7 +27,7 @@ def _print_pairs(console: Console) -> None:
 
 
 def _print_kernels(console: Console) -> None:
-    cells = {}
+    cells = dict[tuple[str, str], str]()
     for name in kernel_names():
         spec = kernel_spec(name)
         reads = {

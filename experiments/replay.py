@@ -62,15 +62,10 @@ def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = N
     if seed is not None:
         trace, arrivals = replace(trace, seed=seed), replace(arrivals, seed=seed)
     chosen = RATES if "rate" in arrival and run.arrival_chosen != ASKED else run.arrival_chosen
-    workload = make_workload(trace, arrivals, context_of(run), chosen)
+    workload = make_workload(trace, arrivals, run.context, chosen)
     assert workload.account is not None, "a workload that is made from a trace has its account"
     tell(workload.account)
     return workload
-
-
-def context_of(run: Run) -> int:
-    """Tokens of the longest sequence, as the run says."""
-    return run.context
 
 
 def pool_bytes_of(run: Run, system: System) -> int:
@@ -160,8 +155,8 @@ class Replayer:
     ) -> Served:
         run = self._run
         layout = run.model.shard().kv_layout()
-        policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), context_of(run))
-        scheduler = make_scheduler(system.scheduler, policy, context_of(run))
+        policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), run.context)
+        scheduler = make_scheduler(system.scheduler, policy, run.context)
         with self._executor(system, policy) as executor:
             kept = [prefix] if prefix is not None and share_prefix else []
             engine = Engine(scheduler, executor, jump=self._jump, prefixes=kept)

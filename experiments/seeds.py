@@ -3,9 +3,13 @@
 Where nothing is drawn, since a file records its arrivals, every seed would replay the same: then there is one replay.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import pandas as pd
+
 from kvarena.errors import UserError
+from kvarena.harness.record import Frames
 from kvarena.harness.run import Run
 
 
@@ -30,3 +34,9 @@ def unread_seeds(run: Run) -> dict[str, str]:
 def seeded(run: Run, seed: int) -> Run:
     """The run under one seed: of what a trace draws, and of its arrivals."""
     return replace(run, trace=replace(run.trace, seed=seed), arrival=replace(run.arrival, seed=seed))
+
+
+def frames_of_seeds(cells: Sequence[Frames], first_seed: int) -> Frames:
+    """The averages of every seed; requests and memory over time of the first, which would be too large otherwise."""
+    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
+    return {n: t if n == "averages" else t[t.seed == first_seed].reset_index(drop=True) for n, t in frames.items()}

@@ -97,7 +97,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
 
 def _check(run: Run) -> None:
     if run.params.limit_s is not None and run.arrival.rate is None:
-        raise UserError("params.limit_s: the search for the capacity needs arrivals that are drawn at a rate (arrival=)")
+        raise UserError("params.limit_s: the search for the capacity needs arrivals drawn at a rate (arrival=)")
     known = [step.name for step in run.params.steps]
     if len(set(known)) < len(known):
         raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")

@@ -53,11 +53,6 @@ class StepRecord(NamedTuple):
     actions: int  # driver or copy actions on the critical path
     ahead: int  # actions handed to the background
 
-    @property
-    def overhead_s(self) -> float:
-        """What is neither model nor kernel nor driver: scheduler, policy and view."""
-        return self.schedule_s + self.view_s
-
 
 class FixedBatch:
     """A system with all its requests resident; every step decodes one token of each."""

@@ -48,11 +48,6 @@ class Group:
         """Whether every member's next step is a decode."""
         return all([member.is_decoding for member in self.members])
 
-    def share_prompt(self) -> None:
-        """The prompt, or a part of it, has been written through the first member: so it is for all."""
-        for member in self.members:
-            member.computed = self.first.computed
-
 
 def catch_up(group: Group, budget: int) -> list[PrefillChunk]:
     """What a group that is recomputed feeds next, its prompt written again: each member's own tokens.

@@ -2,8 +2,8 @@
 
 An experiment states, figure by figure, what the published points ran with (`published:` in conf/experiment/*.yaml). A
 row earns the published name where what ran is that, in everything that is stated: model, devices, trace, arrivals, pool
-and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel that
-says what ran, a system `<allocator>/<kernel>`.
+and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel
+that says what ran, a system `<allocator>/<kernel>`.
 
     evidence       where
     exact          counted, or arithmetic
@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.config import GREEDY
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
 from kvarena.harness.systems import System, as_filed, with_room_to_read
@@ -202,12 +200,12 @@ def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[s
         yield "model"
     if panel.device is not None and not _is_device(run, panel.device):
         yield "device"
-    if panel.engine is not None and run.clock == "modelled" and run.engine != _engine(panel.engine):
+    if panel.engine is not None and run.clock == "modelled" and run.engine != _filed("engine", panel.engine):
         yield "engine"
     if run.engine.cuda_graphs:  # no published engine had them
         yield "engine.cuda_graphs"
     if panel.trace is not None:
-        trace = replace(_trace(panel.trace), **panel.trace_keys)
+        trace = replace(_filed("trace", panel.trace), **panel.trace_keys)
         if not (is_published(run.trace, run.files) and _alike("trace", run.trace, trace)):
             yield "trace"
         if run.decoding != GREEDY:
@@ -243,7 +241,7 @@ def _alike(group: str, one: Any, other: Any) -> bool:
 
 
 def _is_device(run: "Run", name: str) -> bool:
-    published = _device(name)
+    published = _filed("device", name)
     if run.clock == "modelled":
         return bool(run.device == published)
     return run.device_name in [each.lower().replace(" ", "-") for each in published.reported_as]
@@ -255,7 +253,7 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
         return file is None
     if not _is_first(run, system):
         return False
-    scheduler = system.scheduler if panel.scheduler is None else _scheduler(panel.scheduler)
+    scheduler = system.scheduler if panel.scheduler is None else _filed("scheduler", panel.scheduler)
     published = as_filed(file, scheduler)
     fields = {name: value for name, value in panel.allocator.items() if hasattr(published.allocator, name)}
     published = replace(published, allocator=replace(published.allocator, **fields))
@@ -300,26 +298,8 @@ def _model(name: str, tp: int) -> ModelConfig:
 
 
 @cache
-def _engine(name: str) -> EngineConfig:
-    engine: EngineConfig = typed(EngineConfig, load("engine", name), "engine")
-    return engine
-
-
-@cache
-def _device(name: str) -> DeviceConfig:
-    device: DeviceConfig = typed(DeviceConfig, load("device", name), "device")
-    return device
-
-
-@cache
-def _trace(name: str) -> TraceConfig:
-    trace: TraceConfig = typed(TraceConfig, load("trace", name), "trace")
-    return trace
-
-
-@cache
-def _scheduler(name: str) -> Any:
-    """The dataclass of a file of conf/scheduler/."""
+def _filed(group: str, name: str) -> Any:
+    """The dataclass of a file of conf/<group>/."""
     from kvarena.harness.schemas import of
 
-    return typed(of("scheduler", name), load("scheduler", name), "scheduler")
+    return typed(of(group, name), load(group, name), group)

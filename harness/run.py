@@ -170,10 +170,11 @@ def _as_config(group: str, name: str, node: DictConfig) -> Any:
 
 def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Sequence[str]) -> DictConfig:
     """A group whose nulls are taken from the profile of the device, but for those that the user wrote."""
-    kept = {key: value for key, value in node.items() if value is not None or f"{group}.{key}" in given}
+    own, filled = ({str(key): value for key, value in each.items()} for each in (node, profile or DictConfig({})))
+    kept = {key: value for key, value in own.items() if value is not None or f"{group}.{key}" in given}
     inner = {key for key in kept if any(each.startswith(f"{group}.{key}.") for each in given)}  # a part of it is given
-    parts = {key: OmegaConf.merge(profile[key], kept[key]) for key in inner if profile and profile.get(key) is not None}
-    return OmegaConf.create({**(profile or {}), **kept, **parts})
+    parts = {key: OmegaConf.merge(filled[key], kept[key]) for key in inner if filled.get(key) is not None}
+    return OmegaConf.create({**filled, **kept, **parts})
 
 
 def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:

@@ -64,13 +64,6 @@ class StepPlan:
         return not self.decodes and not self.prefills
 
     @property
-    def is_steady(self) -> bool:
-        """Whether the step only decodes: no prompt, no preemption, nothing to copy, swap or map."""
-        return not (
-            self.prefills or self.preempted or self.swapped_out or self.swapped_in or self.actions or self.ahead
-        )
-
-    @property
     def num_tokens(self) -> int:
         """Tokens fed to the model in one step."""
         return len(self.decodes) + sum(chunk.tokens for chunk in self.prefills) + self.padding

@@ -20,8 +20,8 @@ FITS_CONTEXT = "fits_context"
 def is_published(config: TraceConfig, known: Mapping[str, str] | None = None) -> bool:
     """Whether lengths are those of conf/trace/<config.name>.yaml: its embedded table, or a file listed for that name.
 
-    Given lengths, other tables, other files and data sets of the hub are not. `known`: hashes by path, of files that may
-    be gone since.
+    Given lengths, other tables, other files and data sets of the hub are not. `known`: hashes by path, of files that
+    may be gone since.
     """
     if config.path is not None:
         digest = (known or hashes([config.path])).get(config.path)

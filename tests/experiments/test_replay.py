@@ -6,7 +6,7 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, context_of, pool_bytes_of, trace_named, workload_of
+from kvarena.experiments.replay import Replayer, pool_bytes_of, trace_named, workload_of
 from kvarena.harness.run import Run
 
 WASTE = "experiment=memory_waste"
@@ -121,5 +121,5 @@ def test_seeds_and_rates_change_the_workload_alone():
 
 
 def test_the_longest_sequence_is_the_models_or_the_traces():
-    assert context_of(compose_run(WASTE)) == 2048
-    assert context_of(compose_run(WASTE, *SMALL)) == 64
+    assert compose_run(WASTE).context == 2048
+    assert compose_run(WASTE, *SMALL).context == 64

@@ -54,9 +54,10 @@ def test_every_device_file_is_whole(name):
 def test_every_engine_file_is_whole(name):
     config = engine(name)
     assert config.name == name
-    for key in config.fitted:
-        opt, _, scheduler = key.partition("/")
-        assert step_model_of(device("a100-40gb"), config, model(opt), scheduler or "vllm", None).host_step_ps > 0
+    for key, step in config.fitted.items():
+        of, _, scheduler = key.partition("/")
+        there = device(step.device or "a100-40gb"), config, model(of, tp=step.tp)
+        assert step_model_of(*there, scheduler or "vllm", None).host_step_ps > 0
 
 
 def test_a_device_model_without_a_number_says_which():

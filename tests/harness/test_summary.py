@@ -7,11 +7,12 @@ from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.statistics import Estimate
 from kvarena.harness.summary import COLUMNS, beside_published, frame, read_published, row
 
-WHOSE = "experiment paper figure panel system allocator kernel model quantity x"
+WHOSE = "experiment paper figure panel system setup label allocator kernel model quantity x"
 WHAT = "value unit n ci_low ci_high clock device evidence"
 BASE = {
     "experiment": "decode_throughput", "paper": "vattention", "figure": "fig8", "panel": "Yi-6B", "system": "FA2_Paged",
-    "allocator": "paged", "kernel": "fa2", "model": "yi-6b", "quantity": "decode_throughput_vs_batch", "unit": "tok/s",
+    "setup": "yi-6b, 1 x a100-80gb", "label": "paged/fa2", "allocator": "paged", "kernel": "fa2", "model": "yi-6b",
+    "quantity": "decode_throughput_vs_batch", "unit": "tok/s",
     "clock": "modelled", "device": "a100-80gb", "evidence": "calibrated",
 }  # fmt: skip
 
