@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from kvarena.errors import UserError
 from kvarena.experiments import multirun, registry, show, sweep
 from kvarena.experiments.carry_out import carry_out, summarize
-from kvarena.harness.config import check_overrides, on_auto
+from kvarena.harness.config import check_once, check_overrides, keys_of, on_auto
 from kvarena.harness.paths import CONF
 from kvarena.harness.record import Recorder, runs_folder
 from kvarena.harness.run import Run
@@ -73,6 +73,7 @@ def _command(arguments: list[str]) -> None:
         _compose_and_run()
         return
     overrides = [a for a in arguments if not a.startswith("-")]
+    check_once(overrides)
     experiment = registry.named(overrides)
     arguments = on_auto(arguments)
     if _MULTIRUN & set(arguments):
@@ -107,7 +108,8 @@ def _claim(claim_id: str, more: list[str]) -> None:
         raise UserError(f"claim={claim_id}: takes overrides of its experiment, and no flags")
     needed = arguments_for(claim)
     if needed:
-        sys.argv[1:] = [*needed, *more]
+        written = keys_of(more)  # they stand for what the claim would write
+        sys.argv[1:] = [*(each for each in needed if keys_of([each])[0] not in written), *more]
         print(f"{claim_id} needs: ./run.sh {' '.join(sys.argv[1:])}", file=sys.stderr)
         _command(sys.argv[1:])
     print_verdict(judged(claim, runs_folder() / registry.named(needed) / "latest" if needed else None))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -85,6 +85,10 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
             continue
         if root not in (*GROUPS, *PLAIN_KEYS, "params"):
             raise no_such_key(root, [*GROUPS, *PLAIN_KEYS, "params"])
+        if root in PLAIN_KEYS and rest:
+            raise _no_parts(root, rest)
+        if key == "params":
+            raise UserError("params: is a group of keys; write each of them: params.KEY=VALUE")
         owners: Sequence[str | None] = choices.get(root) or [None]
         for owner in owners if rest else ():
             if root in ("allocator", "kernel") and owner in (None, ALL):
@@ -104,6 +108,26 @@ def _check_path(schema: type | None, where: str, path: str) -> None:
     inner = get_type_hints(schema).get(name)
     if rest and isinstance(inner, type) and is_dataclass(inner):
         _check_path(inner, f"{where}.{name}", rest)
+    elif rest and not _may_have_parts(inner):
+        raise _no_parts(f"{where}.{name}", rest)
+
+
+def _may_have_parts(hint: Any) -> bool:
+    """Whether a value of this type may have keys of its own: a mapping, or anything."""
+    return hint is Any or dict in (hint, get_origin(hint)) or any(map(_may_have_parts, get_args(hint)))
+
+
+def _no_parts(key: str, rest: str) -> UserError:
+    return UserError(f"{key}.{rest}: {key} has no keys of its own; write it whole: {key}=VALUE")
+
+
+def check_once(overrides: Sequence[str]) -> None:
+    """Refuse a key that is written twice: one of its values would be dropped without a word."""
+    values: dict[str, str] = {}
+    for key, value in map(_split, overrides):
+        if key in values:
+            raise UserError(f"{key}: written twice, as {values[key]} and as {value}; write it once")
+        values[key] = value
 
 
 def _split(override: str) -> tuple[str, str]:

@@ -98,6 +98,7 @@ def resolve(
     device, kind = _device(config)
     profile = config.profiles.get(kind) or OmegaConf.create()
     listed = config.systems or profile.get("systems") or []
+    _check_listed(listed, config.systems, given)
     kept = systems.kept(listed, config.allocator.name, config.kernel.name)
     built = tuple(systems.unlike([systems.build(s, config.scheduler, overrides, _as_config) for s in kept]))
     model = _model(config, profile)
@@ -131,6 +132,14 @@ def resolve(
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
     paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
     return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
+
+
+def _check_listed(listed: Sequence[str], written: Any, given: Sequence[str]) -> None:
+    """Raises UserError for a system that is listed twice, and for a list that the user wrote and left empty."""
+    if twice := sorted({name for name in listed if list(listed).count(name) > 1}):
+        raise UserError(f"systems: {', '.join(twice)} is listed twice; two names of one system may stand side by side")
+    if "systems" in given and (not listed or (written is not None and not written)):
+        raise UserError(f"systems={written}: no system is left to run. There are: {', '.join(names('system'))}")
 
 
 def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[str, Sequence[str]]) -> Run:

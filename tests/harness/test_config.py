@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from kvarena.errors import UserError
 from kvarena.experiments.compose import compose_run
 from kvarena.harness.arrival import UNDRAWN
-from kvarena.harness.config import load, names
+from kvarena.harness.config import check_once, load, names
 from kvarena.harness.fit import misfit
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import CONF
@@ -136,6 +136,33 @@ def test_a_block_size_that_cannot_be_is_refused(block_size: int) -> None:
 
 def test_a_modelled_device_needs_the_modelled_clock() -> None:
     assert "clock=modelled" in refusal(DECODE, "device=a100-80gb")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("systems=[paged-numba,paged-numba]", "paged-numba is listed twice"),
+        ("systems=[]", "no system is left"),
+        ("systems.0=paged", "systems=VALUE"),
+        ("params=null", "params.KEY=VALUE"),
+        ("params={rounds: 2}", "params.KEY=VALUE"),
+        ("params.batch_sizes.x=1", "params.batch_sizes=VALUE"),
+        ("trace.seed.x=1", "trace.seed=VALUE"),
+    ],
+)
+def test_a_list_or_a_number_is_written_whole(override: str, said: str) -> None:
+    assert said in refusal(DECODE, "device=cpu", override)
+
+
+def test_an_experiment_without_a_profile_of_systems_needs_some() -> None:
+    assert "no system is left" in refusal("experiment=memory_waste", "systems=null")
+    assert compose_run(DECODE, "device=cpu", "systems=null").systems
+
+
+@pytest.mark.parametrize("second", ["trace.seed=2", "+trace.seed=2", "++trace.seed=1"])
+def test_a_key_is_written_once(second: str) -> None:
+    with pytest.raises(UserError, match="trace.seed: written twice"):
+        check_once([DECODE, "trace.seed=1", second])
 
 
 def test_no_experiment_named() -> None:
