@@ -1,4 +1,4 @@
-"""Every experiment as small as it runs, under each clock that it has: what the tests of all keys and systems start from."""
+"""Every experiment as small as it runs, under each clock that it has: where tests of all keys and systems start."""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -23,19 +23,21 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("memory_waste", "measured"): ("systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
     ("batched_requests", "modelled"): (
-        _FEW, "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 60, duration_s: 1, window_s: null}]",
-        "params.seeds=[0]",
+        _FEW, "params.seeds=[0]",
+        "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 60, duration_s: 1, window_s: null}]",
     ),
     ("batched_requests", "measured"): (
         "systems=[paged]",
 
-        "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 600, duration_s: 0.01, window_s: null}]",
+        "params.loads=[{figure: fig13a, window: with_drain, trace: sharegpt, rate: 600, duration_s: 0.01, "
+        "window_s: null}]",
         "trace.max_tokens=64",
     ),
     ("serving_latency", "modelled"): (
         "systems=[orca-max,paged]", "params.only=[fig12a]", "params.crossing=[]",
 
-        "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, rates: {others: [16.0]}}}",
+        "params.panels={fig12a: {model: opt-13b, device: a100-40gb, trace: sharegpt, duration_s: 4, "
+        "rates: {others: [16.0]}}}",
     ),
     ("serving_latency", "measured"): (
         "systems=[paged]", "trace.max_tokens=64",
@@ -68,7 +70,9 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "systems=[paged,vattention-64kb]", "arrival.duration_s=3", "params.window_s=[0,8]", "params.n=[2]",
         "params.survivals=[neutral]",
     ),
-    ("sharing_savings", "measured"): ("systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]"),
+    ("sharing_savings", "measured"): (
+        "systems=[paged]", "arrival.duration_s=0.2", "trace.max_tokens=64", "params.n=[2]",
+    ),
     ("block_size", "modelled"): (
         "systems=[paged,vattention-64kb]", "params.rates={sharegpt: 80.0}", "arrival.duration_s=1",
         "params.block_sizes=[8,16]",
@@ -104,7 +108,9 @@ TINY: dict[tuple[str, str], tuple[str, ...]] = {
         "params.capacity_duration_s=4", "params.tolerance=1.0", "params.guess=8",
     ),
     ("waterfall", "measured"): ("systems=[orca-max,paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
-    ("prefix_cache", "modelled"): ("systems=[paged]", "trace.num_requests=30", "params.capacities_gb=[30.0]", "params.pool_bytes=1500000000"),
+    ("prefix_cache", "modelled"): (
+        "systems=[paged]", "trace.num_requests=30", "params.capacities_gb=[30.0]", "params.pool_bytes=1500000000",
+    ),
     ("prefix_cache", "measured"): (
         "systems=[paged]", "trace.num_requests=10", "params.capacities_gb=[0.02]", "params.serve_requests=3",
         "params.repeats=1", "arrival.rate=400",
