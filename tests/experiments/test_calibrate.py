@@ -14,6 +14,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import compose
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.known_steps import decode_load, prefill_load
+from kvarena.experiments.registry import own_rows
 from kvarena.experiments.step_fit import Fitted, Limits, device_of, fit, predicted_s, yaml_files
 from kvarena.harness import config
 from kvarena.harness.config import typed
