@@ -62,20 +62,18 @@ def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[s
 
 def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
     """Memory of every system, and throughput, at the lengths that a running request has."""
-    requests = run.trace.num_requests  # whose lengths they are
     throughput = frames.get("throughput_by_batch", pd.DataFrame(columns=["system", "batch", "tokens_per_s"]))
     for system in run.systems:
         memory = frames["memory_by_batch"]
         own = memory[memory.system == system.name]
         reserves = bool(own.reserves.iloc[0])
         for batch, held in zip(own.batch.tolist(), own.bytes.tolist(), strict=True):
-            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=batch, counted=reserves,
-                          half="memory", requests=requests)  # fmt: skip
+            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=batch, counted=reserves, half="memory")
             yield row(held / GB, quantity="memory_vs_batch", unit="GB", **names)
         yield _per_request(named(run, system, counted=reserves), own.bytes_per_request.iloc[0])
         points = throughput[throughput.system == system.name]
         for batch, rate in zip(points.batch.tolist(), points.tokens_per_s.tolist(), strict=True):
-            names = named(run, system, FIGURE, key=VLLM, x=batch, half="throughput", requests=requests)
+            names = named(run, system, FIGURE, key=VLLM, x=batch, half="throughput")
             yield row(rate, quantity="throughput_vs_batch", unit="token/s", **names)
 
 

@@ -63,7 +63,12 @@ ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
 
 def drawn(name: str, summary: pd.DataFrame) -> Figure:
     """The figure of an experiment's own rows; what became of its traces is in the table alone."""
-    return get(name).draw(summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True))
+    return get(name).draw(own_rows(summary))
+
+
+def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the experiment itself, without those that account for its traces."""
+    return summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True)
 
 
 def resolved(config: DictConfig, overrides: Sequence[str]) -> Run:

@@ -12,6 +12,7 @@ import pytest
 
 from kvarena.experiments.carry_out import carry_out
 from kvarena.experiments.compose import compose_run
+from kvarena.experiments.registry import own_rows
 from kvarena.harness.record import Recorder
 from kvarena.harness.summary import COLUMNS, frame, row
 
@@ -35,7 +36,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 
 @pytest.fixture
 def summary_of(finished: Callable[..., Path]) -> Callable[..., pd.DataFrame]:
-    """`summary_of("memory_waste", overrides...)` is the run's summary, read back and held to its schema."""
+    """`summary_of("memory_waste", overrides...)`: the experiment's own rows, read back; all are held to the schema."""
 
     def read(experiment: str, *overrides: str) -> pd.DataFrame:
         summary = pd.read_csv(finished(experiment, *overrides) / "summary.csv")
@@ -43,6 +44,6 @@ def summary_of(finished: Callable[..., Path]) -> Callable[..., pd.DataFrame]:
         assert summary.value.notna().all()
         frame(row(r["value"], **{c: r[c] for c in COLUMNS if c not in ("value", "n", "ci_low", "ci_high")})
               for r in summary.where(summary.notna(), None).to_dict("records"))  # fmt: skip
-        return summary
+        return own_rows(summary)
 
     return read

@@ -14,6 +14,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import compose
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.known_steps import decode_load, prefill_load
+from kvarena.experiments.registry import own_rows
 from kvarena.experiments.step_fit import Fitted, Limits, device_of, fit, predicted_s, yaml_files
 from kvarena.harness import config
 from kvarena.harness.config import typed
@@ -87,7 +88,7 @@ def test_the_written_files_run_on_this_machine_and_are_refused_elsewhere(
     here = ("device=this-machine", "engine=this-machine", "model=tiny-llama", "systems=[paged]", "arrival.rate=100",
             "arrival.duration_s=0.1", "trace.max_tokens=64", "params.pool_bytes=1048576", "params.seeds=[0]",
             "params.window_s=[0,100]")  # fmt: skip
-    summary = pd.read_csv(finished("memory_waste", *here) / "summary.csv")
+    summary = own_rows(pd.read_csv(finished("memory_waste", *here) / "summary.csv"))
     assert set(summary.device) == set(summary.kernel) == {"this-machine"}
     for other in ("device=a100-40gb", "model=tiny-opt"):
         with pytest.raises(UserError, match="engine=this-machine was fitted"):

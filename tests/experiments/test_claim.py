@@ -72,10 +72,12 @@ def test_arithmetic_needs_no_run(monkeypatch, capsys):
 
 def test_from_the_command_line_to_the_verdict(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    assert command(monkeypatch, "claim=PA-06") == 0
+    assert "verdict:   holds (below 1)" in capsys.readouterr().out
     assert command(monkeypatch, "claim=PA-06", "trace.num_requests=4", "trace.max_tokens=128") == 0
     printed = capsys.readouterr()
     assert "./run.sh experiment=memory_timeline systems=[paged] trace.num_requests=4" in printed.err
-    assert "verdict:   holds (below 1)" in printed.out
+    assert "verdict:   not run (below 1)" in printed.out, "another trace is not the one that the claim is judged by"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pandas as pd
 
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.film import film
-from kvarena.experiments.memory_by_batch import modelled
+from kvarena.experiments.memory_by_batch import frames, modelled
 from kvarena.experiments.preemption_cost import RECOMPUTE, modelled_costs
 from kvarena.experiments.replay import workload_of
 from kvarena.harness.run import Run
@@ -38,6 +38,6 @@ def test_a_film_is_priced() -> None:
 
 def test_throughput_by_batch_is_priced() -> None:
     run = compose_run("experiment=memory_layout", *SARATHI, "trace.num_requests=2", "trace.max_tokens=128")
-    rows = pd.DataFrame(modelled(run, workload_of(run)))
+    rows = pd.DataFrame(modelled(run, frames(run, workload_of(run))))
     assert (rows[rows.quantity == "throughput_vs_batch"].value > 0).all()
     assert len(rows[rows.quantity == "throughput_vs_batch"])

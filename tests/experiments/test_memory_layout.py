@@ -56,8 +56,7 @@ def test_another_model_wears_no_published_panel(summary_of: Callable[..., pd.Dat
 def test_whatever_changes_fig_1_loses_its_name(overrides: str) -> None:
     for ours, earns in (((), True), (overrides.split(), False)):
         run = compose_run(LAYOUT, *ours)
-        point = {"half": "memory", "requests": run.trace.num_requests}
-        assert is_earned(named(run, run.systems[1], "fig1", key="vLLM", x=8.9, **point)) == earns
+        assert is_earned(named(run, run.systems[1], "fig1", key="vLLM", x=8.9, half="memory")) == earns
 
 
 def test_another_request_or_server_is_not_the_papers(summary_of: Callable[..., pd.DataFrame]) -> None:
