@@ -26,7 +26,7 @@ from kvarena.harness.run import Run
 from kvarena.harness.statistics import median_interval
 from kvarena.harness.step_model import StepLoad
 from kvarena.harness.summary import SummaryRow, frame, row
-from kvarena.harness.systems import System
+from kvarena.harness.systems import distinct
 
 NAME = "calibrate"
 HEADLINE = "modelled_over_measured"
@@ -117,7 +117,8 @@ def _modelled_replays(run: Run, fitted: Fitted) -> pd.DataFrame:
 
 
 def _modelled(run: Run, device: DeviceConfig, engine: EngineConfig) -> Run:
-    return replace(run, clock="modelled", device=device, engine=engine)
+    """The run on the fitted device. Its engine times whole steps, so kernels do not tell its systems apart."""
+    return replace(run, clock="modelled", device=device, engine=engine, systems=distinct(run.systems, by_kernel=False))
 
 
 def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
@@ -146,8 +147,8 @@ def _summary(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         names = named(by_model, system, fitted=which == "fitted")
         yield row(100 * error, quantity=f"step_time_rms_log_error:{which}", unit="%", **names)
     replays = frames["replays"].merge(frames["modelled_replays"], on="system", suffixes=("", "_modelled"))
-    for system in run.systems:
-        yield from _replay_rows(run, modelled, system, replays[replays.system == system.name])
+    for system, on_model in zip(run.systems, modelled.systems, strict=True):
+        yield from _replay_rows(named(run, system), named(modelled, on_model), replays[replays.system == system.name])
 
 
 def _load_rows(run: Run, modelled: Run, load: dict[Hashable, Any]) -> Iterator[SummaryRow]:
@@ -168,9 +169,8 @@ def _load_rows(run: Run, modelled: Run, load: dict[Hashable, Any]) -> Iterator[S
         yield row(bandwidth, quantity="kv_read_bandwidth_vs_context", unit="GB/s", **measured)
 
 
-def _replay_rows(run: Run, modelled: Run, system: System, replays: pd.DataFrame) -> Iterator[SummaryRow]:
-    """Each metric measured and modelled, and their ratio, round by round."""
-    here, there = named(run, system), named(modelled, system)
+def _replay_rows(here: dict[str, Any], there: dict[str, Any], replays: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Each metric measured and modelled, and their ratio, round by round; `here` and `there` are what they are."""
     for name, column in METRICS.items():
         yield row(median_interval(replays[column]), quantity=name, unit="s", **here)
         yield row(float(replays[f"{column}_modelled"].iloc[0]), quantity=name, unit="s", **there)

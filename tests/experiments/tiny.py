@@ -199,10 +199,11 @@ class Unwritten(Recorder):
         return False
 
 
-def resolved(experiment: str, clock: str, *overrides: str) -> Run:
-    """The tiny run with more overrides. Raises UserError like the command line."""
+def resolved(experiment: str, clock: str, *overrides: str, without: Iterable[str] = ()) -> Run:
+    """The tiny run with more overrides, `without` some of its own. Raises UserError like the command line."""
     on = ["device=cpu"] if clock == "measured" else []
-    arguments = [f"experiment={experiment}", f"clock={clock}", *on, *TINY[experiment, clock], *overrides]
+    tiny = [override for override in TINY[experiment, clock] if override.partition("=")[0] not in without]
+    arguments = [f"experiment={experiment}", f"clock={clock}", *on, *tiny, *overrides]
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
     chosen = tuple(o for o in arguments if "." not in o.partition("=")[0] and o.partition("=")[0] in _COMPOSED)
     config = deepcopy(_composed(chosen))
