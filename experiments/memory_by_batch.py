@@ -68,7 +68,8 @@ def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         own = memory[memory.system == system.name]
         reserves = bool(own.reserves.iloc[0])
         for batch, held in zip(own.batch.tolist(), own.bytes.tolist(), strict=True):
-            names = named(run, system, FIGURE, key=EXISTING if reserves else VLLM, x=batch, counted=reserves, half="memory")
+            key = EXISTING if reserves else VLLM
+            names = named(run, system, FIGURE, key=key, x=batch, counted=reserves, half="memory")
             yield row(held / GB, quantity="memory_vs_batch", unit="GB", **names)
         yield _per_request(named(run, system, counted=reserves), own.bytes_per_request.iloc[0])
         points = throughput[throughput.system == system.name]

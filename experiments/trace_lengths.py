@@ -131,7 +131,7 @@ def _summary(run: Run, statistics: pd.DataFrame, histograms: pd.DataFrame) -> It
     for found in statistics.to_dict("records"):
         name, side = found["trace"], found["side"]
         here, bins = _of_trace(run, name), run.params.bins.get(name)
-        of_figure = {"key": side, "bins": asdict(bins) if bins else None, "requests": here.trace.num_requests}
+        of_figure = {"key": side, "bins": asdict(bins) if bins else None}
         kind: dict[str, Any] = {"label": side, "counted": not found["drawn"], "fitted": found["drawn"]}
         yield row(found[HEADLINE], quantity=HEADLINE, unit="tokens", **named(here, None, FIGURE, **of_figure, **kind))
         counts = histograms[(histograms.trace == name) & (histograms.side == side)]

@@ -54,7 +54,7 @@ def typed(schema: type, node: Any, where: str) -> Any:
     except ConfigKeyError as error:
         raise no_such_key(f"{where}.{error.full_key or error.key}", field_names(schema, where)) from error
     except ValidationError as error:
-        raise UserError(f"{where}.{error.full_key or error.key}: {error.msg}") from error
+        raise UserError(f"{where}.{error.full_key or error.key}: {str(error.msg).splitlines()[0]}") from error
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 

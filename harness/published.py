@@ -191,7 +191,7 @@ def earned(
 
 
 def differences(run: "Run", figure: str, panel: str, **point: Any) -> list[str]:
-    """In what a run differs from what a published panel ran with: `model`, `arrival.rate` ...; for messages."""
+    """In what a run differs from what a published panel ran with: `model`, `arrival.rate` ..."""
     return list(_differences(run, run.published[figure].panel(panel), point))
 
 

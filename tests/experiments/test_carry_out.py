@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tiny import TINY
 
 from kvarena.errors import UserError
-from kvarena.experiments import memory_waste
+from kvarena.experiments import memory_waste, registry
 from kvarena.experiments.carry_out import carry_out, resolved_in, summarize
 from kvarena.experiments.compose import compose_run
 from kvarena.experiments.replay import Replayer
@@ -82,6 +82,23 @@ def test_a_finished_run_is_summarised_again_whole_or_not_at_all(
     summarize(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert {*FROM_MEASURING, "summary.csv", "averages.parquet"} <= before.keys()
+
+
+def test_the_summary_accounts_for_the_trace_and_the_figure_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    folder = start()
+    whole = pd.read_csv(folder / "summary.csv")
+    own = registry.own_rows(whole)
+    account = whole[len(own) :].set_index("quantity")
+    assert account.value["requests_served"] == len(read_frames(folder)["requests"].request_id.unique())
+    assert set(account.paper) == {"kvarena"}
+    assert set(account.evidence) == {"exact"}
+    drawn = list[pd.DataFrame]()
+    monkeypatch.setattr(memory_waste, "draw", lambda rows: drawn.append(rows) or Figure())
+    summarize(folder)
+    assert len(drawn[0]) == len(own) == len(whole) - len(account)
 
 
 def test_a_run_of_another_machines_gpu_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,16 +138,16 @@ def test_a_run_writes_all_pictures(finished):
 
 
 def test_the_papers_counts_are_of_their_own_systems(summary_of):
-    few = ("trace.num_requests=4", "systems=[paged,vattention-64kb,vattention-2mb]")
-    counted = summary_of("memory_timeline", *few).set_index("figure")
+    systems = "systems=[paged,vattention-64kb,vattention-2mb]"
+    counted = summary_of("memory_timeline", systems).set_index("figure")
     counted = counted[counted.evidence == "exact"]
     assert dict(zip(counted.index, counted.system, strict=True)) == {
         "s4.3": "vLLM", "s6.1.1": "vAttention", "memory_timeline": "vattention-64KB/vllm2023",
     }  # fmt: skip
     assert counted.value["s4.3"] == 0
     assert counted.value["s6.1.1"] == 1
-    other = summary_of("memory_timeline", *few, "device=a100-80gb", "engine=lean")
-    assert set(other.paper) == {"kvarena"}
+    for other in (["trace.num_requests=4"], ["device=a100-80gb", "engine=lean"]):
+        assert set(summary_of("memory_timeline", systems, *other).paper) == {"kvarena"}
 
 
 def test_a_device_that_the_weights_do_not_fit_is_refused(finished):

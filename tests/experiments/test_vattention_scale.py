@@ -57,6 +57,7 @@ def test_every_model_of_a_figure_runs_and_a_named_one_runs_alone() -> None:
         ("clock=modelled model=yi-6b params.models={yi-6b:1}", "is run alone"),
         ("clock=measured device=cpu params.models={tiny-llama:1}", "model=NAME"),
         ("clock=modelled params.max_tokens=20000", "params.prompts"),
+        ("clock=modelled scheduler.max_seqs=64", "params.batch_sizes"),
         ("clock=measured device=cpu params.prompts=['40'] trace.seed=3", "prompts of a trace"),
     ],
 )
@@ -67,7 +68,7 @@ def test_keys_of_what_is_not_run_are_refused(overrides: str, said: str) -> None:
 
 CHANGES = (
     "model.dtype=float32", "model.tp=4", "device=a100-40gb engine=lean", "device=h200 engine=lean", "engine=lean",
-    "scheduler=sarathi", "scheduler.max_seqs=64", "params.pool_bytes=60000000000",
+    "scheduler=sarathi", "params.pool_bytes=60000000000",
     "allocator=paged allocator.watermark=0.02",
     "params.steps_per_round=40",
 )  # fmt: skip
@@ -172,7 +173,7 @@ def test_offline_throughput_at_scale(
     assert (values(summary, "finished", "model", "label") == 427).all()
     span = values(summary, "makespan", "model", "label")
     assert speed.tolist() == pytest.approx((427 * 60 / span[speed.index]).tolist())
-    assert set(summary.evidence) == {"predicted", "exact"}
+    assert set(summary.evidence) == {"predicted"}
 
 
 def test_somebodys_own_requests_are_ours(summary_of: Callable[..., pd.DataFrame], tmp_path) -> None:
@@ -181,7 +182,7 @@ def test_somebodys_own_requests_are_ours(summary_of: Callable[..., pd.DataFrame]
     summary = summary_of("offline_throughput", "model=yi-6b", f"trace.path={lengths}", "trace.num_requests=4")
     assert set(summary.paper) == {"kvarena"}
     assert set(summary.setup) == {"yi-6b mine.csv, 1 x a100-80gb"}
-    assert set(summary.evidence) == {"predicted", "exact"}
+    assert set(summary.evidence) == {"predicted"}
 
 
 def test_made_up_lengths_and_links_are_conditional(
@@ -189,12 +190,12 @@ def test_made_up_lengths_and_links_are_conditional(
 ) -> None:
     few = ("systems=[vattention-fa2]", "model=yi-6b")
     made_up = summary_of("offline_throughput", *few, "trace.num_requests=3")
-    assert set(made_up.evidence) == {"conditional", "exact"}
+    assert set(made_up.evidence) == {"conditional"}
     assert set(made_up.paper) == {"kvarena"}
     lengths = listed("vattention_offline", LENGTHS)
     assumed = ("device=h100-pcie-link", "engine=sarathi2024_h100", f"trace.path={lengths}", "trace.num_requests=4")
     summary = summary_of("offline_throughput", *few, *assumed)
-    assert set(summary.evidence) == {"conditional", "exact"}
+    assert set(summary.evidence) == {"conditional"}
     assert set(summary.paper) == {"kvarena"}, "how the paper's pair was linked is not known"
 
 
@@ -264,7 +265,7 @@ def test_replays_of_long_prompts_for_real(summary_of: Callable[..., pd.DataFrame
         "trace.prompt_tokens=30", "trace.output_tokens=4", "trace.max_tokens=64", "params.pool_bytes=1048576",
         "scheduler.token_budget=64", "scheduler.max_seqs=8", "systems=[paged-numba,static-numba]",
     )  # fmt: skip
-    assert set(summary.evidence) == {"measured", "exact"}
+    assert set(summary.evidence) == {"measured"}
     assert set(summary.clock) == {"measured"}
     assert set(summary.paper) == {"kvarena"}
 
