@@ -181,7 +181,8 @@ def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Seq
     """A group whose nulls are taken from the profile of the device, but for those that the user wrote."""
     kept = {key: value for key, value in node.items() if value is not None or f"{group}.{key}" in given}
     inner = {key for key in kept if any(each.startswith(f"{group}.{key}.") for each in given)}  # a part of it is given
-    parts = {key: OmegaConf.merge(profile[key], kept[key]) for key in inner if profile and profile.get(key) is not None}
+    filed = {key: OmegaConf.to_container(profile[key]) for key in inner if profile and profile.get(key) is not None}
+    parts = {key: OmegaConf.merge(value, kept[key]) for key, value in filed.items()}  # plain: keys may be added
     return OmegaConf.create({**(profile or {}), **kept, **parts})
 
 
