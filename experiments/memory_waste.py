@@ -164,7 +164,6 @@ def draw(summary: pd.DataFrame) -> Figure:
     _bars(left, summary, theirs)
     left.set(ylabel="% of the K/V pool", title=f"{title}\n{device}")
     _leaves(right, summary)
-    right.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, while requests wait\n{device}")
     figure.tight_layout()
     return figure
 
@@ -201,11 +200,15 @@ def _bar(axis: Axes, x: float, kinds: pd.Series, alpha: float) -> None:
 def _leaves(axis: Axes, summary: pd.DataFrame) -> None:
     prefix = f"leaf_{HEADLINE}_{Average.WHILE_WAITING}:"
     rows = summary[summary.quantity.str.startswith(prefix)]
-    if rows.empty:  # nobody ever waited
+    when = "while requests wait"
+    if rows.empty:
+        when = "in all iterations: nobody waited"
         rows = summary[summary.quantity.str.startswith(f"leaf_{HEADLINE}:")]
     table = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
     table = table.loc[list(dict.fromkeys(rows.label))]
-    table.index = table.index.str.split("/").str[0]
+    table.index = pd.Index(list(plots.shown_names(rows).values()))
     shown = [leaf for leaf in LEAVES if table[leaf].max() > 0.005]
     plots.stacked_bars(axis, table, shown)
+    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
+    axis.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, {when}\n{device}")
     axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=4)
