@@ -2,8 +2,8 @@
 
 An experiment states, figure by figure, what the published points ran with (`published:` in conf/experiment/*.yaml). A
 row earns the published name where what ran is that, in everything that is stated: model, devices, trace, arrivals, pool
-and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel that
-says what ran, a system `<allocator>/<kernel>`.
+and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel
+that says what ran, a system `<allocator>/<kernel>`.
 
     evidence       where
     exact          counted, or arithmetic
@@ -262,8 +262,8 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
 
 def _is_first(run: "Run", system: System) -> bool:
     """Whether no system before it in the run is the same under another name: one row has a published name."""
-    alike = [each.name for each in run.systems if alike(each, system)]
-    return system.name not in alike or alike[0] == system.name
+    same = [each.name for each in run.systems if alike(each, system)]
+    return system.name not in same or same[0] == system.name
 
 
 def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:
