@@ -158,7 +158,7 @@ KINDS = {
 def draw(summary: pd.DataFrame) -> Figure:
     """The bars of Fig 2, each beside the published one where it stands for it; and the nine leaves of every system."""
     theirs = published_values("pagedattention", figure=FIGURE)
-    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
+    device = _what_ran(summary)
     figure, (left, right) = plots.canvas(1, 2, width=7.5, height=4.6)
     title = "PagedAttention Fig 2, with what its pieces are" if plots.stands_for(summary, FIGURE) else "K/V memory"
     _bars(left, summary, theirs)
@@ -168,13 +168,19 @@ def draw(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+def _what_ran(summary: pd.DataFrame) -> str:
+    """The setup and the clock; a sweep may have several setups, and its labels tell them apart."""
+    setups = summary.setup.unique()
+    return f"{setups[0] if len(setups) == 1 else f'{len(setups)} setups, as labelled'}; {summary.clock.iloc[0]}"
+
+
 def _bars(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """A bar for every system; beside one that stands for a published system, paler, the published bar."""
     rows = plots.preferring_earned(summary[summary.quantity.str.startswith(f"{HEADLINE}:")])
     kinds = rows.assign(kind=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="kind", values="value")
     published = theirs.assign(kind=theirs.quantity.str.split(":").str[1])
     shown = plots.shown_names(rows)
-    for x, (label, name) in enumerate(shown.items()):
+    for x, label in enumerate(shown):
         pair = published[(published.system == rows.system[rows.label == label].iloc[0])].set_index("kind")["value"]
         _bar(axis, x - 0.2 if len(pair) else x, kinds.loc[label].dropna(), 1.0)
         if len(pair):
@@ -209,6 +215,5 @@ def _leaves(axis: Axes, summary: pd.DataFrame) -> None:
     table.index = pd.Index(list(plots.shown_names(rows).values()))
     shown = [leaf for leaf in LEAVES if table[leaf].max() > 0.005]
     plots.stacked_bars(axis, table, shown)
-    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
-    axis.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, {when}\n{device}")
+    axis.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, {when}\n{_what_ran(summary)}")
     axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=4)
