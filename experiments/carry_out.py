@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kvarena.errors import UserError
 from kvarena.experiments import registry
@@ -80,26 +82,49 @@ def resolved_in(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: holds no config.yaml, so it is not the folder of a run")
-    config = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict) or "experiment" not in config:
         several = " but of a multirun, which has those of its runs in jobs/" if (folder / "jobs").is_dir() else ""
         raise UserError(f"{folder}: is not the folder of a run{several}")
     module = registry.get(str(config["experiment"]))
-    run = from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
+    try:
+        run = from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
+    except KeyError as error:
+        raise UserError(f"{path}: lacks {error}: it is not what a run wrote") from error
     return replace(run, gpu=_gpu_of(folder))
 
 
 def _gpu_of(folder: Path) -> str | None:
     """The GPU that a folder's run was measured on, whatever there is here; None where there was none."""
     record = folder / "provenance.json"
-    machine = json.loads(record.read_text(encoding="utf-8")).get("machine") or {} if record.is_file() else {}
+    try:
+        machine = json.loads(record.read_text(encoding="utf-8")).get("machine") or {} if record.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{record}: cannot be read: {error}") from error
     gpu: str | None = machine.get("gpu")
     return gpu
 
 
+class _Frames(dict[str, pd.DataFrame]):
+    """The frames of a folder; one that is asked for and missing is the user's to find."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            super().__init__(read_frames(folder))
+        except (ValueError, OSError) as error:  # what pyarrow raises for a file that is no Parquet, or half of one
+            raise UserError(f"{folder}: a frame cannot be read: {error}") from error
+
+    def __missing__(self, name: str) -> pd.DataFrame:
+        raise UserError(f"{self._folder}: {name}.parquet is missing, and the summary is made of it")
+
+
 def summarize(folder: Path) -> Outcome:
     """Make summary and figure of the frames of a folder, with today's code. Raises UserError for what is no run."""
-    run, frames = resolved_in(folder), read_frames(folder)
+    run, frames = resolved_in(folder), _Frames(folder)
     if not frames:
         raise UserError(f"{folder}: holds no frames (*.parquet) to make a summary of")
     outcome = made_of(run, Measured(frames))

@@ -152,15 +152,20 @@ KINDS = {
 def draw(summary: pd.DataFrame) -> Figure:
     """The bars of Fig 2, each beside the published one where it stands for it; and the nine leaves of every system."""
     theirs = published_values("pagedattention", figure=FIGURE)
-    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
+    device = _what_ran(summary)
     figure, (left, right) = plots.canvas(1, 2, width=7.5, height=4.6)
     title = "PagedAttention Fig 2, with what its pieces are" if plots.stands_for(summary, FIGURE) else "K/V memory"
     _bars(left, summary, theirs)
     left.set(ylabel="% of the K/V pool", title=f"{title}\n{device}")
     _leaves(right, summary)
-    right.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, while requests wait\n{device}")
     figure.tight_layout()
     return figure
+
+
+def _what_ran(summary: pd.DataFrame) -> str:
+    """The setup and the clock; a sweep may have several setups, and its labels tell them apart."""
+    setups = summary.setup.unique()
+    return f"{setups[0] if len(setups) == 1 else f'{len(setups)} setups, as labelled'}; {summary.clock.iloc[0]}"
 
 
 def _bars(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
@@ -195,11 +200,14 @@ def _bar(axis: Axes, x: float, kinds: pd.Series, alpha: float) -> None:
 def _leaves(axis: Axes, summary: pd.DataFrame) -> None:
     prefix = f"leaf_{HEADLINE}_{Average.WHILE_WAITING}:"
     rows = summary[summary.quantity.str.startswith(prefix)]
-    if rows.empty:  # nobody ever waited
+    when = "while requests wait"
+    if rows.empty:
+        when = "in all iterations: nobody waited"
         rows = summary[summary.quantity.str.startswith(f"leaf_{HEADLINE}:")]
     table = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
     table = table.loc[list(dict.fromkeys(rows.label))]
-    table.index = table.index.str.split("/").str[0]
+    table.index = pd.Index(list(plots.shown_names(rows).values()))
     shown = [leaf for leaf in LEAVES if table[leaf].max() > 0.005]
     plots.stacked_bars(axis, table, shown)
+    axis.set(ylabel="% of the K/V pool", title=f"the same in nine leaves, {when}\n{_what_ran(summary)}")
     axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=4)

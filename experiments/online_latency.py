@@ -21,7 +21,7 @@ from kvarena.errors import UserError
 from kvarena.experiments import looks, plots
 from kvarena.experiments.long_contexts import READS as READS
 from kvarena.experiments.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
-from kvarena.experiments.published_models import by_model, of_model
+from kvarena.experiments.published_models import by_model, of_model, runs_by_model
 from kvarena.experiments.replay import Replayer, Served, workload_of
 from kvarena.harness.arrival import UNDRAWN
 from kvarena.harness.metrics import latencies
@@ -60,6 +60,11 @@ def unread(run: Run) -> dict[str, str]:
     keys = unread_of_long_contexts(run) | {"arrival.rate": "params.rates and params.shares ask for rates"}
     if run.clock == "measured":
         keys["params.slower"] = "clock=measured takes as long as it takes; it is for clock=modelled"
+    models = {one.model.name for one in runs_by_model(run)}
+    for name in run.params.rates.keys() - models - {OTHERS}:
+        keys[f"params.rates.{name}"] = f"the models of this run are {', '.join(sorted(models))}"
+    if models <= run.params.rates.keys():
+        keys[f"params.rates.{OTHERS}"] = "every model of this run has rates of its own"
     if run.arrival.process in UNDRAWN:
         keys["arrival"] = (
             f"arrival={run.arrival.process} has no rate; arrival=poisson comes at those that are asked for"

@@ -143,10 +143,11 @@ def on_auto(overrides: Sequence[str]) -> list[str]:
     chosen = {key for key, _ in map(_split, overrides)}
     open_groups = tuple(f"{group}." for group in ("model", "device") if group not in chosen)
 
-    def is_open(key: str) -> bool:
-        return key.startswith(open_groups) or (key.startswith("params.") and key.count(".") > 1)
+    def is_open(key: str, value: str) -> bool:
+        has_parts = key.count(".") > 1 or value.startswith("{")
+        return key.startswith(open_groups) or (key.startswith("params.") and has_parts)
 
-    return [f"++{o.lstrip('+')}" if is_open(_split(o)[0]) and not o.startswith("~") else o for o in overrides]
+    return [f"++{o.lstrip('+')}" if is_open(*_split(o)) and not o.startswith("~") else o for o in overrides]
 
 
 def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.config import GREEDY
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
-from kvarena.harness.systems import System, as_filed, with_room_to_read
+from kvarena.harness.systems import System, alike, as_filed, with_room_to_read
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.published_files import is_published
 
@@ -162,14 +162,10 @@ def label_of(run: "Run", system: System | None) -> str:
     if run.clock == "modelled" and run.engine.name == LEAN:
         for figure in run.published.values():
             for key, file in figure.systems.items():
-                if file is not None and _same_policy(system, as_filed(file, system.scheduler)):
+                if file is not None and alike(system, as_filed(file, system.scheduler)):
                     return f"{system.shown_allocator} (as {key})"
     by_kernel = run.clock == "measured" or run.engine.attention  # else the engine times whole steps
     return f"{system.shown_allocator}/{system.kernel.name if by_kernel else run.engine.name}"
-
-
-def _same_policy(one: System, other: System) -> bool:
-    return bool(one.allocator == other.allocator and one.scheduler == other.scheduler)
 
 
 def earned(
@@ -259,13 +255,13 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
     published = replace(published, allocator=replace(published.allocator, **fields))
     if run.clock == "measured":
         published = with_room_to_read(published)
-    return _same_policy(system, published) and system.kernel == published.kernel
+    return alike(system, published)
 
 
 def _is_first(run: "Run", system: System) -> bool:
     """Whether no system before it in the run is the same under another name: one row has a published name."""
-    alike = [each.name for each in run.systems if _same_policy(each, system) and each.kernel == system.kernel]
-    return system.name not in alike or alike[0] == system.name
+    same = [each.name for each in run.systems if alike(each, system)]
+    return system.name not in same or same[0] == system.name
 
 
 def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:

@@ -182,7 +182,8 @@ def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Seq
     own, filled = ({str(key): value for key, value in each.items()} for each in (node, profile or DictConfig({})))
     kept = {key: value for key, value in own.items() if value is not None or f"{group}.{key}" in given}
     inner = {key for key in kept if any(each.startswith(f"{group}.{key}.") for each in given)}  # a part of it is given
-    parts = {key: OmegaConf.merge(filled[key], kept[key]) for key in inner if filled.get(key) is not None}
+    filed = {key: OmegaConf.to_container(filled[key]) for key in inner if filled.get(key) is not None}
+    parts = {key: OmegaConf.merge(value, kept[key]) for key, value in filed.items()}  # plain: keys may be added
     return OmegaConf.create({**filled, **kept, **parts})
 
 

@@ -144,6 +144,9 @@ def _read(name: str) -> DictConfig:
         raise no_such_key(f"conf/system/{name}.yaml: {unknown[0]}", _KEYS)
     if config.pairing not in PAIRINGS:
         raise UserError(f"conf/system/{name}.yaml: pairing {config.pairing!r} is none of {', '.join(PAIRINGS)}")
+    variant, allocator = config.get("variant"), str(config.allocator.name)
+    if variant is not None and not str(variant).startswith(allocator):
+        raise UserError(f"conf/system/{name}.yaml: variant {variant!r} must begin with its allocator, {allocator}")
     config.name = name
     return config
 

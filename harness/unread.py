@@ -21,13 +21,22 @@ _SYSTEMS = ("systems", "allocator", "kernel", "scheduler")  # all read where sys
 def check_read(run: Run, own: Mapping[str, str]) -> None:
     """Raises UserError for a given key that nothing reads. `own`: key -> what to write instead, of the experiment."""
     rules = {**dict(_generic(run)), **own}
-    for key in run.given:
+    for key in _with_parts(run):
         root = key.partition(".")[0]
         if root in _ALWAYS and not any(_covers(rule, key) for rule in rules):
             continue
         for rule, instead in rules.items():
             if _covers(rule, key):
                 raise UserError(f"{key}: nothing reads it in this run: {instead}")
+
+
+def _with_parts(run: Run) -> Iterator[str]:
+    """The given keys, and those within a mapping that was written whole: `params.paths={sharegpt: FILE}`."""
+    for key in run.given:
+        yield key
+        value = getattr(run.params, key.removeprefix("params."), None) if key.startswith("params.") else None
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{name}" for name, part in value.items() if part is not None)
 
 
 def _covers(rule: str, key: str) -> bool:

@@ -1,6 +1,7 @@
 """A run that fails after it has measured: what is kept, and where the same command goes on."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,25 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     with pytest.raises(UserError, match="multirun"):
         summarize(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", "{", "config.yaml: cannot be read"),
+        ("config.yaml", "experiment: memory_waste\n", "lacks 'systems'"),
+        ("provenance.json", "junk", "provenance.json: cannot be read"),
+        ("averages.parquet", "junk", "a frame cannot be read"),
+        ("averages.parquet", None, "averages.parquet is missing"),
+    ],
+)
+def test_a_folder_that_was_damaged_is_told_and_no_traceback(
+    name: str, content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARENA_RUNS", str(tmp_path))
+    file = start() / name
+    file.unlink()
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)):
+        summarize(file.parent)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kvarena.allocators.usage import LEAVES
-from kvarena.experiments.memory_waste import as_drawn
+from kvarena.experiments.memory_waste import as_drawn, draw
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.summary import PUBLISHED_KEY, beside_published, read_published
 
@@ -65,3 +65,12 @@ def test_measured_the_figure_is_of_this_machine(summary_of: Callable[..., pd.Dat
     assert set(summary.system) == {"orca_max/numba", "paged/numba"}
     tokens = summary[summary.quantity == "share_of_kv_memory:token_states"].set_index("system").value
     assert tokens["paged/numba"] > tokens["orca_max/numba"]
+
+
+def test_the_title_is_of_all_that_is_drawn(summary_of: Callable[..., pd.DataFrame]) -> None:
+    one = summary_of("memory_waste", "arrival.duration_s=12", "params.window_s=[2,12]", "systems=[paged]")
+    never = draw(one).axes
+    assert "nobody waited" in never[1].get_title()
+    assert "opt-13b sharegpt" in never[0].get_title()
+    other = one.assign(setup="llama-13b sharegpt, 1 x a100-40gb", label=one.label + " [model=llama-13b]")
+    assert all("opt-13b" not in axis.get_title() for axis in draw(pd.concat([one, other], ignore_index=True)).axes)

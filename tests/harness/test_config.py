@@ -1,5 +1,7 @@
 """Composition and refusals: what the command line accepts, and what it says where it does not."""
 
+import re
+
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -161,8 +163,31 @@ def test_an_experiment_without_a_profile_of_systems_needs_some() -> None:
 
 @pytest.mark.parametrize("second", ["trace.seed=2", "+trace.seed=2", "++trace.seed=1"])
 def test_a_key_is_written_once(second: str) -> None:
-    with pytest.raises(UserError, match="trace.seed: written twice"):
+    with pytest.raises(UserError, match="written twice"):
         check_once([DECODE, "trace.seed=1", second])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("experiment=trace_lengths params.paths={nope: lengths.csv}", "params.paths.nope"),
+        ("experiment=trace_lengths +params.paths={nope: lengths.csv}", "params.paths.nope"),
+        ("experiment=serving_latency params.only=[fig12a] params.paths={alpaca: lengths.csv}", "params.paths.alpaca"),
+        ("experiment=serving_latency params.panels.fig12a.rates.nope=[1.0]", "params.panels.fig12a.rates.nope"),
+        ("experiment=serving_latency params.panels.fig12a.nope=1", "params.panels.fig12a.nope: no such key"),
+        ("experiment=online_latency params.rates={nope: [0.2]}", "params.rates.nope"),
+        ("experiment=online_latency params.rates.nope=[0.2]", "params.rates.nope"),
+        ("experiment=online_latency params.rates.others=[0.2]", "params.rates.others"),
+    ],
+)
+def test_a_part_that_nothing_reads_is_refused_however_it_is_written(override: str, said: str) -> None:
+    name, *keys = override.split(" ", 1)
+    assert said in refusal(name, *(key for each in keys for key in _overrides(each)))
+
+
+def _overrides(line: str) -> list[str]:
+    """`a=[1] b={c: 2}` as two overrides: a blank parts them where a key follows."""
+    return re.split(r" (?=\+?params)", line)
 
 
 def test_no_experiment_named() -> None:

@@ -120,3 +120,13 @@ def test_what_experiments_state_is_what_the_papers_publish() -> None:
             if len(rows):
                 assert set(rows.panel) & set(stated.panels), f"{experiment}: {figure}"
                 assert set(rows.system) & set(stated.systems), f"{experiment}: {figure}"
+
+
+def test_under_the_lean_engine_a_system_is_as_the_published_one_of_its_own_kernel() -> None:
+    systems = "systems=[paged-fa2,paged-flashinfer,vattention-fa2,vattention-flashinfer]"
+    run = compose_run("experiment=prefill_throughput", "clock=modelled", "engine=lean", systems)
+    labels = {each.name: str(named(run, each)["label"]) for each in run.systems}
+    assert labels["vattention-fa2"].endswith("(as FA2_vAttention)")
+    assert labels["paged-fa2"].endswith("(as FA2_Paged)")
+    assert not labels["paged-flashinfer"].endswith("(as FA2_Paged)")
+    assert not labels["vattention-flashinfer"].endswith("(as FA2_vAttention)")

@@ -179,3 +179,12 @@ def test_a_policy_that_pads_runs_with_every_scheduler() -> None:
     for scheduler in names("scheduler"):
         (system,) = served("allocator=fastertransformer", f"scheduler={scheduler}", "engine=lean").systems
         assert system.scheduler.name == scheduler
+
+
+@pytest.mark.parametrize("variant", ["vLLM", "orca_max"])
+def test_a_file_may_not_call_its_system_by_anothers_name(own_conf: Add, variant: str) -> None:
+    own_conf(
+        "system/mine", f"allocator: {{name: paged}}\nkernel: {{name: numba}}\npairing: same body\nvariant: {variant}\n"
+    )
+    with pytest.raises(UserError, match="must begin with its allocator, paged"):
+        served("systems=[mine]")
