@@ -112,7 +112,7 @@ def test_evidence_follows_from_counts_clock_assumptions_and_fits() -> None:
 
 
 def test_what_experiments_state_is_what_the_papers_publish() -> None:
-    """Papers, figures, panels and systems that are stated join the published values, but for those that are withheld."""
+    """Papers, figures, panels and systems that are stated join the published values, except those withheld."""
     table = read_published(PUBLISHED)
     for experiment in names("experiment"):
         for figure, stated in (load("experiment", experiment).get("published") or {}).items():
