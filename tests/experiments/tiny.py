@@ -19,7 +19,7 @@ from kvarena.harness.schemas import schema_of
 _FEW = "systems=[orca-max,paged,vattention-64kb]"
 TINY: dict[tuple[str, str], tuple[str, ...]] = {
     ("memory_waste", "modelled"): (
-        _FEW, "arrival.rate=40", "arrival.duration_s=1", "params.window_s=[0,8]", "params.seeds=[0]",
+        _FEW, "arrival.rate=60", "arrival.duration_s=1", "params.window_s=[0,8]", "params.seeds=[0]",
     ),
     ("memory_waste", "measured"): ("systems=[paged]", "arrival.duration_s=0.01", "trace.max_tokens=64"),
     ("batched_requests", "modelled"): (
