@@ -90,6 +90,8 @@ def resolved_in(folder: Path) -> Run:
         several = " but of a multirun, which has those of its runs in jobs/" if (folder / "jobs").is_dir() else ""
         raise UserError(f"{folder}: is not the folder of a run{several}")
     module = registry.get(str(config["experiment"]))
+    if config.get("clock") not in module.READS:
+        raise UserError(f"{path}: clock {config.get('clock')!r} is none of {', '.join(module.READS)}")
     try:
         run = from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
     except KeyError as error:

@@ -67,7 +67,11 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
     }
     if not len(fitting):
         counts = ("read", "malformed", "without_request", "filtered", "over_long")
-        raise UserError(f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts)})")
+        raise UserError(
+            f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts)}) by filter "
+            f"{recipe.name} and a context of {max_tokens or 'any number of'} tokens; trace.filter=none drops fewer, "
+            "trace.cut_prompt=N and trace.cut_output=N shorten them"
+        )
     return trace.take(fitting).noting(**facts)
 
 

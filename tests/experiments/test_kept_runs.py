@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from kvarena.experiments import registry
-from kvarena.experiments.carry_out import resolved_in
+from kvarena.experiments.carry_out import resolved_in, summary_of
 from kvarena.harness.paths import RESULTS, ROOT
 from kvarena.harness.record import read_frames
 from kvarena.harness.scorecard.kept_runs import kept_folders
@@ -39,7 +38,7 @@ def test_its_frames_give_its_summary_again(folder: Path) -> None:
     skip_what_is_to_be_redone(folder)
     kept = pd.read_csv(folder / "summary.csv")
     run = resolved_in(folder)
-    again = registry.get(run.experiment).summarize(run, read_frames(folder))
+    again = summary_of(run, read_frames(folder))
     again = pd.read_csv(io.StringIO(again.to_csv(index=False)))  # as many digits as the file has
     pd.testing.assert_frame_equal(again, kept, check_exact=True)
 
