@@ -128,7 +128,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("config.yaml", "{", "config.yaml: cannot be read"),
-        ("config.yaml", "experiment: memory_waste\n", "lacks 'systems'"),
+        ("config.yaml", "experiment: memory_waste\n", "clock None is none of"),
+        ("config.yaml", "experiment: memory_waste\nclock: modelled\n", "lacks 'systems'"),
         ("provenance.json", "junk", "provenance.json: cannot be read"),
         ("averages.parquet", "junk", "a frame cannot be read"),
         ("averages.parquet", None, "averages.parquet is missing"),

@@ -93,7 +93,9 @@ def test_a_batch_that_its_pool_cannot_hold_says_what_fits(tmp_path: Path, monkey
 
 
 def start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "kvarena", *SMALL, *overrides]
+    given = {override.partition("=")[0] for override in overrides}  # a key may be written once
+    small = [override for override in SMALL if override.partition("=")[0] not in given]
+    command = [sys.executable, "-P", "-m", "kvarena", *small, *overrides]
     environment = os.environ | {"KVARENA_RUNS": str(runs), "PYTHONPATH": str(ROOT / ".import")}
     # A shell's background jobs ignore SIGINT, and so would whatever a test that runs in one starts.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
