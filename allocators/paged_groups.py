@@ -41,12 +41,14 @@ class BlockGroups(Policy):
 
     def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
         """As `fits_pool`: a free block for each member before its last token, or, to come back from the CPU pool, one
-        beside its own and the watermark. Only the full blocks of the prompt are surely shared, and of the prefix.
+        beside its own and the watermark. Only the full blocks of the prompt are surely shared, and of the prefix; where
+        there is a CPU pool not even these, since whoever was swapped out comes back with them as its own.
         """
         shared = min(seq.prompt_tokens for seq in seqs) // self.block_size
         needed = shared + sum(self.blocks_for(seq.final_tokens - 1) - shared + 1 for seq in seqs)
         for each in kept:
-            in_common = each.prompt_tokens // self.block_size if each.seq_id == prefix else 0
+            shares = each.seq_id == prefix and not self.can_swap
+            in_common = each.prompt_tokens // self.block_size if shares else 0
             needed += self.blocks_for(each.prompt_tokens) - in_common
         longest = max(seq.final_tokens for seq in seqs)
         return longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks

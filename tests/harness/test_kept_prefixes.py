@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
@@ -79,6 +79,7 @@ def gangs_of(shapes, prefixes):
         st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2)), max_size=4
     ),
 )
+@example(tokens=92, kept=[8], shapes=[(1, 9, 4, 0), (2, 21, 3, 1)])  # comes back with the prefix's blocks as its own
 def test_whoever_is_accepted_ends(case, scheduler, tokens, kept, shapes):
     """Alone beside the prefixes, and among others, whom it has to make room for."""
     prefixes = [Prefix(-1 - i, n) for i, n in enumerate(kept)]
