@@ -30,14 +30,14 @@ def _process(pid: int, film: Film) -> Iterator[Event]:
     yield _named(pid, 0, "process_name", f"{film.system} (modelled)")
     for tid, name in ((_ENGINE, "engine"), (_ALLOCATOR, "allocator"), (_BACKGROUND, "background")):
         yield _named(pid, tid, "thread_name", name)
-    waiting = None
+    waiting, used = None, [leaf for leaf in LEAVES if film.steps[leaf].any()]
     for step, (frame, row) in enumerate(zip(film.frames, film.steps.to_dict("records"), strict=True)):
         start, duration = row["start_ps"] / _PS_PER_US, row["duration_ps"] / _PS_PER_US
         yield _slice(pid, _ENGINE, _title(frame), start, duration, step=step, **_counts(frame))
         yield from _work(pid, _ALLOCATOR, frame.actions, start, film)
         before = film.prices.total_ps(frame.actions) / _PS_PER_US
         yield from _work(pid, _BACKGROUND, frame.ahead, start + before, film)
-        yield _counter(pid, "pool, bytes", start, {leaf: int(row[leaf]) for leaf in LEAVES if film.steps[leaf].any()})
+        yield _counter(pid, "pool, bytes", start, {leaf: int(row[leaf]) for leaf in used})
         if row["waiting"] != waiting:
             waiting = row["waiting"]
             yield _counter(pid, "requests waiting", start, {"waiting": int(waiting)})

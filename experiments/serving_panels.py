@@ -7,6 +7,7 @@ drawn around the rate at which it reaches the limit of latency, which a search f
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
@@ -172,6 +173,7 @@ def run_of_panel(run: Run, panel: Panel) -> Run:
     return replace(run, trace=replace(trace, path=path or trace.path, max_tokens=run.trace.max_tokens))
 
 
+@cache
 def _engine(name: str) -> EngineConfig:
     engine: EngineConfig = typed(EngineConfig, load("engine", name), "engine")
     return engine
