@@ -114,7 +114,7 @@ class Policy(SequencePolicy):
     # ---- a prefix cache: K/V that is found again by what it holds ------------------------------------------------
     #
     # `names` are hashes of the leading units of a prompt, each of which stands for all up to its end
-    # (`prefix_cache.py`). Without a cache nothing is ever found.
+    # (`paged/prefix_cache.py`). Without a cache nothing is ever found.
 
     @property
     def cache_unit_tokens(self) -> int | None:

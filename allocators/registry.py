@@ -3,15 +3,15 @@
 from dataclasses import fields
 from typing import Any
 
-from kvarena.allocators.contiguous import ContiguousConfig, ContiguousPolicy
-from kvarena.allocators.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.orca import OrcaConfig, OrcaPolicy
-from kvarena.allocators.paged import PagedConfig, PagedPolicy
-from kvarena.allocators.paged_reserved import PagedReservedConfig, PagedReservedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.static import StaticConfig, StaticPolicy
-from kvarena.allocators.vattention import VAttentionConfig, VAttentionPolicy
+from kvarena.allocators.reservation.contiguous import ContiguousConfig, ContiguousPolicy
+from kvarena.allocators.reservation.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
+from kvarena.allocators.reservation.orca import OrcaConfig, OrcaPolicy
+from kvarena.allocators.reservation.paged_reserved import PagedReservedConfig, PagedReservedPolicy
+from kvarena.allocators.reservation.static import StaticConfig, StaticPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 

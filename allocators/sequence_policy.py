@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from kvarena.allocators.actions import Action
 from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.usage import Usage
+from kvarena.allocators.vattention.page_groups import RowGeometry
 from kvarena.kernels.layout import Layout
 
 

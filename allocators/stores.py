@@ -2,12 +2,12 @@
 
 import torch
 
-from kvarena.allocators.model_shape import ModelShape
-from kvarena.allocators.paged_store import PagedStore
+from kvarena.allocators.memory.model_shape import ModelShape
+from kvarena.allocators.memory.store import Store
+from kvarena.allocators.paged.store import PagedStore
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.reserved_store import ReservedStore
-from kvarena.allocators.store import Store
-from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.allocators.reservation.store import ReservedStore
+from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.kernels.layout import Layout
 
 

@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 
-from kvarena.harness.statistics import median_interval
-from kvarena.harness.timed_call import seconds
+from kvarena.harness.measured.timed_call import seconds
+from kvarena.harness.record.statistics import median_interval
 from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.registry import fits, get_kernel

@@ -10,13 +10,13 @@ import argparse
 import time
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.vattention_groups import RowGroups
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.parallel_sampling import with_rows
-from kvarena.experiments.replay import Replayer, Served, workload_of
-from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.run import Run
-from kvarena.harness.systems import System
+from kvarena.allocators.vattention.groups import RowGroups
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, Served, workload_of
+from kvarena.experiments.pagedattention.parallel_sampling import with_rows
+from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
 
 BEAMS = DecodingConfig("beam", n=4)
 SYSTEMS = "vattention-2mb,vattention-sliced-2mb,vattention-64kb"

@@ -10,10 +10,10 @@ import argparse
 
 import pandas as pd
 
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.harness.capacity import capacity, paired_ratio
-from kvarena.harness.metrics import latencies
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.harness.record.capacity import capacity, paired_ratio
+from kvarena.harness.record.metrics import latencies
 
 SYSTEMS = {
     "fastertransformer": 0.2,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, Served, workload_of
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, Served, workload_of
 from kvarena.harness.config import load
 
 TARGET = 0.25

@@ -17,9 +17,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from kvarena.allocators.byte_copies import ByteCopies, Runs
+from kvarena.allocators.memory.byte_copies import ByteCopies, Runs
 from kvarena.allocators.sizes import KB, MB, format_bytes
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 
 SEQUENCES, TENSORS = 64, 8
 SIZES = (8 * KB, 32 * KB, 128 * KB, 512 * KB, MB)  # in one tensor

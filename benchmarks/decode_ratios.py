@@ -13,12 +13,12 @@ import argparse
 import pandas as pd
 import torch
 
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.decode_cell import measure_cell
-from kvarena.harness.calibration import StreamingRead
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.vattention.decode_cell import measure_cell
+from kvarena.harness.measured.calibration import StreamingRead
 from kvarena.harness.model.build import build_model
-from kvarena.harness.progress import Progress
-from kvarena.harness.statistics import Estimate, median_interval
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.statistics import Estimate, median_interval
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.latency_error import log_errors, rms
-from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.serving_latency import normalized_latency_s
-from kvarena.experiments.serving_panels import run_of_panel
-from kvarena.harness.engine_config import EngineConfig
-from kvarena.harness.run import Run
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.latency_error import log_errors, rms
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.pagedattention.serving_latency import normalized_latency_s
+from kvarena.experiments.pagedattention.serving_panels import run_of_panel
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.run.run import Run
 
 GRID = {"base_ms": (8, 10, 12, 14, 16), "sequence_ms": (0.2, 0.3, 0.4, 0.5), "token_ms": (0.08, 0.12, 0.16)}
 NAMES = tuple(GRID)

@@ -17,14 +17,14 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from kvarena.harness.config import load, typed
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import Point
-from kvarena.harness.roofline import step_model_of
-from kvarena.harness.step_model import PS_PER_S
-from kvarena.harness.summary import read_published
+from kvarena.harness.record.summary import read_published
+from kvarena.harness.run.published import Point
 
 MS = 1e3 / PS_PER_S
 CONTEXT = 16384 + 16  # Fig 8: 16K at the start, about 33 decoded

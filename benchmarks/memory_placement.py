@@ -17,7 +17,7 @@ from kvarena.allocators.sizes import MB, format_bytes
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.allocators.vmm.host import HostDriver
 from kvarena.allocators.vmm.tensor import strided_tensor
-from kvarena.harness.statistics import Estimate, median_interval
+from kvarena.harness.record.statistics import Estimate, median_interval
 
 ROUNDS = 20
 

@@ -9,11 +9,11 @@ import argparse
 from collections.abc import Callable
 from time import thread_time_ns
 
-from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.block_pool import BlockPool
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Sequence
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 
 TARGET_NS = 100.0
 BLOCKS, BLOCK_SIZE = 32, 16

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.random_batch import Shapes, random_batch

@@ -7,12 +7,12 @@ cases take turns. A replay with the cache has less to feed, and names, finds and
 import argparse
 import time
 
-from kvarena.experiments.cached_service import WAYS, with_cache
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, Served, workload_of
-from kvarena.harness.statistics import median_interval
-from kvarena.harness.systems import System
-from kvarena.harness.workload import Workload
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, Served, workload_of
+from kvarena.experiments.ours.cached_service import WAYS, with_cache
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.systems import System
 
 
 def timed(replayer: Replayer, system: System, workload: Workload) -> tuple[float, Served]:

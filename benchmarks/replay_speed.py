@@ -13,16 +13,16 @@ from dataclasses import replace
 from functools import cache
 
 from kvarena.allocators.registry import make_policy
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, pool_bytes_of, requests_of, workload_of
-from kvarena.harness.action_prices import action_prices
-from kvarena.harness.engine import Engine
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.request_log import request_frame
-from kvarena.harness.roofline import make_step_model
-from kvarena.harness.run import Run
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, pool_bytes_of, requests_of, workload_of
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.roofline import make_step_model
+from kvarena.harness.requests.request_log import request_frame
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.run import Run
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.workload import Workload
 
 MODELLED = ("experiment=memory_waste", "clock=modelled", "params.window_s=null")
 CASES = {

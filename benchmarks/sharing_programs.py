@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from kvarena.allocators.actions import Action
-from kvarena.allocators.block_pool import BlockPool
 from kvarena.allocators.kv_layout import attention_layout
+from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.policy import IntegrityError
 from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.sharing_programs import Programs
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
+from kvarena.allocators.testing.sharing_programs import Programs
 
 LAYERS, HEADS, SIZE, MAX_TOKENS = 2, 4, 64, 128
 LENGTH = 25  # operations of a program

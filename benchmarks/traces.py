@@ -14,8 +14,8 @@ from statistics import median
 
 import numpy as np
 
-from kvarena.harness.arrival import ArrivalConfig, draw_arrivals
 from kvarena.harness.trace import TraceConfig, load_trace
+from kvarena.harness.trace.arrival import ArrivalConfig, draw_arrivals
 
 REQUESTS = 1_000_000
 ROUNDS = 7

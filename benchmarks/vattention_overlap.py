@@ -22,12 +22,12 @@ from time import perf_counter
 import torch
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.model_shape import ModelShape
+from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention import VAttentionPolicy
-from kvarena.allocators.virtual_store import VirtualStore
-from kvarena.harness.statistics import Estimate, median_interval
+from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.store import VirtualStore
+from kvarena.harness.record.statistics import Estimate, median_interval
 from kvarena.kernels.registry import get_kernel
 from kvarena.kernels.threads import set_compute_threads
 

@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from time import perf_counter_ns
 
-from kvarena.allocators.page_groups import PAGE_GROUPS
 from kvarena.allocators.sizes import KB, format_bytes
+from kvarena.allocators.vattention.page_groups import PAGE_GROUPS
 from kvarena.allocators.vmm.host import HostDriver
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 
 PRESENT = (0, 1_000, 10_000, 50_000)  # mappings of the process before it maps one more
 

@@ -138,14 +138,14 @@ VLLM_PAGED = KernelSpec(
 # name -> what it can read, module, class
 CATALOGUE: dict[str, tuple[KernelSpec, str, str]] = {
     "numba": (NUMBA, "kvarena.kernels.numba_attention", "NumbaAttention"),
-    "sdpa": (SDPA, "kvarena.kernels.sdpa", "SDPAAttention"),
-    "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.gather_sdpa", "GatherSDPAAttention"),
-    "flex": (FLEX, "kvarena.kernels.flex", "FlexAttention"),
+    "sdpa": (SDPA, "kvarena.kernels.torch.sdpa", "SDPAAttention"),
+    "gather_sdpa": (GATHER_SDPA, "kvarena.kernels.torch.gather_sdpa", "GatherSDPAAttention"),
+    "flex": (FLEX, "kvarena.kernels.torch.flex", "FlexAttention"),
     "triton": (TRITON, "kvarena.kernels.triton_attention", "TritonAttention"),
-    "fa3": (FA3, "kvarena.kernels.fa3", "FA3Attention"),
-    "fa2": (FA2, "kvarena.kernels.fa2", "FA2Attention"),
-    "flash_attn": (FLASH_ATTN, "kvarena.kernels.flash_attn", "FlashAttnAttention"),
-    "torch_flash": (TORCH_FLASH, "kvarena.kernels.torch_flash", "TorchFlashAttention"),
-    "flashinfer": (FLASHINFER, "kvarena.kernels.flashinfer", "FlashInferAttention"),
-    "vllm_paged": (VLLM_PAGED, "kvarena.kernels.vllm_paged", "VLLMPagedAttention"),
+    "fa3": (FA3, "kvarena.kernels.libraries.fa3", "FA3Attention"),
+    "fa2": (FA2, "kvarena.kernels.libraries.fa2", "FA2Attention"),
+    "flash_attn": (FLASH_ATTN, "kvarena.kernels.libraries.flash_attn", "FlashAttnAttention"),
+    "torch_flash": (TORCH_FLASH, "kvarena.kernels.torch.torch_flash", "TorchFlashAttention"),
+    "flashinfer": (FLASHINFER, "kvarena.kernels.libraries.flashinfer", "FlashInferAttention"),
+    "vllm_paged": (VLLM_PAGED, "kvarena.kernels.libraries.vllm_paged", "VLLMPagedAttention"),
 }

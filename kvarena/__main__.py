@@ -7,6 +7,6 @@ if sys.argv[1:2] == ["gpu-validation"]:  # runs where there is no Hydra, as on a
 
     validate(sys.argv[2:])
 else:
-    from kvarena.experiments.cli import main
+    from kvarena.experiments.command.cli import main
 
     main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.config import names
 from kvarena.harness.paths import CONF, ROOT
 

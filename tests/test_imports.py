@@ -73,5 +73,5 @@ def test_nothing_is_imported_by_the_name_of_its_folder():
 
 
 def test_the_check_sees_every_form_of_import():
-    source = "import kvarena.harness.run\ndef f():\n    from kvarena import experiments\n"
+    source = "import kvarena.harness.run.run\ndef f():\n    from kvarena import experiments\n"
     assert packages_of(imported_modules(source)) == {"harness", "experiments"}

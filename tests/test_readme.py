@@ -10,8 +10,8 @@ import torch
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.stores import make_store
+from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.paths import ROOT
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.random_batch import Shapes, random_batch
 from kvarena.kernels.reference import reference_attention
 from kvarena.kernels.registry import get_kernel
@@ -59,11 +59,11 @@ def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -
 
 
 def test_the_allocator_yields_the_same_tokens_as_static_reservation(headroom: Any) -> None:
-    from kvarena.allocators.static import StaticPolicy
-    from kvarena.harness.engine import Engine
+    from kvarena.allocators.reservation.static import StaticPolicy
+    from kvarena.harness.engine.engine import Engine
     from kvarena.harness.model import load_preset
     from kvarena.harness.model.build import build_model
-    from kvarena.harness.request import Request
+    from kvarena.harness.requests.request import Request
     from kvarena.harness.scheduler.registry import make_scheduler
     from kvarena.harness.scheduler.vllm import VllmConfig
 

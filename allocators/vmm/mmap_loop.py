@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from kvarena.allocators.compiled import compiled
+from kvarena.allocators.vmm.compiled import compiled
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 Loop = Callable[[Array, int, int, int], int]

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from kvarena.experiments.gpu_validation import matrix, record
 from kvarena.experiments.gpu_validation.record import Origin, Record
-from kvarena.harness.writing import explained, write_whole
+from kvarena.harness.record.writing import explained, write_whole
 
 LARGE_BYTES = 1 << 20  # a table of single steps beyond this is not kept
 _SHOWN = ("torch", "triton", "vllm", "flashinfer-python", "flash-attn", "cuda-bindings")

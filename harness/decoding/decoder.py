@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kvarena.harness.decoding.beam import first_generation, next_generation
 from kvarena.harness.decoding.sampling import sample
-from kvarena.harness.group import Group
-from kvarena.harness.prompt import Source, answer_source, own_source, spans_of
-from kvarena.harness.request import Request
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.prompt import Source, answer_source, own_source, spans_of
+from kvarena.harness.requests.request import Request
+from kvarena.harness.scheduler.step import StepPlan
 from kvarena.harness.seeded import Floats
-from kvarena.harness.step import StepPlan
 
 
 class Decoder:
@@ -25,7 +25,7 @@ class Decoder:
         self.tokens: dict[int, list[int]] = {}
         self._vocab_size = vocab_size
         self._seed = seed
-        self._said: dict[int, list[int]] = {}  # prompt and output, where the trace has both (`prompt.py`)
+        self._said: dict[int, list[int]] = {}  # prompt and output, where the trace has both (`requests/prompt.py`)
         self._totals: dict[int, Floats] = {}  # request_id -> accumulated log-probability of its beams
         self._sources: dict[int, tuple[int, ...]] = {}  # request_id -> which beam each one continues, since last asked
 

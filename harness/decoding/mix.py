@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvarena.errors import UserError
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.seeded import Stream
 
 _NAME = re.compile(r"n(\d+)(-beam)?")

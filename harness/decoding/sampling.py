@@ -8,7 +8,7 @@ tokens all but tie, so that kernels of different rounding still sample alike.
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarena.harness.decoding.config import DecodingConfig
+from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.seeded import Floats, Stream, exact_log
 
 

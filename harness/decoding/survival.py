@@ -16,7 +16,7 @@ request and position alone, so that every allocator and every preemption sees th
 from collections.abc import Sequence
 from functools import lru_cache
 
-from kvarena.harness.decoding.config import DecodingConfig
+from kvarena.harness.requests.decoding import DecodingConfig
 
 _WORD = (1 << 64) - 1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import RESULTS
-from kvarena.harness.writing import write_whole
+from kvarena.harness.record.writing import write_whole
 
 BASELINES = RESULTS / "baselines"
 LOG = "CHANGES.md"

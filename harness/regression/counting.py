@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from kvarena.allocators.best_fit import BestFitAllocator
-from kvarena.allocators.buddy import BuddyAllocator
 from kvarena.allocators.free_list import FreeList
-from kvarena.allocators.slabs import SlabList
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.step import StepPlan, StepTime
-from kvarena.harness.step_model import SteadyRun
+from kvarena.allocators.reservation.best_fit import BestFitAllocator
+from kvarena.allocators.reservation.buddy import BuddyAllocator
+from kvarena.allocators.vattention.slabs import SlabList
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.step_model import SteadyRun
+from kvarena.harness.scheduler.step import StepPlan, StepTime
 
 # Every class that gives out units of a pool: blocks, chunks, rows, slabs. A block pool is a FreeList.
 _ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, SlabList)

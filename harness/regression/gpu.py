@@ -15,7 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from kvarena.errors import UserError
-from kvarena.harness.provenance import libraries, machine
+from kvarena.harness.record.provenance import libraries, machine
 from kvarena.harness.regression import baseline
 from kvarena.harness.regression.side import HEAD, Side, WorkerDied
 from kvarena.harness.regression.verdict import Finding, Outcome, Value, Verdict

@@ -14,19 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import LEAVES
-from kvarena.harness import schemas
-from kvarena.harness.action_prices import action_prices
-from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.config import load, typed
-from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.engine import Engine, Replay
+from kvarena.harness.engine.engine import Engine, Replay
+from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.modelled.roofline import step_model_of
 from kvarena.harness.paths import CONF
 from kvarena.harness.regression.counting import CountingExecutor, Takes, counted_takes
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.request_list import make_requests
-from kvarena.harness.roofline import step_model_of
+from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.requests.request_list import make_requests
+from kvarena.harness.requests.workload import make_workload
+from kvarena.harness.run import schemas
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.workload import make_workload
+from kvarena.harness.trace.arrival import ArrivalConfig
 
 BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvarena.allocators.store import Store
+    from kvarena.allocators.memory.store import Store
     from kvarena.kernels.view import BatchView
 
 Body = Callable[[], object]
@@ -22,7 +22,7 @@ BLOCK = 16  # tokens
 def paged_block_by_block() -> Body:
     """PagedPolicy: 32 blocks taken one by one and freed, reference counts included."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedPolicy
     from kvarena.allocators.policy import Sequence
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
@@ -42,7 +42,7 @@ def paged_block_by_block() -> Body:
 def paged_batch_step() -> Body:
     """PagedPolicy: 64 steps of 48 sequences, one token each, with the leaves of every step."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
     policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
@@ -52,7 +52,7 @@ def paged_batch_step() -> Body:
 def vattention_batch_step() -> Body:
     """VAttentionPolicy: 64 steps of 32 sequences, page-groups mapped ahead as they grow."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.vattention import VAttentionPolicy
+    from kvarena.allocators.vattention.policy import VAttentionPolicy
 
     layout = attention_layout(num_layers=32, num_kv_heads=4, head_size=128)
     policy = VAttentionPolicy(layout, 4 << 30, max_tokens=4096, max_rows=64, page_group="64KB")
@@ -85,7 +85,7 @@ def _decode_steps(policy: object, batch: int, steps: int) -> Body:
 def replay_paged() -> Body:
     """A modelled replay of 20 requests with PagedPolicy, some of them preempted."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
     return _replay(lambda: PagedPolicy(layout, 200 * BLOCK * layout.token_bytes, max_tokens=2048))
@@ -94,7 +94,7 @@ def replay_paged() -> Body:
 def replay_vattention() -> Body:
     """A modelled replay of 20 requests with VAttentionPolicy."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.vattention import VAttentionPolicy
+    from kvarena.allocators.vattention.policy import VAttentionPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
     pool_bytes = 200 * BLOCK * layout.token_bytes
@@ -102,11 +102,11 @@ def replay_vattention() -> Body:
 
 
 def _replay(make_policy: Callable[[], object]) -> Body:
-    from kvarena.harness.engine import Engine
-    from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
-    from kvarena.harness.request import Request
+    from kvarena.harness.engine.engine import Engine
+    from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
+    from kvarena.harness.modelled.step_model import StepModel
+    from kvarena.harness.requests.request import Request
     from kvarena.harness.scheduler.registry import config_class, make_scheduler
-    from kvarena.harness.step_model import StepModel
 
     model = StepModel(False, 12_000_000_000, 340_000_000, 16_500_000_000, 130_000_000, 527_000)
     prices = ActionPrices(map_ps=(3_200_000_000,), unmap_ps=(2_720_000_000,))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.harness.request import Request
+from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.step import StepPlan
+from kvarena.harness.scheduler.step import StepPlan
 
 
 @dataclass

@@ -1,15 +1,15 @@
 """Batches that run to the end, as PagedAttention's evaluation drives FasterTransformer (section 6.1, and its artifact).
 
 The earliest requests are padded to the longest prompt among them and decode for as long as the longest output; all
-finish together. How many fit is the allocator's rule (allocators/fastertransformer.py).
+finish together. How many fit is the allocator's rule (allocators/reservation/fastertransformer.py).
 """
 
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
-from kvarena.harness.request import Request
+from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.step import StepPlan
+from kvarena.harness.scheduler.step import StepPlan
 
 
 @dataclass

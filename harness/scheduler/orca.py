@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvarena.errors import UserError
 from kvarena.harness.scheduler.continuous import BatchLimits, ContinuousScheduler
-from kvarena.harness.step import StepPlan
+from kvarena.harness.scheduler.step import StepPlan
 
 
 @dataclass

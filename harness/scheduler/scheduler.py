@@ -16,12 +16,12 @@ from collections.abc import Sequence as Seq
 
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.errors import UserError
-from kvarena.harness.group import Group
-from kvarena.harness.prefix import Prefix
-from kvarena.harness.prompt import answer_source
-from kvarena.harness.prompt_names import PromptNames
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.step import PrefillChunk, StepPlan
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.requests.prompt import answer_source
+from kvarena.harness.requests.prompt_names import PromptNames
+from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 
 
 def by_arrival(request: Request) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from kvarena.harness.record.summary import beside_published
 from kvarena.harness.scorecard.judge import Verdict
 from kvarena.harness.scorecard.kept_runs import KeptRun
-from kvarena.harness.summary import beside_published
 
 HOLDS_PERCENT, HOLDS_POINTS = 10.0, 3.0
 APART, ALIKE = 0.05, 0.90

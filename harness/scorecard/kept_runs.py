@@ -10,9 +10,9 @@ import pandas as pd
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import RESULTS
-from kvarena.harness.published import OURS
+from kvarena.harness.record.summary import COLUMNS
+from kvarena.harness.run.published import OURS
 from kvarena.harness.scorecard.expression import Point
-from kvarena.harness.summary import COLUMNS
 
 LARGE_BYTES = 400_000  # a drawing beyond this weighs more than its pixels
 _NOT_KEPT = ("runs", "published", "baselines")  # folders beside those of devices

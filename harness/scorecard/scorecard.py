@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 
 from kvarena.harness.paths import PUBLISHED, RESULTS
+from kvarena.harness.record.summary import read_published
 from kvarena.harness.scorecard.claims import load_claims
 from kvarena.harness.scorecard.figures import Compared, compare, not_run
 from kvarena.harness.scorecard.judge import Finding, Verdict, judge
 from kvarena.harness.scorecard.kept_runs import KeptRun, Published, kept_runs
-from kvarena.harness.summary import read_published
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvarena.harness.arrival import ArrivalConfig
+from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.recipes import NO_LIMIT
 from kvarena.harness.trace.trace import Ints, Trace
@@ -15,7 +15,7 @@ class Arrivals:
     """How requests arrive, and who chose that."""
 
     config: ArrivalConfig  # with the seed that they are drawn with
-    chosen: str = ""  # of harness/file_arrivals.py; empty: nobody but the caller
+    chosen: str = ""  # of harness/trace/file_arrivals.py; empty: nobody but the caller
     span_s: float = 0.0  # until the last arrives
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kvarena.harness.arrival import LONGEST_S
+from kvarena.harness.trace.arrival import LONGEST_S
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.recipes import NO_LIMIT
 

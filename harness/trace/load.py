@@ -2,9 +2,9 @@
 
 from kvarena.errors import UserError
 from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.constant_lengths import given_lengths
 from kvarena.harness.trace.conversation_table import has_conversations, sample_conversations
 from kvarena.harness.trace.file_trace import file_trace
-from kvarena.harness.trace.given import given_lengths
 from kvarena.harness.trace.length_table import length_table, sample, table_names
 from kvarena.harness.trace.published_files import filter_of
 from kvarena.harness.trace.recipes import recipe

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvarena.allocators.byte_copies import ByteCopies, Runs
-from kvarena.allocators.triton_copies import PIECE_BYTES, TritonCopies
+from kvarena.allocators.memory.byte_copies import ByteCopies, Runs
+from kvarena.allocators.memory.triton_copies import PIECE_BYTES, TritonCopies
 
 # Triton 3.6's interpreter, with a numpy that still allows it.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar")

@@ -1,11 +1,11 @@
 """Policies whose sequences share: every allocator over real memory, and small pools to follow by hand."""
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYERS, HEADS, SIZE = 2, 4, 64  # float32: 1 KB of K, and of V, a token in a layer
 MAX_TOKENS = 128

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.best_fit import BestFitAllocator
-from kvarena.allocators.block_pool import BlockPool
-from kvarena.allocators.buddy import BuddyAllocator, next_power_of_two
 from kvarena.allocators.free_list import FreeList
+from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.policy import IntegrityError
+from kvarena.allocators.reservation.best_fit import BestFitAllocator
+from kvarena.allocators.reservation.buddy import BuddyAllocator, next_power_of_two
 
 ARENAS = {
     "free list": (FreeList, lambda units: units),

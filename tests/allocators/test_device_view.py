@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.batch_table import BlockTable, DeviceBlockTable
-from kvarena.allocators.batch_view import make_view
-from kvarena.allocators.device_view import DeviceViews, view_maker
-from kvarena.allocators.staging import batches_of_blocks, indices_on
-from kvarena.allocators.swap_space import SwapSpace
+from kvarena.allocators.memory.batch_view import make_view
+from kvarena.allocators.memory.device_view import DeviceViews, view_maker
+from kvarena.allocators.memory.staging import batches_of_blocks, indices_on
+from kvarena.allocators.paged.batch_table import BlockTable, DeviceBlockTable
+from kvarena.allocators.paged.swap_space import SwapSpace
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_indices(indices):
 
 @pytest.mark.parametrize(("block_bytes", "sizes"), [(480, [2, 2, 1]), (2000, [1] * 5), (100, [5])])
 def test_batches_of_blocks_are_bounded_and_take_every_block_once(monkeypatch, block_bytes, sizes):
-    monkeypatch.setattr("kvarena.allocators.staging._BATCH_BYTES", 1000)
+    monkeypatch.setattr("kvarena.allocators.memory.staging._BATCH_BYTES", 1000)
     blocks = torch.empty(9, block_bytes, dtype=torch.uint8)
     taken = [list(range(5))[part] for part in batches_of_blocks(blocks, 5)]
     assert [block for part in taken for block in part] == list(range(5))
@@ -141,7 +141,7 @@ def test_batches_of_blocks_are_bounded_and_take_every_block_once(monkeypatch, bl
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("batch_bytes", [1, 3000, 1 << 20])
 def test_blocks_go_to_the_cpu_pool_and_come_back_elsewhere(monkeypatch, on_gpu, batch_bytes):
-    monkeypatch.setattr("kvarena.allocators.staging._BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("kvarena.allocators.memory.staging._BATCH_BYTES", batch_bytes)
     pool = torch.randn(4, 16, 2, 3, 5)  # [2 * layers, N, P, H, D]: 480 bytes a block
     before = pool.clone()
     space = SwapSpace(8, pool)

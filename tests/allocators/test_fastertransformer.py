@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvarena.allocators.fastertransformer import FasterTransformerPolicy
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Sequence
+from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
 from kvarena.errors import UserError
 
 LAYOUT = attention_layout(2, 2, 8)

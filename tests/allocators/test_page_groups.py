@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout, latent_layout, sliding_layout
-from kvarena.allocators.page_groups import PAGE_GROUPS, RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.sizes import KB, MB
+from kvarena.allocators.vattention.page_groups import PAGE_GROUPS, RowGeometry, checked_page_group, row_geometries
 from kvarena.errors import UserError
 
 YI_6B = attention_layout(32, 4, 128)

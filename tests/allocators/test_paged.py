@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import CopyBlock, IntegrityError, Sequence, SwapIn, SwapOut
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError

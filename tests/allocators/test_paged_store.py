@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.block_copies import batches
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.model_shape import ModelShape
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.paged_store import BlockTable, PagedStore
+from kvarena.allocators.memory.model_shape import ModelShape
+from kvarena.allocators.paged.block_copies import batches
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.store import BlockTable, PagedStore
 from kvarena.allocators.policy import CopyBlock, Map, Sequence, SwapIn, SwapOut
 from kvarena.allocators.sizes import KB
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvarena.allocators.conformance import Traits, check_policy
 from kvarena.allocators.kv_layout import KVLayout, attention_layout, latent_layout, sliding_layout
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.testing.conformance import Traits, check_policy
 
 LAYOUTS = {
     "MHA": attention_layout(2, 4, 8),

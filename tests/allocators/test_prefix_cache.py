@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.actions import Map
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.prefix_cache import CachedBlockPool, block_names
 from kvarena.allocators.policy import Sequence
-from kvarena.allocators.prefix_cache import CachedBlockPool, block_names
 from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.sharing_programs import Programs
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.testing.sharing_programs import Programs
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 8)
 TOKEN = LAYOUT.token_bytes

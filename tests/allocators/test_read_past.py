@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.page_groups import RowGeometry
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import config_class
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.page_groups import RowGeometry
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
-from kvarena.harness.systems import System, with_room_to_read
+from kvarena.harness.run.systems import System, with_room_to_read
 from kvarena.kernels.config import KernelConfig
 
 LAYOUT = attention_layout(2, 2, 64, "float32")  # 512 bytes a token in a tensor: a page-group of 64 KB holds 128

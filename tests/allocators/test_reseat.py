@@ -4,10 +4,10 @@ import pytest
 
 from kvarena.allocators.actions import CopyBlock, CopyRow, Map, Unmap
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 64, "float32")  # 1 KB of K, and of V, a token in a layer: 64 tokens a page-group
 PROMPT = 70  # a page-group and a part

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kvarena.allocators.contiguous import ContiguousPolicy
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.model_shape import ModelShape
-from kvarena.allocators.orca import OrcaPolicy
+from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import CopyBlock, Map, Sequence
-from kvarena.allocators.reserved_store import ReservedStore
+from kvarena.allocators.reservation.contiguous import ContiguousPolicy
+from kvarena.allocators.reservation.orca import OrcaPolicy
+from kvarena.allocators.reservation.static import StaticPolicy
+from kvarena.allocators.reservation.store import ReservedStore
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.static import StaticPolicy
 
 LAYERS, HEADS, SIZE = 2, 1, 32  # float32: 128 bytes of K, and of V
 LAYOUT = attention_layout(LAYERS, HEADS, SIZE, "float32")

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.contiguous import ContiguousPolicy
-from kvarena.allocators.estimate import estimator
 from kvarena.allocators.kv_layout import attention_layout, sliding_layout
-from kvarena.allocators.orca import OrcaPolicy
-from kvarena.allocators.paged_reserved import PagedReservedPolicy
 from kvarena.allocators.policy import IntegrityError, Sequence
-from kvarena.allocators.static import StaticPolicy
+from kvarena.allocators.reservation.contiguous import ContiguousPolicy
+from kvarena.allocators.reservation.estimate import estimator
+from kvarena.allocators.reservation.orca import OrcaPolicy
+from kvarena.allocators.reservation.paged_reserved import PagedReservedPolicy
+from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.allocators.usage import paper_rollup
 from kvarena.errors import UserError
 

@@ -11,7 +11,7 @@ from kvarena.allocators.kv_layout import attention_layout, latent_layout
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 MAX_TOKENS = 160
 LAYOUTS = (

@@ -12,9 +12,9 @@ from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import NotResidentError, Sequence
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
-from kvarena.allocators.sharing_programs import Programs
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
+from kvarena.allocators.testing.sharing_programs import Programs
 from kvarena.errors import UserError
 
 
@@ -36,7 +36,9 @@ def test_random_programs(name, options):
 def fake(monkeypatch):
     """vAttention's store takes its memory from this fake GPU, of 64 KB granularity."""
     gpu = FakeCuda(granularity=64 * KB)
-    monkeypatch.setattr("kvarena.allocators.virtual_store.make_driver", lambda device, size: FakedCudaDriver(size, gpu))
+    monkeypatch.setattr(
+        "kvarena.allocators.vattention.store.make_driver", lambda device, size: FakedCudaDriver(size, gpu)
+    )
     return gpu
 
 

@@ -4,7 +4,7 @@ import pytest
 from sharing_cases import blocks_of, make
 
 from kvarena.allocators.actions import CopyBlock, SwapIn, SwapOut
-from kvarena.allocators.block_pool import BlockPool
+from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.policy import IntegrityError, Sequence
 from kvarena.allocators.sizes import KB
 

@@ -7,7 +7,7 @@ from kvarena.allocators.actions import CopyRow, Map, Unmap
 from kvarena.allocators.kv_layout import sliding_layout
 from kvarena.allocators.policy import IntegrityError, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 
 @pytest.mark.parametrize("samples", [1, 2, 6])

@@ -1,7 +1,7 @@
 import pytest
 
 from kvarena.allocators.policy import IntegrityError
-from kvarena.allocators.slabs import SlabList
+from kvarena.allocators.vattention.slabs import SlabList
 
 
 def test_new_slabs_ascend_and_returned_ones_come_first():

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvarena.allocators.kv_layout import attention_layout, latent_layout
+from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.sizes import KB, MB
-from kvarena.allocators.store import Store
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.view import BatchView, LayerCache

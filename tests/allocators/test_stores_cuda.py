@@ -8,16 +8,16 @@ from fake_cuda import FakeCuda, FakedCudaDriver
 from hypothesis import settings
 from test_stores import Churn, check, write
 
-from kvarena.allocators import kernel_fence
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.model_shape import ModelShape
+from kvarena.allocators.memory.model_shape import ModelShape
+from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import CopyBlock, Map, Policy, Sequence, SwapIn, SwapOut, Unmap
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.sizes import GB, KB, MB
-from kvarena.allocators.store import Store
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
-from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.allocators.vattention import kernel_fence
+from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.allocators.vmm import drivers
 from kvarena.allocators.vmm.driver import DriverError, OutOfPhysicalMemory
 
@@ -39,7 +39,7 @@ def fake(monkeypatch):
     gpu = FakeCuda(granularity=64 * KB)
     for store in ("resident_store", "virtual_store"):
         monkeypatch.setattr(f"kvarena.allocators.{store}.make_driver", lambda device, size: FakedCudaDriver(size, gpu))
-    monkeypatch.setattr("kvarena.allocators.resident_store.granularity_of", lambda device: gpu.granularity)
+    monkeypatch.setattr("kvarena.allocators.memory.resident_store.granularity_of", lambda device: gpu.granularity)
     return gpu
 
 
@@ -117,7 +117,7 @@ class ChurnOnTheFake(Churn):
         self.fake = FakeCuda(granularity=64 * KB)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(
-            "kvarena.allocators.virtual_store.make_driver", lambda device, size: FakedCudaDriver(size, self.fake)
+            "kvarena.allocators.vattention.store.make_driver", lambda device, size: FakedCudaDriver(size, self.fake)
         )
 
     def teardown(self) -> None:
@@ -205,7 +205,7 @@ class Kernels:
 @pytest.fixture
 def kernels(fake, monkeypatch):
     watched = Kernels(fake)
-    monkeypatch.setattr("kvarena.allocators.virtual_store.kernels_so_far", watched.so_far)
+    monkeypatch.setattr("kvarena.allocators.vattention.store.kernels_so_far", watched.so_far)
     return watched
 
 

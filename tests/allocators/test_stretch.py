@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.stretch import growth, longest_stretch
+from kvarena.allocators.paged.steps_until_growth import growth, longest_stretch
 
 BLOCK_SIZES = st.integers(1, 20)
 

@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-copies = pytest.importorskip("kvarena.allocators.triton_copies")
+copies = pytest.importorskip("kvarena.allocators.memory.triton_copies")
 
 
 def test_the_interpreted_kernel_is_right(interpreted):
@@ -37,7 +37,7 @@ def test_it_moves_as_many_bytes_at_once_as_addresses_allow(capability, aligned, 
 @pytest.mark.gpu
 def test_on_a_gpu():
     """Blocks of two tensors, as the host copies them."""
-    from kvarena.allocators.byte_copies import ByteCopies, Runs
+    from kvarena.allocators.memory.byte_copies import ByteCopies, Runs
 
     device = torch.device("cuda")
     pool = torch.arange(2 * 64 * 4096, dtype=torch.int32).reshape(2, 64, 4096)

@@ -8,7 +8,7 @@ from kvarena.allocators.policy import IntegrityError, Map, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
-from kvarena.allocators.vattention import VAttentionConfig, VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 
 # ---- growth ----------------------------------------------------------------------------------------------------

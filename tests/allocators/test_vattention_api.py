@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention_api import VAttention
+from kvarena.allocators.vattention.api import VAttention
 from kvarena.errors import UserError
 
 N, B, L, H, D, P = 2, 4, 300, 2, 32, 4  # 256 bytes a token and tensor: 256 tokens fill 64 KB

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvarena.allocators.kv_layout import attention_layout, latent_layout, sliding_layout
 from kvarena.allocators.policy import Action, Map, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 MAX_TOKENS = 600
 LAYOUTS = (

@@ -4,7 +4,7 @@ import pytest
 from vattention_by_hand import SLAB, TOKENS, admit, counts, policy_of, rows_mapped
 
 from kvarena.allocators.policy import Map, Unmap
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 
 def with_idle_rows(*slabs: int, **switches) -> VAttentionPolicy:

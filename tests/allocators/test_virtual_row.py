@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.allocators.page_groups import RowGeometry
-from kvarena.allocators.virtual_row import IdleRows, Row
+from kvarena.allocators.vattention.page_groups import RowGeometry
+from kvarena.allocators.vattention.row import IdleRows, Row
 
 
 def rows_with(mapped: list[int]) -> list[Row]:

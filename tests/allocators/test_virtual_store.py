@@ -6,13 +6,13 @@ import threading
 import pytest
 import torch
 
-from kvarena.allocators import cores
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.model_shape import ModelShape
+from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import CopyBlock, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
-from kvarena.allocators.vattention import VAttentionPolicy
-from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.allocators.vattention import cores
+from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.allocators.vmm import libc
 from kvarena.allocators.vmm.driver import DriverError
 from kvarena.allocators.vmm.host import HostDriver

@@ -6,7 +6,7 @@ One layer, K and V: a slab is two page-groups. 64 KB hold 64 tokens of 1 KB.
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYOUT = attention_layout(1, 4, 128)  # 1 KB a token in K, and in V
 SLAB = 128 * KB

@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.experiments.carry_out import carry_out
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.registry import own_rows
-from kvarena.harness.record import Recorder
-from kvarena.harness.summary import COLUMNS, frame, row
+from kvarena.experiments.command.carry_out import carry_out
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.command.registry import own_rows
+from kvarena.harness.record.record import Recorder
+from kvarena.harness.record.summary import COLUMNS, frame, row
 
 sys.path.append(str(Path(__file__).parent))
 

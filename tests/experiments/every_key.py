@@ -16,13 +16,13 @@ import pandas as pd
 from tiny import TINY, Unwritten, resolved
 
 from kvarena.errors import UserError
-from kvarena.experiments import registry
-from kvarena.experiments.carry_out import measure, summary_of
+from kvarena.experiments.command import registry
+from kvarena.experiments.command.carry_out import measure, summary_of
 from kvarena.harness.config import names
-from kvarena.harness.published import OURS
-from kvarena.harness.record import Measured
-from kvarena.harness.run import Run
-from kvarena.harness.summary import PUBLISHED_KEY
+from kvarena.harness.record.record import Measured
+from kvarena.harness.record.summary import PUBLISHED_KEY
+from kvarena.harness.run.published import OURS
+from kvarena.harness.run.run import Run
 
 WATCHED = ("model", "trace", "arrival", "decoding", "engine", "device", "params")
 NAMES = ("model.name",)  # what rows are called by; published.py reads it

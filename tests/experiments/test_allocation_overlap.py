@@ -8,13 +8,13 @@ import pytest
 
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments.allocation_overlap import _names, events, hidden_share
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.mapping import the_system
-from kvarena.experiments.overlap_cell import Way, _prime, system_in
-from kvarena.experiments.overlap_replay import decode_only, replayed
-from kvarena.experiments.published_models import runs_by_model
-from kvarena.harness.request import Request
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.published_models import runs_by_model
+from kvarena.experiments.vattention.allocation_overlap import _names, events, hidden_share
+from kvarena.experiments.vattention.mapping import the_system
+from kvarena.experiments.vattention.overlap_cell import Way, _prime, system_in
+from kvarena.experiments.vattention.overlap_replay import decode_only, replayed
+from kvarena.harness.requests.request import Request
 from kvarena.harness.trace import published_files
 
 SMALL = (

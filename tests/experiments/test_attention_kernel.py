@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.attention_kernel import FIGURE, HEADLINE, Line
-from kvarena.experiments.attention_time import WorkingSet, seconds_per_call
-from kvarena.experiments.compose import compose_run
-from kvarena.harness.device_model import DeviceConfig
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.attention_time import WorkingSet, seconds_per_call
+from kvarena.experiments.pagedattention.attention_kernel import FIGURE, HEADLINE, Line
 from kvarena.harness.model import load_preset
-from kvarena.harness.published import is_earned, named
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.run.published import is_earned, named
 from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec

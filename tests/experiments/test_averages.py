@@ -5,8 +5,8 @@ import pytest
 
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
-from kvarena.experiments.averages import PS, Average, averages, by_interval, shares, usage_of, window
-from kvarena.harness.step_log import COLUMNS
+from kvarena.harness.engine.step_log import COLUMNS
+from kvarena.harness.record.time_averages import PS, Average, averages, by_interval, shares, usage_of, window
 
 
 def steps_of(*rows: dict[str, int]) -> pd.DataFrame:

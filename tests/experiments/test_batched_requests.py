@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.summary import beside_published, read_published
+from kvarena.harness.record.summary import beside_published, read_published
 
 MEAN = "mean_batched_requests"
 LOAD = "figure: fig13a, trace: sharegpt, rate: 4.0, duration_s: 60"

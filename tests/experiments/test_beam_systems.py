@@ -5,10 +5,10 @@ import re
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.parallel_sampling import with_rows
-from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.harness.decoding.config import DecodingConfig
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.pagedattention.parallel_sampling import with_rows
+from kvarena.harness.requests.decoding import DecodingConfig
 
 BEAMS = DecodingConfig("beam", n=4)
 

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments import block_size
-from kvarena.experiments.block_sweep import measures
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, trace_named, workload_of
-from kvarena.harness.published import is_earned, named
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.block_sweep import measures
+from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.experiments.pagedattention import block_size
+from kvarena.harness.run.published import is_earned, named
 
 DEFAULTS = ("experiment=block_size",)
 SHORT = ("arrival.duration_s=40", "params.rates={sharegpt: 2.5}", "params.block_sizes=[4,16,256]")

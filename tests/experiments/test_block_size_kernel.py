@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.block_size_kernel import FIGURE, HEADLINE
-from kvarena.experiments.carry_out import carry_out
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.drawn_blocks import DrawnBlocks
-from kvarena.experiments.kernel_pairs import allocator_named, kernel_over
-from kvarena.harness.device_model import DeviceConfig
+from kvarena.experiments.command.carry_out import carry_out
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over
+from kvarena.experiments.vattention.block_size_kernel import FIGURE, HEADLINE
+from kvarena.experiments.vattention.random_blocks import DrawnBlocks
 from kvarena.harness.model import load_preset
-from kvarena.harness.published import is_earned, named
-from kvarena.harness.record import Recorder
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.record.record import Recorder
+from kvarena.harness.run.published import is_earned, named
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
 

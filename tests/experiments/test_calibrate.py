@@ -11,18 +11,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvarena.errors import UserError
-from kvarena.experiments import compose
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.known_steps import decode_load, prefill_load
-from kvarena.experiments.registry import own_rows
-from kvarena.experiments.step_fit import Fitted, Limits, device_of, fit, predicted_s, yaml_files
+from kvarena.experiments.command import compose
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.command.registry import own_rows
+from kvarena.experiments.ours.step_fit import Fitted, Limits, device_of, fit, predicted_s, yaml_files
+from kvarena.experiments.ours.timed_steps import decode_load, prefill_load
 from kvarena.harness import config
 from kvarena.harness.config import typed
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model.build import build_model
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.paths import CONF
-from kvarena.harness.run import Run
+from kvarena.harness.run.run import Run
 
 LIMITS = Limits(read_gb_per_s=20.0, tflop_per_s=0.05)
 TINY = (
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused(override: str, said: str, finished: Callable[
 
 
 def test_a_gpu_is_not_fitted_yet(run: Run) -> None:
-    from kvarena.experiments.calibrate import _check
+    from kvarena.experiments.ours.calibrate import _check
 
     with pytest.raises(UserError, match="device=cpu"):
         _check(replace(run, device=DeviceConfig("cuda", "cuda")))

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from tiny import TINY
 
 from kvarena.errors import UserError
-from kvarena.experiments import memory_waste, registry
-from kvarena.experiments.carry_out import carry_out, resolved_in, summarize
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer
-from kvarena.harness.record import Recorder, read_frames
+from kvarena.experiments.command import registry
+from kvarena.experiments.command.carry_out import carry_out, resolved_in, summarize
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer
+from kvarena.experiments.pagedattention import memory_waste
+from kvarena.harness.record.record import Recorder, read_frames
 
 SMALL = ("experiment=memory_waste", *TINY["memory_waste", "modelled"])
 QUICK = ("experiment=allocation_bandwidth", "device=cpu", "params.page_groups=[64KB]", "params.pool=1MB",

@@ -3,9 +3,9 @@
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments import cli
-from kvarena.experiments.claim import arguments_for
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command import cli
+from kvarena.experiments.command.claim import arguments_for
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.scorecard.claims import claim_named, load_claims
 
 CLAIMED = [claim.id for claim in load_claims()]

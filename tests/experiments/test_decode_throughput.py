@@ -13,11 +13,11 @@ import pytest
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
-from kvarena.experiments.carry_out import carry_out
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command.carry_out import carry_out
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.paths import ROOT
-from kvarena.harness.record import Recorder
-from kvarena.harness.summary import COLUMNS
+from kvarena.harness.record.record import Recorder
+from kvarena.harness.record.summary import COLUMNS
 
 SMALL = (
     "experiment=decode_throughput", "device=cpu", "model=tiny-llama", "params.batch_sizes=[1,3]",

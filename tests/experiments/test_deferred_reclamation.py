@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.deferred_reclamation import WAYS, _names
-from kvarena.experiments.published_models import runs_by_model
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.published_models import runs_by_model
+from kvarena.experiments.vattention.deferred_reclamation import WAYS, _names
 
 SMALL = (
     "deferred_reclamation", "device=cpu", "model=tiny-llama", "params.prompt_tokens=1500", "params.pool_bytes=33554432",

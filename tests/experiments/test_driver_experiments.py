@@ -11,17 +11,17 @@ import torch
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vmm.host import HostDriver
 from kvarena.errors import UserError
-from kvarena.experiments import allocation_bandwidth, driver_samples, vmm_api_latency
-from kvarena.experiments.carry_out import carry_out, summarize
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.decode_need import decode_need, need_rows
-from kvarena.experiments.driver_calls import KINDS, SYSTEM_CALLS, computing, timed_us
-from kvarena.harness.device_model import DeviceConfig
+from kvarena.experiments.command.carry_out import carry_out, summarize
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.vattention import allocation_bandwidth, driver_samples, vmm_api_latency
+from kvarena.experiments.vattention.decode_need import decode_need, need_rows
+from kvarena.experiments.vattention.driver_calls import KINDS, SYSTEM_CALLS, computing, timed_us
+from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import is_earned, named
-from kvarena.harness.record import Recorder
-from kvarena.harness.run import Run
-from kvarena.harness.summary import COLUMNS, beside_published, read_published
+from kvarena.harness.record.record import Recorder
+from kvarena.harness.record.summary import COLUMNS, beside_published, read_published
+from kvarena.harness.run.published import is_earned, named
+from kvarena.harness.run.run import Run
 
 LATENCY = (
     "experiment=vmm_api_latency", "device=cpu", "params.page_groups=[64KB,2MB]", "params.mapped=[10]",

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pandas as pd
 
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.film import film
-from kvarena.experiments.memory_by_batch import frames, modelled
-from kvarena.experiments.preemption_cost import RECOMPUTE, modelled_costs
-from kvarena.experiments.replay import workload_of
-from kvarena.harness.run import Run
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import workload_of
+from kvarena.experiments.ours.step_frames import film
+from kvarena.experiments.pagedattention.memory_by_batch import frames, modelled
+from kvarena.experiments.pagedattention.preemption_cost import RECOMPUTE, modelled_costs
+from kvarena.harness.run.run import Run
 
 SARATHI = ("engine=sarathi2024", "model=yi-6b", "systems=[paged-fa2]", "device=a100-80gb", "clock=modelled")
 

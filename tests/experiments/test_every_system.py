@@ -19,14 +19,15 @@ from tiny import TINY, Unwritten, default_systems, resolved
 
 from kvarena.allocators import registry as allocators
 from kvarena.errors import UserError
-from kvarena.experiments import plots, registry, show
-from kvarena.experiments.carry_out import made_of, measure, summary_of
+from kvarena.experiments.command import registry, show
+from kvarena.experiments.command.carry_out import made_of, measure, summary_of
+from kvarena.experiments.kit import plots
 from kvarena.harness.paths import ROOT
-from kvarena.harness.published import OURS
-from kvarena.harness.record import Outcome
-from kvarena.harness.run import Run
+from kvarena.harness.record.record import Outcome
+from kvarena.harness.run.published import OURS
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System, distinct
 from kvarena.harness.scheduler.registry import config_class as scheduler_config
-from kvarena.harness.systems import System, distinct
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.config import KernelConfig
 

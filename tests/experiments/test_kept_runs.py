@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from kvarena.experiments.carry_out import resolved_in, summary_of
+from kvarena.experiments.command.carry_out import resolved_in, summary_of
 from kvarena.harness.paths import RESULTS, ROOT
-from kvarena.harness.record import read_frames
+from kvarena.harness.record.record import read_frames
 from kvarena.harness.scorecard.kept_runs import kept_folders
 
 KEPT = kept_folders()

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.memory_by_batch import attached_bytes, running_lengths
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.pagedattention.memory_by_batch import attached_bytes, running_lengths
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import is_earned, named
-from kvarena.harness.summary import PUBLISHED_KEY, read_published
-from kvarena.harness.workload import Workload
+from kvarena.harness.record.summary import PUBLISHED_KEY, read_published
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.published import is_earned, named
 
 LAYOUT = "experiment=memory_layout"
 

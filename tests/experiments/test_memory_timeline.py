@@ -11,13 +11,13 @@ import pytest
 from kvarena.allocators.holding import OWNED
 from kvarena.allocators.policy import Map, Unmap
 from kvarena.errors import UserError
-from kvarena.experiments import memory_timeline
-from kvarena.experiments.chrome_trace import chrome_trace
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.film import Film, film
-from kvarena.experiments.replay import Replayer, workload_of
-from kvarena.experiments.stepped_view import stepped_view
-from kvarena.experiments.timeline import timeline
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.ours import memory_timeline
+from kvarena.experiments.ours.chrome_trace import chrome_trace
+from kvarena.experiments.ours.step_frames import Film, film
+from kvarena.experiments.ours.stepped_view import stepped_view
+from kvarena.experiments.ours.timeline import timeline
 
 SMALL = ("experiment=memory_timeline", "trace.num_requests=8", "trace.max_tokens=256")
 SYSTEMS = "systems=[orca-max,contiguous,paged-reserved,paged,vattention-2mb,vattention-sliced-2mb]"

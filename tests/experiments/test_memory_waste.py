@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from kvarena.allocators.usage import LEAVES
-from kvarena.experiments.memory_waste import as_drawn, draw
+from kvarena.experiments.pagedattention.memory_waste import as_drawn, draw
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.summary import PUBLISHED_KEY, beside_published, read_published
+from kvarena.harness.record.summary import PUBLISHED_KEY, beside_published, read_published
 
 SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.record_every_s=5")
 RESERVING = [f"{name}/vllm2023" for name in ("orca_max", "orca_pow2", "orca_oracle", "contiguous", "paged_reserved")]

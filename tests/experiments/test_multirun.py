@@ -11,10 +11,10 @@ from hydra import initialize_config_dir
 from tiny import TINY
 
 from kvarena.errors import UserError
-from kvarena.experiments import multirun
-from kvarena.experiments.multirun import as_one, jobs_of
+from kvarena.experiments.command import multirun
+from kvarena.experiments.command.multirun import as_one, jobs_of
 from kvarena.harness.paths import CONF
-from kvarena.harness.run import Run
+from kvarena.harness.run.run import Run
 
 SMALL = ("experiment=memory_waste", *TINY["memory_waste", "modelled"])
 MEASURED = ("experiment=memory_waste", "clock=measured", *TINY["memory_waste", "measured"])
@@ -115,7 +115,7 @@ def test_experiments_of_one_system_and_parameters_that_name_systems_keep_their_j
     tiny = (o for o in TINY["serving_latency", "modelled"] if not o.startswith("params.out_of_sample"))
     serving = ("experiment=serving_latency", *tiny)
     assert one_of(*serving, *sweep) is None, "params.out_of_sample names paged"
-    monkeypatch.setattr("kvarena.experiments.registry.ONE_SYSTEM", ("memory_waste",))
+    monkeypatch.setattr("kvarena.experiments.command.registry.ONE_SYSTEM", ("memory_waste",))
     assert one_of(*SMALL, *sweep) is None
 
 

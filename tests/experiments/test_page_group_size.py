@@ -8,13 +8,13 @@ import torch
 
 from kvarena.allocators.sizes import KB, MB
 from kvarena.errors import UserError
-from kvarena.experiments import page_group_batch, page_group_kernels
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.page_group_kernels import MappedRows, Point
-from kvarena.experiments.page_group_tables import token_rows
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.vattention import page_group_batch, page_group_kernels
+from kvarena.experiments.vattention.page_group_kernels import MappedRows, Point
+from kvarena.experiments.vattention.page_group_tables import token_rows
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import named
-from kvarena.harness.summary import beside_published, frame, read_published
+from kvarena.harness.record.summary import beside_published, frame, read_published
+from kvarena.harness.run.published import named
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import kernel_spec
 

@@ -5,7 +5,7 @@ import itertools
 import pandas as pd
 import pytest
 
-from kvarena.experiments.plots import COLOURS, canvas, colour_of, colours_of, lines
+from kvarena.experiments.kit.plots import COLOURS, canvas, colour_of, colours_of, lines
 
 NEW = [f"allocator-{number}" for number in range(40)]
 

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments import portability
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.portability import OUTCOMES, Pair, read_releases
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.vattention import portability
+from kvarena.experiments.vattention.portability import OUTCOMES, Pair, read_releases
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
 

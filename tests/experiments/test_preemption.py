@@ -8,14 +8,19 @@ import pytest
 
 from kvarena.allocators.policy import SwapIn
 from kvarena.errors import UserError
-from kvarena.experiments.block_sweep import variants
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.preemption import AS_DRAWN, preempting, ways
-from kvarena.experiments.preemption_cost import RECOMPUTE, PreemptionBench, modelled_costs, scattered_policy
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.block_sweep import variants
+from kvarena.experiments.pagedattention.preemption import AS_DRAWN, preempting, ways
+from kvarena.experiments.pagedattention.preemption_cost import (
+    RECOMPUTE,
+    PreemptionBench,
+    modelled_costs,
+    scattered_policy,
+)
 from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import is_earned, named
-from kvarena.harness.summary import beside_published, read_published
+from kvarena.harness.record.summary import beside_published, read_published
+from kvarena.harness.run.published import is_earned, named
 
 SHORT = ("arrival.duration_s=60", "arrival.rate=3", "params.replay_block_sizes=[8,16]")
 TINY = (

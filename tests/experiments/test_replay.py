@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, pool_bytes_of, trace_named, workload_of
-from kvarena.harness.run import Run
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, pool_bytes_of, trace_named, workload_of
+from kvarena.harness.run.run import Run
 
 WASTE = "experiment=memory_waste"
 SMALL = ("clock=measured", "device=cpu", "model=tiny-opt", "arrival.duration_s=0.05", "arrival.rate=200",

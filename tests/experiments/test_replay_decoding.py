@@ -3,12 +3,12 @@
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.replay import Replayer, requests_of, workload_of
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
-from kvarena.harness.metrics import memory_saving, summarize
-from kvarena.harness.prefix import Prefix
-from kvarena.harness.published import differences
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.replay import Replayer, requests_of, workload_of
+from kvarena.harness.record.metrics import memory_saving, summarize
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.run.published import differences
 
 WASTE = ("experiment=memory_waste", "systems=[paged]", "arrival.duration_s=10")
 SMALL = ("clock=measured", "device=cpu", "model=tiny-opt", "arrival.duration_s=0.05", "arrival.rate=200",

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.report import write_report
+from kvarena.experiments.command.report import write_report
 from kvarena.harness.paths import PUBLISHED, RESULTS
+from kvarena.harness.record.summary import frame, read_published, row
 from kvarena.harness.scorecard.claims import load_claims
-from kvarena.harness.summary import frame, read_published, row
 
 LOADING = {"src", "srcset", "poster", "data", "action", "background"}  # attributes that make a browser fetch something
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="90" height="30"><circle cx="15" cy="15" r="9"/></svg>'

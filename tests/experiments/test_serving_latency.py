@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.latency_curve import chosen_panels
-from kvarena.experiments.latency_error import log_errors, rms
-from kvarena.experiments.serving_latency import HEADLINE
-from kvarena.experiments.serving_panels import curves_of
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.latency_curve import chosen_panels
+from kvarena.experiments.kit.latency_error import log_errors, rms
+from kvarena.experiments.pagedattention.serving_latency import HEADLINE
+from kvarena.experiments.pagedattention.serving_panels import curves_of
 
 
 def panel(*rates: float, duration_s: int = 30, device: str = "a100-40gb") -> str:

@@ -8,10 +8,10 @@ import pytest
 
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
-from kvarena.experiments import beam_search, chatbot, parallel_sampling, shared_prefix, sharing_savings
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.sharing_savings import savings
-from kvarena.harness.published import differences
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.pagedattention import beam_search, chatbot, parallel_sampling, shared_prefix, sharing_savings
+from kvarena.experiments.pagedattention.sharing_savings import savings
+from kvarena.harness.run.published import differences
 
 CROSSING, LATENCY = "rate_at_0.5_s_per_token", "normalized_latency_vs_rate"
 SHORT = ("arrival.duration_s=60", "params.tolerance=0.2", "params.shares=[]")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from kvarena.experiments.sharing_view import draw_story, paged, vattention
+from kvarena.experiments.ours.sharing_view import draw_story, paged, vattention
 
 
 def shared(moment) -> int:

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from kvarena.experiments import memory_waste, sweep
-from kvarena.experiments.over_seeds import over_seeds
-from kvarena.experiments.sweep import Sweep
-from kvarena.harness.published import OURS
-from kvarena.harness.record import Frames, Measured, Outcome, Recorder
-from kvarena.harness.summary import COLUMNS
+from kvarena.experiments.command import sweep
+from kvarena.experiments.command.over_seeds import over_seeds
+from kvarena.experiments.command.sweep import Sweep
+from kvarena.experiments.pagedattention import memory_waste
+from kvarena.harness.record.record import Frames, Measured, Outcome, Recorder
+from kvarena.harness.record.summary import COLUMNS
+from kvarena.harness.run.published import OURS
 
 NAN = float("nan")
 
@@ -50,7 +51,7 @@ def test_a_job_killed_before_it_forgets_its_cells_leaves_none(runs: Path, monkey
     whole = begun("a=1,2")
     (folder,) = (runs / ".unfinished").iterdir()
     with monkeypatch.context() as killed:
-        killed.setattr("kvarena.harness.record.shutil.rmtree", lambda *_, **__: None)  # died between the two
+        killed.setattr("kvarena.harness.record.record.shutil.rmtree", lambda *_, **__: None)  # died between the two
         finish("a=1", value=1.0)
     (folder / ".job-2-written-half").mkdir()
     (folder / ".job-2-written-half" / "summary.csv").touch()

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.summary import PUBLISHED_KEY, read_published
+from kvarena.harness.record.summary import PUBLISHED_KEY, read_published
 
 
 def published() -> pd.DataFrame:

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.decode_modelled import named_at
-from kvarena.experiments.long_contexts import runs_of_long_contexts
-from kvarena.experiments.published_models import runs_by_model
-from kvarena.harness.published import named
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.long_contexts import runs_of_long_contexts
+from kvarena.experiments.kit.published_models import runs_by_model
+from kvarena.experiments.vattention.decode_modelled import named_at
+from kvarena.harness.run.published import named
 from kvarena.harness.trace import published_files
 
 LENGTHS = "prompt_tokens,output_tokens\n64000,60\n90000,200\n70000,20\n80000,90\n"

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command.compose import compose_run
 
 SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.capacity_duration_s=60", "params.tolerance=0.2")
 

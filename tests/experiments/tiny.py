@@ -8,12 +8,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kvarena.experiments import registry
+from kvarena.experiments.command import registry
 from kvarena.harness.config import GROUPS, check_overrides, load
 from kvarena.harness.paths import CONF
-from kvarena.harness.record import Frames, Recorder
-from kvarena.harness.run import Run
-from kvarena.harness.schemas import schema_of
+from kvarena.harness.record.record import Frames, Recorder
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.schemas import schema_of
 
 # (experiment, clock) -> overrides of its defaults
 _FEW = "systems=[orca-max,paged,vattention-64kb]"

@@ -1,7 +1,7 @@
 """Batches small enough to follow by hand: blocks of 4 tokens, sequences of 64 at most."""
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.harness.scheduler.registry import config_class, make_scheduler
 
 LAYOUT = attention_layout(1, 1, 8)

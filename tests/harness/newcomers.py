@@ -2,9 +2,9 @@
 
 import inspect
 
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 STATED = ("block_size", "geometries")  # what a policy says of itself, and what follows from it
 FROM_STATED = ("block_bytes",)

@@ -3,14 +3,14 @@
 import pandas as pd
 import pytest
 
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.static import StaticPolicy
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.reservation.static import StaticPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
-from kvarena.harness.action_prices import action_prices
 from kvarena.harness.config import load, typed
-from kvarena.harness.device_model import DeviceConfig
 from kvarena.harness.model import load_preset
+from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.paths import PUBLISHED
 
 LAYOUT = load_preset("opt-13b").kv_layout()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import expon, gamma, kstest
 
 from kvarena.errors import UserError
-from kvarena.harness.arrival import PS, ArrivalConfig, check, draw_arrivals
 from kvarena.harness.config import load, names, typed
+from kvarena.harness.trace.arrival import PS, ArrivalConfig, check, draw_arrivals
 
 N = 50_000
 

@@ -14,26 +14,26 @@ from two_clocks import Keeper, Scripted, noted_decisions
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
+from kvarena.experiments.ours.prefix_hits import count_hits
 from kvarena.harness.config import load, typed
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.decoder import Decoder
-from kvarena.harness.engine import Engine
-from kvarena.harness.group import Group
-from kvarena.harness.metrics import reused_share
+from kvarena.harness.engine.engine import Engine
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
-from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
-from kvarena.harness.prefix import Prefix
-from kvarena.harness.prefix_hits import count_hits
-from kvarena.harness.prompt import block_spans, conversation_span
-from kvarena.harness.prompt_names import PromptNames
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.request_list import make_requests
-from kvarena.harness.request_log import request_frame
+from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.record.metrics import reused_share
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.requests.prompt import block_spans, conversation_span
+from kvarena.harness.requests.prompt_names import PromptNames
+from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.requests.request_list import make_requests
+from kvarena.harness.requests.request_log import request_frame
+from kvarena.harness.requests.workload import Workload
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.step_model import StepModel
-from kvarena.harness.workload import Workload
 from kvarena.kernels.registry import get_kernel
 
 MAX_TOKENS = 96
@@ -362,7 +362,7 @@ def test_groups_that_are_recomputed_find_their_prompt():
 
 
 def test_the_engine_finds_what_the_count_says():
-    """One request at a time in a large pool: as `prefix_hits.py` counts them."""
+    """One request at a time in a large pool: as `experiments/ours/prefix_hits.py` counts them."""
     rng = np.random.default_rng(0)
     shapes = [(int(rng.integers(3)), int(rng.integers(8)), int(rng.integers(1, 64)), 1, GREEDY) for _ in range(60)]
     load = load_of(shapes)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.capacity import capacity, crossing, paired_ratio
+from kvarena.harness.record.capacity import capacity, crossing, paired_ratio
 
 
 @pytest.mark.parametrize("guess", [0.01, 1.9, 2.0, 2.1, 300])

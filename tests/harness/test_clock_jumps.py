@@ -11,13 +11,13 @@ from kvarena.allocators.kv_layout import KVLayout, attention_layout, sliding_lay
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.harness.config import load, typed
-from kvarena.harness.engine import Engine, Replay
-from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.engine.engine import Engine, Replay
+from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.scheduler.scheduler import by_arrival
-from kvarena.harness.step_model import StepModel
 
 MAX_TOKENS = 96
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=64, head_size=128)  # a page-group of 64 KB holds 4 tokens

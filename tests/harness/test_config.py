@@ -6,13 +6,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.harness.arrival import UNDRAWN
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.config import check_once, load, names
-from kvarena.harness.fit import misfit
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import CONF
-from kvarena.harness.systems import kept
+from kvarena.harness.run.fit import misfit
+from kvarena.harness.run.systems import kept
+from kvarena.harness.trace.arrival import UNDRAWN
 
 DECODE = "experiment=decode_throughput"
 

@@ -3,10 +3,10 @@
 import pytest
 
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
-from kvarena.harness.conformance import check_serving
+from kvarena.harness.testing.conformance import check_serving
 
 PADDED = "fastertransformer"  # its batches need its own scheduler
 OPTIONS = {"vattention": {"page_group": "64KB", "max_rows": 12}}

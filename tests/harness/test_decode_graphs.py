@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_leaves
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.errors import UserError
-from kvarena.harness import decode_graphs, torch_executor
-from kvarena.harness.decode_graphs import SHORTEST, CudaCapture, DecodeGraphs, rounded_up
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.measured import decode_graphs, torch_executor
+from kvarena.harness.measured.decode_graphs import SHORTEST, CudaCapture, DecodeGraphs, rounded_up
+from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model import load_preset
 from kvarena.harness.model.build import build_model
-from kvarena.harness.request import Request
+from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.catalogue import SDPA, TRITON
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.layout import Layout

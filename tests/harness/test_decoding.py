@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarena.errors import UserError
-from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.decoding.beam import first_generation, log_softmax, next_generation
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.decoding.sampling import sample
 from kvarena.harness.decoding.survival import seated, sources, survivors
-from kvarena.harness.request_list import check_width, make_requests
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.request_list import check_width, make_requests
+from kvarena.harness.requests.workload import make_workload
+from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
-from kvarena.harness.workload import make_workload
 
 RNG = np.random.default_rng(1)
 PARALLEL = DecodingConfig("parallel", 4)

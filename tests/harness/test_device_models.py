@@ -8,15 +8,15 @@ from omegaconf import OmegaConf
 from kvarena.allocators.policy import CopyBlock, Map, SwapIn, SwapOut, Unmap
 from kvarena.errors import UserError
 from kvarena.harness.config import load, names, typed
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine_config import EngineConfig
-from kvarena.harness.kv_pool import kv_pool_bytes
 from kvarena.harness.model import ModelConfig
-from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor, load_of
-from kvarena.harness.request import Request
-from kvarena.harness.roofline import step_model_of
-from kvarena.harness.step import PrefillChunk, StepPlan
-from kvarena.harness.step_model import StepLoad, StepModel
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.kv_pool import kv_pool_bytes
+from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor, load_of
+from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.modelled.step_model import StepLoad, StepModel
+from kvarena.harness.requests.request import Request
+from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 
 MS = 10**9  # picoseconds
 

@@ -3,14 +3,14 @@
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.harness.engine import Engine
-from kvarena.harness.modelled_executor import ActionPrices, ModelledExecutor
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.request_log import request_frame
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.step_log import COLUMNS
+from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.requests.request_log import request_frame
 from kvarena.harness.scheduler.vllm import VllmConfig, VllmScheduler
-from kvarena.harness.step_log import COLUMNS
-from kvarena.harness.step_model import StepModel
 
 LAYOUT = attention_layout(1, 1, 8)
 BLOCK_BYTES = 4 * LAYOUT.token_bytes

@@ -13,14 +13,14 @@ from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.harness.config import load, typed
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
 from kvarena.harness.decoding.decoder import Decoder
 from kvarena.harness.decoding.sampling import sample
-from kvarena.harness.engine import Engine
-from kvarena.harness.group import Group
+from kvarena.harness.engine.engine import Engine
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.kernels.registry import get_kernel

@@ -4,15 +4,15 @@ import pytest
 from by_hand import BLOCK_BYTES, LAYOUT, make, paged
 
 from kvarena.allocators.actions import CopyBlock, SwapIn, SwapOut
-from kvarena.allocators.orca import OrcaPolicy
+from kvarena.allocators.reservation.orca import OrcaPolicy
 from kvarena.errors import UserError
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
-from kvarena.harness.engine import Engine
-from kvarena.harness.group import Group, catch_up
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.prefix import Prefix
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.step_model import StepModel
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.group import Group, catch_up
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.requests.request import Request, RequestState
 
 
 def gangs_of(*shapes, prefix=None):
@@ -92,7 +92,7 @@ def test_orca_reserves_for_each_or_admits_none():
 
 
 def test_fastertransformer_batches_equal_numbers_of_sequences():
-    from kvarena.allocators.fastertransformer import FasterTransformerPolicy
+    from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
 
     policy = FasterTransformerPolicy(LAYOUT, 2000 * LAYOUT.token_bytes, max_tokens=64, batch_size=9)
     scheduler = make("fastertransformer", policy)

@@ -7,21 +7,21 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.harness.config import load, typed
-from kvarena.harness.decoding.config import GREEDY, DecodingConfig
-from kvarena.harness.engine import Engine
-from kvarena.harness.group import Group
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.prefix import Prefix
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.step_model import StepModel
 
 MAX_TOKENS = 64
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=64, head_size=128)  # a page-group of 64 KB holds 4 tokens

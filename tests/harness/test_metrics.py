@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from kvarena.allocators.fastertransformer import FasterTransformerPolicy
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
 from kvarena.errors import UserError
-from kvarena.harness.decoding.config import DecodingConfig
-from kvarena.harness.engine import Engine
-from kvarena.harness.metrics import goodput, inter_token_quantiles, latencies, makespan_s, rate_asked, summarize
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.request import Request, RequestState
-from kvarena.harness.request_list import make_requests
-from kvarena.harness.request_log import request_frame
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.record.metrics import goodput, inter_token_quantiles, latencies, makespan_s, rate_asked, summarize
+from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.requests.request_list import make_requests
+from kvarena.harness.requests.request_log import request_frame
+from kvarena.harness.requests.workload import Workload
 from kvarena.harness.scheduler.registry import config_class, make_scheduler
-from kvarena.harness.step_model import StepModel
-from kvarena.harness.workload import Workload
 
 S = 10**12
 LAYOUT = attention_layout(1, 1, 8)

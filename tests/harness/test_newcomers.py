@@ -4,19 +4,19 @@ import pytest
 from newcomers import NewcomerBlocks, NewcomerRows
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.paged_store import PagedStore
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.store import PagedStore
 from kvarena.allocators.policy import CopyBlock, CopyRow, Map, Sequence, SwapIn, SwapOut, Unmap
-from kvarena.allocators.static import StaticPolicy
+from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention import VAttentionPolicy
-from kvarena.allocators.virtual_store import VirtualStore
+from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.errors import UserError
-from kvarena.harness.action_prices import action_prices
 from kvarena.harness.config import load, typed
-from kvarena.harness.conformance import check_serving
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.modelled_executor import ActionPrices
+from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.modelled_executor import ActionPrices
+from kvarena.harness.testing.conformance import check_serving
 
 A100 = typed(DeviceConfig, load("device", "a100-40gb"), "device")
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=2, head_size=64, dtype="float32")

@@ -9,21 +9,21 @@ import pytest
 
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.usage import Usage, paper_rollup, paper_vllm_rollup
-from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.config import load, typed
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine_config import EngineConfig
-from kvarena.harness.metrics import latencies
+from kvarena.harness.engine.engine import Engine
 from kvarena.harness.model import ModelConfig
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.request import Request
-from kvarena.harness.request_log import request_frame
-from kvarena.harness.roofline import step_model_of
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.record.metrics import latencies
+from kvarena.harness.requests.request import Request
+from kvarena.harness.requests.request_log import request_frame
+from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
-from kvarena.harness.workload import make_workload
 
 S = 10**12
 SCHEDULERS = {"paged": "vllm", "fastertransformer": "fastertransformer"}  # the others are Orca's

@@ -8,18 +8,18 @@ import torch
 from kvarena.allocators.policy import Map, Policy
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.stores import make_store
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model import load_preset
 from kvarena.harness.model.build import assemble, build_model
 from kvarena.harness.model.contract import Model
 from kvarena.harness.model.reference import Reference
 from kvarena.harness.model.weights import weights_from_hf
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_config
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.step import Executor
-from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.harness.scheduler.step import Executor
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec, missing
 

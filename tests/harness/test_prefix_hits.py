@@ -9,12 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged import PagedPolicy
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
-from kvarena.harness.prefix_hits import count_blocks, count_hits, count_ids
+from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
+from kvarena.harness.requests.block_ids import block_ids
 from kvarena.harness.trace import TraceConfig, load_trace
-from kvarena.harness.trace.block_ids import block_ids
 
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=8, head_size=128)  # 64 KB hold 32 tokens of a layer
 UNIT = 32

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvarena.harness import provenance
+from kvarena.harness.record import provenance
 
 
 @pytest.fixture

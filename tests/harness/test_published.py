@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.compose import compose_run
-from kvarena.experiments.seeds import seeded
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.kit.seeds import seeded
 from kvarena.harness.config import load, names
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import OURS, differences, is_earned, named
-from kvarena.harness.run import Run
-from kvarena.harness.summary import read_published
+from kvarena.harness.record.summary import read_published
+from kvarena.harness.run.published import OURS, differences, is_earned, named
+from kvarena.harness.run.run import Run
 
 WASTE = "experiment=memory_waste"
 PANEL = "OPT-13B ShareGPT"
@@ -82,7 +82,7 @@ def test_another_seed_is_another_point() -> None:
 
 
 def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
-    from kvarena.harness.roofline import make_step_model
+    from kvarena.harness.modelled.roofline import make_step_model
 
     run = compose_run(WASTE)
     for other in (replace(run.device, name="h200"), replace(run.device, name="a100-80gb")):

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness import record
-from kvarena.harness.record import Frames, Measured, Outcome, Recorder, read_frames
+from kvarena.harness.record import record
+from kvarena.harness.record.record import Frames, Measured, Outcome, Recorder, read_frames
 
 TABLE = pd.DataFrame({"a": [1, 2]})
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from kvarena.allocators.block_tables import BlockTables
+from kvarena.allocators.paged.block_tables import BlockTables
 from kvarena.errors import UserError
-from kvarena.experiments import cli
+from kvarena.experiments.command import cli
 from kvarena.harness.regression import baseline, exact, gate
 from kvarena.harness.regression.replays import run_all
 from kvarena.harness.regression.verdict import Status, Verdict

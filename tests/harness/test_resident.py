@@ -4,9 +4,9 @@ import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Map, Sequence
-from kvarena.allocators.vattention import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
-from kvarena.harness.resident import make_resident
+from kvarena.harness.engine.resident import make_resident
 
 LAYOUT = attention_layout(num_layers=2, num_kv_heads=64, head_size=128)  # a page-group of 64 KB holds 4 tokens
 

@@ -10,7 +10,7 @@ from kvarena.allocators.registry import config_class as allocator_config
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.harness.config import load, names, typed
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import SCHEDULERS, config_class, make_scheduler
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.record.statistics import Estimate
+from kvarena.harness.record.summary import SummaryRow, frame, read_published, row
 from kvarena.harness.scorecard.claims import ARITHMETIC, CLAIMS, COLUMNS, load_claims
 from kvarena.harness.scorecard.expression import evaluate, points_of
 from kvarena.harness.scorecard.figures import compare, not_run
 from kvarena.harness.scorecard.judge import Verdict, answered, judge
 from kvarena.harness.scorecard.kept_runs import KeptRun, MissingPointError, Published, kept_runs
 from kvarena.harness.scorecard.rule import Direction, Tolerance
-from kvarena.harness.statistics import Estimate
-from kvarena.harness.summary import SummaryRow, frame, read_published, row
 
 TABLE = read_published(PUBLISHED)
 THEIRS = Published(TABLE)

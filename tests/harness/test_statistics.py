@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 
 
 def test_six_samples_are_the_fewest_that_reach_95_percent() -> None:

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.statistics import Estimate
-from kvarena.harness.summary import COLUMNS, beside_published, frame, read_published, row
+from kvarena.harness.record.statistics import Estimate
+from kvarena.harness.record.summary import COLUMNS, beside_published, frame, read_published, row
 
 WHOSE = "experiment paper figure panel system setup label allocator kernel model quantity x"
 WHAT = "value unit n ci_low ci_high clock device evidence"

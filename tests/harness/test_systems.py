@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from kvarena.allocators import registry as allocators
-from kvarena.allocators.static import StaticPolicy
+from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.errors import UserError
-from kvarena.experiments import compose
-from kvarena.experiments.compose import compose_run
+from kvarena.experiments.command import compose
+from kvarena.experiments.command.compose import compose_run
 from kvarena.harness import config
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.paths import CONF
-from kvarena.harness.run import Run
-from kvarena.harness.schemas import of
-from kvarena.harness.systems import System, as_filed, described, distinct, kept, said
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.schemas import of
+from kvarena.harness.run.systems import System, as_filed, described, distinct, kept, said
 
 Add = Callable[[str, str], None]
 NUMBA = ["static-numba", "paged-numba"]

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from kvarena.allocators.paged import PagedPolicy
+from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.stores import make_store
-from kvarena.harness import torch_executor
+from kvarena.harness.measured import torch_executor
+from kvarena.harness.measured.timed_call import wait_for
+from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model import load_preset
 from kvarena.harness.model.build import build_model
-from kvarena.harness.request import Request
-from kvarena.harness.step import PrefillChunk, StepPlan
-from kvarena.harness.timed_call import wait_for
-from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.harness.requests.request import Request
+from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 from kvarena.kernels.registry import get_kernel
 
 

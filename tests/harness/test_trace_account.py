@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.config import load, typed
-from kvarena.harness.file_arrivals import ASKED, chosen_arrivals
+from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.trace import TraceConfig, load_trace, published_files, told
 from kvarena.harness.trace.account import account_of
+from kvarena.harness.trace.arrival import ArrivalConfig
+from kvarena.harness.trace.file_arrivals import ASKED, chosen_arrivals
 from kvarena.harness.trace.published_files import filter_of, is_published
-from kvarena.harness.workload import make_workload
 
 ARTIFACT = ArrivalConfig("artifact", rate=4.0, duration_s=900)
 PROMPT, LONG = 863, 2000  # tokens, and 100 of output: 963, and 2100

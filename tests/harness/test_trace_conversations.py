@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.errors import UserError
-from kvarena.harness.arrival import ArrivalConfig
 from kvarena.harness.config import load, typed
+from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.trace import TraceConfig, load_trace
+from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.chatbot_order import chatbot_order
 from kvarena.harness.trace.length_table import length_table
 from kvarena.harness.trace.tabulate_lengths import tabulate
-from kvarena.harness.workload import make_workload
 
 TABLE = TraceConfig(table="sharegpt_multiturn")
 ARRIVALS = ArrivalConfig(process="artifact", rate=1.0, duration_s=600)

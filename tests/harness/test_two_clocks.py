@@ -7,15 +7,15 @@ from two_clocks import Keeper, Scripted, noted_decisions
 
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
-from kvarena.harness.clock import ModelledClock, WallClock
 from kvarena.harness.config import load, typed
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine.clock import ModelledClock, WallClock
+from kvarena.harness.engine.engine import Engine
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.model.build import build_model
-from kvarena.harness.request import Request, RequestState
+from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.step import Executor, StepTime
+from kvarena.harness.scheduler.step import Executor, StepTime
 from kvarena.kernels.registry import get_kernel
 
 CONFIG = typed(ModelConfig, load("model", "tiny-llama"), "model")

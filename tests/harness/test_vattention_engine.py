@@ -6,16 +6,16 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.attention_cost import AttentionCost, HostTime
 from kvarena.harness.config import load, typed
-from kvarena.harness.device_model import DeviceConfig
-from kvarena.harness.engine_config import EngineConfig
 from kvarena.harness.model import load_preset
+from kvarena.harness.modelled.attention_cost import AttentionCost, HostTime
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad, StepModel
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.published import Point
-from kvarena.harness.roofline import step_model_of
-from kvarena.harness.step_model import PS_PER_S, StepLoad, StepModel
-from kvarena.harness.summary import read_published
+from kvarena.harness.record.summary import read_published
+from kvarena.harness.run.published import Point
 
 ENGINE: EngineConfig = typed(EngineConfig, load("engine", "sarathi2024"), "engine")
 A100: DeviceConfig = typed(DeviceConfig, load("device", "a100-80gb"), "device")

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.arrival import PS, ArrivalConfig
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.paths import CONF
+from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.trace import TraceConfig, load_trace
-from kvarena.harness.workload import make_workload
+from kvarena.harness.trace.arrival import PS, ArrivalConfig
 
 SHAREGPT = TraceConfig(table="sharegpt", filter="paper_artifact")
 

@@ -1,9 +1,9 @@
 """Holding two clocks to the same decisions: what a real replay said and decided, and one told its step times."""
 
-from kvarena.harness.modelled_executor import ModelledExecutor
-from kvarena.harness.step import StepTime
-from kvarena.harness.step_model import StepModel
-from kvarena.harness.torch_executor import TorchExecutor
+from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.scheduler.step import StepTime
 
 
 class Keeper(TorchExecutor):

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.kernels import fa2, fa3, torch_flash, vllm_library, vllm_paged
 from kvarena.kernels.catalogue import CATALOGUE, FA3
-from kvarena.kernels.flash_attn import FlashAttnAttention
 from kvarena.kernels.layout import Layout
+from kvarena.kernels.libraries import fa2, fa3, vllm_library, vllm_paged
+from kvarena.kernels.libraries.flash_attn import FlashAttnAttention
 from kvarena.kernels.random_batch import Shapes
 from kvarena.kernels.reference import attend_sequence, reference_attention
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
+from kvarena.kernels.torch import torch_flash
 
 # Signatures as vLLM 0.20.2 and 0.30.0 declare them, and torch 2.11 and 2.13.
 FA3_FORWARD = """forward(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.kernels.flashinfer import FlashInferAttention, as_pages, page_table
+from kvarena.kernels.libraries.flashinfer import FlashInferAttention, as_pages, page_table
 from kvarena.kernels.random_batch import Shapes
 from kvarena.kernels.reference import attend_sequence, reference_attention
 
@@ -70,7 +70,7 @@ def kernel(monkeypatch):
     module.BatchDecodeWithPagedKVCacheWrapper = FakeDecode
     module.BatchPrefillWithPagedKVCacheWrapper = FakePrefill
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    monkeypatch.setattr("kvarena.kernels.flashinfer.WORKSPACE_BYTES", 1)
+    monkeypatch.setattr("kvarena.kernels.libraries.flashinfer.WORKSPACE_BYTES", 1)
     return FlashInferAttention()
 
 

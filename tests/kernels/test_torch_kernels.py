@@ -5,11 +5,11 @@ from shutil import which
 import pytest
 import torch
 
-from kvarena.kernels.flex import FlexAttention
-from kvarena.kernels.gather_sdpa import GatherSDPAAttention
 from kvarena.kernels.random_batch import Shapes
 from kvarena.kernels.reference import reference_attention
-from kvarena.kernels.sdpa import SDPAAttention
+from kvarena.kernels.torch.flex import FlexAttention
+from kvarena.kernels.torch.gather_sdpa import GatherSDPAAttention
+from kvarena.kernels.torch.sdpa import SDPAAttention
 
 LENGTHS = [1, 16, 130, 300]
 QUERIES = [1, 16, 130, 140]  # whole prompts, and the last chunk of one

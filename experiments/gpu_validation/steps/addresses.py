@@ -15,7 +15,7 @@ from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.harness.memory import available_bytes
+from kvarena.harness.measured.memory import available_bytes
 
 SLOTS = 8
 

@@ -7,7 +7,7 @@ import torch
 
 from kvarena.experiments.gpu_validation.record import Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.harness.timed_call import seconds
+from kvarena.harness.measured.timed_call import seconds
 
 BYTES = {"cuda": 8 << 30, "cpu": 64 << 20}
 SQUARE = {"cuda": 8192, "cpu": 512}

@@ -5,7 +5,7 @@ from pathlib import Path
 from kvarena.experiments.gpu_validation.record import NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.experiment_run import finished, medians
-from kvarena.harness.statistics import median_interval
+from kvarena.harness.record.statistics import median_interval
 from kvarena.kernels.registry import kernel_spec, missing
 
 ALLOCATORS = ("static", "paged", "vattention")

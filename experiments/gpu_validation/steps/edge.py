@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kvarena.allocators.batch_view import make_view
+from kvarena.allocators.memory.batch_view import make_view
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vmm.driver import Driver
 from kvarena.allocators.vmm.drivers import make_driver

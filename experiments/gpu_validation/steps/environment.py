@@ -24,7 +24,7 @@ def run(case: str, context: Context) -> Values:
     """Write environment.json. Raises NotRunError where a GPU was to be validated and there is none."""
     import torch
 
-    from kvarena.harness.provenance import git_state, libraries, machine
+    from kvarena.harness.record.provenance import git_state, libraries, machine
 
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {

@@ -12,9 +12,9 @@ from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, 
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.driver_contract import run_tests
 from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, Keeper, make_model, serve
-from kvarena.harness.decode_graphs import DecodeGraphs
+from kvarena.harness.measured.decode_graphs import DecodeGraphs
 from kvarena.harness.paths import ROOT
-from kvarena.harness.step import StepPlan
+from kvarena.harness.scheduler.step import StepPlan
 from kvarena.kernels.view import BatchView
 
 KERNELS_ALONE = "kernels alone"

@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvarena.allocators.memory.store import Store
 from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.store import Store
 from kvarena.allocators.stores import make_store
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.harness.config import load, typed
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine.engine import Engine
+from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model import load_preset
 from kvarena.harness.model.build import build_model
 from kvarena.harness.model.contract import Model
-from kvarena.harness.request import Request
+from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.torch_executor import TorchExecutor
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel
 

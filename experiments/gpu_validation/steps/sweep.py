@@ -17,7 +17,7 @@ from torch import Tensor
 from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.kernels import ARRANGEMENTS, TOLERANCE, kernel_names
-from kvarena.harness.timed_call import captured, seconds
+from kvarena.harness.measured.timed_call import captured, seconds
 from kvarena.kernels.arrangement import Arrangement, arranged
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.kernel import AttentionKernel

@@ -1,0 +1,1 @@
+"""Bytes: stores, and what they share whatever the policy."""

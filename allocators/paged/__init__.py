@@ -1,0 +1,1 @@
+"""PagedAttention's allocator: blocks on demand, found through block tables (SOSP '23, section 4)."""

@@ -1,0 +1,1 @@
+"""Static reservation: Orca's three, FasterTransformer, and reservations in whole rows."""

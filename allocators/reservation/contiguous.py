@@ -1,0 +1,49 @@
+"""One contiguous chunk of exactly the estimated length, by best fit: Orca's allocator without its powers of two.
+
+No paper has it. Beside Orca it shows what rounding costs; beside `paged_reserved`, what contiguity costs.
+"""
+
+from dataclasses import dataclass
+
+from kvarena.allocators.arena import Chunk
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.policy import Sequence
+from kvarena.allocators.reservation.best_fit import BestFitAllocator
+from kvarena.allocators.reservation.estimate import estimator
+from kvarena.allocators.reservation.ledger import position_bytes
+from kvarena.allocators.reservation.policy import ReservingPolicy
+from kvarena.kernels.layout import Layout
+
+
+@dataclass
+class ContiguousConfig:
+    """conf/allocator/contiguous.yaml."""
+
+    name: str = "contiguous"
+    estimate: str = "oracle"  # max | pow2 | oracle
+
+
+class ContiguousPolicy(ReservingPolicy[Chunk]):
+    """Chunks of any number of tokens."""
+
+    name = "contiguous"
+    memory_layout = Layout.CONTIGUOUS
+
+    def __init__(self, kv_layout: KVLayout, pool_bytes: int, *, max_tokens: int, estimate: str = "oracle") -> None:
+        self._bound_of = estimator(estimate, max_tokens)
+        super().__init__(
+            kv_layout,
+            pool_bytes,
+            max_tokens=max_tokens,
+            unit_tokens=1,
+            bytes_of=position_bytes(kv_layout),
+            make_arena=BestFitAllocator,
+        )
+        self.row_tokens = 1  # tokens from one row to the next: rows overlap
+
+    def _bound(self, seq: Sequence) -> int:
+        return self._bound_of(seq)
+
+    def row(self, seq_id: int) -> int:
+        """First token of a sequence's chunk: its row is everything from there on."""
+        return self._places[seq_id][0]

@@ -1,0 +1,224 @@
+"""FasterTransformer's padded batches, as the PagedAttention paper runs them (section 6.1, and its artifact).
+
+Up to `batch_size` requests run to the end together. Every row is as wide as the longest prompt and the longest output
+of the batch, so what a shorter request does not fill is padding:
+
+    row 0   ....PPPPPPOOOO......        P prompt, O output, . padding
+    row 1   PPPPPPPPPPOOO.......        width = longest prompt + longest output
+    row 2   .......PPPOOOOOOOOOO
+
+The batch is open until its first step, and is given back as a whole. A row that is done goes on to the
+end of the batch; what is written past its final length is padding too.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from kvarena.allocators.actions import Action, CopyRow
+from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.memory.pending_copies import DueCopies, row_copies
+from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
+from kvarena.allocators.reservation.ledger import Extent, Ledger, resident_bytes
+from kvarena.allocators.usage import Usage
+from kvarena.errors import UserError
+from kvarena.kernels.layout import Layout
+
+
+@dataclass
+class FasterTransformerConfig:
+    """conf/allocator/fastertransformer.yaml."""
+
+    name: str = "fastertransformer"
+    batch_size: int = 5  # rows
+    max_padded_tokens: int = 2040  # widest row that a further request may cause
+
+
+class FasterTransformerPolicy(Policy):
+    """Rows of one padded batch, which lie one after the other from the start of the pool."""
+
+    name = "fastertransformer"
+    memory_layout = Layout.CONTIGUOUS
+    pads = True
+    row_tokens = 1  # tokens from one row index to the next: rows overlap
+
+    def __init__(
+        self,
+        kv_layout: KVLayout,
+        pool_bytes: int,
+        *,
+        max_tokens: int,
+        batch_size: int = 5,
+        max_padded_tokens: int = 2040,
+    ) -> None:
+        """Raises UserError where the batch size is not positive."""
+        if batch_size < 1:
+            raise UserError(f"allocator.batch_size: {batch_size} is not positive")
+        self.kv_layout = kv_layout
+        self.pool_bytes = pool_bytes
+        self.max_tokens = max_tokens
+        self._batch_size = batch_size
+        self._max_padded_tokens = min(max_padded_tokens, max_tokens)  # a row is no longer than the model's context
+        self._bytes_of = resident_bytes(kv_layout)
+        self._books = Ledger(self._bytes_of)
+        self._due = DueCopies(self._copies)
+        self._actions: list[Action] = []
+        self._start_batch()
+
+    def _start_batch(self) -> None:
+        self._open = True
+        self._rows: dict[int, int] = {}  # seq_id -> its row's ordinal, those that have left included
+        self._lengths: dict[int, int] = {}  # positions given, padding at the end included
+        self._prompt = self._output = 0  # the longest of the batch, tokens
+
+    @property
+    def width(self) -> int:
+        """Tokens of every row of the batch."""
+        return self._prompt + self._output
+
+    def fits_pool(self, seq: Sequence) -> bool:
+        """Whether it fits the context and, as a batch of one, the pool."""
+        return seq.final_tokens <= self.max_tokens and self._bytes_of(seq.final_tokens) <= self.pool_bytes
+
+    def can_admit(self, seq: Sequence, tokens: int) -> bool:
+        """Whether the batch is open, has a row left, and would be neither too wide nor too large."""
+        if not self._open or len(self._rows) == self._batch_size or tokens > seq.final_tokens:
+            return False
+        return self._has_room([seq])
+
+    def _has_room(self, seqs: Seq[Sequence]) -> bool:
+        """Whether the batch would be neither too wide nor too large with these rows."""
+        prompt = max(self._prompt, *(seq.prompt_tokens for seq in seqs))
+        width = prompt + max(self._output, *(seq.output_tokens for seq in seqs))
+        rows = len(self._rows) + len(seqs)
+        narrow = not self._rows or width <= self._max_padded_tokens
+        return narrow and rows <= self._batch_size and rows * self._bytes_of(width) <= self.pool_bytes
+
+    def admit(self, seq: Sequence, tokens: int) -> bool:
+        """Add a row to the batch; all rows become as wide as this one needs."""
+        if seq.seq_id in self._books.extents:
+            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        if not self.can_admit(seq, tokens):
+            return False
+        self._prompt = max(self._prompt, seq.prompt_tokens)
+        self._output = max(self._output, seq.output_tokens)
+        self._books.widen(self.width)
+        self._rows[seq.seq_id] = len(self._rows)
+        self._lengths[seq.seq_id] = tokens
+        self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
+        return True
+
+    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
+        """Whether the group fits the context, and as a batch of its own the pool. No prefix is kept."""
+        longest = max(seq.prompt_tokens for seq in seqs) + max(seq.output_tokens for seq in seqs)
+        return longest <= self.max_tokens and (
+            len(seqs) <= self._batch_size and len(seqs) * self._bytes_of(longest) <= self.pool_bytes
+        )
+
+    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
+        """Whether the batch is open, and takes a row for each member."""
+        return self._open and all(tokens <= seq.final_tokens for seq in seqs) and self._has_room(seqs)
+
+    def fork(self, parent_id: int, child: Sequence) -> bool:
+        """Copy a row: to a further row of an open batch, to the row of somebody who has left a closed one."""
+        if parent_id not in self._lengths:
+            raise NotResidentError(parent_id)
+        tokens = self._lengths[parent_id]
+        if not (self.admit(child, tokens) if self._open else self._inherit_row(child, tokens)):
+            return False
+        self._due.owe(parent_id, child.seq_id, tokens, self._actions)
+        return True
+
+    def register_prefix(self, prefix_id: int, tokens: int) -> bool:
+        """Raises UserError: a batch ends as a whole, so that nothing outlives it."""
+        raise UserError(f"allocator={self.name} keeps no prefixes: a batch is given back as a whole")
+
+    def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
+        if seq.seq_id in self._lengths:
+            raise ValueError(f"sequence {seq.seq_id} is resident already")
+        left = next((i for i in (seq.seq_id, *self._rows) if i in self._rows and i not in self._lengths), None)
+        if left is None or seq.final_tokens > self.width:
+            return False
+        self._rows[seq.seq_id] = self._rows.pop(left)
+        self._lengths[seq.seq_id] = tokens
+        self._books.add(
+            seq.seq_id, Extent(min(tokens, seq.final_tokens), seq.final_tokens, seq.final_tokens, self.width)
+        )
+        return True
+
+    def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[CopyRow]:
+        return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
+
+    def tokens_until_growth(self, seq_id: int) -> int:
+        """Tokens left in the row, which never gets wider once it has grown."""
+        return self.width - self._lengths[seq_id]
+
+    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Whether the row is wide enough."""
+        return tokens <= self.tokens_until_growth(seq_id)
+
+    def grow(self, seq_id: int, tokens: int = 1) -> bool:
+        """Fill `tokens` more positions of the row. From now on nobody joins the batch."""
+        if not self.can_grow(seq_id, tokens):
+            return False
+        self._open = False  # from here on it is known where rows begin
+        self._due.pay([seq_id], self._actions)
+        extent = self._books.extents[seq_id]
+        self._lengths[seq_id] += tokens
+        self._books.grow(seq_id, min(self._lengths[seq_id], extent.final) - extent.length)
+        return True
+
+    def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
+        """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
+        if self._due or self._actions:
+            return 0
+        extents = map(self._books.extents.__getitem__, seq_ids)
+        until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]
+        return min([super().quiet_steps(seq_ids, limit), *until_padding])
+
+    def release(self, seq_id: int) -> None:
+        """Leave the batch. Its memory stays attached until the last row has left."""
+        if seq_id not in self._lengths:
+            raise NotResidentError(seq_id)
+        self._open = False
+        self._due.leave(seq_id, self._actions)
+        self._actions = self._due.without_copies_to([self.row(seq_id)], self._actions)
+        self._books.remove(seq_id)
+        del self._lengths[seq_id]
+        if not self._books.extents:
+            self._start_batch()
+
+    def length(self, seq_id: int) -> int:
+        """Positions that the sequence has been given."""
+        return self._lengths[seq_id]
+
+    def row(self, seq_id: int) -> int:
+        """First token of a sequence's row. Known once the batch is closed."""
+        if seq_id not in self._lengths:
+            raise KeyError(seq_id)
+        return self._rows[seq_id] * self.width
+
+    def drain(self) -> list[Action]:
+        """Hand over the copies of prompts that members of a group are owed. A step begins: rows must not move now."""
+        self._open = not self._rows
+        actions, self._actions = self._actions, []
+        self._due.handed_over()
+        return actions
+
+    def usage(self, head: Sequence | None = None) -> Usage:
+        """Every byte in one leaf: padding is rounding, rows that have left are deferred."""
+        live, reserved, over_estimate, rounding = self._books.leaves()
+        batch_bytes = len(self._rows) * self._bytes_of(self.width)
+        deferred = batch_bytes - self._books.capacity_bytes
+        free = self.pool_bytes - batch_bytes
+        return Usage(live, 0, reserved, over_estimate, rounding, deferred, 0, free, 0, deferred=deferred)
+
+    def check_integrity(self) -> None:
+        """Recount the leaves, and that the batch keeps its limits."""
+        self._books.check_integrity()
+        if any(extent.capacity != self.width for extent in self._books.extents.values()):
+            raise IntegrityError(f"rows are not all {self.width} tokens wide: {self._books.extents}")
+        if not self._books.extents.keys() <= self._rows.keys() or len(self._rows) > self._batch_size:
+            raise IntegrityError(f"rows of {list(self._rows)}, extents of {list(self._books.extents)}")
+        if (usage := self.usage()).pool != self.pool_bytes or min(usage.leaves) < 0:
+            raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

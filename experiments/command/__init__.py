@@ -1,0 +1,1 @@
+"""What `./run.sh` runs: the command line, multiruns, folders, claims and the report."""

@@ -1,0 +1,135 @@
+"""A run from its configuration to its folder: measured first, then summarised and drawn.
+
+What was measured is never lost to a fault in what is made of it: it is kept, and `./run.sh summarize FOLDER` makes
+summary and figure of it with the code as it is then.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kvarena.errors import UserError
+from kvarena.experiments.command import registry
+from kvarena.harness.record.record import ADVICE, Frames, Measured, Outcome, Recorder, read_frames, write_summary
+from kvarena.harness.record.summary import frame, row
+from kvarena.harness.record.writing import explained
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run, from_plain
+from kvarena.harness.trace import told
+
+TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
+
+
+def carry_out(run: Run, recorder: Recorder) -> Outcome:
+    """Measure, summarise and draw."""
+    measured = measure(run, recorder)
+    try:
+        return made_of(run, measured)
+    except Exception:
+        folder = recorder.keep(measured)
+        print(
+            f"What was measured is kept: {folder}\nThe same command goes on from there; where the code has to be "
+            f"mended, ./run.sh summarize {folder} then makes the summary and the figure.",
+            file=sys.stderr,
+        )
+        raise
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """What the experiment measures, with an account of every trace that it told of."""
+    measured = registry.get(run.experiment).measure(run, recorder)
+    accounts = told.accounts()
+    if accounts:
+        measured.notes["traces"] = [str(account) for account in accounts]
+        measured.frames[TRACES] = pd.DataFrame(
+            {"trace": f"{number}: {a.name}, {a.source}", "quantity": name, "value": value, "unit": unit}
+            for number, a in enumerate(accounts, start=1)
+            for name, (value, unit) in a.quantities().items()
+        )
+    return measured
+
+
+def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
+    """The experiment's summary, and under it the accounts of its traces."""
+    summary = registry.get(run.experiment).summarize(run, frames)
+    if TRACES not in frames:
+        return summary
+    rows = frame(
+        row(each["value"], quantity=each["quantity"], unit=each["unit"],
+            **named(run, label=f"{registry.ACCOUNT}{each['trace']}", counted=True))
+        for each in frames[TRACES].to_dict("records")
+    )  # fmt: skip
+    return pd.concat([summary, rows], ignore_index=True)
+
+
+def made_of(run: Run, measured: Measured) -> Outcome:
+    """Summary and figure of what was measured."""
+    module = registry.get(run.experiment)
+    summary = summary_of(run, measured.frames)
+    figure = registry.drawn(run.experiment, summary)
+    figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
+    return Outcome(measured, summary, module.HEADLINE, figure)
+
+
+def resolved_in(folder: Path) -> Run:
+    """The run that a folder was written by. Raises UserError where there is none, or there are several."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no config.yaml, so it is not the folder of a run")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict) or "experiment" not in config:
+        several = " but of a multirun, which has those of its runs in jobs/" if (folder / "jobs").is_dir() else ""
+        raise UserError(f"{folder}: is not the folder of a run{several}")
+    module = registry.get(str(config["experiment"]))
+    if config.get("clock") not in module.READS:
+        raise UserError(f"{path}: clock {config.get('clock')!r} is none of {', '.join(module.READS)}")
+    try:
+        run = from_plain({str(key): value for key, value in config.items()}, module.Params, module.READS)
+    except KeyError as error:
+        raise UserError(f"{path}: lacks {error}: it is not what a run wrote") from error
+    return replace(run, gpu=_gpu_of(folder))
+
+
+def _gpu_of(folder: Path) -> str | None:
+    """The GPU that a folder's run was measured on, whatever there is here; None where there was none."""
+    record = folder / "provenance.json"
+    try:
+        machine = json.loads(record.read_text(encoding="utf-8")).get("machine") or {} if record.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{record}: cannot be read: {error}") from error
+    gpu: str | None = machine.get("gpu")
+    return gpu
+
+
+class _Frames(dict[str, pd.DataFrame]):
+    """The frames of a folder; one that is asked for and missing is the user's to find."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            super().__init__(read_frames(folder))
+        except (ValueError, OSError) as error:  # what pyarrow raises for a file that is no Parquet, or half of one
+            raise UserError(f"{folder}: a frame cannot be read: {error}") from error
+
+    def __missing__(self, name: str) -> pd.DataFrame:
+        raise UserError(f"{self._folder}: {name}.parquet is missing, and the summary is made of it")
+
+
+def summarize(folder: Path) -> Outcome:
+    """Make summary and figure of the frames of a folder, with today's code. Raises UserError for what is no run."""
+    run, frames = resolved_in(folder), _Frames(folder)
+    if not frames:
+        raise UserError(f"{folder}: holds no frames (*.parquet) to make a summary of")
+    outcome = made_of(run, Measured(frames))
+    with explained(folder, ADVICE):
+        write_summary(folder, outcome)
+    return outcome

@@ -1,0 +1,155 @@
+"""The command line: `python -m kvarena experiment=NAME [overrides]`; beside it `kernels`, `regression`, `report` and
+`claim=ID`.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from kvarena.errors import UserError
+from kvarena.experiments.command import multirun, registry, show, sweep
+from kvarena.experiments.command.carry_out import carry_out, summarize
+from kvarena.harness.config import check_once, check_overrides, keys_of, on_auto
+from kvarena.harness.paths import CONF
+from kvarena.harness.record.record import Recorder, runs_folder
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.schemas import schema_of
+from kvarena.kernels.threads import set_compute_threads
+
+USER_ERROR, INTERRUPTED = 2, 130
+_HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c", "--version"}
+_MULTIRUN = {"-m", "--multirun"}
+
+
+def main() -> None:
+    """Run what the arguments say and leave with its status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    sys.exit(guarded(lambda: _command(sys.argv[1:])))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; a user's mistake is one message and no traceback."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues with what is still missing", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _command(arguments: list[str]) -> None:
+    if arguments == ["kernels"]:
+        from kvarena.experiments.vattention.portability_matrix import print_matrix
+
+        print_matrix()
+        return
+    if arguments[:1] == ["regression"]:
+        from kvarena.harness.regression.gate import main as judge
+
+        sys.exit(judge(arguments[1:]))
+    if arguments[:1] == ["report"]:
+        from kvarena.experiments.command.report import write_report
+
+        if len(arguments) > 1:
+            raise UserError(f"report: takes no arguments, not {' '.join(arguments[1:])}")
+        write_report()
+        return
+    if arguments[:1] == ["summarize"]:
+        if len(arguments) != 2:
+            raise UserError("summarize: takes the folder of one run")
+        folder = Path(arguments[1])
+        show.outcome(summarize(folder), folder)
+        return
+    if arguments[:1] and arguments[0].startswith("claim="):
+        _claim(arguments[0].removeprefix("claim="), arguments[1:])
+        return
+    if _HELP & set(arguments):
+        _compose_and_run()
+        return
+    overrides = [a for a in arguments if not a.startswith("-")]
+    check_once(overrides)
+    experiment = registry.named(overrides)
+    arguments = on_auto(arguments)
+    if _MULTIRUN & set(arguments):
+        _multirun(experiment, [a for a in arguments if a not in _MULTIRUN])
+    else:
+        check_overrides(overrides, schema_of(overrides, registry.params_schema))
+        sys.argv[1:] = arguments
+        _compose_and_run()
+
+
+def _multirun(experiment: str, arguments: list[str]) -> None:
+    """Let Hydra run the jobs that are not one run, and make one folder of all."""
+    jobs = multirun.jobs_of(arguments)
+    for job in jobs.all:
+        check_overrides(job, schema_of(job, registry.params_schema))
+    whole = sweep.Sweep(experiment, arguments, jobs.within)
+    # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
+    flags = [a for a in arguments if a.startswith("-")]
+    sys.argv[1:] = ["--multirun", *flags, *jobs.across, f"hydra.sweep.dir={runs_folder() / '.hydra'}"]
+    _compose_and_run()
+    folder, outcome = whole.finish()
+    show.outcome(outcome, folder)
+
+
+def _claim(claim_id: str, more: list[str]) -> None:
+    """Run what a claim needs, and judge it from that run alone."""
+    from kvarena.experiments.command.claim import arguments_for, judged, print_verdict
+    from kvarena.harness.scorecard.claims import claim_named
+
+    claim = claim_named(claim_id)
+    if (_HELP | _MULTIRUN) & set(more):
+        raise UserError(f"claim={claim_id}: takes overrides of its experiment, and no flags")
+    needed = arguments_for(claim)
+    if needed:
+        written = keys_of(more)  # they stand for what the claim would write
+        sys.argv[1:] = [*(each for each in needed if keys_of([each])[0] not in written), *more]
+        print(f"{claim_id} needs: ./run.sh {' '.join(sys.argv[1:])}", file=sys.stderr)
+        _command(sys.argv[1:])
+    print_verdict(judged(claim, runs_folder() / registry.named(needed) / "latest" if needed else None))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _compose_and_run(config: DictConfig) -> None:
+    """One job. Its mistakes must not reach Hydra, which would print a traceback and leave with 1."""
+    status = guarded(lambda: _job(config, list(HydraConfig.get().overrides.task)))
+    if status:
+        sys.exit(status)
+
+
+def _job(config: DictConfig, overrides: list[str]) -> None:
+    """One run; of a multirun, those that are one, or each by itself where they cannot be."""
+    within = sweep.within()
+    runs = multirun.runs_within(overrides, within) if within else [registry.resolved(config, overrides)]
+    one = multirun.as_one(runs, within)
+    if one is not None:
+        try:
+            return _run(one, overrides)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            print(f"these systems cannot be one run, and are measured one by one: {error}", file=sys.stderr)
+    for run, inner in zip(runs, within, strict=True):
+        _run(run, [*overrides, *inner])
+
+
+def _run(run: Run, overrides: list[str]) -> None:
+    job = sweep.job_folder(run.plain())
+    if job is not None and job.is_dir():
+        print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
+        return
+    if run.clock == "measured":
+        set_compute_threads(run.threads)
+    recorder = Recorder(run.experiment, run.plain(), job)
+    outcome = carry_out(run, recorder)
+    if job is None:
+        show.outcome(outcome, recorder.finish(outcome))
+    else:
+        outcome.measured.notes |= sweep.notes(overrides)
+        recorder.finish(outcome)

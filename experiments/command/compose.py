@@ -1,0 +1,19 @@
+"""Runs composed in code: what the command line composes, for tests, benchmarks and notebooks."""
+
+from hydra import compose, initialize_config_dir
+
+from kvarena.experiments.command import registry
+from kvarena.harness.config import check_overrides, on_auto
+from kvarena.harness.paths import CONF
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.schemas import schema_of
+
+
+def compose_run(*overrides: str) -> Run:
+    """The run that `./run.sh <overrides>` would be. Raises UserError like the command line."""
+    arguments = list(overrides)
+    registry.named(arguments)
+    check_overrides(arguments, schema_of(arguments, registry.params_schema))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", on_auto(arguments))
+    return registry.resolved(config, arguments)

@@ -1,0 +1,84 @@
+"""Experiments by name: the file conf/experiment/<name>.yaml, and the module that runs it."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Protocol, cast
+
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from kvarena.errors import UserError
+from kvarena.harness.config import names
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.run.run import Run, resolve
+from kvarena.harness.run.unread import check_read
+
+# They run one of their systems in several ways: further systems would be refused, or left out.
+ONE_SYSTEM = ("allocation_overlap", "calibrate", "deferred_reclamation", "preemption")
+
+
+class Experiment(Protocol):
+    """What a module of this package offers."""
+
+    Params: type  # dataclass of the experiment's own keys, `params.<key>`
+    HEADLINE: str  # the quantity that the run prints
+    READS: Mapping[str, Sequence[str]]  # clock -> groups of keys that it reads (harness/run/unread.py)
+
+    def unread(self, run: Run) -> Mapping[str, str]:
+        """Keys of those groups, and of `params`, that this run does not read: key -> what to write instead."""
+
+    def measure(self, run: Run, recorder: Recorder) -> Measured:
+        """Measure every cell. Raises UserError for what cannot be measured."""
+
+    def summarize(self, run: Run, frames: Frames) -> pd.DataFrame:
+        """The rows of `summary.csv`, from the frames alone: a finished run's make the same again."""
+
+    def draw(self, summary: pd.DataFrame) -> Figure:
+        """Draw the figure from `summary.csv` alone, so that a reader can redraw a committed run."""
+
+
+def get(name: str) -> Experiment:
+    """The module of an experiment. Raises UserError with the names that exist."""
+    if name not in names("experiment"):
+        raise UserError(f"experiment={name}: no such experiment. There are: {', '.join(names('experiment'))}")
+    module = importlib.import_module(f"kvarena.experiments.{name}")
+    assert is_dataclass(module.Params), name
+    return cast(Experiment, module)
+
+
+def named(overrides: Sequence[str]) -> str:
+    """The experiment that the overrides name. Raises UserError where they name none, or several."""
+    chosen = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
+    if not chosen:
+        raise UserError(f"name an experiment: experiment=NAME. There are: {', '.join(names('experiment'))}")
+    if "," in chosen[-1]:
+        raise UserError(f"experiment={chosen[-1]}: a multirun sweeps the keys of one experiment")
+    return chosen[-1]
+
+
+ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
+
+
+def drawn(name: str, summary: pd.DataFrame) -> Figure:
+    """The figure of an experiment's own rows; what became of its traces is in the table alone."""
+    return get(name).draw(own_rows(summary))
+
+
+def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the experiment itself, without those that account for its traces."""
+    return summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True)
+
+
+def resolved(config: DictConfig, overrides: Sequence[str]) -> Run:
+    """The run of a composed configuration. Raises UserError for what does not exist, does not fit or is not read."""
+    module = get(config.name)
+    run = resolve(config, overrides, module.Params, module.READS)
+    check_read(run, module.unread(run))
+    return run
+
+
+def params_schema(overrides: Sequence[str]) -> type:
+    """The dataclass of `params.*` of the experiment that the overrides name."""
+    return get(named(overrides)).Params

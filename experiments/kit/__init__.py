@@ -1,0 +1,1 @@
+"""What experiments share: replays, curves, looks and tables."""

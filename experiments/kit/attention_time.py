@@ -1,0 +1,68 @@
+"""How long one call of a decode kernel takes, cold: over more K/V than any cache holds, as layer after layer does.
+
+The same bytes serve as rows and as blocks, in order or scattered (`kernels/arrangement.py`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvarena.harness.measured.timed_call import captured, seconds
+from kvarena.harness.model.config import ModelConfig
+from kvarena.kernels.arrangement import Arrangement, arranged
+from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.reference import reference_attention
+
+# Kernels sum in different orders: their outputs differ from float64's by this part of the largest, at most.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+USUAL_BLOCK = 16  # tokens: vLLM's, and the one that others are compared with
+
+Call = Callable[[], None]
+
+
+class WorkingSet:
+    """K/V of one layer for as many batches of equal sequences as fill `num_bytes`."""
+
+    def __init__(self, model: ModelConfig, batch: int, context: int, num_bytes: int, device: torch.device) -> None:
+        """Rows are as long as the next power of two, so that every block size divides them."""
+        self._model, self._batch, self._context = model, batch, context
+        dtype = getattr(torch, model.dtype)
+        stride = max(USUAL_BLOCK, 1 << (context - 1).bit_length())  # tokens of a row
+        batch_bytes = 2 * batch * stride * model.num_kv_heads * model.head_size * dtype.itemsize
+        self.num_batches = max(1, -(-num_bytes // batch_bytes))
+        self.bytes_per_call = batch_bytes * context // stride  # of K/V that is read
+        generator = torch.Generator().manual_seed(model.seed)
+        shape = (self.num_batches * batch, stride, model.num_kv_heads, model.head_size)
+        one = torch.randn(2, 1 + batch, *shape[1:], generator=generator).to(device=device, dtype=dtype)
+        source = torch.arange(shape[0], device=device) % (1 + batch)  # copies: drawing them all would take seconds
+        self._k, self._v = one[0][source], one[1][source]
+        self._q = torch.randn(batch, model.num_heads, model.head_size, generator=generator).to(one)
+        self._generator = generator
+
+    def calls(self, kernel: AttentionKernel, arrangement: Arrangement) -> list[Call]:
+        """One call for each batch of the set, checked against float64 on the first. Raises RuntimeError."""
+        cache, views = arranged(self._k, self._v, arrangement, self._batch, self._context, self._generator)
+        out = torch.empty_like(self._q)
+        kernel.decode(self._q, cache, views[0], out)
+        expected = reference_attention(self._q, cache, views[0])
+        gap = float((out.double().cpu() - expected).abs().max() / expected.abs().max())
+        if not gap <= TOLERANCE[self._model.dtype]:
+            raise RuntimeError(f"{kernel.spec.name} on {arrangement}: off by {gap:.2e} of the largest output")
+        return [lambda view=view: kernel.decode(self._q, cache, view, out) for view in views]  # type: ignore[misc]
+
+
+def seconds_per_call(calls: Sequence[Call], device: torch.device, in_graph: bool) -> Callable[[], float]:
+    """A measurement of the mean over all calls, one after the other.
+
+    On a GPU it is the device's time; where the kernel allows it the calls are replayed as one graph, since launching
+    them one by one takes longer than the kernels that are measured here.
+    """
+
+    def all_calls() -> None:
+        for call in calls:
+            call()
+
+    all_calls()
+    run = captured(all_calls) if in_graph and device.type == "cuda" else all_calls
+    return lambda: seconds(run, device) / len(calls)

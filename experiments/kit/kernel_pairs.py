@@ -1,0 +1,36 @@
+"""A kernel over an allocator's memory, with nothing scheduled: what experiments compare that measure kernels alone."""
+
+from dataclasses import fields
+from typing import Any
+
+from kvarena.allocators.registry import config_class
+from kvarena.harness.config import load, names, typed
+from kvarena.harness.model.config import ModelConfig
+from kvarena.harness.model.presets import preset_names
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.schemas import of
+from kvarena.harness.run.systems import System
+from kvarena.kernels.config import KernelConfig
+
+HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # all that a kernel sees of a model
+
+
+def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> System:
+    """A kernel over an allocator as a system, so that its rows are named like any other's. Its scheduler is idle."""
+    scheduler = typed(of("scheduler", "vllm"), load("scheduler", "vllm"), "scheduler")
+    return System(f"{allocator.name}-{kernel}", allocator, KernelConfig(kernel), scheduler, "best of each", variant)
+
+
+def allocator_named(name: str, **wanted: Any) -> Any:
+    """An allocator's options by its file, where it has one, and with those of `wanted` that it has."""
+    schema = config_class(name)
+    filed = load("allocator", name) if name in names("allocator") else {"name": name}
+    have = {field.name for field in fields(schema)}
+    return typed(schema, {**filed, **{key: value for key, value in wanted.items() if key in have}}, "allocator")
+
+
+def unread_of_model(run: Run, *read: str) -> dict[str, str]:
+    """Keys of the model that kernels measured alone do not read, beside `read`; what a checkpoint is read for."""
+    seen = {*HEADS, *read, *(() if run.model.name in preset_names() else ("checkpoint",))}
+    instead = f"kernels are measured alone, over a model's heads: {', '.join(f'model.{key}' for key in HEADS[1:])}"
+    return {f"model.{field.name}": instead for field in fields(ModelConfig) if field.name not in seen}

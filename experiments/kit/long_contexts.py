@@ -1,0 +1,41 @@
+"""vAttention's replays of long prompts: its models with stretched contexts, its share of each device, its requests."""
+
+from dataclasses import replace
+
+from kvarena.experiments.kit.published_models import runs_by_model, unread_models
+from kvarena.harness.modelled.kv_pool import kv_pool_bytes
+from kvarena.harness.run.run import Run
+
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+MADE_UP = "lengths are made up: trace.path names the published requests"
+
+
+def runs_of_long_contexts(run: Run) -> list[Run]:
+    """One run per model, the pool sized as the engine sizes it: `params.memory_share` of a device, less the rest."""
+    return [_with_pool(one) for one in runs_by_model(run)]
+
+
+def _with_pool(run: Run) -> Run:
+    if run.clock == "measured" or run.params.pool_bytes is not None:
+        return run
+    pool = kv_pool_bytes(run.device, run.model, utilization=run.params.memory_share) // run.model.tp
+    return replace(run, params=replace(run.params, pool_bytes=pool))
+
+
+def unread_of_long_contexts(run: Run) -> dict[str, str]:
+    """Keys that such a run does not read, and what to write instead."""
+    keys = unread_models(run)
+    if run.clock == "measured":
+        keys["params.memory_share"] = "params.pool_bytes sets the pool under clock=measured"
+        keys["params.context"] = "no position is stretched under clock=measured; trace.max_tokens bounds a sequence"
+    elif run.params.pool_bytes is not None:
+        keys["params.memory_share"] = "params.pool_bytes sets the pool"
+    return keys
+
+
+def assumed_lengths(run: Run) -> str:
+    """What rows of the run rest on where nobody's requests were served, in words."""
+    return MADE_UP if run.trace.path is None and run.trace.table is None else ""

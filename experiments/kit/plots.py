@@ -1,0 +1,142 @@
+"""The look shared by all figures: one colour per allocator, one line style per kernel."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.figure import Figure
+
+from kvarena.experiments.kit.legend import shown_names as shown_names
+from kvarena.harness.run.published import OURS
+
+mpl.use("Agg")
+
+# Colour-blind safe (Okabe and Ito, 2008); one per allocator, wherever it is drawn.
+COLOURS = {
+    "static": "#D55E00",
+    "paged": "#0072B2",
+    "vattention": "#009E73",
+    "orca_max": "#D55E00",
+    "orca_pow2": "#E69F00",
+    "orca_oracle": "#CC79A7",
+    "contiguous": "#F0E442",
+    "paged_reserved": "#56B4E9",
+    "fastertransformer": "#666666",
+}
+NEWCOMERS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#661100")  # after Tol (2021)
+PAPER_COLOURS = {
+    "vLLM": "#56B4E9",
+    "FA2_Paged": "#0072B2",
+    "FI_Paged": "#CC79A7",
+    "FA2_vAttention": "#009E73",
+    "FI_vAttention": "#E69F00",
+}
+MARKERS = "osD^vP*X<>"
+DASHES = ("-", "--", ":", "-.")
+
+
+def colours_of(allocators: Iterable[str]) -> dict[str, str]:
+    """The colour of each allocator of a figure, no matter in which order they are drawn.
+
+    Those that the figures do not know get colours that no other has: their own by name, or the next where it is taken.
+    """
+    unknown = sorted(set(allocators) - set(COLOURS))
+    colours = dict(COLOURS)
+    for name in unknown:
+        first = sum(name.encode()) % len(NEWCOMERS)
+        colours[name] = next(c for c in _newcomers(first) if c not in colours.values())
+    return colours
+
+
+def _newcomers(first: int) -> Iterator[str]:
+    """The colours of newcomers, beginning with one of them; then hues without end."""
+    yield from NEWCOMERS[first:] + NEWCOMERS[:first]
+    for number in itertools.count(1):
+        yield to_hex(tuple(hsv_to_rgb((number * 0.618 % 1, 0.6, 0.55))))  # steps of the golden ratio: no two hues meet
+
+
+def colour_of(allocator: str, among: Iterable[str] = ()) -> str:
+    """The colour of one allocator `among` those of its figure."""
+    return colours_of((allocator, *among))[allocator]
+
+
+def stands_for(rows: pd.DataFrame, figure: str) -> bool:
+    """Whether some rows earned that figure's name; only then may a title have it, or published points be drawn."""
+    return bool(((rows.figure == figure) & (rows.paper != OURS)).any())
+
+
+def preferring_earned(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each label, setup, quantity and x: that which earned a published name where there are two."""
+    order = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable")
+    return order.drop_duplicates(["label", "setup", "quantity", "x"]).sort_index().drop(columns="own")
+
+
+def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure of rows x columns panels, and its axes in reading order."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # it lives on as an object; pyplot need not keep it
+    return figure, list(axes.flat)
+
+
+def tidy(figure: Figure) -> Figure:
+    """The figure without the axes on which nothing was drawn."""
+    for axis in figure.axes:
+        axis.set_visible(axis.has_data())
+    figure.tight_layout()
+    return figure
+
+
+def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:
+    """Draw value over x, one line per system, with the 95 % interval as a band where there is one."""
+    kernels = list(dict.fromkeys(table["kernel"])) if "kernel" in table else []
+    colours = colours_of(map(str, table.get("allocator", [None])))
+    for number, (name, rows) in enumerate(table.groupby(label, sort=False)):
+        rows = rows.sort_values("x")
+        first = rows.iloc[0]
+        colour = PAPER_COLOURS.get(str(name)) or colours[str(first.get("allocator"))]
+        dash = DASHES[kernels.index(first["kernel"]) % len(DASHES)] if kernels else "-"
+        axis.plot(
+            rows["x"], rows["value"], dash, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, label=str(name)
+        )
+        if "ci_low" in rows:
+            axis.fill_between(
+                rows["x"], rows["ci_low"].astype(float), rows["ci_high"].astype(float), color=colour, alpha=0.15, lw=0
+            )
+
+
+def batch_axis(axis: Axes, batches: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the batch sizes."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(batches), [f"{b:g}" for b in batches])
+    axis.minorticks_off()
+    axis.set_xlabel("batch size")
+
+
+LEAF_COLOURS = {
+    "live": "#009E73",
+    "cached": "#66C2A5",
+    "reserved": "#56B4E9",
+    "over_estimate": "#D55E00",
+    "rounding": "#E69F00",
+    "retained": "#F0E442",
+    "stranded": "#CC79A7",
+    "free": "#DDDDDD",
+    "remainder": "#999999",
+}
+
+
+def stacked_bars(axis: Axes, table: pd.DataFrame, leaves: Sequence[str]) -> None:
+    """One bar per row of `table` (its index names it), stacked from the memory leaves that are its columns."""
+    bottom = [0.0] * len(table)
+    for leaf in leaves:
+        values = table[leaf].tolist()
+        axis.bar(range(len(table)), values, 0.75, bottom, color=LEAF_COLOURS[leaf], label=leaf.replace("_", " "))
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    axis.set_xticks(range(len(table)), list(table.index), rotation=30, ha="right", fontsize=8)

@@ -1,0 +1,52 @@
+"""The models of one published figure, each on as many devices as the paper ran it: one run of each."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pandas as pd
+
+from kvarena.harness.model.presets import load_preset
+from kvarena.harness.run.run import Run
+
+
+def runs_by_model(run: Run, key: str = "models") -> list[Run]:
+    """The run with each model of `params.<key>` (name -> devices that share it); under the measured clock as it is.
+
+    Whoever names a model gets that one alone, on as many devices as are listed for it unless `model.tp` says.
+    """
+    listed: dict[str, int] = getattr(run.params, key)
+    if run.clock == "measured" or not listed:
+        return [run]
+    if "model" in run.given:
+        tp = run.model.tp if "model.tp" in run.given else listed.get(run.model.name, run.model.tp)
+        return [replace(run, model=replace(run.model, tp=tp))]
+    return [replace(run, model=load_preset(name, tp=tp)) for name, tp in listed.items()]
+
+
+def unread_models(run: Run, key: str = "models") -> dict[str, str]:
+    """`params.<key>` where it is not what chooses, and what does."""
+    if run.clock == "measured":
+        keys = {f"params.{key}": "clock=measured runs one model: model=NAME"}
+        if run.model.tp == 1:
+            keys["model.shard_only"] = "one device runs all of the model; model.tp sets how many share it"
+        return keys
+    if "model" in run.given:
+        return {f"params.{key}": f"model={run.model.name} is run alone; model.tp sets on how many devices"}
+    if getattr(run.params, key):
+        fields = [each for each in run.given if each.startswith("model.")]
+        return {
+            each: f"params.{key} lists the models; model=NAME runs one alone, with its fields set" for each in fields
+        }
+    return {}
+
+
+def of_model(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns `model` and `tp`, as `by_model` takes it apart."""
+    return table.assign(model=run.model.name, tp=run.model.tp)
+
+
+def by_model(run: Run, table: pd.DataFrame) -> Iterator[tuple[Run, pd.DataFrame]]:
+    """The run of each model in a table of finished measurements, and that model's rows."""
+    for (name, tp), rows in table.groupby(["model", "tp"], sort=False):
+        model = run.model if run.model.name == name else load_preset(str(name))
+        yield replace(run, model=replace(model, tp=int(str(tp)))), rows

@@ -1,0 +1,230 @@
+"""What a prefix cache finds, by its size and by the allocator's unit, and what it saves (Mooncake's traces: FAST '25).
+
+vLLM keeps blocks of 16 tokens, vAttention rows of whole page-groups. One of 2 MB holds so many tokens of one layer
+that the end of what is shared is lost, but little has to be looked up. First requests come one after the other
+(experiments/ours/prefix_hits.py), so that nothing but the cache decides: counts. Then a stretch of the trace is served, with and
+without the cache (cached_service.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.registry import make_policy
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.ours import cached_service
+from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK, block_ids
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.harness.trace.chatbot_order import chatbot_order
+from kvarena.harness.trace.load import load_trace
+from kvarena.harness.trace.told import told
+from kvarena.harness.trace.trace import Trace
+
+NAME = "prefix_cache"
+HEADLINE = "hit_ratio_unlimited"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching", "threads"),
+}
+ROUNDING_TOKENS = 1 << 16  # beside all prompts, where there is no limit: for the last part of who is served
+WAYS = {
+    "every_id": "every id counts, a partly filled last block's too",
+    "whole_blocks": "whole blocks of the trace, at most n - 1 of n tokens",
+}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/prefix_cache.yaml; null there means: by the profile."""
+
+    capacities_gb: list[float] = field(default_factory=list)  # of the pool, in counts
+    block_tokens: int = MOONCAKE_BLOCK  # of the trace's ids; of a chat's, which has none of its own
+    context: int | None = None  # longest prompt + output; null: a file's longest, else the model's
+    serve_requests: int | None = None  # the first of the trace, to be served; null: all
+    serve_tp: int = 1  # devices that share the model then
+    repeats: int = 1  # times that it is served, with and without the cache in turn
+    pool_bytes: int | None = None  # of K/V on one device then; null: what weights and activations leave
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    unused = {
+        "allocator.prefix_cache": "the trace is served with the cache and without it",
+        "allocator.max_rows": "there are as many rows as requests, so that memory alone limits what is kept",
+        "model.tp": "params.serve_tp is how many devices share the model when it is served",
+    }
+    if cached_service.with_ids(run.trace).keep_hash_ids:
+        unused["trace.new_conversation"] = "the blocks' ids say what prompts share"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
+    _check(run.params)
+    trace = _trace(run)
+    run = replace(run, params=replace(run.params, context=_context(run, trace)))
+    for system in run.systems:
+        _policy(run, trace, system, None)  # refuses before it counts
+    hits = []
+    service = cached_service.Service(run)
+    with Progress(NAME, len(run.systems) + 1) as progress:
+        for system in run.systems:
+            progress.stage(f"{system.name}: counting")
+            hits.append(recorder.cell(system.name, partial(_count, run, trace, system))["hits"])
+            progress.advance()
+        progress.stage("serving")
+        served = recorder.cell("served", service.cell)["served"]
+        progress.advance()
+    frames = {"hits": pd.concat(hits, ignore_index=True), "blocks": _blocks(run, trace), "served": served}
+    notes = {"trace": trace.provenance, "ways_of_counting": WAYS, "served": service.workload.provenance}
+    return Measured(frames, notes)
+
+
+def _check(params: Params) -> None:
+    if params.repeats < 1:
+        raise UserError(f"params.repeats={params.repeats}: must be 1 or more")
+    if len(set(params.capacities_gb)) < len(params.capacities_gb):
+        raise UserError(f"params.capacities_gb={params.capacities_gb}: none twice")
+    if not all(capacity > 0 for capacity in params.capacities_gb):
+        raise UserError(f"params.capacities_gb={params.capacities_gb}: every capacity must be above 0")
+
+
+def _trace(run: Run) -> Trace:
+    """Requests with the ids of their blocks: a file's, or a chat's own."""
+    limit = None if run.trace.path is not None else run.params.context or run.model.max_tokens
+    config = cached_service.with_ids(run.trace)
+    trace = told(config, load_trace(config, limit))
+    if config.new_conversation is not None and trace.conversation_ids is not None:
+        trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
+    return replace(trace, hash_ids=block_ids(trace, run.params.block_tokens))
+
+
+def _context(run: Run, trace: Trace) -> int:
+    """Tokens of the longest sequence: what is asked for, the trace's own where it is a file, or the model's."""
+    own = run.model.max_tokens if run.trace.path is None else int(trace.total_tokens.max())
+    return int(run.params.context or own)
+
+
+def _policy(run: Run, trace: Trace, system: System, capacity_gb: float | None) -> Policy:
+    """The system's allocator with its cache; without a limit, a pool in which all prompts have room side by side.
+
+    Raises UserError for an allocator that keeps nothing.
+    """
+    layout = run.model.shard().kv_layout()
+    allocator = cached_service.with_cache(system, len(trace)).allocator
+    all_prompts = 1.05 * (int(trace.prompt_tokens.sum()) + ROUNDING_TOKENS) * layout.token_bytes
+    pool_bytes = round(all_prompts if capacity_gb is None else capacity_gb * 1e9)
+    policy = make_policy(allocator, layout, pool_bytes, int(trace.prompt_tokens.max()))
+    if policy.cache_unit_tokens is None:
+        raise UserError(f"systems: {system.name} keeps no prefixes of {run.model.name}, whose layers see a window")
+    return policy
+
+
+def _count(run: Run, trace: Trace, system: System) -> Frames:
+    assert trace.hash_ids is not None
+    rows = []
+    for capacity_gb in [None, *run.params.capacities_gb]:
+        policy = _policy(run, trace, system, capacity_gb)
+        hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
+        found = {"hit_tokens": hits.hit_tokens, "ratio": hits.ratio, "kept_gb": hits.cached_bytes / 1e9}
+        unit = {"unit_tokens": policy.cache_unit_tokens, "refused": hits.refused}
+        rows.append({"system": system.name, "capacity_gb": capacity_gb, **unit, **found})
+    return {"hits": pd.DataFrame(rows).astype({"capacity_gb": float})}
+
+
+def _blocks(run: Run, trace: Trace) -> pd.DataFrame:
+    """Blocks of the trace itself, without a limit: what any cache of blocks of that size could find."""
+    assert trace.hash_ids is not None
+    counts = {
+        "blocks": sum(map(len, trace.hash_ids)),
+        "hit_blocks:every_id": count_ids(trace.hash_ids),
+        "hit_blocks:whole_blocks": count_blocks(trace.hash_ids, trace.prompt_tokens, run.params.block_tokens),
+    }
+    return pd.DataFrame({"quantity": counts.keys(), "count": counts.values()})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Counts of the trace and of every cache, and what serving with one saves."""
+    return frame(
+        [*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])]
+    )
+
+
+def _trace_rows(run: Run, blocks: pd.DataFrame) -> Iterator[SummaryRow]:
+    for quantity, count in zip(blocks.quantity, blocks["count"], strict=True):
+        yield row(count, quantity=quantity, unit="blocks", **named(run, label="trace", counted=True))
+
+
+def _rows(run: Run, hits: pd.DataFrame) -> Iterator[SummaryRow]:
+    systems = {system.name: system for system in run.systems}
+    for cell in hits.to_dict("records"):
+        system, capacity = systems[cell["system"]], cell["capacity_gb"]
+        if not pd.isna(capacity):
+            names = named(run, system, x=capacity, counted=True)
+            yield row(100 * cell["ratio"], quantity="hit_ratio_vs_capacity", unit="%", **names)
+            continue
+        names = named(run, system, counted=True)
+        yield row(100 * cell["ratio"], quantity=HEADLINE, unit="%", **names)
+        yield row(cell["kept_gb"], quantity="distinct_kv", unit="GB", **names)
+        yield row(cell["unit_tokens"], quantity="tokens_per_unit", unit="tokens", **names)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Left, the share of tokens found by capacity, counted; right, what serving with the cache saves."""
+    figure, [counted, served] = plots.canvas(1, 2, width=6.2, height=4.2)
+    _draw_counts(counted, summary)
+    cached_service.draw(served, summary)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
+    rows = summary[summary.quantity == "hit_ratio_vs_capacity"]
+    unlimited = summary[summary.quantity == HEADLINE]
+    tokens = summary[summary.quantity == "tokens_per_unit"].set_index("label").value
+    for number, (name, line) in enumerate(rows.groupby("label", sort=False)):
+        line = line.sort_values("x")
+        colour = plots.colour_of(line.allocator.iloc[0])
+        label = f"{name}: {tokens[name]:.4g} tokens in a unit"
+        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
+        axis.plot(line.x, line.value, dash, color=colour, marker=marker, ms=4, mfc="none", label=label)
+    if len(unlimited):
+        top = float(unlimited.value.max())
+        axis.set_ylim(0, 1.1 * top)
+        axis.axhline(top, color="#999999", ls=":", lw=1)
+        axis.annotate(f"without a limit: {top:.1f} %", (0.02, top), xycoords=("axes fraction", "data"),
+                      va="bottom", fontsize=8)  # fmt: skip
+    axis.set(xscale="log", xlabel="K/V pool, GB", ylabel="prompt tokens found, %")
+    capacities = sorted(rows.x.unique())
+    axis.set_xticks(capacities, [f"{capacity:g}" for capacity in capacities])
+    axis.minorticks_off()
+    if len(rows):
+        axis.set_title(f"{rows.setup.iloc[0]}:\ncounted, no clock is read", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    if rows.label.nunique() > 1:
+        _draw_differences(axis.inset_axes((0.12, 0.48, 0.32, 0.26)), rows)
+
+
+def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
+    """The same curves less the first of them: they lie too close to tell apart."""
+    curves = rows.pivot_table(index="x", columns="label", values="value", sort=False).sort_index()
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = plots.colour_of(rows[rows.label == name].allocator.iloc[0])
+        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
+        axis.plot(curve.index, curve - curves.iloc[:, 0], dash, color=colour, marker=marker, ms=3, mfc="none", lw=1)
+    axis.set(xscale="log", xticks=[])
+    axis.minorticks_off()
+    axis.set_title(f"difference to {curves.columns[0]}, points", fontsize=7)
+    axis.tick_params(labelsize=6)

@@ -1,0 +1,184 @@
+"""From Orca(Max) to vAttention one idea at a time: what each is worth in requests at once, and in sustained rate.
+
+    orca-max          reserves the longest sequence, in powers of two, contiguously
+      estimate        reserve what the request will really need            -> orca-oracle
+      rounding        exact sizes instead of powers of two                 -> contiguous
+      stranding       slots need not lie together                          -> paged-reserved-1
+      reservation     take slots when they are written, preempt if need be -> paged-1
+      granularity     take them in larger units, which drivers and kernels want: blocks of 16 (vLLM), page-groups
+
+Each step changes that one thing; what a step is worth depends on those before it. Every seed serves the same trace with
+every system, and what is compared is paired by seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
+from kvarena.harness.config import names as names_in
+from kvarena.harness.record.capacity import capacity, paired_ratio
+from kvarena.harness.record.metrics import latencies
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.time_averages import Average, averages, window
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "waterfall"
+HEADLINE = "mean_batched_requests"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+MEASURES = {"batch": (HEADLINE, "requests"), "capacity": ("capacity", "req/s")}
+
+
+@dataclass
+class Step:
+    """`system` is `origin` with one thing changed."""
+
+    name: str
+    origin: str
+    system: str
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/waterfall.yaml; null there means: by the profile."""
+
+    steps: list[Step] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # at least 6 give a 95 % interval
+    window_s: list[float] | None = None  # of the mean batch; null: the steps that leave someone waiting
+    limit_s: float | None = None  # s/token, of capacity; null: no search
+    capacity_duration_s: float = 0.0  # of the arrivals in that search
+    guess: float = 1.0  # requests/s, where the search begins
+    tolerance: float = 0.01  # ratio to which it ends
+    pool_bytes: int | None = None
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    unused = unread_seeds(run)
+    if run.params.limit_s is None:
+        search = ("capacity_duration_s", "guess", "tolerance")
+        unused |= {f"params.{key}": "params.limit_s=SECONDS starts the search for the capacity" for key in search}
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Serve every seed with every system."""
+    seeds = seeds_of(run)
+    _check(run)
+    replayer, cells = Replayer(run), []
+    with Progress(NAME, len(seeds) * len(run.systems)) as progress:
+        for seed in seeds:
+            overload = workload_of(run, seed=seed)
+            for system in run.systems:
+                progress.stage(f"seed {seed}, {system.name}")
+                measure = partial(_cell, run, replayer, system, overload, seed)
+                cells.append(recorder.cell(f"{seed}-{system.name}", measure)["points"])
+                progress.advance()
+    points = pd.concat(cells, ignore_index=True)
+    return Measured({"points": points}, {"workload": overload.provenance, "seeds": seeds})
+
+
+def _check(run: Run) -> None:
+    if run.params.limit_s is not None and run.arrival.rate is None:
+        raise UserError("params.limit_s: the search for the capacity needs arrivals drawn at a rate (arrival=)")
+    known = [step.name for step in run.params.steps]
+    if len(set(known)) < len(known):
+        raise UserError(f"params.steps: two steps have one name: {', '.join(known)}")
+    there_are = {*names_in("system"), *(system.name for system in run.systems)}
+    for name in (name for step in run.params.steps for name in (step.origin, step.system)):
+        if name not in there_are:
+            raise UserError(f"params.steps: no such system {name!r}. There are: {', '.join(sorted(there_are))}")
+
+
+def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed: int) -> Frames:
+    """One system under one seed: the mean batch under overload, and the capacity."""
+    params: Params = run.params
+    _, steps, _ = replayer.serve(system, overload)
+    batch = averages(window(steps, params.window_s)).set_index("average").batch[Average.OVER_ITERATIONS]
+    point: dict[str, Any] = {
+        "system": system.name,
+        "seed": seed,
+        "batch": batch,
+        "preempted": int(steps.preempted.sum()),
+    }
+    if params.limit_s is not None:
+
+        def latency_at(rate: float) -> float:
+            workload = workload_of(run, seed=seed, rate=rate, duration_s=params.capacity_duration_s)
+            return float(latencies(replayer.serve(system, workload).requests).normalized_s.mean())
+
+        found = capacity(latency_at, params.limit_s, params.guess, params.tolerance)
+        point["capacity"] = (found.rate * found.above) ** 0.5
+    return {"points": pd.DataFrame([point])}
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every system over the seeds, and what each step is worth, paired."""
+    return frame(_summary(run, frames["points"]))
+
+
+def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    systems = {system.name: system for system in run.systems}
+    for measure, (quantity, unit) in MEASURES.items():
+        if measure not in points:
+            continue
+        by_seed = points.pivot(index="seed", columns="system", values=measure)
+        for name, system in systems.items():
+            yield row(median_interval(by_seed[name]), quantity=quantity, unit=unit, **named(run, system))
+        for step in run.params.steps:
+            if step.system in systems and step.origin in systems:
+                ratio = paired_ratio(by_seed, step.system, step.origin)
+                names = named(run, systems[step.system])
+                yield row(ratio, quantity=f"{measure}_ratio:{step.name}", unit="ratio", **names)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """A bar for every system, and on it what it is worth over its origin."""
+    measures = [m for m, (quantity, _) in MEASURES.items() if quantity in set(summary.quantity)]
+    figure, axes = plots.canvas(1, len(measures), width=7, height=4.4)
+    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
+    for axis, measure in zip(axes, measures, strict=True):
+        quantity, unit = MEASURES[measure]
+        ratios = summary[summary.quantity.str.startswith(f"{measure}_ratio:")]
+        _bars(axis, summary[summary.quantity == quantity], ratios)
+        axis.set(ylabel=f"{quantity.replace('_', ' ')}, {unit}", title=f"one change at a time\n{device}")
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
+    for x, bar in enumerate(rows.to_dict("records")):
+        value = top = bar["value"]
+        axis.bar(x, value, 0.7, color=plots.colour_of(bar["allocator"]))
+        if bar["n"] > 5:
+            top = bar["ci_high"]
+            axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
+        steps = ratios[ratios.label == bar["label"]]
+        names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n").str.replace(" over ", "\nover ")
+        worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
+        axis.text(x, top, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
+    axis.set_ylim(0, 1.6 * rows.value.max())  # room for what is said above the bars
+    axis.set_xticks(
+        range(len(rows)),
+        [label.rpartition("/")[0] or label for label in rows.label],
+        rotation=30,
+        ha="right",
+        fontsize=8,
+    )

@@ -1,0 +1,295 @@
+"""What a block table costs the attention kernel (PagedAttention Fig 18a): latency by context, for batches of 8 and 32.
+
+The paper compares two kernels, its own with a table and FasterTransformer's without, so that layout and craft come
+together. Here a kernel that reads both layouts runs on the same bytes as rows, as blocks in order and as scattered
+blocks: only where they lie differs. Kernels that read one layout stand beside them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
+from kvarena.experiments.kit.block_sweep import block_axis, check_block_sizes
+from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.harness.measured.calibration import StreamingRead
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.kernels.arrangement import Arrangement
+from kvarena.kernels.catalogue import CATALOGUE
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
+
+NAME = "attention_kernel"
+HEADLINE = "attention_kernel_latency_vs_context"
+FIGURE = "fig18a"
+READS = {"measured": ("model", "device", "threads")}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/attention_kernel.yaml; null there means: by the profile."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)  # tokens of every sequence
+    block_sizes: list[int] = field(default_factory=list)  # compared at the largest batch and context
+    kernels: list[str] | None = None  # null: all that can read the model's heads here
+    working_set_bytes: int = 0  # K/V that is read before any of it is read again
+    rounds: int = 0  # interleaved repetitions; at least 6 give 95 %
+
+
+class Line(NamedTuple):
+    """A kernel on one arrangement of the same bytes."""
+
+    kernel: str
+    arrangement: Arrangement
+
+    @property
+    def tables(self) -> str:
+        """How its tables point, if it has any."""
+        block, scattered = self.arrangement
+        return "none" if block is None else "scattered" if scattered else "in order"
+
+    @property
+    def system(self) -> System:
+        """Named `<allocator>/<kernel>`; blocks lie scattered unless it says otherwise."""
+        allocator = allocator_named("static" if self.tables == "none" else "paged")
+        return kernel_over(allocator, self.kernel, "paged-in-order" if self.tables == "in order" else None)
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    both = {"params.block_sizes": "no kernel of this run reads rows and blocks alike; params.kernels=null takes all"}
+    return unread_of_model(run) | ({} if _of_both_layouts(run) else both)
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Measure every batch size and context, and every block size at the largest of them."""
+    params: Params = run.params
+    _check(params)
+    lines, by_block = _lines(run), _lines_by_block(run)
+    read = StreamingRead(torch.device(run.device.kind))
+    cells = [
+        (f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts
+    ]
+    largest = max(params.batch_sizes), max(params.contexts)
+    if by_block:
+        cells.append((f"{largest[0]}x{largest[1]}-by-block", by_block, *largest))
+    tables: list[pd.DataFrame] = []
+    with Progress(NAME, len(cells)) as progress:
+        for key, of_cell, batch, context in cells:
+            progress.stage(key)
+            cell = recorder.cell(key, partial(_cell, run, read, of_cell, batch, context))
+            tables.append(cell["samples"].assign(by_block=of_cell is by_block))
+            progress.advance()
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Latency by context, over that of rows and of the device's memory; time by block size."""
+    samples = frames["samples"]
+    return frame([*_context_rows(run, samples[~samples.by_block]), *_block_rows(run, samples[samples.by_block])])
+
+
+def _check(params: Params) -> None:
+    for key in ("batch_sizes", "contexts"):
+        values = getattr(params, key)
+        if not values or min(values) < 1 or len(set(values)) < len(values):
+            raise UserError(f"params.{key}={values}: name at least one, each 1 or more, and none twice")
+    if params.rounds < 1:
+        raise UserError(f"params.rounds={params.rounds}: at least 1 is needed")
+
+
+def _check_blocks(params: Params) -> None:
+    check_block_sizes(params.block_sizes)
+    longest = max(USUAL_BLOCK, *params.contexts)
+    odd = [size for size in params.block_sizes if size & (size - 1) or size > longest]
+    if odd or USUAL_BLOCK not in params.block_sizes:
+        raise UserError(
+            f"params.block_sizes={params.block_sizes}: powers of two, {USUAL_BLOCK} among them, none longer than the "
+            f"longest context, {longest}"
+        )
+
+
+def _lines(run: Run) -> list[Line]:
+    """Every kernel on rows, scattered blocks and blocks in order, as it can read them. Raises UserError for none."""
+    arrangements = (Arrangement(None), Arrangement(USUAL_BLOCK, scattered=True), Arrangement(USUAL_BLOCK))
+    lines = [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
+    if not lines:
+        raise UserError(
+            f"params.kernels={run.params.kernels}: none that runs here reads rows of {run.model.name}, or blocks of "
+            f"{USUAL_BLOCK} tokens"
+        )
+    return lines
+
+
+def _lines_by_block(run: Run) -> list[Line]:
+    """Kernels that read rows and blocks alike, on scattered blocks of every size. Raises UserError for odd sizes."""
+    pairs = _of_both_layouts(run)
+    if pairs:
+        _check_blocks(run.params)
+    sizes = [Arrangement(size, scattered=True) for size in run.params.block_sizes]
+    return [Line(name, a) for name in pairs for a in sizes if _misfit(run, name, a) is None]
+
+
+def _of_both_layouts(run: Run) -> list[str]:
+    return [name for name in _kernels(run) if len(kernel_spec(name).layouts) > 1]
+
+
+def _kernels(run: Run) -> list[str]:
+    """The kernels to measure. Raises UserError for one that cannot run here."""
+    if run.params.kernels is None:
+        names = [name for name, (spec, *_) in CATALOGUE.items() if missing(spec) is None]
+        return [name for name in names if _readable(run, name)]
+    for name in run.params.kernels:
+        if reason := missing(kernel_spec(name)):
+            raise UserError(f"params.kernels: {name}: {reason}")
+        if not _readable(run, name):
+            layout = next(iter(kernel_spec(name).layouts))
+            raise UserError(f"params.kernels: {name} {_misfit_of(run, name, layout, None)}")
+    return list(run.params.kernels)
+
+
+def _readable(run: Run, name: str) -> bool:
+    return any(_misfit_of(run, name, layout, None) is None for layout in kernel_spec(name).layouts)
+
+
+def _misfit(run: Run, name: str, arrangement: Arrangement) -> str | None:
+    return _misfit_of(run, name, arrangement.layout, arrangement.block_size)
+
+
+def _misfit_of(run: Run, name: str, layout: Layout, block_size: int | None) -> str | None:
+    model = run.model
+    return fits(kernel_spec(name), layout, run.device.kind, model.dtype, model.head_size, block_size)
+
+
+def _cell(run: Run, read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
+    """Seconds of one call, a row for each line and round; each round begins with another line."""
+    device = torch.device(run.device.kind)
+    working_set = WorkingSet(run.model, batch, context, run.params.working_set_bytes, device)
+    timers = {}
+    for line in lines:
+        kernel = get_kernel(line.kernel)
+        timers[line] = seconds_per_call(working_set.calls(kernel, line.arrangement), device, kernel.spec.in_graph)
+    rows = []
+    for number in range(run.params.rounds):
+        limit = read.gb_per_s(repetitions=1)
+        turn = number % len(lines)
+        for line in [*lines[turn:], *lines[:turn]]:
+            rows.append(
+                {"batch": batch, "context": context, "round": number, "kernel": line.kernel,
+                 "block_size": line.arrangement.block_size, "scattered": line.arrangement.scattered,
+                 "call_s": timers[line](), "bytes": working_set.bytes_per_call, "streaming_gb_per_s": limit}
+            )  # fmt: skip
+    return {"samples": pd.DataFrame(rows).astype({"block_size": float})}
+
+
+def _line(kernel: object, block_size: object, scattered: object) -> Line:
+    """A line as the samples have it: a block size of 0 is none."""
+    return Line(str(kernel), Arrangement(int(float(str(block_size))) or None, bool(scattered)))
+
+
+def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    samples = samples.fillna({"block_size": 0})
+    for (batch, context), cell in samples.groupby(["batch", "context"], sort=False):
+        by_line = {
+            _line(*key): rows.set_index("round")
+            for key, rows in cell.groupby(["kernel", "block_size", "scattered"], sort=False)
+        }
+        for line, rows in by_line.items():
+            names = partial(named, run, line.system, detail=f"bs{batch}", x=float(str(context)))
+            yield row(median_interval(1e6 * rows.call_s), quantity=HEADLINE, unit="us",
+                      **names(FIGURE, key="vLLM", batch=int(str(batch)), tables=line.tables))  # fmt: skip
+            share = 100 * rows.bytes / rows.call_s / 1e9 / rows.streaming_gb_per_s
+            yield row(
+                median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names()
+            )
+            on_rows = by_line.get(_line(line.kernel, 0, False))
+            if on_rows is not None and line.tables != "none":
+                yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
+                          unit="ratio", **names())  # fmt: skip
+
+
+def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Time by block size, over that of blocks of 16: `params.kernel_cost` of experiment=block_size takes these."""
+    for kernel, rows in samples.groupby("kernel", sort=False):
+        usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s
+        for size, part in rows.groupby("block_size"):
+            of_size = _line(kernel, size, True)
+            detail = f"bs{part.batch.iloc[0]}, {part.context.iloc[0]} tokens"
+            yield row(median_interval(part.set_index("round").call_s / usual), unit="ratio",
+                      quantity="time_over_block_16_vs_block_size",
+                      **named(run, of_size.system, detail=detail, x=of_size.arrangement.block_size))  # fmt: skip
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Latency by context, with the published points of lines that stand for them; what scattered blocks cost."""
+    ours = summary[summary.quantity == HEADLINE]
+    theirs = published_values("pagedattention", figure=FIGURE)
+    title = "PagedAttention Fig 18a" if plots.stands_for(ours, FIGURE) else "attention by context"
+    setups = list(ours.groupby("setup", sort=False))
+    figure, axes = plots.canvas(2, -(-(len(setups) + 2) // 2), width=5.4)
+    for axis, (setup, rows) in zip(axes, setups, strict=False):
+        _latency(axis, rows)
+        _published(axis, rows, theirs)
+        axis.set(ylabel="one call, us", title=f"{title}\n{setup}; {rows.clock.iloc[0]}", ylim=(0, None))
+        axis.legend(fontsize=6, frameon=False)
+    above, below = axes[len(setups) : len(setups) + 2]
+    _ratios(above, summary[summary.quantity == "time_over_contiguous_vs_context"])
+    _block_sizes(below, summary[summary.quantity == "time_over_block_16_vs_block_size"])
+    return plots.tidy(figure)
+
+
+def _latency(axis: Axes, rows: pd.DataFrame) -> None:
+    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
+    _context_axis(axis, rows)
+
+
+def _published(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """The published points of each line that earned their name."""
+    for (panel, system), points in theirs.groupby(["panel", "system"], sort=False):
+        if ((rows.panel == panel) & (rows.system == system)).any():
+            axis.plot(
+                points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published"
+            )
+
+
+def _ratios(axis: Axes, rows: pd.DataFrame) -> None:
+    for (label, setup), part in rows.groupby(["label", "setup"], sort=False):
+        axis.plot(part.x, part.value, "o-", ms=4, label=f"{label}; {setup}")
+        axis.fill_between(part.x, part.ci_low.astype(float), part.ci_high.astype(float), alpha=0.15, lw=0)
+    if len(rows):
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(ylabel="time over rows, same kernel", title=f"blocks of {USUAL_BLOCK} over rows")
+        _context_axis(axis, rows)
+        axis.legend(fontsize=6, frameon=False)
+
+
+def _context_axis(axis: Axes, rows: pd.DataFrame) -> None:
+    plots.batch_axis(axis, sorted(rows.x.unique()))
+    axis.set_xlabel("context, tokens")
+
+
+def _block_sizes(axis: Axes, rows: pd.DataFrame) -> None:
+    if rows.empty:
+        return
+    plots.lines(axis, rows, "label")
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(
+        ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None)
+    )
+    block_axis(axis, rows.x)
+    axis.legend(fontsize=6, frameon=False)

@@ -1,0 +1,218 @@
+"""How many requests run at once under each allocator (PagedAttention Fig 13), as a mean over iterations.
+
+The figure's window is its artifact's: a trace of 900 s, iterations from 600 s on, the drain after the last arrival
+included. A second run without a drain stands beside it, under its own name.
+
+The published bars are one replay each, with the artifact's seed. So are the rows that carry their names; those over all
+seeds are ours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.latency_curve import headed, published_beside, unread_traces
+from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.experiments.kit.seeds import frames_of_seeds, seeded, seeds_of, unread_seeds
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.time_averages import Average, averages, by_interval, check_window, window
+from kvarena.harness.run.published import OURS, is_earned, named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "batched_requests"
+HEADLINE = "mean_batched_requests"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+COMPARED = "with_drain"  # the window of the published figure
+
+
+@dataclass
+class Load:
+    """One load and the window in which the batch is averaged."""
+
+    figure: str  # whose panel it is
+    window: str  # its name: with_drain is compared with the paper
+    trace: str  # of conf/trace/
+    rate: float  # requests/s; arrival.rate overrides it
+    duration_s: float  # arrivals before this time
+    window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
+    systems: list[str] | None = None  # of the experiment's; null: all
+
+    def __post_init__(self) -> None:
+        """Refuse what is no window, before anything is replayed."""
+        check_window(self.window_s)
+
+    @property
+    def key(self) -> str:
+        """Name of its cells."""
+        return f"{self.figure}-{self.window}"
+
+    @property
+    def quantity(self) -> str:
+        """Its mean over iterations."""
+        return HEADLINE if self.window == COMPARED else f"{HEADLINE}:{self.window}"
+
+    def run_of(self, run: Run) -> Run:
+        """The run with this load's trace and arrivals."""
+        trace = trace_named(run, self.trace, run.params.paths.get(self.trace))
+        arrival = replace(run.arrival, rate=run.arrival.rate or self.rate, duration_s=self.duration_s)
+        return replace(run, trace=replace(trace, max_tokens=run.trace.max_tokens), arrival=arrival)
+
+    def systems_of(self, run: Run) -> list[System]:
+        """The systems that it is served with."""
+        return [system for system in run.systems if self.systems is None or system.name in self.systems]
+
+    def names(self, run: Run, system: System, *, published: bool = False) -> dict[str, Any]:
+        """Columns that name a row; `published`: of seed 0, those of the published bar where it stands for one."""
+        own = self.run_of(run)
+        detail = f"{own.arrival.rate:g} req/s"
+        if published and self.window == COMPARED and self.figure in run.published:
+            return named(seeded(own, 0), system, self.figure, detail=detail, window_s=self.window_s)
+        return named(own, system, detail=detail)
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/batched_requests.yaml; null there means: by the profile."""
+
+    loads: list[Load] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # of traces and arrivals; at least 6 give a 95 % interval
+    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> local file, beside trace.path
+    pool_bytes: int | None = None  # null: the pool the engine ran with, else what the device has left
+    record_every_s: float = 10.0  # memory_by_interval.parquet sums the steps up by so many seconds
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    traces = [load.trace for load in run.params.loads]
+    rules = unread_seeds(run)
+    rules |= {"arrival.duration_s": "each load of params.loads has its duration_s"}
+    rules |= unread_traces(run, traces, "a load of params.loads", of_all=("max_tokens",))
+    if run.params.paths.get(run.trace.name):
+        rules["trace.path"] = f"params.paths.{run.trace.name} is given"
+    for trace in set(run.params.paths) - set(traces):
+        rules[f"params.paths.{trace}"] = "no load of this run has that trace"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Serve every load with every system, under every seed. Raises UserError where there is no load, or one twice."""
+    seeds = seeds_of(run)
+    loads = _checked(run)
+    replayer, cells, notes = Replayer(run), list[Frames](), {}
+    todo = [(load, seed, system) for load in loads for seed in seeds for system in load.systems_of(run)]
+    with Progress(NAME, len(todo)) as progress:
+        for load, seed, system in todo:
+            progress.stage(f"{load.key} {system.name}, seed {seed}")
+            key = f"{load.key}-{system.name}-{seed}"
+            cell = recorder.cell(key, partial(_cell, run, replayer, system, load, seed))
+            cells.append({name: table.assign(load=load.key, seed=seed) for name, table in cell.items()})
+            progress.advance()
+    for load in loads:
+        workload = workload_of(load.run_of(run), seed=seeds[0])
+        notes[load.key] = {**workload.provenance, "rate_asked": workload.rate, "window_s": load.window_s}
+    return Measured(frames_of_seeds(cells, seeds[0]), notes)
+
+
+def _checked(run: Run) -> list[Load]:
+    loads: list[Load] = run.params.loads
+    keys = {load.key for load in loads}
+    alike = {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}
+    if not loads or min(len(keys), len(alike)) < len(loads):
+        raise UserError(
+            "params.loads: at least one load, and no figure, nor a trace at one rate, with one window twice"
+        )
+    if not any(load.systems_of(run) for load in loads):
+        raise UserError("params.loads: none of the loads is for a system of this run (its key systems)")
+    return loads
+
+
+def _cell(run: Run, replayer: Replayer, system: System, load: Load, seed: int) -> Frames:
+    requests, steps, _ = replayer.serve(system, workload_of(load.run_of(run), seed=seed))
+    means = averages(window(steps, load.window_s)).assign(
+        system=system.name, peak=int(steps.requests.max()), preemptions=int(steps.preempted.sum())
+    )
+    memory = by_interval(steps, run.params.record_every_s)
+    return {"averages": means, "memory_by_interval": memory, "requests": requests}
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """The paper's row of every published bar, and ours of every load and system over the seeds."""
+    means = frames["averages"]
+    return frame(
+        row
+        for load in run.params.loads
+        for system in load.systems_of(run)
+        for row in _rows(run, system, load, means[(means.load == load.key) & (means.system == system.name)])
+    )
+
+
+def _rows(run: Run, system: System, load: Load, means: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Nothing was fitted to Fig 13: the engine's constants come from Fig 12a, the pool from Fig 2."""
+    ours, published = load.names(run, system), load.names(run, system, published=True)
+    for average, by_seed in means.set_index("seed").groupby("average", sort=False):
+        batch = by_seed.batch[by_seed.num_steps > 0]
+        if batch.empty:
+            continue
+        drawn = average == Average.OVER_ITERATIONS
+        quantity = load.quantity if drawn else f"{HEADLINE}_{average}:{load.window}"
+        yield row(median_interval(batch), quantity=quantity, unit="requests", **ours)
+        if drawn and is_earned(published) and 0 in batch.index:
+            yield row(float(batch[0]), quantity=HEADLINE, unit="requests", **published)
+    once = means.drop_duplicates("seed")
+    for count in ("peak", "preemptions"):
+        yield row(median_interval(once[count]), quantity=f"{count}:{load.window}", unit="requests", **ours)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 13: the median over seeds, seed 0 and the published bars; paler for a window of another name."""
+    batches = summary[summary.quantity.str.partition(":")[0] == HEADLINE]
+    setups = list(dict.fromkeys(batches.setup))
+    figure, axes = plots.canvas(1, len(setups), width=6, height=3.8)
+    for axis, setup in zip(axes, setups, strict=True):
+        rows = batches[batches.setup == setup]
+        _bars(axis, rows)
+        axis.set(ylabel="mean batched requests", title=headed(rows))
+        axis.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+    shown = plots.shown_names(plots.preferring_earned(rows))
+    place = {label: x for x, label in enumerate(shown)}
+    ours, earned = rows[rows.paper == OURS], rows[rows.paper != OURS]
+    theirs = published_beside(earned).merge(earned[["figure", "panel", "system", "label"]])
+    main = "with the drain" if rows.clock.iloc[0] == "modelled" else "while requests wait"
+    pieces = [
+        (ours[ours.quantity == quantity], colour, quantity.partition(":")[2].replace("_", " ") or main)
+        for quantity, colour in zip(dict.fromkeys(ours.quantity), PALER, strict=False)
+    ]
+    pieces += [(theirs, "#BBBBBB", "published")] if len(theirs) else []
+    width = 0.75 / len(pieces)
+    for number, (table, colour, label) in enumerate(pieces):
+        at = table.label.map(place) + width * (number - (len(pieces) - 1) / 2)
+        bars = axis.bar(at, table.value, width, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.1f", fontsize=6)
+        if "n" in table and table.n.max() > 1:
+            axis.vlines(at, table.ci_low, table.ci_high, color="black", lw=1)
+    if ours.n.max() > 1 and len(earned):
+        left = width * (len(pieces) - 1) / 2  # the compared window's bars are the first
+        axis.plot(earned.label.map(place) - left, earned.value, "x", color="black", ms=4, label="seed 0 alone")
+    axis.set_xticks(range(len(shown)), list(shown.values()), rotation=30, ha="right", fontsize=8)
+
+
+PALER = ("#0072B2", "#56B4E9", "#A6D5F0", "#D5ECF8")

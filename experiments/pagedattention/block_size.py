@@ -1,0 +1,235 @@
+"""Normalized latency by block size (PagedAttention Fig 18b): small enough to waste little, large enough to read fast.
+
+The paper's curve has two arms. Large blocks waste memory, so fewer requests fit: the replay predicts that. Small
+blocks slow the attention kernel: under the modelled clock that arm is missing, unless `params.kernel_cost` says what
+the kernel costs; under the measured clock our kernel runs, and shows its own.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import block_sweep as blocks
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.harness.config import load, names, typed
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.roofline import make_step_model
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "block_size"
+HEADLINE = "normalized_latency_vs_block_size"
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+FIGURE = "fig18b"
+SAID = {
+    "rates": "Alpaca's 30.1 req/s is that of the paper's artifact; no script of it has ShareGPT's, 2.0 is assumed",
+    "kernel": "modelled: attention reads blocks of any size equally fast, but for params.kernel_cost; so rows below "
+    f"{blocks.CLAIMED_FROM} are conditional, and show what memory alone would give",
+}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/block_size.yaml; null there means: by the profile."""
+
+    rates: dict[str, float] = field(default_factory=dict)  # trace of conf/trace/ -> requests/s
+    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
+    block_sizes: list[int] = field(default_factory=lambda: list(blocks.BLOCK_SIZES))  # tokens
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+    rounds: int = 1  # measured clock: repetitions, interleaved over block sizes; at least 6 give 95 %
+    kernel_cost: dict[int, float] = field(default_factory=dict)  # modelled clock: block size -> time of attention
+    # over its time with blocks of 16, as measured somewhere
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    unused = {
+        "arrival.rate": "params.rates={trace: requests/s} are the rates, trace by trace",
+        "allocator.block_size": "params.block_sizes=[...] are the block sizes",
+    }
+    if run.trace.name not in params.rates:
+        unused["trace"] = f"params.rates names the traces: {', '.join(params.rates)}"
+    elif params.paths.get(run.trace.name):
+        unused["trace.path"] = f"params.paths.{run.trace.name} is its file"
+    for name in params.paths.keys() - params.rates.keys():
+        unused[f"params.paths.{name}"] = f"params.rates names the traces: {', '.join(params.rates)}"
+    if run.clock == "measured":
+        unused["params.kernel_cost"] = "clock=measured runs the kernel itself; it is for clock=modelled"
+    else:
+        unused["params.rounds"] = "a replay gives the same again under clock=modelled; it is for clock=measured"
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Replay every trace with every block size."""
+    _check(run)
+    points: list[pd.DataFrame] = []
+    workloads: dict[str, Any] = {}
+    with Progress(NAME, len(run.params.rates)) as progress:
+        for name, rate in run.params.rates.items():
+            progress.stage(f"{name}, {rate:g} req/s")
+            trace_run = _of_trace(run, name)
+            workloads[name] = workload_of(trace_run).provenance
+            cell = recorder.cell(name, partial(_cell, trace_run))
+            points.append(cell["points"].assign(trace=name))
+            progress.advance()
+    return Measured({"points": pd.concat(points, ignore_index=True)}, {"workloads": workloads} | SAID)
+
+
+def _of_trace(run: Run, name: str) -> Run:
+    """The run of one trace, at its rate."""
+    trace = trace_named(run, name, run.params.paths.get(name))
+    return replace(run, trace=trace, arrival=replace(run.arrival, rate=run.params.rates[name]))
+
+
+def _check(run: Run) -> None:
+    """Raises UserError for sizes that no block has, for no trace, and for a cost that is none or has no use."""
+    params: Params = run.params
+    blocks.check_block_sizes(params.block_sizes)
+    if not params.rates:
+        raise UserError("params.rates={}: name at least one trace and its rate, in requests/s")
+    for size, cost in params.kernel_cost.items():
+        if size not in params.block_sizes or not cost > 0:
+            raise UserError(
+                f"params.kernel_cost: {size}: {cost} is not a time above 0, relative to blocks of 16, for one of "
+                f"params.block_sizes={list(params.block_sizes)}"
+            )
+        for system in filter(blocks.has_blocks, run.systems):
+            _check_slowed(run, system, cost)
+
+
+def _check_slowed(run: Run, system: System, cost: float) -> None:
+    """Raises UserError where an engine has no time of attention to change, or not by so much."""
+    _context_ps(run, system)  # what the engine refuses by itself
+    if not _slows(run, run.engine, system, cost):
+        every: list[EngineConfig] = [typed(EngineConfig, load("engine", name), "engine") for name in names("engine")]
+        able = [engine.name for engine in every if _slows(run, engine, system, cost)]
+        raise UserError(
+            f"params.kernel_cost: engine={run.engine.name} cannot read K/V of {run.model.name} in {cost:g} times the "
+            "time: it has no such time apart, or the device reads no faster. "
+            f"Engines that can: {', '.join(able) or 'none'}"
+        )
+
+
+def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
+    """Whether K/V takes `cost` times as long to read in that engine's steps."""
+    run = replace(run, engine=engine)
+    try:
+        asked, given = _context_ps(_slowed(run, cost), system), _context_ps(run, system)
+    except UserError:  # fitted on something else, or faster than the device
+        return False
+    return given > 0 and math.isclose(asked, cost * given, rel_tol=0.01)
+
+
+def _context_ps(run: Run, system: System) -> int:
+    """Picoseconds for the K/V of one token."""
+    return make_step_model(run.device, run.engine, run.model, system).context_ps
+
+
+def _cell(run: Run) -> Frames:
+    """Every system and block size on one trace."""
+    costs = run.params.kernel_cost
+    replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *costs.values()}}
+    lines = [
+        blocks.Line(replayers[costs.get(size, 1.0)], variant, {"system": system.name, "block_size": size})
+        for system in run.systems
+        for size, variant in blocks.variants(system, run.params.block_sizes)
+    ]
+    return {"points": blocks.serve_in_turn(run, lines, workload_of(run))}
+
+
+def _slowed(run: Run, cost: float) -> Run:
+    """The run with an engine whose attention takes `cost` times as long to read K/V."""
+    engine: EngineConfig = run.engine
+    fitted = {name: replace(step, context_ms=step.context_ms * cost) for name, step in engine.fitted.items()}
+    attention = {
+        name: replace(each, read_efficiency=each.read_efficiency / cost) for name, each in engine.attention.items()
+    }
+    kv_efficiency = engine.kv_efficiency if fitted or attention else engine.kv_efficiency / cost
+    return replace(run, engine=replace(engine, fitted=fitted, attention=attention, kv_efficiency=kv_efficiency))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """A row for every block size and trace; one for each trace of a system without blocks."""
+    return frame(_summary(run, frames["points"]))
+
+
+def _summary(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
+    for trace, system in itertools.product(run.params.rates, run.systems):
+        rows = table[(table.trace == trace) & (table.system == system.name)]
+        for size in run.params.block_sizes if blocks.has_blocks(system) else [None]:
+            yield from _rows(_of_trace(run, trace), system, size, rows[rows.block_size == size] if size else rows)
+
+
+def _rows(run: Run, system: System, size: int | None, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    """One block size of one system; one without blocks has one point, and no x."""
+    suffix = "_vs_block_size" if size else ""
+    cost = run.params.kernel_cost.get(size)
+    assuming = blocks.assumed(size) if cost is None else f"attention takes {cost:g} times as long as with blocks of 16"
+    what: dict[str, Any] = {"x": size, "detail": f"{run.arrival.rate:g} req/s", "assuming": assuming}
+    latency = blocks.estimate(run, samples.normalized_latency_s)
+    names = named(run, system, FIGURE if size else None, kernel_cost=cost, **what)
+    yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **names)
+    for name, unit in blocks.OURS.items():
+        if size or name != "last_block_waste":
+            ours = named(run, system, **what)
+            yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **ours)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Normalized latency, a panel per trace, and below it what the block size does to memory and to the batch."""
+    panels = list(dict.fromkeys(summary.setup))
+    figure, axes = plots.canvas(2, len(panels), width=5.2)
+    for number, panel in enumerate(panels):
+        rows = summary[summary.setup == panel]
+        _latency(axes[number], rows)
+        _memory(axes[len(panels) + number], rows)
+    figure.tight_layout()
+    return figure
+
+
+def _latency(axis: Axes, rows: pd.DataFrame) -> None:
+    ours = rows[rows.quantity == HEADLINE]
+    shown = plots.shown_names(pd.concat([ours, rows[rows.quantity == "normalized_latency"]]))
+    plots.lines(axis, ours.assign(shown=ours.label.map(shown)), "shown")
+    blocks.hollow(axis, ours)
+    blocks.lines_across(axis, rows[rows.quantity == "normalized_latency"])
+    title = "PagedAttention Fig 18b, whose values are in no source\n" if plots.stands_for(ours, FIGURE) else ""
+    axis.set(ylabel="normalized latency, s/token", ylim=(0, None))
+    axis.set_title(title + blocks.where(rows), fontsize=9)
+    blocks.block_axis(axis, ours.x)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _memory(axis: Axes, rows: pd.DataFrame) -> None:
+    """Both, of every system that has blocks."""
+    right = axis.twinx()
+    shown = (
+        (axis, "last_block_waste", "s-", "contiguous", "last-block waste, % of held memory"),
+        (right, "mean_batched_requests", "^--", "paged", "requests in the mean batch"),
+    )
+    for side, name, style, colour, label in shown:
+        values = rows[rows.quantity == f"{name}_vs_block_size"]
+        for _, line in values.sort_values("x").groupby("label", sort=False):
+            side.plot(line.x, line.value, style, color=plots.COLOURS[colour], ms=4)
+        side.set_ylim(0, None)
+        side.set_ylabel(label, color=plots.COLOURS[colour])
+    axis.set_title(f"{rows.setup.iloc[0]}:\nempty part of last blocks, and batch", fontsize=9)
+    blocks.block_axis(axis, rows.x.dropna())

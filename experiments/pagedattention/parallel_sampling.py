@@ -1,0 +1,134 @@
+"""Parallel sampling (PagedAttention Fig 14 a-c): normalized latency against request rate with n samples of a prompt.
+
+Blocks share the prompt and copy its last one on the first write; vAttention maps its whole page-groups into every
+sample's row; Orca reserves and writes a copy for each.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit.latency_curve import (
+    CROSSING,
+    Curves,
+    Line,
+    ServeAt,
+    chosen_panels,
+    draw_curves,
+    guess_of,
+    measure_lines,
+    summarize_lines,
+    unread_panels,
+    unread_rates,
+)
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "parallel_sampling"
+HEADLINE = CROSSING
+READS = {  # no decoding: the panels say how many samples
+    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing"),
+    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "threads"),
+}
+
+
+@dataclass
+class Panel:
+    """One panel of the figure."""
+
+    n: int  # samples of a request, or the width of a beam
+    guess: dict[str, float] = field(default_factory=dict)  # requests/s where the search begins, by system or `others`
+
+
+@dataclass
+class Params(Curves):
+    """`params.*` of conf/experiment/parallel_sampling.yaml; null there means: by the profile."""
+
+    panels: dict[str, Panel] = field(default_factory=dict)  # by figure
+    only: list[str] | None = None  # figures to run; null: all
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+    max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    rules = unread_of_sequences(run) | unread_panels(params.panels, params.only)
+    return rules | unread_rates(params, (f"params.panels.{figure}.guess" for figure in params.panels))
+
+
+def unread_of_sequences(run: Run) -> dict[str, str]:
+    """The same of experiments whose own keys say how many sequences a request has."""
+    rules = {"trace.mix": f"experiment={run.experiment} says itself how each request is decoded"}
+    if run.params.max_rows is not None:
+        rules["allocator.max_rows"] = "params.max_rows=N sets it"
+        if not any(_has_rows(system) for system in run.systems):
+            rules["params.max_rows"] = "no system of this run has rows to spare; allocator=vattention has"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Replay every panel."""
+    return Measured(measure_lines(run, recorder, list(_lines(run))), notes(run))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Every point and crossing of every panel."""
+    return summarize_lines(_lines(run), frames)
+
+
+def _lines(run: Run) -> Iterator[Line]:
+    """The engine's constants come from Fig 12a, with one sequence a request."""
+    replayer = Replayer(run)
+    for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
+        decoding = DecodingConfig("parallel", n=panel.n)
+        for system in with_rows(run.systems, run.params.max_rows):
+            yield Line(
+                key=f"{figure} {system.name}",
+                run=run,
+                system=system,
+                figure=figure,
+                detail=f"parallel n={panel.n}",
+                serve_at=serving(run, replayer, system, decoding),
+                guess=guess_of(panel.guess, system),
+                point={"n": panel.n},
+            )
+
+
+def _has_rows(system: System) -> bool:
+    return bool(system.allocator.name == "vattention")
+
+
+def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[System]:
+    """The systems, those of vAttention with so many rows: where page-groups are shared, rows may run out before memory.
+
+    Rows are addresses, so that more of them take no memory. Raises UserError for a number below 1.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"params.max_rows={max_rows}: must be 1 or more")
+    for system in systems:
+        if max_rows is None or not _has_rows(system):
+            yield system
+        else:
+            yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
+
+
+def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
+    """Serves the run's workload at a rate, decoded in one way."""
+    return lambda rate: replayer.serve(system, workload_of(run, rate=rate), decoding)
+
+
+def notes(run: Run) -> dict[str, object]:
+    """The workload at 1 request/s: others begin with the same requests."""
+    return {"workload": workload_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 14 a to c."""
+    return draw_curves(summary)

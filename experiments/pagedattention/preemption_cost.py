@@ -1,0 +1,154 @@
+"""What preempting one request costs (PagedAttention Fig 19a): swap its blocks out and in again, or recompute them.
+
+The copies are those that the paged policy decides for a request whose blocks lie scattered. Modelled, each has a price
+(`harness/modelled/action_prices.py`) and the recomputation is a step of one prompt; measured, the store makes the copies
+between the pool and host memory, and the model computes the prompt.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kvarena.allocators.policy import Action, Policy, Sequence
+from kvarena.allocators.registry import make_policy
+from kvarena.allocators.stores import make_store
+from kvarena.errors import UserError
+from kvarena.harness.measured.timed_call import wait_for
+from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.model.contract import Model
+from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.modelled.roofline import make_step_model
+from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
+from kvarena.harness.requests.request import Request
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
+from kvarena.kernels.registry import get_kernel
+
+SWAP_OUT, SWAP_IN, SWAP, RECOMPUTE = "swap out", "swap in", "swap in+out", "recompute"
+Costs = dict[str, float]  # what -> seconds
+
+
+def modelled_costs(run: Run, system: System, tokens: int) -> Costs:
+    """Seconds on the modelled device for a request of so many tokens."""
+    policy = scattered_policy(run, system, [tokens])
+    prices = action_prices(run.device, policy)
+    out_ps, in_ps = (prices.total_ps(actions) for actions in _swaps(policy, 0))
+    step_model = make_step_model(run.device, run.engine, run.model, system)
+    prompt_ps = step_model.step_ps(StepLoad(tokens, 0, 0, tokens * (tokens + 1) // 2))
+    return _costs(out_ps / PS_PER_S, in_ps / PS_PER_S, prompt_ps / PS_PER_S)
+
+
+def _costs(out_s: float, in_s: float, recompute_s: float) -> Costs:
+    return {RECOMPUTE: recompute_s, SWAP_IN: in_s, SWAP_OUT: out_s, SWAP: in_s + out_s}
+
+
+def scattered_policy(run: Run, system: System, lengths: list[int]) -> Policy:
+    """A policy that holds sequences of these lengths, their blocks scattered, with room to swap all of them.
+
+    Raises UserError for an allocator that swaps no blocks.
+    """
+    layout = run.model.shard().kv_layout()
+    options = {field.name for field in fields(system.allocator)}
+    if not {"block_size", "swap_bytes", "watermark"} <= options:
+        raise UserError(f"systems: {system.name} ({system.allocator.name}) has no blocks that can be swapped")
+    block = system.allocator.block_size
+    pool_tokens = (2 * sum(lengths) // block + len(lengths) + 2) * block
+    config = replace(system.allocator, watermark=0.0, swap_bytes=pool_tokens * layout.token_bytes)
+    policy = make_policy(config, layout, pool_tokens * layout.token_bytes, run.model.max_tokens)
+    _shuffle_free_blocks(policy, random.Random(run.model.seed))
+    for seq_id, tokens in enumerate(lengths):
+        admitted = policy.admit(Sequence(seq_id, tokens, output_tokens=1), tokens)
+        assert admitted, "the pool was made for them"
+    return policy
+
+
+def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
+    """Take every block for a sequence of its own and give them back in random order: the free list is that order."""
+    holders: list[int] = []
+    while policy.admit(Sequence(len(holders), 1, output_tokens=1), 1):
+        holders.append(len(holders))
+    order.shuffle(holders)
+    for seq_id in holders:
+        policy.release(seq_id)
+
+
+def _swaps(policy: Policy, seq_id: int) -> Iterator[list[Action]]:
+    """Actions that swap a sequence out, then those that bring it back."""
+    policy.swap_out(seq_id)
+    yield policy.drain()
+    policy.swap_in(seq_id)
+    yield policy.drain()
+
+
+class PreemptionBench:
+    """One block size, ready to be measured: a pool with several victims, together larger than the last-level cache."""
+
+    def __init__(self, run: Run, system: System, model: Model, tokens: int, victims: int) -> None:
+        self._policy = scattered_policy(run, system, [tokens] * victims)
+        local = model.config
+        self._store = make_store(
+            self._policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device
+        )
+        self._executor = TorchExecutor(model, self._store, get_kernel(system.kernel.name), seed=local.seed)
+        self._requests = [Request(i, tokens, output_tokens=1) for i in range(victims)]
+        self._device = model.device
+        for request in self._requests:
+            self._recompute(request)
+
+    def check(self) -> None:
+        """Correctness before time: what was swapped out, overwritten and brought back is what it was.
+
+        Raises RuntimeError where it is not.
+        """
+        victim = self._requests[0]
+        before = self._contents(victim)
+        swaps = _swaps(self._policy, victim.seq_id)
+        held = self._blocks(victim)
+        self._store.apply(next(swaps))
+        self._last_layer[held] = 0
+        self._store.apply(next(swaps))
+        if not torch.equal(before, self._contents(victim)):
+            raise RuntimeError("a request that was swapped out and in again has other K/V than before")
+
+    def sample(self) -> Costs:
+        """Mean seconds over all victims, once each."""
+        table = pd.DataFrame([self._sample(request) for request in self._requests])
+        return {str(what): float(mean) for what, mean in table.mean().items()}
+
+    def _sample(self, request: Request) -> Costs:
+        out_s, in_s = (self._timed(self._store.apply, actions) for actions in _swaps(self._policy, request.seq_id))
+        return _costs(out_s, in_s, self._timed(self._recompute, request))
+
+    def _recompute(self, request: Request) -> None:
+        """What a step does for a request whose blocks were freed: compute K/V of all its tokens, and one token."""
+        self._executor.finish(request)  # forget the token that the last time yielded
+        self._executor.execute(StepPlan(prefills=[PrefillChunk(request, 0, request.prompt_tokens)]))
+
+    @property
+    def _last_layer(self) -> torch.Tensor:
+        """Its K: [N, P, H, D]."""
+        return self._store.layer(self._executor.model.config.num_layers - 1).k
+
+    def _blocks(self, request: Request) -> torch.Tensor:
+        return torch.tensor(self._policy.holding(request).units, device=self._device)
+
+    def _contents(self, request: Request) -> torch.Tensor:
+        """K of the request in the last layer, position by position: [tokens, H, D]."""
+        return self._last_layer[self._blocks(request)].flatten(0, 1)[: request.prompt_tokens].clone()
+
+    def _timed(self, call: Any, argument: Any) -> float:
+        wait_for(self._device)
+        start = time.perf_counter()
+        call(argument)
+        wait_for(self._device)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._store.close()

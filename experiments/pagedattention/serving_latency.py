@@ -1,0 +1,308 @@
+"""Normalized latency against request rate (PagedAttention Fig 12), and the highest rate that is sustained.
+
+Where the published points are withheld there are none to replay: the curve is then drawn around the rate at which it
+crosses the limit.
+
+The published points are one replay each, with the artifact's seed. So are the rows that carry their names; those over
+all seeds are ours. A search is of the first seed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.latency_curve import (
+    BRACKET,
+    CROSSING,
+    LATENCY,
+    LIMIT_S,
+    chosen_panels,
+    crossing_of,
+    headed,
+    published_beside,
+    styles_of,
+    unread_panels,
+    unread_traces,
+)
+from kvarena.experiments.kit.latency_error import log_errors, rms
+from kvarena.experiments.kit.replay import Served, workload_of
+from kvarena.experiments.kit.seeds import unread_seeds
+from kvarena.experiments.pagedattention.serving_panels import (
+    PADDED,
+    Curve,
+    OutOfSample,
+    Panel,
+    curves_of,
+    out_of_sample,
+    run_of_panel,
+)
+from kvarena.harness.record.capacity import capacity, crossing
+from kvarena.harness.record.metrics import latencies
+from kvarena.harness.record.metrics import summarize as metrics_of
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.run.published import OURS as OURS_PAPER
+from kvarena.harness.run.published import is_earned, named
+from kvarena.harness.run.run import Run
+
+NAME = "serving_latency"
+HEADLINE = LATENCY
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpublished curve is drawn
+OUT_OF_SAMPLE = f"{HEADLINE}:out_of_sample"
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/serving_latency.yaml; null there means: by the profile."""
+
+    panels: dict[str, Panel] = field(default_factory=dict)  # by figure: fig12a ...
+    only: list[str] | None = None  # figures to run; null: all
+    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+    seeds: list[int] = field(default_factory=lambda: [0])  # of traces and arrivals; at least 6 give a 95 % interval
+    once: list[str] = field(default_factory=list)  # systems that are replayed under the first seed alone
+    crossing: list[str] = field(default_factory=list)  # systems whose rate at LIMIT_S is searched, under the first seed
+    tolerance: float = 0.01  # of that search
+    out_of_sample: list[OutOfSample] = field(default_factory=list)
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    panels = chosen_panels(params.panels, params.only)
+    rules = unread_seeds(run)
+    rules |= {"arrival.rate": "the panels name the rates: params.panels={FIGURE: {rates: {SYSTEM: [...]}, ...}}"}
+    rules |= {"arrival.duration_s": "the panels say how long: params.panels={FIGURE: {duration_s: SECONDS, ...}}"}
+    for group in ("model", "device"):
+        if all(getattr(panel, group) for panel in panels.values()):
+            rules[group] = f"every panel names its own: params.panels={{FIGURE: {{{group}: NAME, ...}}}}"
+    traces = [panel.trace for panel in panels.values()]
+    rules |= unread_traces(run, traces, "params.panels={FIGURE: {trace: NAME, ...}}", of_all=("max_tokens",))
+    if params.paths.get(run.trace.name):
+        rules["trace.path"] = f"params.paths.{run.trace.name} is given"
+    for trace in set(params.paths) - set(traces):
+        rules[f"params.paths.{trace}"] = "no panel of this run has that trace"
+    return rules | unread_panels(params.panels, params.only) | _unread_of_systems(run, panels)
+
+
+def _unread_of_systems(run: Run, panels: dict[str, Panel]) -> dict[str, str]:
+    """Keys for some systems alone."""
+    params, rules = run.params, dict[str, str]()
+    there = {system.name for system in run.systems}
+    padded = any(system.allocator.name == PADDED for system in run.systems)
+    for figure, panel in panels.items():
+        if panel.batch_size is not None and padded:
+            rules["allocator.batch_size"] = "the panels set it: params.panels={FIGURE: {batch_size: N, ...}}"
+        if not padded:
+            for key in ("batch_size", "fastertransformer_duration_s"):
+                rules[f"params.panels.{figure}.{key}"] = "FasterTransformer is not among the systems of this run"
+        for key in {*panel.rates, *panel.guess} - {*there, "others"}:
+            for which in ("rates", "guess"):
+                rules[f"params.panels.{figure}.{which}.{key}"] = "no system of this run has that name"
+    searched = set(params.crossing) & there or not all(p.rates_of(s) for p in panels.values() for s in run.systems)
+    if not searched:
+        for key in ("params.tolerance", *(f"params.panels.{figure}.guess" for figure in panels)):
+            rules[key] = "no crossing is searched: params.crossing=[SYSTEM] searches one"
+    if absent := set(params.crossing) - there:
+        rules["params.crossing"] = f"{', '.join(sorted(absent))}: not among the systems of this run"
+    if params.once and (len(params.seeds) == 1 or not set(params.once) & there):
+        rules["params.once"] = "every system is replayed once; params.seeds=[0,1,2,3,4,5] has more seeds"
+    if params.out_of_sample and not any(systems for *_, systems in out_of_sample(run, _runs(run))):
+        rules["params.out_of_sample"] = "its engines were fitted on no system, model and device of this run"
+    return rules
+
+
+def _runs(run: Run) -> dict[str, Run]:
+    return {f: run_of_panel(run, panel) for f, panel in chosen_panels(run.params.panels, run.params.only).items()}
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Replay every point of every curve, and again for every seed."""
+    panels = chosen_panels(run.params.panels, run.params.only)
+    cells = [(curve, seed) for curve in curves_of(run, panels) for seed in curve.seeds]
+    tables = []
+    with Progress(NAME, len(cells)) as progress:
+        for curve, seed in cells:
+            progress.stage(f"{curve.key}, seed {seed}")
+            cell = recorder.cell(f"{curve.key}-{seed}", partial(_points, curve, seed))
+            tables.append(cell["points"].assign(curve=curve.key, seed=seed, engine=curve.run.engine.name))
+            progress.advance()
+    workloads = {
+        figure: workload_of(own, seed=run.params.seeds[0], rate=1.0, duration_s=panels[figure].duration_s).provenance
+        for figure, own in _runs(run).items()
+    }
+    return Measured({"points": pd.concat(tables, ignore_index=True)}, {"workloads": workloads})
+
+
+def _points(curve: Curve, seed: int) -> Frames:
+    """Every point of the curve under one seed, a row each; two of kind `bracket` lie around the crossing."""
+    known: dict[float, dict[str, float]] = {}
+
+    def at(rate: float) -> dict[str, float]:
+        if rate not in known:
+            workload = workload_of(curve.run, seed=seed, rate=rate, duration_s=curve.duration_s)
+            known[rate] = _metrics(curve.replayer.serve(curve.system, workload))
+        return known[rate]
+
+    rates, bracket = curve.rates, list[float]()
+    if curve.searched and seed == curve.seeds[0]:
+        bracket = _bracket(curve, lambda rate: at(rate)["normalized_latency_s"])
+        low, high = ((rate, at(rate)["normalized_latency_s"]) for rate in bracket)
+        at_limit = crossing(low, high, LIMIT_S)
+        rates = rates or [float(f"{at_limit * share:.3g}") for share in AROUND]
+    kinds = [("point", rate) for rate in rates] + [(BRACKET, rate) for rate in bracket]
+    return {"points": pd.DataFrame([{"kind": kind, "rate": rate, **at(rate)} for kind, rate in kinds])}
+
+
+def _bracket(curve: Curve, latency_at: Callable[[float], float]) -> list[float]:
+    guesses, rates = curve.panel.guess, curve.rates
+    guess = guesses.get(curve.system.name) or guesses.get("others") or (rates[-1] if rates else 1.0)
+    return list(capacity(latency_at, LIMIT_S, guess, curve.run.params.tolerance))
+
+
+def normalized_latency_s(requests: pd.DataFrame) -> float:
+    """Mean of E2E latency / output tokens, in s/token: the paper's metric."""
+    return float(latencies(requests).normalized_s.mean())
+
+
+def _metrics(served: Served) -> dict[str, float]:
+    steps, iterations = served.steps, float(served.steps.steps.sum())
+    batch = float((steps.requests * steps.steps).sum()) / iterations
+    more = {"mean_batched_requests": batch, "clock_events_per_step": len(steps) / iterations}
+    return metrics_of(served.requests, steps, served.resumed_gaps_ps) | more
+
+
+# Our own quantities at every point, and their units; docs/metrics.md has the formulas.
+OURS = {
+    "ttft_p50_s": "s", "ttft_p99_s": "s", "tpot_p50_s": "s", "tpot_p99_s": "s", "itl_p50_s": "s", "itl_p99_s": "s",
+    "e2el_p50_s": "s", "e2el_p99_s": "s", "queueing_p50_s": "s", "queueing_p99_s": "s", "stall_mean_s": "s",
+    "rate_asked_per_s": "req/s", "rate_reached_per_s": "req/s", "output_tokens_per_s": "tok/s",
+    "mean_batched_requests": "requests", "preemptions": "count", "refused": "count", "finished": "count",
+    "clock_events_per_step": "ratio",
+}  # fmt: skip
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """The paper's rows of seed 0, ours of every rate over the seeds, and how far the paper's points are missed."""
+    points = frames["points"]
+    curves = list(curves_of(run, chosen_panels(run.params.panels, run.params.only)))
+    of_curve = [(curve, points[points.curve == curve.key]) for curve in curves]
+    rows = [row for curve, its in of_curve for row in (*_crossing_rows(curve, its), *_point_rows(curve, its))]
+    return frame([*rows, *_errors(run, of_curve)])
+
+
+def _crossing_rows(curve: Curve, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    at_limit = crossing_of(points)
+    if at_limit is None:
+        return
+    seed = int(points[points.kind == BRACKET].seed.iloc[0])
+    names = [curve.ours(fitted=curve.was_fitted()), curve.published(seed)]
+    for each in names if is_earned(names[1]) else names[:1]:
+        yield row(at_limit, quantity=CROSSING, unit="req/s", **each)
+
+
+def _point_rows(curve: Curve, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    """A curve out of sample has its latency alone, under a name of its own beside the calibrated one."""
+    for rate, by_seed in points[points.kind == "point"].groupby("rate", sort=False):
+        x = float(rate)  # type: ignore[arg-type]
+        latency_s, fitted = by_seed.set_index("seed").normalized_latency_s, curve.was_fitted(x)
+        quantity = OUT_OF_SAMPLE if curve.out_of_sample else HEADLINE
+        yield row(median_interval(latency_s), quantity=quantity, unit="s/token", **curve.ours(fitted=fitted, x=x))
+        if curve.out_of_sample:
+            continue
+        published = curve.published(0, x)
+        if 0 in latency_s.index and is_earned(published):
+            yield row(float(latency_s[0]), quantity=HEADLINE, unit="s/token", **published)
+        ours = curve.ours(x=x)
+        for name, unit in OURS.items():
+            if by_seed[name].notna().any():
+                yield row(median_interval(by_seed[name].dropna()), quantity=f"{name}_vs_rate", unit=unit, **ours)
+
+
+def _errors(run: Run, of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[SummaryRow]:
+    """RMS of log(ours / published), of each family of curves, and of all of one engine where there are several.
+
+    Of curves that stand for published ones, and of those out of sample; seed 0 alone.
+    """
+    points = pd.DataFrame(list(_compared(of_curve)))
+    if points.empty:
+        return
+    for (figure, engine), of_engine in points.groupby(["figure", "engine"], sort=False):
+        errors = log_errors(of_engine, str(figure))
+        groups = {str(name): rows.index for name, rows in of_engine.groupby("family", sort=False)}
+        if len(groups) > 1:
+            groups["all systems"] = of_engine.index
+        for name, index in groups.items():
+            of_group = errors[errors.index.isin(index)]
+            if len(of_group):
+                first = points.loc[of_group.index[0]]
+                names = named(first.run, None, label=f"{name}/{engine}", detail=first.detail, fitted=first.fitted)
+                yield row(rms(of_group), quantity="rms_log_error", unit="%", **names)
+
+
+def _compared(of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[dict[str, object]]:
+    for curve, points in of_curve:
+        for _, point in points[(points.kind == "point") & (points.seed == 0)].iterrows():
+            x = float(point.rate)
+            at = curve.beside(x)
+            if at is not None and (curve.out_of_sample or is_earned(curve.published(0, x))):
+                yield {"figure": at.figure, "panel": at.panel, "system": at.system, "x": x,
+                       "value": point.normalized_latency_s, "family": at.system.partition("(")[0],
+                       "engine": curve.run.engine.name, "run": curve.run, "detail": curve.detail,
+                       "fitted": curve.was_fitted(x)}  # fmt: skip
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 12: an axis per panel, our curves as lines, the published points as circles."""
+    rows = summary[summary.quantity.isin([HEADLINE, OUT_OF_SAMPLE])]
+    setups = list(dict.fromkeys(rows.setup))
+    columns = min(3, len(setups))
+    down, legend_columns = -(-len(setups) // columns), min(4, 2 * columns)
+    key = (
+        0.2 * -(-rows.label[rows.quantity == HEADLINE].nunique() // legend_columns) / down
+    )  # height of the legend, in inches of each row
+    figure, axes = plots.canvas(down, columns, width=5, height=3.6 + key)
+    for axis, setup in zip(axes, setups, strict=False):
+        _panel_axis(axis, rows[rows.setup == setup])
+    plots.tidy(figure).tight_layout(rect=(0, key / (3.6 + key), 1, 1))
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower center", ncols=legend_columns)
+    return figure
+
+
+def _panel_axis(axis: Axes, rows: pd.DataFrame) -> None:
+    """The axis ends at 1 s/token, as the paper's does, or where the curves end."""
+    curves, others = rows[rows.quantity == HEADLINE], rows[rows.quantity == OUT_OF_SAMPLE]
+    shown = plots.shown_names(plots.preferring_earned(curves))
+    many, circled = curves.n.max() > 1, False
+    for label, (colour, dash, _) in styles_of(curves).items():
+        of_label = curves[curves.label == label].sort_values("x")
+        earned, ours = of_label[of_label.paper != OURS_PAPER], of_label[of_label.paper == OURS_PAPER]
+        axis.plot(ours.x, ours.value, dash, color=colour, lw=1.3, label=shown[label])
+        axis.fill_between(ours.x, ours.ci_low, ours.ci_high, color=colour, alpha=0.15, lw=0)
+        if many:
+            axis.plot(earned.x, earned.value, color=colour, lw=0.5)
+        theirs = published_beside(earned)
+        theirs = theirs[theirs.quantity == HEADLINE]
+        axis.plot(theirs.x, theirs.value, "o", mfc="none", color=colour, ms=5)
+        circled |= bool(len(theirs))
+    for allocator, points in others.groupby("allocator", sort=False):
+        axis.plot(points.x, points.value, "x", color=plots.colour_of(str(allocator)), ms=4)
+    notes = ["circles: published"] if circled else []
+    notes += ["crosses: constants of the others' curves"] if len(others) else []
+    axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
+    lines = "lines: median over seeds, with its 95 % interval; thin: seed 0" if many else ""
+    axis.set_title("\n".join(filter(None, (headed(curves), lines, "; ".join(notes)))), fontsize=8)
+    axis.set_xlim(0, None)
+    axis.set_ylim(0, min(1.0, 1.1 * curves.value.max()))

@@ -1,0 +1,202 @@
+"""Memory that sharing saves (PagedAttention Fig 15): blocks that need not be, of those that there would be without it.
+
+In every iteration: logical = what the running sequences would hold if each had its own, physical = what they hold.
+
+    saving = 1 - 1 / mean over iterations of (logical / physical)
+
+as the artifact takes it, over a window of the replay. vAttention shares whole page-groups, so the same is said of it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.usage import LEAVES
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.latency_curve import headed, published_beside
+from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.pagedattention.parallel_sampling import unread_of_sequences, with_rows
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.time_averages import PS, check_window, window
+from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "sharing_savings"
+HEADLINE = "memory_saving_vs_n"
+READS = {  # no decoding: both ways are run, for every n
+    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams"),
+    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams", "threads"),
+}
+FIGURE = "fig15"
+FEWER = 4  # share of the requests that is tried first
+SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
+ASSUMED = (
+    "each place of the next beam is filled from a parent drawn uniformly, or as its survival says; no scores are known"
+)
+EXTREME = ", survival "  # what tells the setups of other survivals
+UNATTACHED = ("stranded", "free", "remainder")  # leaves of the pool that no sequence holds
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/sharing_savings.yaml; null there means: by the profile."""
+
+    n: list[int] = field(default_factory=lambda: [2, 4, 6])  # samples, or the width of a beam
+    window_s: list[float] | None = None  # [from, to]; null: the steps that leave someone waiting
+    survivals: list[str] = field(default_factory=lambda: [SURVIVAL])  # of beams under clock=modelled
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+    max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
+
+    def __post_init__(self) -> None:
+        """Refuse what is no window, before anything is replayed."""
+        check_window(self.window_s)
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    rules = unread_of_sequences(run)
+    if run.clock == "measured":
+        rules["params.survivals"] = "the model's scores say which beams live on; clock=modelled assumes"
+    return rules
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """One replay for each system, way of decoding and n. Raises UserError for none, or one twice."""
+    ways = list(_ways(run))
+    if not ways or len(set(ways)) < len(ways):
+        raise UserError(
+            f"params.n={run.params.n}, params.survivals={run.params.survivals}: at least one n, and nothing twice"
+        )
+    replayer, cells = Replayer(run), []
+    with Progress(NAME, len(ways) * len(run.systems)) as progress:
+        for system in with_rows(run.systems, run.params.max_rows):
+            for decoding in ways:
+                key = f"{system.name} {decoding.name} n={decoding.n} {decoding.survival}"
+                progress.stage(key)
+                cells.append(recorder.cell(key, partial(_cell, run, replayer, system, decoding))["savings"])
+                progress.advance()
+    notes = {"workload": workload_of(run).provenance, "survival": ASSUMED}
+    return Measured({"savings": pd.concat(cells, ignore_index=True)}, notes)
+
+
+def _ways(run: Run) -> Iterator[DecodingConfig]:
+    survivals = [SURVIVAL] if run.clock == "measured" else run.params.survivals
+    for n in run.params.n:
+        yield DecodingConfig("parallel", n=n)
+        for survival in survivals:
+            yield DecodingConfig("beam", n=n, survival=survival)
+
+
+def _cell(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> Frames:
+    steps = window(_steps(run, replayer, system, decoding), run.params.window_s)
+    said = {"system": system.name, "decoding": decoding.name, "n": decoding.n, "survival": decoding.survival}
+    return {"savings": pd.DataFrame([{**said, **savings(steps)}])}
+
+
+def _steps(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> pd.DataFrame:
+    """The step log, exact up to the end of the window: whoever still waits then need not be served.
+
+    Serves the first requests to arrive, and more of them until one of those waits at the end of the window.
+    """
+    workload, bounds_s = workload_of(run), run.params.window_s
+    count = len(workload) if bounds_s is None else max(1, len(workload) // FEWER)
+    while True:
+        requests, steps, _ = replayer.serve(system, workload.first(count), decoding)
+        if count == len(workload) or (bounds_s and _waited_past(requests, bounds_s[1])):
+            return steps
+        count = min(2 * count, len(workload))
+
+
+def _waited_past(requests: pd.DataFrame, end_s: float) -> bool:
+    """Whether a request was in line, never admitted, all the time up to `end_s`: the last to arrive."""
+    scheduled_ps = requests.scheduled_ps.iloc[-1]
+    return bool(pd.notna(scheduled_ps) and scheduled_ps > end_s * PS)
+
+
+def savings(steps: pd.DataFrame) -> dict[str, float]:
+    """Over a window of a step log: `saving`, as the paper takes it, and the plain means of both byte counts.
+
+    Rows are stretches of one or more iterations, of which all sums are taken; iterations without a sequence count for
+    nothing.
+    """
+    held = steps[[leaf for leaf in LEAVES if leaf not in UNATTACHED]].sum(axis=1)
+    busy = steps[held > 0]
+    physical = held[held > 0]
+    logical = physical + busy.shared_bytes
+    mean_ratio = float((logical / physical * busy.steps).sum() / busy.steps.sum())
+    return {
+        "saving": 100 * (1 - 1 / mean_ratio),
+        "logical_gb": float(logical.sum() / busy.steps.sum()) / 1e9,
+        "physical_gb": float(physical.sum() / busy.steps.sum()) / 1e9,
+        "batched_sequences": float(((busy.decodes + busy.prefills) * busy.steps).sum() / busy.steps.sum()),
+    }
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """A row of the figure for each system, way and n, and the bytes behind it."""
+    return frame(row for _, cell in frames["savings"].iterrows() for row in _rows(run, cell))
+
+
+def _rows(run: Run, cell: pd.Series) -> Iterator[SummaryRow]:
+    """Beams are compared under one survival model; the others stand beside it under their own names."""
+    system = next(system for system in run.systems if system.name == cell.system)
+    what = cell.decoding if cell.survival == SURVIVAL else f"{cell.decoding}{EXTREME}{cell.survival}"
+    more: dict[str, Any] = {"detail": what, "x": float(cell.n), "assuming": ASSUMED if cell.decoding == "beam" else ""}
+    names = named(run, system, FIGURE, decoding=cell.decoding, survival=cell.survival, **more)
+    yield row(cell.saving, quantity=HEADLINE, unit="%", **names)
+    ours = named(run, system, **more)
+    for name, unit in (("logical_gb", "GB"), ("physical_gb", "GB"), ("batched_sequences", "sequences")):
+        yield row(cell[name], quantity=f"{name}_vs_n", unit=unit, **ours)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 15: left samples, right beams, with the extremes of survival as whiskers where they were replayed."""
+    saving = summary[summary.quantity == HEADLINE]
+    extreme = saving.setup.str.contains(EXTREME)
+    base = saving.setup.str.replace(f"{EXTREME}\\w+", "", regex=True)
+    setups = list(dict.fromkeys(saving[~extreme].setup)) or list(dict.fromkeys(base))
+    figure, axes = plots.canvas(1, len(setups), width=4.8, height=3.8)
+    for axis, setup in zip(axes, setups, strict=True):
+        _bars(axis, saving[saving.setup == setup], saving[extreme & (base == setup)])
+    axes[0].legend(fontsize=7, frameon=False)
+    top = max(10.0, 1.15 * float(saving.value.max()))
+    for axis in axes:
+        axis.set_ylim(0, top)
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame) -> None:
+    """A bar for each system and n in its allocator's colour, the second of an allocator paler than the first."""
+    shown, counts = plots.shown_names(ours), sorted(set(ours.x))
+    width = 0.8 / len(shown)
+    seen = Counter[str]()
+    for i, (label, name) in enumerate(shown.items()):
+        rows = ours[ours.label == label].sort_values("x")
+        at = [counts.index(x) + (i - (len(shown) - 1) / 2) * width for x in rows.x]
+        colour = plots.colour_of(rows.allocator.iloc[0])
+        axis.bar(at, rows.value, width, color=colour, alpha=0.65 ** seen[colour], label=name)
+        seen[colour] += 1
+        for x, place, value in zip(rows.x, at, rows.value, strict=True):
+            extremes = band[(band.label == label) & (band.x == x)].value
+            axis.annotate(f"{value:.3g}", (place, max([value, *extremes])), ha="center", va="bottom", fontsize=6)
+            if len(extremes):
+                axis.vlines(place, extremes.min(), extremes.max(), color="#000000", lw=1)
+        theirs = published_beside(rows)
+        theirs = theirs[(theirs.quantity == HEADLINE) & theirs.x.isin(counts)]
+        axis.plot([counts.index(x) for x in theirs.x], theirs.value, "o", mfc="none", color=colour)
+    axis.set_xticks(range(len(counts)), [f"{x:g}" for x in counts])
+    said = ", ".join(dict.fromkeys(ours.evidence))
+    axis.set_title(f"{headed(ours)}, {said}", fontsize=8)
+    axis.set(xlabel="samples, or width of the beam", ylabel="memory saved by sharing, %")

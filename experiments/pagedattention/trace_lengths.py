@@ -1,0 +1,191 @@
+"""Lengths of prompts and outputs in the traces (PagedAttention Fig 11): means, and histograms over the paper's bins.
+
+From a file the counts are exact. Without one they come from an embedded length table, which was made from the paper's
+data and gives its distribution back within a percent or so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.replay import trace_named
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.published import OURS, is_earned, named
+from kvarena.harness.run.run import Run
+from kvarena.harness.trace import load_trace
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.length_table import length_table
+from kvarena.harness.trace.published_files import is_published
+from kvarena.harness.trace.told import told
+from kvarena.harness.trace.trace import Ints, Trace
+
+NAME = "trace_lengths"
+HEADLINE = "mean_length"
+READS = {"modelled": ("trace",), "measured": ("trace",)}
+FIGURE = "fig11"
+COUNTS = "histogram_count_vs_bin_left"
+
+
+@dataclass
+class Bins:
+    """Of one panel of Fig 11: shortest and longest prompt and output, in tokens."""
+
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/trace_lengths.yaml."""
+
+    traces: list[str] = field(default_factory=list)  # names of conf/trace/
+    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> local file, beside trace.path
+    num_bins: int = 128
+    bins: dict[str, Bins] = field(default_factory=dict)  # trace -> its range; other traces, and other files: their own
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    params: Params = run.params
+    unused = {"clock": "no clock is read; leave clock=modelled"} if run.clock == "measured" else {}
+    unused["trace.mix"] = "it says how requests are decoded, not how long they are"
+    listed = f"params.traces names the traces: {', '.join(params.traces)}"
+    if run.trace.name not in params.traces:
+        unused["trace"] = listed
+    elif params.paths.get(run.trace.name):
+        unused["trace.path"] = f"params.paths.{run.trace.name} is its file"
+    for key, values in (("paths", params.paths), ("bins", params.bins)):
+        unused |= {f"params.{key}.{name}": listed for name in values if name not in params.traces}
+    return unused
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Read every trace and count. Lengths stay where they are: some may not be passed on.
+
+    Raises UserError where there is nothing to count.
+    """
+    params: Params = run.params
+    if not params.traces or params.num_bins < 1 or len(set(params.traces)) < len(params.traces):
+        raise UserError(
+            f"params.traces={params.traces}, params.num_bins={params.num_bins}: at least one of each, no trace twice"
+        )
+    statistics, histograms, notes = list[dict[str, Any]](), list[pd.DataFrame](), {}
+    for name in params.traces:
+        config = _of_trace(run, name).trace
+        trace = _whole(config)
+        notes[name] = trace.provenance
+        for side, lengths in (("input", trace.prompt_tokens), ("output", trace.output_tokens)):
+            column = {"trace": name, "side": side}
+            drawn = "table" in trace.provenance
+            statistics.append({**column, "drawn": drawn, **_statistics(lengths)})
+            histograms.append(_histogram(run, config, side, lengths).assign(**column))
+    return Measured(
+        {"statistics": pd.DataFrame(statistics), "histograms": pd.concat(histograms, ignore_index=True)}, notes
+    )
+
+
+def _of_trace(run: Run, name: str) -> Run:
+    return replace(run, trace=trace_named(run, name, run.params.paths.get(name)))
+
+
+def _whole(config: TraceConfig) -> Trace:
+    """All of a file, or as many draws from a table as its data has records; or as many as are asked for."""
+    drawn = config.path is None and config.table is not None and config.num_requests is None
+    trace = load_trace(config, num_requests=length_table(str(config.table)).num_records if drawn else None)
+    return told(config, trace)
+
+
+def _statistics(lengths: Ints) -> dict[str, float]:
+    percentiles = {f"length_p{percent}": float(np.percentile(lengths, percent)) for percent in (50, 90, 99)}
+    return {HEADLINE: float(lengths.mean()), **percentiles, "num_records": float(len(lengths))}
+
+
+def _histogram(run: Run, config: TraceConfig, side: str, lengths: Ints) -> pd.DataFrame:
+    """Left edge and count of every bin. A trace of one's own takes Fig 11's range only where that is asked for."""
+    bins = run.params.bins.get(config.name)
+    asked = any(key.startswith(f"params.bins.{config.name}") or key == "params.bins" for key in run.given)
+    if bins is None or not (asked or is_published(config)):
+        ends = [int(lengths.min()), int(lengths.max()) + (lengths.min() == lengths.max())]
+    else:
+        ends = bins.prompt if side == "input" else bins.output
+    if len(ends) != 2 or ends[0] >= ends[1]:
+        raise UserError(f"params.bins.{config.name}: {ends} is not [shortest, longest]")
+    counts, edges = np.histogram(lengths, bins=run.params.num_bins, range=(ends[0], ends[1]))
+    return pd.DataFrame({"left": edges[:-1], "count": counts})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Means, percentiles and counts of every trace: exact from a file, calibrated from a table, which was fitted."""
+    return frame(_summary(run, frames["statistics"], frames["histograms"]))
+
+
+def _summary(run: Run, statistics: pd.DataFrame, histograms: pd.DataFrame) -> Iterator[SummaryRow]:
+    for found in statistics.to_dict("records"):
+        name, side = found["trace"], found["side"]
+        here, bins = _of_trace(run, name), run.params.bins.get(name)
+        of_figure = {"key": side, "bins": asdict(bins) if bins else None}
+        kind: dict[str, Any] = {"label": side, "counted": not found["drawn"], "fitted": found["drawn"]}
+        yield row(found[HEADLINE], quantity=HEADLINE, unit="tokens", **named(here, None, FIGURE, **of_figure, **kind))
+        counts = histograms[(histograms.trace == name) & (histograms.side == side)]
+        for left, count in zip(counts.left.tolist(), counts["count"].tolist(), strict=True):
+            names = named(here, None, FIGURE, x=round(left, 3), **of_figure, **kind)
+            x = _as_published(left, names) if is_earned(names) else names["x"]
+            yield row(count, quantity=COUNTS, unit="records", **{**names, "x": x})
+        for quantity in ("length_p50", "length_p90", "length_p99", "num_records"):
+            unit = "records" if quantity == "num_records" else "tokens"
+            yield row(found[quantity], quantity=quantity, unit=unit, **named(here, **kind))
+
+
+def _as_published(left: float, names: dict[str, Any]) -> float:
+    """A left edge as it was read out of the figure, so that rows join; else to a thousandth of a token."""
+    rows = published_values(names["paper"], figure=FIGURE, panel=names["panel"], system=names["system"])
+    read = [float(x) for x in rows[rows.quantity == COUNTS].x if abs(x - left) < 0.01]
+    return read[0] if read else round(left, 3)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Densities as Fig 11 draws them, and the published counts where the trace is the figure's."""
+    theirs = published_values("pagedattention", figure=FIGURE)
+    panels = list(dict.fromkeys(summary.setup))
+    figure, axes = plots.canvas(1, len(panels), width=6)
+    for axis, panel in zip(axes, panels, strict=True):
+        rows = summary[summary.setup == panel]
+        earned = rows[rows.paper != OURS]
+        _panel(axis, rows, theirs[theirs.panel.isin(earned.panel)])
+        title = f"PagedAttention Fig 11: {earned.panel.iloc[0]}" if len(earned) else panel
+        axis.set(title=f"{title}\n{_source(rows)}", xlabel="tokens", ylabel="density")
+        axis.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _source(rows: pd.DataFrame) -> str:
+    return "counted in the data" if set(rows.evidence) == {"exact"} else "drawn from a length table"
+
+
+def _panel(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    longest = 0.0
+    for system, colour in (("input", "#0072B2"), ("output", "#D55E00")):
+        own = ours[ours.label == system]
+        bins = own[own.quantity == COUNTS].sort_values("x")
+        total = own[own.quantity == "num_records"]["value"].iloc[0]
+        mean = own[own.quantity == "mean_length"]["value"].iloc[0]
+        width = (bins.x.iloc[-1] - bins.x.iloc[0]) / max(1, len(bins) - 1) or 1.0
+        axis.bar(bins.x, bins.value / total / width, width, align="edge", color=colour, alpha=0.5,
+                 label=f"{system}, mean {mean:.2f}")  # fmt: skip
+        dots = theirs[(theirs.system == system) & (theirs.quantity == COUNTS)]
+        if len(dots):
+            axis.plot(dots.x + width / 2, dots.value / total / width, "k.", ms=2.5, label=f"{system}, published counts")
+        longest = max(longest, float(bins.x[bins.value.cumsum() < 0.9995 * total].max()))
+        printed = theirs[(theirs.system == system) & (theirs.quantity == "mean_length")]["value"]
+        for value in printed:
+            axis.axvline(value, color=colour, lw=0.8, ls="--", label=f"{system}, published mean {value:.2f}")
+    axis.set_xlim(0, longest)

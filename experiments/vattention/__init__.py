@@ -1,0 +1,1 @@
+"""Experiments that reproduce the figures and tables of vAttention (ASPLOS '25)."""

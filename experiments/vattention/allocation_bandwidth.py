@@ -1,0 +1,201 @@
+"""How fast page-groups can be allocated (vAttention Table 9), and how fast decoding needs them (Fig 4).
+
+Allocating is mapping: the page-groups were created when the server started. Three ways over one pool, GB = 2^30:
+
+    one by one   one page-group a call, as the paper has it             its Table 9
+    in runs      so many neighbours a call, as a growing row maps them
+    cold         created first: what a driver without a pool would give
+
+The time is the wall's, around a call of our contract, bookkeeping included; a pass over the pool counts its median
+call, so that a slice that a busy machine takes away is not the driver's. The need is bytes of K/V per second of decode,
+tokens/s times bytes per token, for the paper's models; tokens/s come from a device model. With the engine sarathi2024
+the host's work counts, as fitted on other figures; with lean it costs nothing, which gives an upper bound.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.sizes import GB, format_bytes, parse_bytes
+from kvarena.allocators.vmm.drivers import make_driver
+from kvarena.errors import UserError
+from kvarena.experiments.kit import plots
+from kvarena.experiments.vattention.decode_need import decode_need, need_rows
+from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.published import OURS, named
+from kvarena.harness.run.run import Run
+
+NAME = "allocation_bandwidth"
+HEADLINE = "allocation_bandwidth"
+FIGURE = "table9"
+READS = {"measured": ("device",)}
+ONE_BY_ONE = "one by one"
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/allocation_bandwidth.yaml; null there means: by the profile of the device."""
+
+    page_groups: list[str] = field(default_factory=list)
+    pool: str = ""  # mapped over and over
+    run_groups: int = 0  # page-groups in one call, where they are mapped in runs
+    rounds: int = 0  # interleaved over page-groups and ways: the samples of every interval
+    need_models: list[str] = field(default_factory=list)  # of conf/model/, for Fig 4
+    need_device: str = ""  # of conf/device/
+    need_engine: str = ""  # of conf/engine/
+    need_batches: list[int] = field(default_factory=list)
+    need_context: int = 0  # tokens of every sequence
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = {"engine": "params.need_engine=NAME is the engine that decoding is modelled by"}
+    if not run.params.need_models:
+        for key in ("need_device", "need_engine", "need_batches", "need_context"):
+            keys[f"params.{key}"] = "params.need_models=[] models nothing"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Model what decoding takes and measure what the driver gives. Raises UserError for parameters that do not fit."""
+    params: Params = run.params
+    sizes, pool = page_groups_of(params.page_groups), parse_bytes(params.pool, "params.pool")
+    check_counts(params, "run_groups", "rounds", "need_batches", "need_context")
+    if any(pool % size or pool < size for size in sizes):
+        raise UserError(f"params.pool={params.pool}: not a multiple of every page-group of {params.page_groups}")
+    if len(set(params.need_models)) < len(params.need_models):
+        raise UserError(f"params.need_models={params.need_models}: one is named twice")
+    need = decode_need(run)
+    with Progress(NAME, params.rounds + 1) as progress:
+        samples = recorder.cell("bandwidth", partial(_measure, run, sizes, pool, progress))["samples"]
+    return Measured({"samples": samples} | ({} if need.empty else {"decode_need": need}))
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """GB/s by page-group and way, and what decoding takes."""
+    need = need_rows(run, frames["decode_need"]) if "decode_need" in frames else ()
+    return frame([*_supply(run, frames["samples"]), *need])
+
+
+def _measure(run: Run, sizes: list[int], pool: int, progress: Progress) -> Frames:
+    """Rounds over page-groups and ways; GB/s of each."""
+    ways: dict[str, Callable[[_Pool], float]] = {
+        ONE_BY_ONE: partial(_Pool.map_seconds, groups_a_call=1),
+        "in runs": partial(_Pool.map_seconds, groups_a_call=run.params.run_groups),
+        "cold": _Pool.cold_seconds,
+    }
+    samples = []
+    with ExitStack() as stack:
+        pools = [stack.enter_context(closing(_Pool(run.device.kind, size, pool // size))) for size in sizes]
+        for number in range(-1, run.params.rounds):
+            for groups, (way, seconds) in itertools.product(pools, ways.items()):
+                rate = groups.bytes / GB / seconds(groups)
+                if number >= 0:  # the first round loads what loads once
+                    samples.append({"round": number, "page_group": groups.bytes, "way": way, "gb_per_s": rate})
+            progress.advance()
+    return {"samples": pd.DataFrame(samples)}
+
+
+class _Pool:
+    """Page-groups of one size, created ahead, and the addresses to map them to."""
+
+    def __init__(self, device: str, page_group: int, count: int) -> None:
+        self.bytes, self._device, self._count = page_group, device, count
+        self._driver = make_driver(device, page_group)
+        try:
+            self._base = self._driver.reserve(count * page_group)
+            self._handles = self._driver.create(count)
+        except BaseException:
+            self._driver.close()
+            raise
+
+    def map_seconds(self, groups_a_call: int) -> float:
+        """Map all, a few at a time; seconds of one page-group in the median call."""
+        taken = []
+        for first in range(0, self._count, groups_a_call):
+            handles = self._handles[first : first + groups_a_call]
+            start = perf_counter()
+            self._driver.map(self._base, first * self.bytes, handles)
+            taken.append((perf_counter() - start) / len(handles))
+        self._driver.unmap(self._base, 0, self._count)
+        return median(taken)
+
+    def cold_seconds(self) -> float:
+        """Create as many again, each when it is mapped; seconds of one page-group in the median of these."""
+        taken = []
+        with closing(make_driver(self._device, self.bytes)) as driver:
+            base = driver.reserve(self._count * self.bytes)
+            for slot in range(self._count):
+                start = perf_counter()
+                driver.map(base, slot * self.bytes, driver.create(1))
+                taken.append(perf_counter() - start)
+        return median(taken)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._driver.close()
+
+
+def _supply(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    for (way, size), rows in samples.groupby(["way", "page_group"], sort=False):
+        group = format_bytes(int(str(size)))
+        yield row(median_interval(rows.gb_per_s), quantity=HEADLINE, unit="GB/s",
+                  **named(run, figure=FIGURE, key=group, label=group, detail=str(way), way=way))  # fmt: skip
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """What the driver gives, beside Table 9 where some of it stands for that; what decoding needs, beside Fig 4."""
+    theirs = published_values("vattention")
+    figure, axes = plots.canvas(1, 2, width=6)
+    _supplied(axes[0], summary[summary.quantity == HEADLINE], theirs[theirs.figure == FIGURE])
+    rates = summary[summary.quantity == "kv_allocation_rate_vs_batch"]
+    if len(rates):
+        _needed(axes[1], rates, theirs[theirs.quantity == "kv_allocation_rate_vs_batch"])
+    return plots.tidy(figure)
+
+
+def _supplied(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """One group per page-group, one bar per way; the published value is a line across the bar that stands for it."""
+    names, ways = list(dict.fromkeys(rows.label)), list(rows.groupby("setup", sort=False))
+    highest = rows.value.max()
+    for number, (setup, bars) in enumerate(ways):
+        places = [names.index(name) + 0.8 * (number + 0.5) / len(ways) - 0.4 for name in bars.label]
+        axis.bar(places, bars.value, 0.8 / len(ways), label=str(setup).split(",")[0])
+        for place, bar in zip(places, bars.itertuples(), strict=True):
+            points = theirs[(theirs.panel == bar.panel) & (theirs.system == bar.system)]
+            if bar.paper != OURS and len(points):
+                half, highest = 0.4 / len(ways), max(highest, points.value.max())
+                axis.hlines(points.value, place - half, place + half, color="black", label=f"{bar.system}, published")
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", ylim=(0, 1.3 * highest))
+    title = "vAttention Table 9" if plots.stands_for(rows, FIGURE) else "page-groups that the driver allocates"
+    axis.set_title(f"{title}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+
+
+def _needed(axis: Axes, rates: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """A line per model; the published points beside those that stand for them."""
+    highest = rates.value.max()
+    for number, (setup, line) in enumerate(rates.groupby("setup", sort=False)):
+        colour, first = f"C{number}", line.iloc[0]
+        axis.plot(line.x, line.value, "-", color=colour, label=f"{setup}, modelled")
+        if first.paper != OURS:
+            points = theirs[theirs.panel == first.panel]
+            axis.plot(points.x, points.value, "o", ms=4, color=colour, label=f"{first.panel}, published")
+            highest = max(highest, points.value.max())
+    title = "K/V that decoding needs" + (" (vAttention Fig 4)" if plots.stands_for(rates, "fig4") else "")
+    axis.set(xlabel="batch size", ylabel="MB/s (2^20 bytes)", ylim=(0, 1.5 * highest))
+    axis.set_title(f"{title}\nmodelled: engine {rates.kernel.iloc[0]} on {rates.device.iloc[0]}")
+    axis.legend(fontsize=7, frameon=False, ncols=2)

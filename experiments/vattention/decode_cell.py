@@ -1,0 +1,139 @@
+"""One cell of `decode_throughput`: every system at one batch size, checked against each other, then interleaved."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kvarena.allocators.policy import Policy
+from kvarena.allocators.registry import make_policy
+from kvarena.allocators.sizes import format_bytes
+from kvarena.allocators.stores import make_store
+from kvarena.allocators.vmm.fragments import scattered_pages_held
+from kvarena.errors import UserError
+from kvarena.experiments.vattention.same_logits import check_same_logits
+from kvarena.harness.measured.calibration import StreamingRead
+from kvarena.harness.measured.fixed_batch import FixedBatch, StepRecord, WarmCache
+from kvarena.harness.measured.memory import available_bytes
+from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.model.contract import Model
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.kernels.registry import get_kernel
+
+
+def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
+    """All systems at one batch size, interleaved."""
+    params = run.params
+    pool_bytes = _pool_bytes(run, len(prompts))
+    batches: dict[str, FixedBatch] = {}
+    try:
+        with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
+            for system in run.systems:
+                batches[system.name] = resident(run, system, model, prompts, pool_bytes)
+        check_steps(run, batches)
+        for _ in range(params.warmup_steps):
+            for batch in batches.values():
+                batch.step()
+        before = read.gb_per_s()
+        steps = pd.DataFrame(_rounds(params, batches, progress))
+        after = read.gb_per_s()
+        accounts = [_account(name, b, before, after) for name, b in batches.items()]
+        return {"steps": steps, "requests": _requests(batches), "batches": pd.DataFrame(accounts)}
+    finally:
+        for batch in batches.values():
+            batch.close()
+
+
+def _pool_bytes(run: Run, batch: int) -> int:
+    """Bytes of every allocator's pool. Raises UserError where the systems together exceed the machine."""
+    params = run.params
+    pool = params.pool_bytes or batch * run.model.kv_layout().resident_bytes(params.max_tokens)
+    needed, left = pool * len(run.systems), available_bytes(torch.device(run.device.kind))
+    if needed > left:
+        fits = batch * left // needed
+        raise UserError(
+            f"params.batch_sizes: a batch of {batch} cannot fit: {len(run.systems)} systems x {format_bytes(pool)} = "
+            f"{format_bytes(needed)}, and {format_bytes(left)} is free. About {fits} sequences of params.max_tokens="
+            f"{params.max_tokens} fit, or fewer systems"
+        )
+    return pool
+
+
+def resident(
+    run: Run,
+    system: System,
+    model: Model,
+    prompts: list[int],
+    pool_bytes: int,
+    prime: Callable[[Policy], None] = lambda policy: None,
+) -> FixedBatch:
+    """A system with its batch in memory; `prime` sees the empty policy first."""
+    params = run.params
+    local = model.config
+    policy = make_policy(system.allocator, local.kv_layout(), pool_bytes, params.max_tokens)
+    prime(policy)
+    scheduler = make_scheduler(system.scheduler, policy, params.max_tokens)
+    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
+    try:
+        kernel = get_kernel(system.kernel.name)
+        executor = TorchExecutor(model, store, kernel, local.seed, run.engine.cuda_graphs)
+        batch = FixedBatch(scheduler, store, executor, prompts, params.steps)
+        like = torch.empty(0, dtype=getattr(torch, local.dtype), device=model.device)
+        warm = WarmCache(local.num_kv_heads, local.head_size, params.max_tokens, like, local.seed)
+        batch.fill(warm, local.num_layers)
+    except BaseException:
+        store.close()
+        raise
+    return batch
+
+
+def check_steps(run: Run, batches: dict[str, FixedBatch]) -> None:
+    """Steps whose logits must agree between the systems, before anything is timed. Raises RuntimeError."""
+    for _ in range(run.params.check_steps):
+        logits: dict[str, torch.Tensor] = {}
+        for name, batch in batches.items():
+            batch.step()
+            assert batch.executor.logits is not None
+            logits[name] = batch.executor.logits
+        check_same_logits(logits, run.model.dtype, "a step")
+
+
+def _rounds(params: Any, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Rounds of steps; each begins with another system, so that none always follows the same neighbour."""
+    names = list(batches)
+    for number in range(params.rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            for step in range(params.steps_per_round):
+                record: StepRecord = batches[name].step()
+                leaves = batches[name].leaves()
+                yield {"system": name, "round": number, "step": step, **record._asdict(), **leaves}
+        progress.advance(1)
+
+
+def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, Any]:
+    """What holds for the whole cell: physical bytes, driver calls, the machine's limit before and after."""
+    batch.policy.check_integrity()
+    return {
+        "system": name,
+        "batch": len(batch.requests),
+        "pool_bytes": batch.policy.pool_bytes,
+        "read_gb_per_s_before": before,
+        "read_gb_per_s_after": after,
+        **batch.store.physical()._asdict(),
+        **{f"driver_{key}": value for key, value in batch.store.driver_calls()._asdict().items()},
+    }
+
+
+def _requests(batches: dict[str, FixedBatch]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"system": name, "batch": len(b.requests), "seq_id": r.seq_id, "prompt_tokens": r.prompt_tokens,
+         "generated_tokens": r.generated, "num_preemptions": r.num_preemptions}
+        for name, b in batches.items()
+        for r in b.requests
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""How much K/V a decoding batch writes per second (vAttention Fig 4), from a device model."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pandas as pd
+
+from kvarena.allocators.sizes import MB
+from kvarena.errors import UserError
+from kvarena.harness.config import load, typed
+from kvarena.harness.model.config import ModelConfig
+from kvarena.harness.model.presets import load_preset
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
+from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
+from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.run import schemas
+from kvarena.harness.run.published import named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import as_filed
+
+FIGURE = "fig4"
+TP = {"yi-6b": 1, "llama-3-8b": 2, "yi-34b": 2}  # GPUs of each model in the paper's Table 5
+PAPERS_SYSTEM = "paged-fa2"  # whose decode throughput Fig 4 shows; it depends little on the allocator
+ATTENTION = "fa2/paged"  # its kernel, for engines that tell kernels apart
+
+
+def decode_need(run: Run) -> pd.DataFrame:
+    """Tokens/s of every model and batch of `params.need_*`: columns model, batch, tokens_per_s.
+
+    Raises UserError for a model, device or engine that does not exist, is no device model, or was fitted on another.
+    """
+    params = run.params
+    cells = [
+        (name, batch, _decode_throughput(of.device, of.engine, of.model, batch, params.need_context))
+        for name, of in ((name, _modelled(run, name)) for name in params.need_models)
+        for batch in params.need_batches
+    ]
+    return pd.DataFrame(cells, columns=["model", "batch", "tokens_per_s"])
+
+
+def need_rows(run: Run, need: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Tokens/s, and MB/s (2^20) of K/V: one token of every sequence a step, over all GPUs."""
+    scheduler = typed(schemas.of("scheduler", "vllm"), load("scheduler", "vllm"), "scheduler")
+    system = as_filed(PAPERS_SYSTEM, scheduler)
+    for name, cells in need.groupby("model", sort=False):
+        of = _modelled(run, str(name))
+        for batch, tokens_per_s in zip(cells.batch.astype(float), cells.tokens_per_s, strict=True):
+            names = named(of, system, FIGURE, x=batch)
+            rate = tokens_per_s * of.model.kv_layout().token_bytes / MB
+            yield row(tokens_per_s, quantity="decode_throughput_vs_batch", unit="token/s", **names)
+            yield row(rate, quantity="kv_allocation_rate_vs_batch", unit="MB/s", **names)
+
+
+def _modelled(run: Run, model: str) -> Run:
+    """The run of one model that decoding is modelled by."""
+    device = run.params.need_device
+    hardware: DeviceConfig = typed(schemas.of("device", device), load("device", device), "params.need_device")
+    if hardware.kind != "modelled":
+        raise UserError(f"params.need_device={device}: not a device model, see conf/device/")
+    engine: EngineConfig = typed(EngineConfig, load("engine", run.params.need_engine), "params.need_engine")
+    of_model = load_preset(model, tp=TP.get(model, 1))
+    return replace(
+        run, clock="modelled", device=hardware, engine=engine, model=of_model, reads=("model", "engine", "device")
+    )
+
+
+def _decode_throughput(
+    hardware: DeviceConfig, engine: EngineConfig, model: ModelConfig, batch: int, context: int
+) -> float:
+    step = step_model_of(hardware, engine, model, "vllm", ATTENTION)
+    return batch * PS_PER_S / step.step_ps(StepLoad(batch, batch, batch * context))

@@ -1,0 +1,280 @@
+"""Decode throughput by batch size (vAttention Fig 8 and Table 7): what does the memory layout cost a decode step?
+
+Every system of a cell holds the same K/V of the same sequences. They are checked to yield the same logits, as far as
+kernels round alike, then decode in turn, round by round, so that whatever disturbs the machine disturbs them all.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.usage import LEAVES
+from kvarena.errors import UserError
+from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.published_models import of_model, unread_models
+from kvarena.experiments.vattention import decode_modelled
+from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE, named_at
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.run import Run
+from kvarena.harness.trace import Trace, TraceConfig, load_trace
+from kvarena.harness.trace.account import account_of
+from kvarena.harness.trace.told import tell
+
+READS = {
+    "modelled": ("model", "engine", "device", "systems"),
+    "measured": ("model", "trace", "engine", "device", "systems", "threads"),
+}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/decode_throughput.yaml; null there means: by the profile of the device."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # "trace": the trace's; a number: that many tokens, as in Fig 8
+    max_tokens: int = 0  # measured clock: longest sequence, the row of a static allocator
+    pool_bytes: int | None = None  # of every allocator; null: batch x max_tokens, what static reservation needs
+    warmup_steps: int = 0
+    check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
+    rounds: int = 0  # interleaved repetitions, the samples of every interval; at least 6 give 95 %
+    steps_per_round: int = 0
+    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
+
+    @property
+    def steps(self) -> int:
+        """Tokens that every sequence decodes."""
+        return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run)
+    if run.clock == "modelled":
+        keys["device.unmap_us"] = "no sequence of a batch ends, so that nothing is unmapped"
+        keys["scheduler.max_seqs"] = "params.batch_sizes=[...] are the batches, resident from the start"
+        keys["params.max_tokens"] = "a row is as long as its sequence gets: params.prompts and the steps"
+    elif TRACE not in run.params.prompts:
+        keys["trace"] = f"params.prompts={run.params.prompts} are no prompts of a trace; params.prompts=[trace] are"
+    else:
+        keys["trace.mix"] = "prompts are taken of it, and every sequence decodes greedily"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Measure every batch size; under the modelled clock of every model."""
+    _check(run.params)
+    if run.clock == "modelled":
+        return decode_modelled.measure(run, recorder)
+    import torch
+
+    from kvarena.allocators.vmm.fragments import scattered_pages_held
+    from kvarena.experiments.vattention.decode_cell import measure_cell
+    from kvarena.harness.measured.calibration import StreamingRead
+    from kvarena.harness.model.build import build_model
+
+    params: Params = run.params
+    device = torch.device(run.device.kind)
+    prompts, trace_notes = _prompts(run)
+    model = build_model(run.model, device)
+    with scattered_pages_held():
+        read = StreamingRead(device)
+    cells: list[Frames] = []
+    with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
+        for kind, lengths in prompts.items():
+            what = "trace" if kind == TRACE else f"{kind} tokens"
+            for batch in params.batch_sizes:
+                progress.stage(f"{what}, batch {batch}")
+                key = f"{what}-{batch}".replace(" ", "-")
+                if recorder.has_cell(key):
+                    progress.advance(params.rounds)
+                cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
+                cells.append({name: table.assign(prompts=kind) for name, table in cell.items()})
+    frames = {name: of_model(run, pd.concat([cell[name] for cell in cells], ignore_index=True)) for name in cells[0]}
+    return Measured(frames, {"trace": trace_notes, "calibration": frames["batches"].to_dict("records")})
+
+
+def _check(params: Params) -> None:
+    if not params.batch_sizes or min(params.batch_sizes) < 1:
+        raise UserError(f"params.batch_sizes={params.batch_sizes}: at least one size is needed, each 1 or more")
+    for key in ("batch_sizes", "prompts"):
+        values = getattr(params, key)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"params.{key}={values}: name at least one, and none twice")
+    for key in ("rounds", "steps_per_round", "check_steps"):
+        if getattr(params, key) < 1:
+            raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
+
+
+def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Prompt lengths of the largest batch, by what `params.prompts` calls them, and where the trace's come from."""
+    params: Params = run.params
+    largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 2
+    if params.max_tokens > run.model.max_tokens:
+        raise UserError(f"params.max_tokens={params.max_tokens}: {run.model.name} ends at {run.model.max_tokens}")
+    lengths: dict[str, list[int]] = {}
+    notes: dict[str, Any] = {}
+    for kind in params.prompts:
+        if kind == TRACE:
+            lengths[kind], notes = _trace_prompts(run.trace, load_trace(run.trace, params.max_tokens), largest, room)
+        elif kind.isdecimal() and 0 < int(kind) <= room:
+            lengths[kind] = [int(kind)] * largest
+        else:
+            raise UserError(
+                f'params.prompts={kind}: neither "trace" nor a number of tokens from 1 to {room}, which is what '
+                f"params.max_tokens={params.max_tokens} leaves beside the {params.steps} tokens that are decoded"
+            )
+    return lengths, notes
+
+
+def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
+    """The first prompts of the trace that leave room for what is decoded; how many did not is in the notes."""
+    fitting = np.flatnonzero(trace.prompt_tokens <= room)
+    if len(fitting) < largest:
+        raise UserError(
+            f"trace {trace.name} has {len(fitting)} prompts of at most {room} tokens, a batch of {largest} needs more"
+        )
+    served, over = trace.take(fitting[:largest]), len(trace) - len(fitting)
+    account = account_of(config, served).without(f"prompts over {room}", over)
+    tell(account)
+    notes = {**trace.provenance, "prompts_over_room": over, "account": asdict(account)}
+    return served.prompt_tokens.tolist(), notes
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 8 and Table 7, and what else is known of a step, by system and batch size; intervals are over rounds."""
+    if run.clock == "modelled":
+        return frame(decode_modelled.rows(run, frames["points"]))
+    steps = frames["steps"]
+    return frame(itertools.chain(_rows(run, steps, frames["batches"]), _over_paged(run, steps)))
+
+
+def _rows(run: Run, steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[SummaryRow]:
+    grid = itertools.product(steps.prompts.unique(), run.params.batch_sizes, run.systems)
+    for kind, batch, system in grid:
+        here, account = (
+            table[(table.prompts == kind) & (table.batch == batch) & (table.system == system.name)]
+            for table in (steps, batches)
+        )
+        for each in _quantities(run, here, account.iloc[0]):
+            names = named_at(run, system, kind, each.figure, x=batch, counted=each.counted)
+            yield row(each.value, quantity=each.name, unit=each.unit, **names)
+
+
+def _over_paged(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Throughput over that of blocks under the same kernel, round by round: noise that both share cancels."""
+    paged = {system.kernel.name: system.name for system in run.systems if system.allocator.name == "paged"}
+    for (kind, batch), cell in steps.groupby(["prompts", "batch"], sort=False):
+        seconds = cell.groupby(["system", "round"])["step_s"].sum()  # of as many steps and tokens everywhere
+        for system in run.systems:
+            other = paged.get(system.kernel.name, system.name)
+            if system.name != other:
+                ratio = median_interval(seconds[other] / seconds[system.name])
+                names = named_at(run, system, str(kind), x=int(str(batch)))
+                yield row(ratio, quantity="throughput_over_paged_vs_batch", unit="ratio", **names)
+
+
+class _Quantity(NamedTuple):
+    name: str
+    value: Estimate | float
+    unit: str
+    counted: bool = False
+    figure: str | None = None
+
+
+def _quantities(run: Run, steps: pd.DataFrame, account: pd.Series) -> Iterator[_Quantity]:
+    """What is known of one system at one batch size."""
+    rounds = steps.groupby("round")
+    total = rounds["step_s"].sum()
+    attention = rounds["attention_s"].sum()
+    token_bytes = run.model.kv_layout().token_bytes
+    limit = max(account.read_gb_per_s_before, account.read_gb_per_s_after)
+    bandwidth = rounds["kv_tokens"].sum() * token_bytes / attention / 1e9
+
+    yield _Quantity(HEADLINE, median_interval(rounds["batch"].sum() / total), "tok/s", figure="fig8")
+    if steps["attention_s"].notna().all():  # a step replayed as a graph has no parts
+        attention_ms = median_interval(1e3 * rounds["attention_s"].mean())
+        yield _Quantity("decode_attention_time_vs_batch", attention_ms, "ms", figure="table7")
+        yield _Quantity("append_time_vs_batch", median_interval(1e3 * rounds["append_s"].mean()), "ms")
+        yield _Quantity("attention_share_of_step", median_interval(100 * attention / total), "%")
+        yield _Quantity("kv_read_bandwidth", median_interval(bandwidth), "GB/s")
+        yield _Quantity("kv_read_share_of_streaming_read", median_interval(100 * bandwidth / limit), "%")
+    yield _Quantity("step_time_vs_batch", median_interval(1e3 * rounds["step_s"].mean()), "ms")
+    yield _Quantity("step_time_p99_vs_batch", float(1e3 * steps["step_s"].quantile(0.99)), "ms")
+    yield _Quantity("streaming_read_before", float(account.read_gb_per_s_before), "GB/s")
+    yield _Quantity("streaming_read_after", float(account.read_gb_per_s_after), "GB/s")
+    overhead = rounds["schedule_s"].sum() + rounds["view_s"].sum()
+    yield _Quantity("scheduler_policy_view_share_of_step", median_interval(100 * overhead / total), "%")
+    yield _Quantity("actions_share_of_step", median_interval(100 * rounds["actions_s"].sum() / total), "%")
+    for count in ("growths", "actions", "ahead"):
+        yield _Quantity(f"{count}_in_window", float(steps[count].sum()), "count", counted=True)
+    for key in ("driver_critical", "driver_background"):
+        yield _Quantity(f"{key}_calls", float(account[key]), "count", counted=True)
+        yield _Quantity(f"{key}_time", 1e3 * float(account[f"{key}_s"]), "ms")
+    yield _Quantity("driver_waited", 1e3 * float(account.driver_waited_s), "ms")
+    for key in ("mapped_bytes", "pooled_bytes"):
+        yield _Quantity(key, float(account[key]), "bytes", counted=True)
+    for leaf in LEAVES:
+        share = 100 * steps[leaf].sum() / (len(steps) * account.pool_bytes)
+        yield _Quantity(f"share_of_kv_memory:{leaf}", float(share), "%", counted=True)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Throughput, a panel for all that ran alike; measured, the bandwidth behind it and the memory under it too."""
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    bandwidth = _of_last_setup(summary[summary.quantity == "kv_read_share_of_streaming_read"])
+    memory = _of_last_setup(summary[summary.quantity.str.startswith("share_of_kv_memory:")])
+    count = len(panels) + (not bandwidth.empty) + (not memory.empty)
+    columns = count if count <= 3 else (count + 1) // 2
+    figure, axes = plots.canvas(-(-count // columns), columns, width=5)
+    free = iter(axes)
+    for _, rows in panels:
+        _throughput(next(free), rows)
+    if not bandwidth.empty:
+        _bandwidth(next(free), bandwidth)
+    if not memory.empty:
+        _memory(next(free), memory)
+    return plots.tidy(figure)
+
+
+def _of_last_setup(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows if rows.empty else rows[rows.setup == rows.setup.iloc[-1]]
+
+
+def _throughput(axis: Axes, rows: pd.DataFrame) -> None:
+    """One panel; dots are published, beside those that earned their names."""
+    looks.lines(axis, rows)
+    looks.dots(axis, rows, published_values("vattention", quantity=HEADLINE))
+    axis.set(ylabel="decode tokens/s", ylim=(0, None))
+    looks.title(axis, rows, "fig8", "decode throughput")
+    plots.batch_axis(axis, sorted(rows.x.unique()))
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
+
+
+def _bandwidth(axis: Axes, rows: pd.DataFrame) -> None:
+    """K/V read in attention, over what the machine can read at all."""
+    looks.lines(axis, rows)
+    axis.axhline(100, color="black", lw=0.8, ls="--")
+    axis.set(ylabel="K/V read, % of a streaming read", ylim=(0, 110))
+    looks.title(axis, rows, None, "attention bandwidth")
+    plots.batch_axis(axis, sorted(rows.x.unique()))
+
+
+def _memory(axis: Axes, rows: pd.DataFrame) -> None:
+    """Where the pool's bytes are, at the largest batch."""
+    rows = rows[rows.x == rows.x.max()]
+    shares = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
+    shown = [leaf for leaf in LEAVES if shares[leaf].max() > 0]
+    plots.stacked_bars(axis, shares.loc[list(dict.fromkeys(rows.label))], shown)
+    axis.set(ylabel="% of the KV pool")
+    looks.title(axis, rows, None, f"memory at batch {rows.x.iloc[0]:g}")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

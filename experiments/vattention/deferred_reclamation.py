@@ -1,0 +1,223 @@
+"""What mapping adds to a prefill, and what inherited rows save (vAttention Fig 13).
+
+A prompt needs its page-groups before its one iteration, so nothing hides behind an iteration before it. Each way serves
+two requests, the second when the first has ended, and times the prefill of the second:
+
+    no VMM calls                  rows reserved at the start (static allocation)
+    64KB sync, 2MB sync           the second maps all of its own, and finds nothing to unmap
+    deferred reclamation          the second inherits the row of the first, which was as long (2 MB)
+    64KB, inherited whole         the same with page-groups of 64 KB
+    64KB, inherited half          the first was half as long
+    64KB, reclaimed at once       what the first had is unmapped before the second maps its own
+    64KB, one group ahead         a row with one page-group in every tensor is kept ready (eager allocation)
+
+The paper has the first four. The GPUs of a model map side by side.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.allocators.reservation.static import StaticConfig
+from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.kit.replay import Replayer
+from kvarena.experiments.vattention.driver_calls import check_counts
+from kvarena.experiments.vattention.mapping import on_gpus, the_system
+from kvarena.harness.modelled.step_model import PS_PER_S
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.published import label_of, named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+
+NAME = "deferred_reclamation"
+
+
+class Way(NamedTuple):
+    """How the second request comes by its page-groups. `page_group` None: they are reserved at the start."""
+
+    name: str
+    page_group: str | None
+    first: float = 0.0  # length of the first request over that of the second; 0: there is none
+    deferred: bool = True
+    eager: bool = False
+
+
+PLAIN = Way("no VMM calls", None)
+WAYS = (
+    PLAIN,
+    Way("64KB sync", "64KB", deferred=False),
+    Way("2MB sync", "2MB", deferred=False),
+    Way("deferred reclamation", "2MB", first=1),
+    Way("64KB, inherited whole", "64KB", first=1),
+    Way("64KB, inherited half", "64KB", first=0.5),
+    Way("64KB, reclaimed at once", "64KB", first=1, deferred=False),
+    Way("64KB, one group ahead", "64KB", deferred=False, eager=True),
+)
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/deferred_reclamation.yaml; null there means: by the profile."""
+
+    prompt_tokens: int = 0  # of the second request
+    output_tokens: int = 4  # of the first
+    pool_bytes: int | None = None
+    rounds: int = 0
+    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
+
+
+HEADLINE = "mapping_time_over_rest"
+
+
+FIGURE = "fig13"
+READS = {
+    "modelled": ("model", "engine", "device", "systems"),
+    "measured": ("model", "engine", "device", "systems", "threads"),
+}
+_CHANGED = ("page_group", "max_rows", "overlap", "watermark", "reclaim_threshold", "deferred_reclamation",
+            "eager_allocation")  # fmt: skip
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in _CHANGED}
+    keys["scheduler.max_seqs"] = "one request is served at a time"
+    if run.clock == "modelled":
+        keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Time the second prefill in every way, model by model."""
+    the_system(run)
+    check_counts(run.params, "prompt_tokens", "output_tokens", *(["rounds"] if run.clock == "measured" else []))
+    runs = runs_by_model(run, "gpus")
+    tables: list[pd.DataFrame] = []
+    with Progress(NAME, len(runs)) as progress:
+        for served in runs:
+            progress.stage(served.model.name)
+            cell = recorder.cell(served.model.name, partial(_measure, served))
+            tables.append(of_model(served, cell["samples"]))
+            progress.advance()
+    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+
+
+def _measure(run: Run) -> Frames:
+    """A sample of every way in each round; each round begins with another way."""
+    longest = run.params.prompt_tokens + run.params.output_tokens
+    if run.clock == "modelled":
+        run = on_gpus(run, run.model.tp, longest)
+    replayer, samples = Replayer(replace(run, trace=replace(run.trace, max_tokens=longest))), []
+    rounds = range(1) if run.clock == "modelled" else range(-1, run.params.rounds)
+    for number in rounds:
+        turn = number % len(WAYS)
+        for way in [*WAYS[turn:], *WAYS[:turn]]:
+            second = _second_prefill(run, replayer, way)
+            if number >= 0:  # the first round compiles what compiles once
+                samples.append({"round": number, "way": way.name, **second})
+    return {"samples": pd.DataFrame(samples)}
+
+
+def _second_prefill(run: Run, replayer: Replayer, way: Way) -> dict[str, float]:
+    params: Params = run.params
+    prompts, outputs = np.array([*_before(way, params, run.clock), (params.prompt_tokens, 1)]).T
+    served = replayer.serve(system_in(way, the_system(run)), Workload(prompts, outputs, 0 * prompts))
+    prefill = served.steps[served.steps.prefills > 0].iloc[-1]
+    return {"prefill_s": prefill.duration_ps / PS_PER_S, "mapping_s": prefill.stall_ps / PS_PER_S,
+            "slabs": float(prefill.actions)}  # fmt: skip
+
+
+def _before(way: Way, params: Params, clock: str) -> list[tuple[int, int]]:
+    """Prompt and output of the requests before the one that is timed.
+
+    The first long prefill of a process is slower than those that follow: under the measured clock even ways without a
+    first request get one. Then one of a single token takes its unmapping upon itself, but for its own page-group's; it
+    also gives eager allocation the time to prepare a row.
+    """
+    short = (1, params.output_tokens)
+    if way.first:
+        return [(math.ceil(way.first * params.prompt_tokens), params.output_tokens)]
+    if clock == "measured":
+        return [(params.prompt_tokens, params.output_tokens), short]
+    return [short] if way.eager else []
+
+
+def system_in(way: Way, system: System) -> System:
+    """The system with that way's allocator, serving one request at a time."""
+    allocator: Any = StaticConfig()
+    if way.page_group is not None:
+        allocator = replace(
+            system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
+            deferred_reclamation=way.deferred, eager_allocation=way.eager,
+        )  # fmt: skip
+    alone = replace(system.scheduler, max_seqs=1)
+    return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 13, and what mapping is of it, model by model."""
+    return frame(each for served, samples in by_model(run, frames["samples"]) for each in _rows(served, samples))
+
+
+def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    tokens = run.params.prompt_tokens
+    size = f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+    plain = samples[samples.way == PLAIN.name].set_index("round").prefill_s
+    for way in WAYS:
+        own, of = samples[samples.way == way.name].set_index("round"), partial(_names, run, way)
+        yield row(_estimate(own.prefill_s), quantity=f"prefill_time_{size}_prompt", unit="s", **of(FIGURE))
+        yield row(_estimate(own.prefill_s / plain), quantity="prefill_time_over_no_vmm_calls", unit="ratio", **of())
+        yield row(_estimate(1e3 * own.mapping_s), quantity="mapping_time", unit="ms", **of())
+        rest = own.prefill_s - own.mapping_s
+        yield row(_estimate(100 * own.mapping_s / rest), quantity=HEADLINE, unit="%", **of())
+        yield row(float(own.slabs.iloc[0]), quantity="page_groups_per_tensor", unit="count", **of(counted=True))
+
+
+def _estimate(samples: pd.Series) -> Estimate | float:
+    return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
+
+
+def _names(run: Run, way: Way, figure: str | None = None, counted: bool = False) -> dict[str, Any]:
+    """What a row is called: the paper's ways are one system, with its allocator set in each."""
+    listed, system = the_system(run), system_in(way, the_system(run))
+    names = named(run, listed, figure, key=way.name, label=label_of(run, system), counted=counted)
+    return {**names, "allocator": system.allocator.name}
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """What mapping adds to a prefill, one panel for each model; diamonds are what the published times say."""
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    theirs = published_values("vattention", figure=FIGURE)
+    figure, axes = plots.canvas(1, len(panels), width=5)
+    for axis, (setup, rows) in zip(axes, panels, strict=True):
+        times = summary[(summary.setup == setup) & summary.quantity.str.startswith("prefill_time_")]
+        _bars(axis, rows, looks.published_of(times, theirs).set_index("system").value)
+        looks.title(axis, times, FIGURE, "mapping in front of a prefill")
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame, theirs: pd.Series) -> None:
+    ways = list(rows.label.str.rpartition("/")[0])
+    places = range(len(ways))
+    spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
+    axis.barh(places, rows.value, 0.7, xerr=spread, color=plots.COLOURS["vattention"], label="this run")
+    if PLAIN.name in theirs:
+        published = [100 * (theirs.get(way, np.nan) / theirs[PLAIN.name] - 1) for way in ways]
+        axis.plot(published, places, "kD", ms=5, label="published")
+    axis.set_yticks(places, ways, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="mapping, % of the rest of the prefill", xlim=(0, None))
+    axis.legend(fontsize=7, frameon=False, loc="upper right")

@@ -1,0 +1,216 @@
+"""Online latency on long prompts (vAttention Fig 10), and what it hides: TTFT and TBT below each system's capacity.
+
+    request latency   from arrival to the last token; quantiles over requests
+    capacity          requests/s served where all of them wait at the door
+    TBT               time between two tokens of one request (ITL); it holds the prefills of others
+
+The paper's rates lie near capacity, where latency multiplies every error of the service time: `params.slower` makes
+all steps longer, to show by how much.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.long_contexts import READS as READS
+from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
+from kvarena.experiments.kit.replay import Replayer, Served, workload_of
+from kvarena.harness.record.metrics import latencies
+from kvarena.harness.record.metrics import summarize as scalar_metrics
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.requests.workload import Workload
+from kvarena.harness.run.published import OURS, named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.harness.trace.arrival import UNDRAWN
+
+NAME = "online_latency"
+HEADLINE = "request_latency_p50_vs_qps"
+FIGURE = "fig10"
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+OTHERS = "others"  # models without rates of their own
+BELOW = {"ttft_p99_s": "ttft_p99", "itl_p99_s": "tbt_p99", "e2el_p50_s": "request_latency_p50"}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/online_latency.yaml; null there means: by the profile."""
+
+    models: dict[str, int] = field(default_factory=dict)  # name -> tensor-parallel degree
+    rates: dict[str, list[float]] = field(default_factory=dict)  # model, or `others` -> requests/s asked for
+    shares: list[float] = field(default_factory=list)  # of each system's capacity, served too
+    slower: list[float] = field(default_factory=list)  # modelled clock: factors on the time of every step, beside 1
+    context: int | None = None  # tokens of the longest sequence; null: the model's
+    memory_share: float = 0.9  # of a device's memory, for weights, activations and K/V
+    pool_bytes: int | None = None  # of K/V on one device; null: what memory_share leaves
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_of_long_contexts(run) | {"arrival.rate": "params.rates and params.shares ask for rates"}
+    if run.clock == "measured":
+        keys["params.slower"] = "clock=measured takes as long as it takes; it is for clock=modelled"
+    models = {one.model.name for one in runs_by_model(run)}
+    for name in run.params.rates.keys() - models - {OTHERS}:
+        keys[f"params.rates.{name}"] = f"the models of this run are {', '.join(sorted(models))}"
+    if models <= run.params.rates.keys():
+        keys[f"params.rates.{OTHERS}"] = "every model of this run has rates of its own"
+    if run.arrival.process in UNDRAWN:
+        keys["arrival"] = (
+            f"arrival={run.arrival.process} has no rate; arrival=poisson comes at those that are asked for"
+        )
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Serve every rate and every share of capacity with every system, model by model."""
+    _check(run)
+    runs = runs_of_long_contexts(run)
+    tables: list[pd.DataFrame] = []
+    with Progress(NAME, len(runs)) as progress:
+        for one in runs:
+            progress.stage(one.model.name)
+            tables.append(of_model(one, recorder.cell(one.model.name, partial(_cell, one))["points"]))
+            progress.advance()
+    notes = {"workload": workload_of(runs[0], rate=1.0).provenance}
+    return Measured({"points": pd.concat(tables, ignore_index=True)}, notes)
+
+
+def _check(run: Run) -> None:
+    params: Params = run.params
+    for key in ("shares", "slower"):
+        if any(not value > 0 for value in getattr(params, key)):
+            raise UserError(f"params.{key}={list(getattr(params, key))}: takes numbers above 0")
+    if not params.shares and not any(params.rates.values()):
+        raise UserError("params.rates, params.shares: nothing to serve; name rates, or shares of capacity")
+
+
+def _cell(run: Run) -> Frames:
+    """A row for every system and load."""
+    params: Params = run.params
+    replayer = Replayer(run)
+    rates = params.rates.get(run.model.name, params.rates.get(OTHERS, []))
+    points = []
+    for system in run.systems:
+        serve = partial(replayer.serve, system)
+        all_at_once = serve(_at_once(workload_of(run, rate=1.0)))
+        capacity = _metrics(all_at_once)["rate_reached_per_s"]
+        loads = [("rate", factor, rate) for factor in (1.0, *params.slower) for rate in rates]
+        loads += [("share", share, share * capacity) for share in params.shares]
+        points.append({"system": system.name, "load": "capacity", "factor": 1.0, "rate": capacity})
+        for load, factor, rate in loads:
+            stretch = factor if load == "rate" else 1.0
+            served = serve(workload_of(run, rate=rate * stretch))
+            times = {name: value * stretch for name, value in _metrics(served).items()}
+            points.append({"system": system.name, "load": load, "factor": factor, "rate": rate, **times})
+    return {"points": pd.DataFrame(points)}
+
+
+def _at_once(workload: Workload) -> Workload:
+    return replace(workload, arrival_ps=0 * workload.arrival_ps)
+
+
+def _metrics(served: Served) -> dict[str, float]:
+    """Quantiles of request latency, and every scalar metric. Where all steps take f times as long, and requests come
+    at a rate f times lower, the same happens f times slower: so the caller stretches times instead of steps."""
+    e2el_s = latencies(served.requests).e2el_s
+    quantiles = {name: float(e2el_s.quantile(q)) for name, q in QUANTILES.items()}
+    return quantiles | scalar_metrics(served.requests, served.steps, served.resumed_gaps_ps)
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Fig 10, and what it hides, model by model."""
+    return frame(each for one, points in by_model(run, frames["points"]) for each in _rows(one, points))
+
+
+def _rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+    for system in run.systems:
+        for point in points[points.system == system.name].to_dict("records"):
+            yield from _point(run, system, point)
+
+
+def _point(run: Run, system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:
+    """Fig 10's quantiles at a rate; or our own at a share of capacity, or where all steps are longer."""
+    of = partial(named, run, system, assuming=assumed_lengths(run))
+    rate, factor = point["rate"], point["factor"]
+    if point["load"] == "capacity":
+        yield row(rate, quantity="capacity", unit="req/s", **of())
+    elif point["load"] == "share":
+        for metric, quantity in BELOW.items():
+            yield row(point[metric], quantity=f"{quantity}_vs_share_of_capacity", unit="s", **of(x=factor))
+    elif factor == 1:
+        for name in QUANTILES:
+            yield row(point[name], quantity=f"request_latency_{name}_vs_qps", unit="s", **of(figure=FIGURE, x=rate))
+        yield row(point["rate_reached_per_s"], quantity="rate_reached_vs_qps", unit="req/s", **of(x=rate))
+    else:
+        longer = named(run, system, x=rate, assuming=f"all steps take {factor:g} times as long")
+        for name in QUANTILES:
+            quantity = f"request_latency_{name}_vs_qps:steps_{factor:g}x"
+            yield row(point[name], quantity=quantity, unit="s", **longer)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Above, request latency at the rates asked for; below, P99 of TTFT and TBT under capacity; a column per model."""
+    published = published_values("vattention", figure=FIGURE)
+    panels = list(summary[summary.quantity == "capacity"].setup.unique())
+    rated = summary[summary.quantity.str.startswith("request_latency_") & summary.quantity.str.contains("_vs_qps")]
+    shared = summary[summary.quantity.str.endswith("_vs_share_of_capacity")]
+    rows = int(not rated.empty) + int(not shared.empty)
+    figure, axes = plots.canvas(rows, len(panels), width=5)
+    for number, setup in enumerate(panels):
+        ours = rated[rated.setup == setup]
+        if not ours.empty:
+            _quantiles(axes[number], ours, looks.published_of(ours, published))
+        if not shared.empty:
+            capacity = summary[(summary.quantity == "capacity") & (summary.setup == setup)].set_index("label").value
+            _below(axes[number - len(panels)], shared[shared.setup == setup], capacity)
+    return plots.tidy(figure)
+
+
+def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    """Four quantiles of each system at each rate: rings published, lines ours; dotted where all steps are longer."""
+    styles = looks.looks(ours)
+    for group, rate in enumerate(sorted(ours.x.unique())):
+        for number, (label, look) in enumerate(styles.items()):
+            place = group * (len(styles) + 1) + number
+            here = ours[(ours.x == rate) & (ours.label == label)]
+            stretched = here.quantity.str.contains(":")
+            for rows, offset, style in ((here[~stretched], 0.0, "-"), (here[stretched], 0.25, ":")):
+                axis.plot([place + offset] * len(rows), rows.value, style, marker="_", color=look.colour, ms=7)
+            names = set(here.system[here.paper != OURS])
+            dots = theirs[(theirs.x == rate) & theirs.system.isin(names)]
+            axis.plot([place - 0.25] * len(dots), dots.value, "o", ms=4, mfc="none", color=look.colour)
+            axis.text(place, 0.01, str(number + 1), transform=axis.get_xaxis_transform(), ha="center", fontsize=6)
+    for number, look in enumerate(styles.values()):
+        axis.plot([], [], marker=f"${number + 1}$", ls="none", color=look.colour, label=look.name)
+    middle = (len(styles) - 1) / 2
+    ticks = {
+        group * (len(styles) + 1) + middle: f"{rate:g} req/s" for group, rate in enumerate(sorted(ours.x.unique()))
+    }
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set(ylabel="s: p50, p90, p99, max", yscale="log")
+    looks.title(axis, ours, FIGURE, "request latency; dotted: slower steps")
+    axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
+
+
+def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
+    for label, look in looks.looks(rows).items():
+        for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
+            line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
+            said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
+            axis.plot(
+                100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said
+            )
+    axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
+    looks.title(axis, rows, None, "P99 of TTFT (solid) and TBT (dotted)")
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)

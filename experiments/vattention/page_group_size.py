@@ -1,0 +1,216 @@
+"""The size of vAttention's page-groups: what they hold (Tables 8, 10), what small ones cost a kernel (Fig 14), and how
+many requests they let run at once (Fig 15).
+
+Fig 15 is predicted: chats of the OpenChat data set arrive at 7 requests/s, which is more than the server can take, and
+the largest batch is counted. The paper does not say how long the trace was, or how its lengths were cut.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.errors import UserError
+from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.published_models import by_model, of_model, unread_models
+from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
+from kvarena.experiments.vattention import page_group_batch, page_group_kernels
+from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
+from kvarena.experiments.vattention.page_group_batch import CHANGED, Variant
+from kvarena.experiments.vattention.page_group_kernels import Point
+from kvarena.experiments.vattention.page_group_tables import token_rows
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.published import label_of, named
+from kvarena.harness.run.run import Run
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.registry import fits, kernel_spec, missing
+
+NAME = "page_group_size"
+HEADLINE = "max_batch_vs_page_group"
+ASSUMED = "The trace's length and how its chats were cut are not published; 8192 tokens, and as long as the run says."
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/page_group_size.yaml; null there means: by the profile."""
+
+    page_groups: list[str] = field(default_factory=list)  # of vattention: 64KB ...
+    sliced_page_groups: list[str] = field(default_factory=list)  # and with its tensor slicing
+    block_sizes: list[int] = field(default_factory=list)  # of paged, tokens
+    seeds: list[int] = field(default_factory=list)  # of the trace; at least 6 give a 95 % interval
+    pool_bytes: int | None = None  # null: what the model's GPUs leave, modelled clock
+    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
+    # Fig 14, measured clock
+    kernels: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)  # two page-groups, the smaller first
+    prefill_contexts: list[int] = field(default_factory=list)  # tokens of one prompt
+    decode_context: int = 0  # tokens of every sequence
+    decode_batches: list[int] = field(default_factory=list)
+    rounds: int = 0  # each in fresh memory
+
+    def points(self) -> list[Point]:
+        """Calls of Fig 14."""
+        prefills = [Point("prefill", 1, context) for context in self.prefill_contexts]
+        return prefills + [Point("decode", batch, self.decode_context) for batch in self.decode_batches]
+
+
+READS = {
+    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
+    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
+}
+_FIG14 = ("compared", "prefill_contexts", "decode_context", "decode_batches", "rounds")
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    units = "params.page_groups, params.sliced_page_groups and params.block_sizes set the units"
+    keys = unread_models(run, "gpus") | {f"allocator.{each}": units for each in CHANGED}
+    keys |= unread_seeds(run)
+    if run.clock == "modelled":
+        keys |= {f"params.{each}": "a device model knows nothing of it; clock=measured times kernels"
+                 for each in ("kernels", *_FIG14)}  # fmt: skip
+    elif not run.params.kernels:
+        keys |= {f"params.{each}": "params.kernels names none" for each in _FIG14}
+    have = {name for s in run.systems for name in ("page_group", "block_size") if hasattr(s.allocator, name)}
+    if have == {"page_group"}:
+        keys["params.block_sizes"] = "no system of this run has blocks"
+    if have == {"block_size"}:
+        keys |= {
+            f"params.{each}": "no system of this run has page-groups" for each in ("page_groups", "sliced_page_groups")
+        }
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Time kernels where they are real, and replay."""
+    params: Params = run.params
+    _check(run)
+    kernels = params.kernels if run.clock == "measured" else []
+    runs, units = page_group_batch.served(run), page_group_batch.variants(run)
+    points, calls = [], []
+    with Progress(NAME, len(kernels) + len(runs) * len(units)) as progress:
+        for kernel in kernels:
+            progress.stage(kernel)
+            sizes = page_groups_of(params.compared, "params.compared")
+            timed = partial(page_group_kernels.measure, run.model, kernel, params.points(), sizes, params.rounds,
+                            run.device.kind)  # fmt: skip
+            calls.append(recorder.cell(f"kernel-{kernel}", timed)["kernels"].assign(kernel=kernel))
+            progress.advance()
+        for one, variant in itertools.product(runs, units):
+            progress.stage(f"{one.model.name}, {variant.unit}")
+            for seed in seeds_of(run):
+                key = f"{one.model.name}-{variant.key}-{seed}"
+                points.append(
+                    of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"])
+                )
+            progress.advance()
+    frames = {"points": pd.concat(points, ignore_index=True)}
+    if calls:
+        frames["kernel_calls"] = pd.concat(calls, ignore_index=True)
+    return Measured(frames, {"assumed": ASSUMED})
+
+
+def _check(run: Run) -> None:
+    params: Params = run.params
+    seeds_of(run)
+    if run.clock == "modelled":
+        return
+    check_counts(params, "prefill_contexts", "decode_context", "decode_batches", "rounds")
+    sizes = page_groups_of(params.compared, "params.compared")
+    if len(sizes) != 2 or sizes[0] >= sizes[1]:
+        raise UserError(f"params.compared={params.compared}: two page-groups are needed, the smaller first")
+    for name in params.kernels:
+        model = run.model
+        reason = missing(kernel_spec(name)) or fits(
+            kernel_spec(name), Layout.CONTIGUOUS, run.device.kind, model.dtype, model.head_size
+        )
+        if reason:
+            raise UserError(f"params.kernels: {name}: {reason}")
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Tables 8 and 10, Fig 14 where kernels are real, and Fig 15."""
+    rows = list(token_rows(run))
+    units = page_group_batch.variants(run)
+    for one, points in by_model(run, frames["points"]):
+        of_unit = {v.key: points[(points.system == v.system.shown_allocator) & (points.kernel == v.system.kernel.name)]
+                   for v in units}  # fmt: skip
+        for variant in units:
+            rows += _batch_rows(one, variant, of_unit[variant.key], of_unit[units[0].key])
+    if "kernel_calls" in frames:
+        rows += _kernel_rows(run, frames["kernel_calls"])
+    return frame(rows)
+
+
+def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
+    """The largest batch, and, seed by seed, over that of the first unit listed."""
+    label = label_of(run, variant.system)
+    names = named(run, variant.listed, "fig15", key=variant.unit, label=label, assuming=ASSUMED)
+    yield row(median_interval(points.max_batch), quantity=HEADLINE, unit="requests", **names)
+    ours = named(run, variant.listed, label=label, assuming=ASSUMED)
+    mean = median_interval(points.mean_batch)
+    yield row(mean, quantity="mean_batch_while_waiting_vs_page_group", unit="requests", **ours)
+    ratio = median_interval(points.max_batch.to_numpy() / first.max_batch.to_numpy())
+    yield row(ratio, quantity=f"max_batch_over_{first.unit.iloc[0]}", unit="ratio", **ours)
+
+
+def _kernel_rows(run: Run, calls: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Time over the smaller page-groups over that over the larger, round by round."""
+    small, large = page_groups_of(run.params.compared)
+    alone = replace(run, reads=("model", "device"))  # no request is served
+    for (kernel, *_), cell in calls.groupby(["kernel", *Point._fields], sort=False):
+        seconds = cell.pivot(index="round", columns="page_group", values="call_s")
+        first = cell.iloc[0]
+        point = Point(str(first.phase), int(first.batch), int(first.context))
+        decode = point.phase == "decode"
+        names = named(
+            alone, None, "fig14", key="FA2 decode 32K" if decode else "FA2 prefill",
+            label=f"{kernel} {point.phase}{f' {point.context}' if decode else ''}", x=point.x, kernel=str(kernel),
+            decode_context=point.context if decode else 32768,
+        )  # fmt: skip
+        names |= {"allocator": "vattention", "kernel": str(kernel)}
+        quantity = f"kernel_time_{'_over_'.join(run.params.compared)}_vs_{'batch' if decode else 'context'}"
+        yield row(median_interval(seconds[small] / seconds[large]), quantity=quantity, unit="ratio", **names)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Requests at once by unit, one panel for each model; kernel times over page-groups where there are any."""
+    batches = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    kernels = summary[summary.quantity.str.startswith("kernel_time_")]
+    phases = [phase for phase in ("context", "batch") if kernels.quantity.str.endswith(f"_vs_{phase}").any()]
+    figure, axes = plots.canvas(1, len(batches) + len(phases), width=4.4)
+    for axis, (_, rows) in zip(axes, batches, strict=False):
+        _bars(axis, rows)
+    for axis, phase in zip(axes[len(batches) :], phases, strict=True):
+        _kernel_lines(axis, kernels[kernels.quantity.str.endswith(f"_vs_{phase}")], phase)
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+    colours = plots.colours_of(rows.allocator)
+    spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
+    names = plots.shown_names(rows)
+    axis.bar(range(len(rows)), rows.value, 0.7, yerr=spread, color=[colours[each] for each in rows.allocator])
+    axis.set_xticks(range(len(rows)), [names[label] for label in rows.label], rotation=30, ha="right", fontsize=8)
+    axis.set(ylabel="requests at once, at most", ylim=(0, None))
+    looks.title(axis, rows, "fig15", "largest batch")
+
+
+def _kernel_lines(axis: Axes, rows: pd.DataFrame, phase: str) -> None:
+    looks.lines(axis, rows)
+    looks.dots(axis, rows, published_values("vattention", figure="fig14"))
+    plots.batch_axis(axis, sorted(rows.x.unique()))
+    axis.axhline(1, color="black", lw=0.8)
+    said = rows.quantity.iloc[0].removeprefix("kernel_time_").split("_vs_")[0].replace("_", " ")
+    axis.set(xlabel={"batch": "batch size", "context": "context, tokens"}[phase], ylim=(0, 1.6))
+    axis.set(ylabel=f"kernel time, {said}")
+    looks.title(axis, rows, "fig14", "prefill" if phase == "context" else "decode")
+    axis.legend(fontsize=7, frameon=False, loc="lower left")

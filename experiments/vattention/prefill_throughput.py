@@ -1,0 +1,173 @@
+"""Prefill by prompt length (vAttention Figs 2 and 7, Table 6): what does the layout of K/V cost a prefill?
+
+    throughput   prompt tokens over the time of their one iteration
+    ratio        attention time of one system over another's, both at the same length (Fig 2)
+
+One prompt at a time. The paper's Fig 2 compares two kernels of each library, one with a block table and one without;
+pairs marked `same body` compare one kernel over two layouts.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.vattention.driver_calls import check_counts
+from kvarena.experiments.vattention.prefill_cell import measured_cell, modelled_cell, shown
+from kvarena.harness.record.progress import Progress
+from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.run.published import is_earned, label_of, named
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System, as_filed, with_room_to_read
+
+NAME = "prefill_throughput"
+HEADLINE = "prefill_throughput_vs_context"
+RATIO = "prefill_kernel_time_ratio_vs_context"
+READS = {
+    "modelled": ("model", "engine", "device", "systems"),
+    "measured": ("model", "engine", "device", "systems", "threads"),
+}
+FIG2_UNDER = {  # the lower system of each of its lines, of conf/system/; the published list has the upper ones
+    "FA2_Paged / FA2": "vattention-fa2",
+    "FI_Paged / FI": "vattention-flashinfer",
+    "FI / FA2": "vattention-fa2",
+    "FI_Paged / FA2": "vattention-fa2",
+}
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/prefill_throughput.yaml; null there means: by the profile."""
+
+    contexts: list[int] = field(default_factory=list)  # prompt lengths, tokens
+    rounds: int = 0  # measured clock: interleaved repetitions, the samples of every interval
+    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
+    pool_bytes: int | None = None
+
+
+def unread(run: Run) -> dict[str, str]:
+    """Keys that this run does not read, and what to write instead."""
+    keys = unread_models(run)
+    if run.clock == "modelled":
+        keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
+    return keys
+
+
+def measure(run: Run, recorder: Recorder) -> Measured:
+    """Prefill every length with every system, model by model."""
+    if run.clock == "modelled":
+        check_counts(run.params, "contexts")
+        tables = [
+            of_model(one, recorder.cell(one.model.name, partial(modelled_cell, one))["samples"])
+            for one in runs_by_model(run)
+        ]
+        return Measured({"samples": pd.concat(tables, ignore_index=True)})
+    check_counts(run.params, "contexts", "rounds")
+    with Progress(NAME, run.params.rounds + 1) as progress:
+        samples = recorder.cell("prefill", partial(measured_cell, run, progress))["samples"]
+    return Measured({"samples": of_model(run, samples)})
+
+
+def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+    """Figs 2 and 7 and Table 6, and what the allocator held up, model by model."""
+    pairs = by_model(run, frames["samples"])
+    return frame(itertools.chain.from_iterable((*_rows(one, table), *_ratios(one, table)) for one, table in pairs))
+
+
+def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    for system in run.systems:
+        for tokens, mine in shown(samples, system.name):
+            quantities: list[tuple[str | None, str, pd.Series, str]] = [
+                ("fig7", HEADLINE, tokens / mine.prefill_s, "tok/s"),
+                ("table6", "prefill_time_vs_context", mine.prefill_s, "s"),
+                ("table6", "prefill_attention_time_vs_context", mine.attention_s, "s"),
+                (None, "allocator_stall_vs_context", 1e3 * mine.mapping_s, "ms"),
+            ]
+            if "first_mapping_s" in mine:
+                quantities.append((None, "first_prompt_stall_vs_context", 1e3 * mine.first_mapping_s, "ms"))
+            for figure, quantity, values, unit in quantities:
+                names = named(run, system, figure, x=tokens)
+                yield row(_estimate(values), quantity=quantity, unit=unit, **names)
+
+
+def _estimate(samples: pd.Series) -> Estimate | float:
+    return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
+
+
+def _ratios(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+    """Attention time of one system over another's, round by round: Fig 2's lines, and ours of systems on one kernel."""
+    for over, under in itertools.permutations(run.systems, 2):
+        below = dict(shown(samples, under.name))
+        for tokens, above in shown(samples, over.name):
+            names = _pair(run, over, under, tokens)
+            if is_earned(names) or _one_kernel(over, under):
+                ratio = above.attention_s.to_numpy() / below[tokens].attention_s.to_numpy()
+                yield row(_estimate(pd.Series(ratio)), quantity=RATIO, unit="ratio", **names)
+
+
+def _pair(run: Run, over: System, under: System, tokens: int) -> dict[str, Any]:
+    """What a pair is called: a line of Fig 2, or by both labels.
+
+    Fig 2 has one device. Under the modelled clock a ratio is the same however many share the heads.
+    """
+    one_device = replace(run, model=replace(run.model, tp=1)) if run.clock == "modelled" else run
+    for line, file in FIG2_UNDER.items():
+        if _is_filed(run, under, file) and is_earned(names := named(one_device, over, "fig2", key=line, x=tokens)):
+            return {**names, "label": line}
+    return named(run, over, label=f"{label_of(run, over)} / {label_of(run, under)}", x=tokens)
+
+
+def _is_filed(run: Run, system: System, file: str) -> bool:
+    filed = as_filed(file, system.scheduler)
+    if run.clock == "measured":
+        filed = with_room_to_read(filed)
+    return bool(system.allocator == filed.allocator and system.kernel == filed.kernel)
+
+
+def _one_kernel(over: System, under: System) -> bool:
+    """Whether two systems have one kernel over two allocators, the one with the plainer memory below."""
+    order = {"static": 0, "vattention": 1, "paged": 2}
+    return bool(
+        over.kernel.name == under.kernel.name and order.get(over.allocator.name, 9) > order.get(under.allocator.name, 9)
+    )
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Throughput by prompt length, a panel per model, and attention of one layout over another's; rings published."""
+    published = published_values("vattention")
+    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    ratios = summary[summary.quantity == RATIO]
+    figure, axes = plots.canvas(1, len(panels) + (not ratios.empty), width=5)
+    for axis, (_, rows) in zip(axes, panels, strict=False):
+        _lines(axis, rows, published[published.figure == "fig7"])
+        axis.set(ylabel="prefill tokens/s", ylim=(0, None))
+        looks.title(axis, rows, "fig7", "prefill throughput")
+    if not ratios.empty:
+        earned = ratios[ratios.figure == "fig2"]
+        rows = earned if len(earned) else ratios[ratios.setup == ratios.setup.iloc[-1]]
+        _lines(axes[-1], rows, published[published.figure == "fig2"])
+        axes[-1].axhline(1, color="black", lw=0.8)
+        axes[-1].set(ylabel="attention time, ratio")
+        looks.title(axes[-1], rows, "fig2", "attention of one system over another's")
+    figure.tight_layout()
+    return figure
+
+
+def _lines(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    looks.lines(axis, ours)
+    looks.dots(axis, ours, theirs)
+    ticks = sorted(ours.x.unique())
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{x / 1024:g}K" for x in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_xlabel("prompt tokens")
+    axis.legend(fontsize=6, frameon=False, loc="best")

@@ -1,0 +1,1 @@
+"""The serving loop, its clock and its log."""

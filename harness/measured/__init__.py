@@ -1,0 +1,1 @@
+"""The measured clock: the model runs, and time is the wall's."""

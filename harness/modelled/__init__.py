@@ -1,0 +1,1 @@
+"""The modelled clock: a device model says how long a step takes."""

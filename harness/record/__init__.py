@@ -1,0 +1,1 @@
+"""What a run leaves: frames, summaries, provenance, and the statistics in them."""

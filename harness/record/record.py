@@ -1,0 +1,173 @@
+"""What a run writes, all of it or nothing.
+
+    results/runs/<experiment>/<time>-<hash>/   a finished run
+    results/runs/<experiment>/latest           link to the last finished one
+    results/runs/<experiment>/.unfinished/     cells of runs that have not ended, one folder per identity
+
+A cell is one point with all its systems. Finished cells of an unfinished run are read back, so that a killed run is
+continued by the same command; once the run has ended, its cells are gone and the next command measures again.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from omegaconf import OmegaConf
+
+from kvarena.harness.paths import RESULTS
+from kvarena.harness.record.provenance import identity, provenance
+from kvarena.harness.record.writing import explained, whole_folder, write_whole
+
+Frames = dict[str, pd.DataFrame]
+ADVICE = "Free some space or set KVARENA_RUNS to a folder that can be written."
+
+
+@dataclass
+class Measured:
+    """What an experiment has measured. Nothing is made of it yet."""
+
+    frames: Frames  # name -> table, written as <name>.parquet: named for what it holds
+    notes: dict[str, Any] = field(default_factory=dict)  # goes into provenance.json: calibration, trace, counts
+    files: dict[str, str] = field(default_factory=dict)  # name -> text, written beside the others
+
+
+@dataclass
+class Outcome:
+    """All that a run writes: what was measured, and what was made of it."""
+
+    measured: Measured
+    summary: pd.DataFrame  # harness/record/summary.py
+    headline: str  # the quantity to print
+    figure: Any = None  # matplotlib figure
+
+
+def runs_folder() -> Path:
+    """Where runs are written: results/runs, or what KVARENA_RUNS names."""
+    return Path(os.environ.get("KVARENA_RUNS", RESULTS / "runs"))
+
+
+class Recorder:
+    """Keeps the cells of one run and writes its folder: under its own name, or as one job of a sweep."""
+
+    def __init__(self, experiment: str, config: dict[str, Any], job: Path | None = None) -> None:
+        self._config = config
+        self._home = runs_folder() / experiment
+        self._job = job
+        self._hash = identity(config)
+        # Cells of a job lie in its sweep's folder and go with it, whenever the job was killed.
+        self._unfinished = (self._home if job is None else job.parent) / ".unfinished" / self._hash
+        self._kept = self._unfinished.with_name(f"{self._hash}-measured")
+        with explained(self._home, ADVICE):
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            _probe(self._unfinished)
+
+    def cell(self, key: str, measure: Callable[[], Frames]) -> Frames:
+        """Frames of one cell: measured now, or read back where an unfinished run had measured it."""
+        folder = self._unfinished / key
+        if not folder.is_dir():
+            frames = measure()
+            with explained(folder, ADVICE), whole_folder(folder) as partial:
+                for name, table in frames.items():
+                    table.to_parquet(partial / f"{name}.parquet")
+        return read_frames(folder)
+
+    def has_cell(self, key: str) -> bool:
+        """Whether an unfinished run left this cell."""
+        return (self._unfinished / key).is_dir()
+
+    def keep(self, measured: Measured) -> Path:
+        """Keep what was measured of a run whose summary or figure failed; its cells stay too. Returns the folder."""
+        shutil.rmtree(self._kept, ignore_errors=True)
+        with explained(self._kept, ADVICE), whole_folder(self._kept) as partial:
+            write_measured(partial, measured, self._config)
+        return self._kept
+
+    def finish(self, outcome: Outcome) -> Path:
+        """Write the run's folder, and forget its cells and what an earlier try kept. Returns the folder."""
+        with explained(self._home, ADVICE):
+            if self._job is None:
+                folder = publish(self._home, self._hash, lambda partial: write_outcome(partial, outcome, self._config))
+            else:
+                folder = self._job
+                with whole_folder(folder) as partial:
+                    write_outcome(partial, outcome, self._config)
+        for left in (self._unfinished, self._kept):
+            shutil.rmtree(left, ignore_errors=True)
+        return folder
+
+
+def publish(home: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Write a finished run as <home>/<time>-<name> and point `latest` at it. Returns the folder."""
+    target = home / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    while target.exists():  # a second run within the same second
+        target = target.with_name(target.name + "-again")
+    with whole_folder(target) as partial:
+        write(partial)
+    _point(home / "latest", target.name)
+    return target
+
+
+def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> None:
+    """Write the files of a finished run into an existing folder."""
+    write_measured(folder, outcome.measured, config)
+    write_summary(folder, outcome)
+
+
+def write_measured(folder: Path, measured: Measured, config: dict[str, Any]) -> None:
+    """Write what was measured, and where it comes from. Raises ValueError for a frame without rows."""
+    for name, table in measured.frames.items():
+        if table.empty:
+            raise ValueError(f"the frame {name} has no rows: a run that has none leaves it out")
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+    record = provenance(config, **measured.notes)
+    (folder / "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    for name, text in measured.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_summary(folder: Path, outcome: Outcome) -> None:
+    """Write, or replace, what was made of it, the summary and the figure, once all of it is rendered."""
+    files = {"summary.csv": outcome.summary.to_csv(index=False).encode()}
+    if outcome.figure is not None:
+        with mpl.rc_context({"svg.hashsalt": "kvarena"}):  # the same figure, the same bytes
+            files["figure.png"] = _rendered(outcome.figure, format="png", dpi=150)
+            files["figure.svg"] = _rendered(outcome.figure, format="svg", metadata={"Date": None})
+    for name, content in files.items():
+        write_whole(folder / name, content)
+
+
+def _rendered(figure: Any, **how: Any) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, bbox_inches="tight", **how)
+    return buffer.getvalue()
+
+
+def read_frames(folder: Path) -> Frames:
+    """The frames of a run's folder, by name."""
+    return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def _probe(folder: Path) -> None:
+    """Fail before the measurement, not after it, where the folder cannot be written."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+        probe.write(bytes(4096))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def _point(link: Path, target: str) -> None:
+    """Replace a link in one step: a reader finds the old target or the new, never none."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)

@@ -1,0 +1,1 @@
+"""Requests, their prompts and groups, and the workloads they come from."""

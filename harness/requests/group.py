@@ -1,0 +1,77 @@
+"""The sequences of one request that share its prompt: its samples, or its beams (PagedAttention section 4.4).
+
+    request   prompt ............|   written once, through the first member
+    member 0                     | its own tokens
+    member 1                     | its own tokens
+    member 2                     | its own tokens
+
+Members run in lockstep: admitted, preempted and swapped together, all or none (section 4.5); every step gives each a
+token, and all end at the trace's output length. So they have the same length in every step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvarena.harness.requests.request import Request
+from kvarena.harness.scheduler.step import PrefillChunk
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """At least two requests of consecutive seq_ids and one arrival. `first` stands for them all in the line."""
+
+    members: list[Request]
+    ranked: int = 1  # beams: tokens of each member up to which it is settled who lives on; the first needs no ranking
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            member.group = self
+
+    @property
+    def first(self) -> Request:
+        """The member through which the prompt is written."""
+        return self.members[0]
+
+    @property
+    def seq_ids(self) -> list[int]:
+        """Ids of the members, in order."""
+        return [member.seq_id for member in self.members]
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether beams have got a token by which some of them may die."""
+        first = self.first
+        return first.decoding.is_beam and self.ranked < first.generated < first.output_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every member's next step is a decode."""
+        return all([member.is_decoding for member in self.members])
+
+
+def catch_up(group: Group, budget: int) -> list[PrefillChunk]:
+    """What a group that is recomputed feeds next, its prompt written again: each member's own tokens.
+
+    All members yield their next token in one step. Where the budget does not hold all that is left, it is filled
+    in order of members up to their last token, which then waits for the others.
+    """
+    left = [(member, member.known_tokens - member.computed) for member in group.members]
+    if sum([tokens for _, tokens in left]) <= budget:
+        return [PrefillChunk(member, member.computed, tokens) for member, tokens in left]
+    chunks = []
+    for member, tokens in left:
+        take = min(tokens - 1, budget)
+        if take > 0:
+            chunks.append(PrefillChunk(member, member.computed, take))
+            budget -= take
+    return chunks
+
+
+def split_gangs(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests in order, those of one group together."""
+    gangs: list[list[Request]] = []
+    for request in requests:
+        if request.group is None or not gangs or gangs[-1][0].group is not request.group:
+            gangs.append([])
+        gangs[-1].append(request)
+    return gangs

@@ -1,0 +1,301 @@
+"""What a number may be called: paper, figure, panel, system and evidence of a row, decided here and nowhere else.
+
+An experiment states, figure by figure, what the published points ran with (`published:` in conf/experiment/*.yaml). A
+row earns the published name where what ran is that, in everything that is stated: model, devices, trace, arrivals, pool
+and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel
+that says what ran, a system `<allocator>/<kernel>`.
+
+    evidence       where
+    exact          counted, or arithmetic
+    measured       the wall clock, around real kernels
+    conditional    modelled, and rests on an assumption that is stated
+    calibrated     modelled, and this published point is one that a constant was fitted to
+    predicted      modelled otherwise
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvarena.harness.config import load, typed
+from kvarena.harness.model.config import ModelConfig
+from kvarena.harness.model.presets import load_preset
+from kvarena.harness.requests.decoding import GREEDY
+from kvarena.harness.run.systems import System, alike, as_filed, with_room_to_read
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.published_files import is_published
+
+if TYPE_CHECKING:
+    from kvarena.harness.run.run import Run
+
+OURS = "kvarena"  # the paper of rows that are nobody else's
+LEAN = "lean"  # the engine that was fitted to no paper's
+_NOT_WEIGHED = {  # fields in which a run may differ and still be the published one
+    "model": ("seed", "checkpoint", "shard_only"),  # lengths are the trace's, whatever the weights
+    "trace": ("path", "format", "tokenizer", "data_files", "split", "on_bad_record", "keep_hash_ids",
+              "prefix_path", "table"),  # where its lengths come from is told by `is_published`
+}  # fmt: skip
+
+
+@dataclass
+class Ran:
+    """What the points of one published panel ran with. What is not stated does not define them."""
+
+    model: str | None = None  # of conf/model/, as it stands there
+    tp: int = 1  # devices that share it
+    device: str | None = None  # of conf/device/
+    engine: str | None = None  # of conf/engine/; modelled clock
+    scheduler: str | None = None  # of systems whose file names none
+    trace: str | None = None  # of conf/trace/: its table, or a file listed in results/published/trace_files.csv
+    trace_keys: dict[str, Any] = field(default_factory=dict)  # where they differ from that file's
+    arrival: dict[str, Any] = field(default_factory=dict)  # process, rate (unless it is the axis), duration_s, seed
+    params: dict[str, Any] = field(default_factory=dict)  # of the experiment
+    allocator: dict[str, Any] = field(default_factory=dict)  # fields of those systems whose allocator has them
+    point: dict[str, Any] = field(default_factory=dict)  # what the experiment itself says of a point
+
+
+@dataclass
+class Figure:
+    """One published figure or table: `published.<figure>` of an experiment."""
+
+    paper: str
+    systems: dict[str, str | None] = field(default_factory=dict)  # key in the figure -> file of conf/system/, if any
+    ran: dict[str, Any] = field(default_factory=dict)  # of all panels
+    panels: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # name -> what its own points ran with
+
+    def __post_init__(self) -> None:
+        """Refuse keys that no `Ran` has."""
+        self._ran = {name: self._merged(name) for name in self.panels}  # asked for every row
+
+    def panel(self, name: str) -> Ran:
+        """What the points of a panel ran with."""
+        return self._ran[name]
+
+    def _merged(self, name: str) -> Ran:
+        own = self.panels[name] or {}
+        merged = {**self.ran, **own}
+        for key in ("trace_keys", "arrival", "params", "allocator", "point"):
+            merged[key] = {**self.ran.get(key, {}), **own.get(key, {})}
+        ran: Ran = typed(Ran, merged, f"published.panels.{name}")
+        return ran
+
+
+class Point(NamedTuple):
+    """A point of a published figure."""
+
+    paper: str
+    figure: str
+    panel: str
+    system: str
+    x: float | None
+
+    def __str__(self) -> str:
+        """`figure/panel/system/x`, as engines and devices list what they were fitted to; nothing for an x of None."""
+        return "/".join((self.figure, self.panel, self.system, "" if self.x is None else f"{self.x:g}"))
+
+
+def named(
+    run: "Run",
+    system: System | None = None,
+    figure: str | None = None,
+    *,
+    key: str | None = None,
+    label: str | None = None,
+    detail: str = "",
+    x: float | None = None,
+    counted: bool = False,
+    fitted: bool = False,
+    assuming: str = "",
+    **point: Any,
+) -> dict[str, Any]:
+    """The columns of a summary row that say what it is: all but quantity, value and unit.
+
+    figure: the published figure whose quantity the row has; None: a quantity of our own. key: what the figure calls the
+    system, where one system is run in several ways; else the figure's own list says. label: our name, where it is not
+    the system's. detail: more about what ran, for our panel. x: of the row. counted: arithmetic or a count. fitted: a
+    constant was fitted to this quantity's published points, beside those that engine and device list. assuming: a
+    modelled row's assumption. point: what the experiment says of the point, compared with what the figure states.
+    """
+    at = earned(run, system, figure, key, x, point) if figure is not None else None
+    kind = evidence(run, at, system, counted=counted, fitted=fitted, assuming=assuming)
+    ran = setup(run, detail)
+    ours = {"paper": OURS, "figure": run.experiment, "panel": ran, "system": label or label_of(run, system)}
+    names = ours if at is None else {"paper": at.paper, "figure": at.figure, "panel": at.panel, "system": at.system}
+    return {
+        "experiment": run.experiment, **names, "setup": ran, "label": ours["system"], "evidence": kind,
+        "allocator": system.allocator.name if system else "-",
+        "kernel": run.kernel_of(system) if system else "-",
+        "model": run.model.name if "model" in run.reads else "-",
+        "clock": run.clock, "device": run.device_name, "x": x,
+    }  # fmt: skip
+
+
+def is_earned(names: Mapping[str, Any]) -> bool:
+    """Whether the columns that `named` gave are those of a published point."""
+    return bool(names["paper"] != OURS)
+
+
+def setup(run: "Run", detail: str = "") -> str:
+    """`<model> <trace>, <detail>, <n> x <device>`: what ran, whatever it may be called."""
+    what = " ".join(filter(None, (run.model.name if "model" in run.reads else "", _trace_name(run))))
+    where = f"{run.model.tp} x {run.device_name}" if "device" in run.reads else ""
+    return ", ".join(filter(None, (what, detail, where)))
+
+
+def without_trace(run: "Run") -> "Run":
+    """The run as rows have it that no trace enters."""
+    return replace(run, reads=tuple(group for group in run.reads if group != "trace"))
+
+
+def _trace_name(run: "Run") -> str:
+    if "trace" not in run.reads:
+        return ""
+    trace: TraceConfig = run.trace
+    return trace.name if is_published(trace, run.files) or trace.path is None else trace.path.rpartition("/")[2]
+
+
+def label_of(run: "Run", system: System | None) -> str:
+    """`<allocator>/<kernel>`; under the lean engine `<allocator> (as <published system>)` of a published one."""
+    if system is None:
+        return "-"
+    if run.clock == "modelled" and run.engine.name == LEAN:
+        for figure in run.published.values():
+            for key, file in figure.systems.items():
+                if file is not None and alike(system, as_filed(file, system.scheduler)):
+                    return f"{system.shown_allocator} (as {key})"
+    by_kernel = run.clock == "measured" or run.engine.attention  # else the engine times whole steps
+    return f"{system.shown_allocator}/{system.kernel.name if by_kernel else run.engine.name}"
+
+
+def earned(
+    run: "Run", system: System | None, figure: str, key: str | None, x: float | None, point: Mapping[str, Any]
+) -> Point | None:
+    """The published point that the run stands for, None where anything that defines it differs.
+
+    Raises KeyError for a figure that the experiment does not state.
+    """
+    stated = run.published[figure]
+    for name in stated.panels:
+        panel = stated.panel(name)
+        if any(_differences(run, panel, point)):
+            continue
+        for each, file in stated.systems.items():
+            if key in (None, each) and _is_system(run, system, panel, file):
+                return Point(stated.paper, figure, name, each, x)
+    return None
+
+
+def differences(run: "Run", figure: str, panel: str, **point: Any) -> list[str]:
+    """In what a run differs from what a published panel ran with: `model`, `arrival.rate` ..."""
+    return list(_differences(run, run.published[figure].panel(panel), point))
+
+
+def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[str]:
+    if panel.model is not None and not _alike("model", run.model, _model(panel.model, panel.tp)):
+        yield "model"
+    if panel.device is not None and not _is_device(run, panel.device):
+        yield "device"
+    if panel.engine is not None and run.clock == "modelled" and run.engine != _filed("engine", panel.engine):
+        yield "engine"
+    if run.engine.cuda_graphs:  # no published engine had them
+        yield "engine.cuda_graphs"
+    if panel.trace is not None:
+        trace = replace(_filed("trace", panel.trace), **panel.trace_keys)
+        if not (is_published(run.trace, run.files) and _alike("trace", run.trace, trace)):
+            yield "trace"
+        if run.decoding != GREEDY:
+            yield "decoding"
+    yield from _arrival_differences(run, panel.arrival)
+    for name, value in panel.params.items():
+        if _plain(getattr(run.params, name)) != value:
+            yield f"params.{name}"
+    for name in sorted({*panel.point, *point}):
+        if panel.point.get(name) != _plain(point.get(name)):
+            yield name
+
+
+def _arrival_differences(run: "Run", stated: Mapping[str, Any]) -> Iterator[str]:
+    """Whatever is stated of arrivals; where anything is, the seed too: the artifacts ran with 0, or as stated."""
+    for name, value in stated.items():
+        if name != "seed" and getattr(run.arrival, name) != value:
+            yield f"arrival.{name}"
+    if stated:
+        seed = run.trace.seed if run.arrival.seed is None else run.arrival.seed
+        if seed != stated.get("seed", 0):
+            yield "arrival.seed"
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _alike(group: str, one: Any, other: Any) -> bool:
+    """Whether two configurations agree in all that makes a published point."""
+    free = {name: getattr(other, name) for name in _NOT_WEIGHED[group]}
+    return bool(replace(one, **free) == other)
+
+
+def _is_device(run: "Run", name: str) -> bool:
+    published = _filed("device", name)
+    if run.clock == "modelled":
+        return bool(run.device == published)
+    return run.device_name in [each.lower().replace(" ", "-") for each in published.reported_as]
+
+
+def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) -> bool:
+    """Whether a system is that of a file of conf/system/, with the panel's scheduler and fields of its allocator."""
+    if file is None or system is None:
+        return file is None
+    if not _is_first(run, system):
+        return False
+    scheduler = system.scheduler if panel.scheduler is None else _filed("scheduler", panel.scheduler)
+    published = as_filed(file, scheduler)
+    fields = {name: value for name, value in panel.allocator.items() if hasattr(published.allocator, name)}
+    published = replace(published, allocator=replace(published.allocator, **fields))
+    if run.clock == "measured":
+        published = with_room_to_read(published)
+    return alike(system, published)
+
+
+def _is_first(run: "Run", system: System) -> bool:
+    """Whether no system before it in the run is the same under another name: one row has a published name."""
+    same = [each.name for each in run.systems if alike(each, system)]
+    return system.name not in same or same[0] == system.name
+
+
+def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:
+    """What kind of evidence a number is; `at` is the published point that it stands for, if any."""
+    if counted:
+        return "exact"
+    if run.clock == "measured":
+        return "measured"
+    if assuming or any(assumptions(run, system)):
+        return "conditional"
+    if fitted:
+        return "calibrated"
+    if at is not None and any(each.was_fitted_to(str(at)) for each in (run.engine, run.device)):
+        return "calibrated"
+    return "predicted"
+
+
+def assumptions(run: "Run", system: System | None) -> Iterator[str]:
+    """What the model and the constants of a modelled run assume, in words."""
+    if run.device.assumed:
+        yield run.device.assumed
+    step = run.engine.constants(run.model.name, system.scheduler.name) if system else None
+    if step is not None and step.assumed:
+        yield step.assumed
+
+
+@cache
+def _model(name: str, tp: int) -> ModelConfig:
+    return load_preset(name, tp=tp)
+
+
+@cache
+def _filed(group: str, name: str) -> Any:
+    """The dataclass of a file of conf/<group>/."""
+    from kvarena.harness.run.schemas import of
+
+    return typed(of(group, name), load(group, name), group)

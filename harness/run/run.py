@@ -1,0 +1,249 @@
+"""A resolved run: everything an experiment needs to know, typed, with nothing left open."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kvarena.errors import UserError
+from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, keys_of, load, names, no_such_key, typed
+from kvarena.harness.model import ModelConfig
+from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
+from kvarena.harness.run import schemas, systems
+from kvarena.harness.run.fit import check_fit
+from kvarena.harness.run.published import Figure
+from kvarena.harness.run.systems import System
+from kvarena.harness.trace import told
+from kvarena.harness.trace.arrival import UNDRAWN
+from kvarena.harness.trace.file_arrivals import chosen_arrivals
+from kvarena.harness.trace.published_files import hashes
+
+CHECKPOINT = "checkpoint"
+_KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
+_STATED = ("published", "reads", "given", "gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One resolved run of one experiment."""
+
+    experiment: str
+    clock: str  # of CLOCKS
+    device: Any  # DeviceConfig
+    model: ModelConfig
+    trace: Any  # TraceConfig
+    arrival: Any  # ArrivalConfig
+    engine: Any  # EngineConfig
+    systems: tuple[System, ...]
+    params: Any  # the experiment's Params
+    decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
+    threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
+    arrival_chosen: str = ""  # by whom: of file_arrivals.py
+    files: dict[str, str] = field(default_factory=dict)  # the traces' files by path: hash of the content
+    # What the experiment states, and what the user wrote: no part of what defines the numbers.
+    published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
+    reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
+    given: tuple[str, ...] = ()  # keys of the command line
+    gpu: str | None = None  # of a finished run that was measured on one, as its driver calls it; None: this machine's
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
+
+        `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
+        """
+        context = getattr(self.params, "context", None) or self.model.max_tokens
+        return min(context, getattr(self.trace, "max_tokens", None) or context)
+
+    def kernel_of(self, system: System) -> str:
+        """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
+        return str(self.engine.name if self.clock == "modelled" else system.kernel.name)
+
+    @property
+    def device_name(self) -> str:
+        """The device as results name it: cpu, the GPU, or the one that was modelled."""
+        if self.device.kind != "cuda":
+            return str(self.device.name)
+        return (self.gpu or _gpu_here()).lower().replace(" ", "-")
+
+    def plain(self) -> dict[str, Any]:
+        """The run as plain data: what is hashed, and written to config.yaml."""
+        return {
+            key: [asdict(s) for s in value] if key == "systems" else _plain(value)
+            for key, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+            if key not in _STATED
+        }
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def resolve(
+    config: DictConfig, overrides: Sequence[str], params_schema: type, reads: Mapping[str, Sequence[str]] | None = None
+) -> Run:
+    """Turn a composed configuration into a run; `reads`: clock -> groups of keys that the experiment reads under it.
+
+    Raises UserError for whatever does not exist or does not fit.
+    """
+    unknown = [str(key) for key in config if key not in _KEYS]
+    if unknown:
+        raise no_such_key(unknown[0], _KEYS)
+    if config.clock not in CLOCKS:
+        raise UserError(f"clock={config.clock}: no such clock. There are: {', '.join(CLOCKS)}")
+    if not (config.threads is None or (isinstance(config.threads, int) and config.threads > 0)):
+        raise UserError(f"threads={config.threads}: a number of threads, at least 1, or null")
+    given = keys_of(overrides)
+    device, kind = _device(config)
+    profile = config.profiles.get(kind) or OmegaConf.create()
+    listed = config.systems or profile.get("systems") or []
+    _check_listed(listed, config.systems, given)
+    kept = systems.kept(listed, config.allocator.name, config.kernel.name)
+    built = tuple(systems.unlike([systems.build(s, config.scheduler, overrides, _as_config) for s in kept]))
+    model = _model(config, profile)
+    if config.clock == "measured":
+        check_fit(built, model, device.kind)
+        if device.kind == "cuda":  # the host's kernels read nothing past a length
+            built = tuple(map(systems.with_room_to_read, built))
+    engine = typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine")
+    by_kernel = config.clock == "measured" or bool(engine.attention)
+    run = Run(
+        experiment=config.name,
+        clock=config.clock,
+        device=device,
+        model=model,
+        trace=typed(schemas.of("trace"), _filled("trace", config.trace, profile.get("trace"), given), "trace"),
+        arrival=typed(
+            schemas.of("arrival"), _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"
+        ),
+        engine=engine,
+        systems=systems.distinct(built, by_kernel),
+        decoding=typed(
+            DecodingConfig, _filled("decoding", config.decoding, profile.get("decoding"), given), "decoding"
+        ),
+        params=typed(params_schema, _filled("params", config.params, profile.get("params"), given), "params"),
+        threads=config.threads,
+        published=_stated(config),
+        reads=tuple((reads or {}).get(config.clock, ())),
+        given=given,
+    )
+    told.forget()  # what a run says of its traces it says anew
+    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
+    paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
+    return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
+
+
+def _check_listed(listed: Sequence[str], written: Any, given: Sequence[str]) -> None:
+    """Raises UserError for a system that is listed twice, and for a list that the user wrote and left empty."""
+    if twice := sorted({name for name in listed if list(listed).count(name) > 1}):
+        raise UserError(f"systems: {', '.join(twice)} is listed twice; two names of one system may stand side by side")
+    if "systems" in given and (not listed or (written is not None and not written)):
+        raise UserError(f"systems={written}: no system is left to run. There are: {', '.join(names('system'))}")
+
+
+def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[str, Sequence[str]]) -> Run:
+    """The run that `plain` describes; what its experiment states is taken from conf/ as it is now."""
+    groups = ("device", "model", "trace", "arrival", "engine", "decoding")
+
+    def built(group: str, node: Any) -> Any:
+        return typed(schemas.of(group, node.get("name")), node, group)
+
+    listed = [
+        System(**{**each, **{group: built(group, each[group]) for group in ("allocator", "kernel", "scheduler")}})
+        for each in config["systems"]
+    ]
+    return Run(
+        experiment=config["experiment"],
+        clock=config["clock"],
+        systems=tuple(listed),
+        params=typed(params_schema, config["params"], "params"),
+        threads=config["threads"],
+        arrival_chosen=config.get("arrival_chosen", ""),
+        files=dict(config.get("files", {})),
+        published=_stated(load("experiment", config["experiment"])),
+        reads=tuple(reads.get(config["clock"], ())),
+        **{group: built(group, config[group]) for group in groups},
+    )
+
+
+def _stated(experiment: DictConfig) -> dict[str, Figure]:
+    """What an experiment states of its published points, by figure."""
+    figures = experiment.get("published") or {}
+    return {str(name): typed(Figure, node, f"published.{name}") for name, node in figures.items()}
+
+
+def _as_config(group: str, name: str, node: DictConfig) -> Any:
+    return typed(schemas.of(group, name), node, group)
+
+
+def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Sequence[str]) -> DictConfig:
+    """A group whose nulls are taken from the profile of the device, but for those that the user wrote."""
+    own, filled = ({str(key): value for key, value in each.items()} for each in (node, profile or DictConfig({})))
+    kept = {key: value for key, value in own.items() if value is not None or f"{group}.{key}" in given}
+    inner = {key for key in kept if any(each.startswith(f"{group}.{key}.") for each in given)}  # a part of it is given
+    filed = {key: OmegaConf.to_container(filled[key]) for key in inner if filled.get(key) is not None}
+    parts = {key: OmegaConf.merge(value, kept[key]) for key, value in filed.items()}  # plain: keys may be added
+    return OmegaConf.create({**filled, **kept, **parts})
+
+
+def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:
+    """The profile's arrivals; they are drawn, so arrivals that are recorded, or all at once, take nothing of them."""
+    return None if arrival.process in UNDRAWN else profile.get("arrival")
+
+
+def _device(config: DictConfig) -> tuple[Any, str]:
+    """The device, and its kind: cpu, cuda or modelled."""
+    node = config.device
+    if config.clock == "modelled":
+        if node.name == AUTO and (profile := config.profiles.get("modelled")):
+            node = _with_fields(load("device", profile.device), node)
+        if node.get("kind") != "modelled":
+            modelled = [name for name in names("device") if load("device", name).get("kind") == "modelled"]
+            raise UserError(
+                f"clock=modelled device={node.name}: not a device model. There are: {', '.join(modelled)}"
+                if "modelled" in config.profiles
+                else f"clock=modelled: {config.name} has no modelled form yet; it runs with clock=measured"
+            )
+        if "modelled" not in config.profiles:
+            raise UserError(f"clock=modelled: {config.name} has no modelled form yet; it runs with clock=measured")
+    elif node.get("kind") == "modelled":
+        raise UserError(f"device={node.name} is a device model: it needs clock=modelled. Measured: auto, cpu, cuda")
+    elif node.name == AUTO:
+        node = _with_fields(load("device", "cuda" if _has_cuda() else "cpu"), node)
+    elif node.name == "cuda" and not _has_cuda():
+        raise UserError("device=cuda: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
+    return typed(schemas.of("device", node.name), node, "device"), node.kind
+
+
+def _with_fields(chosen: DictConfig, auto: DictConfig) -> DictConfig:
+    """What `auto` stands for, with what the user set of it."""
+    return DictConfig(OmegaConf.merge(chosen, {key: auto[key] for key in auto if key not in ("name", "kind")}))
+
+
+def _gpu_here() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _model(config: DictConfig, profile: DictConfig) -> ModelConfig:
+    """The model: the profile's under `auto`, one read from its own config.json under `checkpoint`, else as named."""
+    node = config.model
+    if node.name == CHECKPOINT:
+        from kvarena.harness.model.checkpoint import config_of_checkpoint
+
+        if not node.get("checkpoint"):
+            raise UserError("model=checkpoint needs model.checkpoint: a folder, or a name on the Hugging Face hub")
+        chosen = {str(key): value for key, value in node.items() if key in ("dtype", "seed")}
+        return config_of_checkpoint(node.checkpoint, **chosen)
+    if node.name == AUTO:
+        node = _with_fields(load("model", profile.get("model") or "bench-llama"), node)
+    config_of_preset: ModelConfig = typed(ModelConfig, node, "model")
+    return config_of_preset

@@ -1,0 +1,1 @@
+"""Attention out of libraries for GPUs: FlashAttention, FlashInfer, vLLM."""
