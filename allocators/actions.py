@@ -1,4 +1,4 @@
-"""What has to be done to real memory, as policies say it: a store performs it (`memory/store.py`), a device model prices it.
+"""What has to be done to real memory, as policies say it: a store (`memory/store.py`) performs it, a clock prices it.
 
 Actions of one step are performed in order, before its forward pass; those planned ahead run beside it.
 """

@@ -16,9 +16,9 @@ from kvarena.allocators.registry import make_policy
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.replay import Replayer, pool_bytes_of, requests_of, workload_of
 from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.requests.request_log import request_frame
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run

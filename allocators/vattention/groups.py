@@ -1,8 +1,9 @@
 """Groups, forks and prefixes under vAttention: aliases of whole page-groups, a copy of the last part.
 
 A fork maps the parent's page-groups into a row of its own (`aliasing.py` draws it); the page-group in which its
-length ends is its own, and gets the parent's part of it once that has been written (`memory/pending_copies.py`). The paper names
-aliasing as something that virtual memory allows (section 8.1); it does not say how, and its artifact does not do it.
+length ends is its own, and gets the parent's part of it once that has been written (`memory/pending_copies.py`). The
+paper names aliasing as something that virtual memory allows (section 8.1); it does not say how, and its artifact does
+not do it.
 """
 
 from collections.abc import Callable, Iterable

@@ -9,7 +9,7 @@
     free      cuMemAddressFree
 
 None of these waits for kernels. Whoever unmaps must first wait for every kernel launched that may read the addresses
-(`allocators/vattention/kernel_fence.py`); mapping touches only addresses that no kernel reads yet, so it may run beside them.
+(`vattention/kernel_fence.py`); mapping touches only addresses that no kernel reads yet, so it may run beside them.
 `close` waits for all.
 
 A handle of ours is the number of a page-group, ascending; the driver's own handles are opaque.

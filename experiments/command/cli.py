@@ -45,7 +45,7 @@ def guarded(command: Callable[[], None]) -> int:
 
 def _command(arguments: list[str]) -> None:
     if arguments == ["kernels"]:
-        from kvarena.experiments.vattention.portability_matrix import print_matrix
+        from kvarena.experiments.command.kernel_matrix import print_matrix
 
         print_matrix()
         return

@@ -1,8 +1,9 @@
 """Experiments by name: the file conf/experiment/<name>.yaml, and the module that runs it."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 import pandas as pd
@@ -15,12 +16,13 @@ from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.run.run import Run, resolve
 from kvarena.harness.run.unread import check_read
 
+PACKAGES = ("kvarena.experiments.pagedattention", "kvarena.experiments.vattention", "kvarena.experiments.ours")
 # They run one of their systems in several ways: further systems would be refused, or left out.
 ONE_SYSTEM = ("allocation_overlap", "calibrate", "deferred_reclamation", "preemption")
 
 
 class Experiment(Protocol):
-    """What a module of this package offers."""
+    """What a module of these packages offers."""
 
     Params: type  # dataclass of the experiment's own keys, `params.<key>`
     HEADLINE: str  # the quantity that the run prints
@@ -43,7 +45,8 @@ def get(name: str) -> Experiment:
     """The module of an experiment. Raises UserError with the names that exist."""
     if name not in names("experiment"):
         raise UserError(f"experiment={name}: no such experiment. There are: {', '.join(names('experiment'))}")
-    module = importlib.import_module(f"kvarena.experiments.{name}")
+    [package] = [each for each in PACKAGES if find_spec(f"{each}.{name}")]
+    module = import_module(f"{package}.{name}")
     assert is_dataclass(module.Params), name
     return cast(Experiment, module)
 

@@ -23,10 +23,10 @@ from kvarena.errors import UserError
 from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.kv_pool import check_fits, kv_pool_bytes
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.requests.request import Request
@@ -105,7 +105,10 @@ def requests_of(
 
 
 class Served(NamedTuple):
-    """What happened to each request (`harness/requests/request_log.py`), and in each step or stretch of steps (`harness/engine/step_log.py`)."""
+    """What happened to each request (`harness/requests/request_log.py`), and in each step or stretch of steps.
+
+    Steps are as `harness/engine/step_log.py` has them.
+    """
 
     requests: pd.DataFrame
     steps: pd.DataFrame

@@ -2,8 +2,8 @@
 
 vLLM keeps blocks of 16 tokens, vAttention rows of whole page-groups. One of 2 MB holds so many tokens of one layer
 that the end of what is shared is lost, but little has to be looked up. First requests come one after the other
-(experiments/ours/prefix_hits.py), so that nothing but the cache decides: counts. Then a stretch of the trace is served, with and
-without the cache (cached_service.py).
+(`prefix_hits.py`), so that nothing but the cache decides: counts. Then a stretch of the trace is served, with and
+without the cache (`cached_service.py`).
 """
 
 from collections.abc import Iterator

@@ -11,9 +11,9 @@ from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.replay import pool_bytes_of, requests_of
 from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.modelled.step_model import StepModel
 from kvarena.harness.requests.request import Request
 from kvarena.harness.requests.request_log import request_frame

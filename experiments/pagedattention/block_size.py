@@ -21,8 +21,8 @@ from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
 from kvarena.harness.config import load, names, typed
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.engine_config import EngineConfig
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, frame, row

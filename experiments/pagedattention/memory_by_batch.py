@@ -15,7 +15,7 @@ from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.experiments.kit.replay import pool_bytes_of
-from kvarena.harness.modelled.roofline import make_step_model
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.record import Frames
 from kvarena.harness.record.summary import SummaryRow, row

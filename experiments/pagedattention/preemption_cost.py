@@ -1,8 +1,8 @@
 """What preempting one request costs (PagedAttention Fig 19a): swap its blocks out and in again, or recompute them.
 
 The copies are those that the paged policy decides for a request whose blocks lie scattered. Modelled, each has a price
-(`harness/modelled/action_prices.py`) and the recomputation is a step of one prompt; measured, the store makes the copies
-between the pool and host memory, and the model computes the prompt.
+(`harness/modelled/action_prices.py`) and the recomputation is a step of one prompt; measured, the store makes the
+copies between the pool and host memory, and the model computes the prompt.
 """
 
 import random
@@ -18,11 +18,11 @@ from kvarena.allocators.policy import Action, Policy, Sequence
 from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.errors import UserError
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.measured.timed_call import wait_for
 from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model.contract import Model
 from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run

@@ -28,7 +28,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit import looks, plots
 from kvarena.experiments.kit.long_contexts import assumed_lengths
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
-from kvarena.experiments.vattention.mapping import the_system
+from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.experiments.vattention.overlap_cell import CHANGED, Way, system_in
 from kvarena.experiments.vattention.overlap_cell import measure as measured_batch
 from kvarena.experiments.vattention.overlap_replay import replayed

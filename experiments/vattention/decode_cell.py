@@ -12,7 +12,7 @@ from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
-from kvarena.experiments.vattention.same_logits import check_same_logits
+from kvarena.experiments.kit.same_logits import check_same_logits
 from kvarena.harness.measured.calibration import StreamingRead
 from kvarena.harness.measured.fixed_batch import FixedBatch, StepRecord, WarmCache
 from kvarena.harness.measured.memory import available_bytes

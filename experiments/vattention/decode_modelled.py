@@ -18,9 +18,9 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
 from kvarena.experiments.kit.replay import pool_bytes_of
 from kvarena.harness.engine.resident import make_resident
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder

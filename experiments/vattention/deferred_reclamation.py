@@ -30,7 +30,7 @@ from kvarena.experiments.kit import looks, plots
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.kit.replay import Replayer
 from kvarena.experiments.vattention.driver_calls import check_counts
-from kvarena.experiments.vattention.mapping import on_gpus, the_system
+from kvarena.experiments.vattention.mapped_system import on_gpus, the_system
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder

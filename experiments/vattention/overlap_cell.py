@@ -12,7 +12,7 @@ from kvarena.allocators.policy import Policy, Sequence
 from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.experiments.vattention.decode_cell import check_steps, resident
-from kvarena.experiments.vattention.mapping import the_system
+from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.harness.measured.fixed_batch import FixedBatch
 from kvarena.harness.model.contract import Model
 from kvarena.harness.record.record import Frames

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 
 from kvarena.experiments.kit.replay import Replayer, workload_of
-from kvarena.experiments.vattention.mapping import on_gpus, the_system, with_driver_calls
+from kvarena.experiments.vattention.mapped_system import on_gpus, the_system, with_driver_calls
 from kvarena.experiments.vattention.overlap_cell import Way, geometries, system_in
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.record import Frames

@@ -9,7 +9,7 @@ import pandas as pd
 from kvarena.errors import UserError
 from kvarena.experiments.kit.published_models import runs_by_model
 from kvarena.experiments.kit.replay import Replayer, workload_of
-from kvarena.experiments.vattention.mapping import on_gpus
+from kvarena.experiments.vattention.mapped_system import on_gpus
 from kvarena.harness.modelled.kv_pool import kv_pool_bytes
 from kvarena.harness.record.record import Frames
 from kvarena.harness.record.time_averages import window

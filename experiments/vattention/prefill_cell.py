@@ -14,9 +14,9 @@ from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.replay import pool_bytes_of
-from kvarena.experiments.vattention.same_logits import check_same_logits
+from kvarena.experiments.kit.same_logits import check_same_logits
+from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.roofline import make_step_model
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames

@@ -1,20 +1,13 @@
 """Step models for a pair of engine and model: fitted constants where there are any, else the device's limits."""
 
-from kvarena.allocators.registry import memory_layout
 from kvarena.harness.model.config import DTYPE_BYTES, ModelConfig
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig, FittedStep
 from kvarena.harness.modelled.engine_fit import check_engine
 from kvarena.harness.modelled.step_model import PS_PER_S, StepModel
-from kvarena.harness.run.systems import System
 
 _PS_PER_MS = PS_PER_S // 1000
 _PS_PER_US = PS_PER_S // 10**6
-
-
-def make_step_model(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, system: System) -> StepModel:
-    """The step model of `model` served by `engine` with a system's scheduler and kernel, as `step_model_of` says."""
-    return step_model_of(device, engine, model, system.scheduler.name, attention_key(system))
 
 
 def step_model_of(
@@ -22,7 +15,7 @@ def step_model_of(
 ) -> StepModel:
     """The step model of `model` served by `engine` on `model.tp` devices.
 
-    `attention` is `attention_key`'s; None where no kernel is named, for engines that tell none apart.
+    `attention` is `System.attention_key`; None where no kernel is named, for engines that tell none apart.
 
     Raises UserError where a device lacks a number, or the engine was fitted on something else.
     """
@@ -42,11 +35,6 @@ def _fitted_model(fitted: FittedStep, overlaps_host: bool) -> StepModel:
         token_ps=round(fitted.token_ms * _PS_PER_MS),
         context_ps=round(fitted.context_ms * _PS_PER_MS),
     )
-
-
-def attention_key(system: System) -> str:
-    """The kernel and the layout it reads, as engines tell costs of attention apart: fa2/paged, fa2/contiguous."""
-    return f"{system.kernel.name}/{memory_layout(system.allocator.name).value}"
 
 
 def roofline(device: DeviceConfig, engine: EngineConfig, model: ModelConfig, attention: str | None) -> StepModel:

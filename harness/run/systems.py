@@ -34,6 +34,11 @@ class System:
         return self.variant or str(self.allocator.name)
 
     @property
+    def attention_key(self) -> str:
+        """The kernel and the layout it reads, as engines tell costs of attention apart: fa2/paged, fa2/contiguous."""
+        return f"{self.kernel.name}/{memory_layout(self.allocator.name).value}"
+
+    @property
     def label(self) -> str:
         """`<allocator>/<kernel>`."""
         return f"{self.shown_allocator}/{self.kernel.name}"

@@ -4,9 +4,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
-from kvarena.harness.requests.group import Group, catch_up
+from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.continuous import BatchLimits, token_budget
+from kvarena.harness.scheduler.gangs import catch_up
 from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.harness.requests.group import Group, catch_up, split_gangs
+from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.continuous import BatchLimits, ContinuousScheduler
+from kvarena.harness.scheduler.gangs import catch_up, split_gangs
 from kvarena.harness.scheduler.step import StepPlan
 
 PREEMPTIONS = ("auto", "recompute", "swap")

@@ -1,6 +1,6 @@
 """What becomes of a claim: its value from the runs that can settle it, and the verdict.
 
-A value settles a claim if every row it rests on earned a name of the claim's paper (harness/run/published.py), if it has
+A value settles a claim if every row it rests on earned a name of the claim's paper (`run/published.py`), if it has
 the claim's clock, and was measured on a GPU where the claim needs one. Any other value, a row of our own or a stand-in
 on another device, can only show the direction. A modelled value never settles what is to be measured: it is shown, and
 the claim counts as not run.

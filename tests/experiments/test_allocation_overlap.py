@@ -11,7 +11,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.published_models import runs_by_model
 from kvarena.experiments.vattention.allocation_overlap import _names, events, hidden_share
-from kvarena.experiments.vattention.mapping import the_system
+from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.experiments.vattention.overlap_cell import Way, _prime, system_in
 from kvarena.experiments.vattention.overlap_replay import decode_only, replayed
 from kvarena.harness.requests.request import Request

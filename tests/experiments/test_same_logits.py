@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvarena.experiments.vattention.same_logits import check_same_logits
+from kvarena.experiments.kit.same_logits import check_same_logits
 
 LOGITS = torch.tensor([[1.0, -2.0], [0.5, 1.5]])
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from kvarena.experiments.command import show
+from kvarena.experiments.command.kernel_matrix import print_matrix
 from kvarena.experiments.kit.tables import Grid, print_grid
-from kvarena.experiments.vattention.portability_matrix import print_matrix
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Measured, Outcome
 from kvarena.harness.record.summary import COLUMNS
@@ -62,9 +62,7 @@ def test_every_text_is_whole_and_no_line_is_wider_than_the_terminal(
 def test_kernels_say_how_to_install_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "kvarena.experiments.vattention.portability_matrix.missing", lambda spec: "pip install -e '.[gpu]'"
-    )
+    monkeypatch.setattr("kvarena.experiments.command.kernel_matrix.missing", lambda spec: "pip install -e '.[gpu]'")
     print_matrix()
     output = capsys.readouterr().out
     assert "'.[gpu]'" in output

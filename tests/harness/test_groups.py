@@ -10,9 +10,10 @@ from kvarena.harness.engine.engine import Engine
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
 from kvarena.harness.modelled.step_model import StepModel
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
-from kvarena.harness.requests.group import Group, catch_up
+from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.requests.request import Request, RequestState
+from kvarena.harness.scheduler.gangs import catch_up
 
 
 def gangs_of(*shapes, prefix=None):

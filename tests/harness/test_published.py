@@ -82,7 +82,7 @@ def test_another_seed_is_another_point() -> None:
 
 
 def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
-    from kvarena.harness.modelled.roofline import make_step_model
+    from kvarena.harness.engine.setup import make_step_model
 
     run = compose_run(WASTE)
     for other in (replace(run.device, name="h200"), replace(run.device, name="a100-80gb")):
