@@ -32,9 +32,10 @@ def quoted(page: Path) -> list[str]:
 
 
 def exists(name: str, page: Path) -> bool:
-    """Whether it is a path of the project, a path beside the page, or the name of some file of the project."""
+    """Whether it is a path of the project or below one of its folders, beside the page, or the name of some file."""
     if "/" in name:
-        return any(ROOT.glob(name)) or (page.parent / name).exists()
+        below = any((ROOT / folder / name).exists() for folder in FOLDERS)
+        return below or any(ROOT.glob(name)) or (page.parent / name).exists()
     return (ROOT / name).exists() or any(any((ROOT / folder).rglob(name)) for folder in FOLDERS)
 
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,32 @@ def test_imports_run_downward(package):
     }
     assert files(package)
     assert not {path: names for path, names in upward.items() if names}
+
+
+def folder_of(module: str) -> str:
+    """The folder of ours that a module stands in, as a dotted name."""
+    path = ROOT.joinpath(*module.split(".")[1:])
+    return module if path.is_dir() else module.rpartition(".")[0]
+
+
+def test_no_two_folders_import_one_another():
+    """But for the top of allocators/: it holds the contract that its folders import, and the registry of them."""
+    below: dict[str, set[str]] = {}
+    for package in ORDER:
+        for path in files(package):
+            here = ".".join(("kvarena", *path.parent.relative_to(ROOT).parts))
+            known = {name for name in imported_modules(path.read_text()) if is_ours(name)}
+            below.setdefault(here, set()).update(folder_of(name) for name in known if folder_of(name) != here)
+    below = {here: set(others) - {"kvarena.allocators"} for here, others in below.items()}
+    with pytest.raises(CycleError):  # it can fail
+        TopologicalSorter(below | {"kvarena.kernels": {"kvarena.experiments.command"}}).prepare()
+    TopologicalSorter(below).prepare()
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is a module of one of the four folders."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    return name.count(".") > 1 and name.startswith("kvarena.") and path.with_suffix(".py").is_file()
 
 
 def test_allocators_see_only_the_layout_contract_of_kernels():

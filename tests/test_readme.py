@@ -10,6 +10,8 @@ import torch
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.stores import make_store
+from kvarena.harness.config import load
+from kvarena.harness.config import names as experiments
 from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.paths import ROOT
 from kvarena.kernels.random_batch import Shapes, random_batch
@@ -98,3 +100,32 @@ def test_the_kernel_equals_the_reference(block_size: int | None, queries: list[i
     attend(batch.q, batch.cache, batch.view, out)
     expected = reference_attention(batch.q, batch.cache, batch.view)
     torch.testing.assert_close(out.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_way_to_an_experiment_is_true() -> None:
+    """Each experiment stands in the folder of its paper, and the README names it beside its figures and tables."""
+    section = README.split("## Find your way", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith(("| Fig", "| Table"))]
+    found: dict[str, set[str]] = {"pagedattention": set(), "vattention": set()}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for folder, figures, named in zip(found, cells[::2], cells[1::2], strict=True):
+            names = re.findall(r"`(\w+)`", named)
+            found[folder] |= set(names)
+            stated = {key for name in names for key in load("experiment", name).get("published") or {}}
+            assert {re.sub(r"[a-f]$", "", key) for key in stated} <= keys_of(figures), line
+    for folder, names in found.items():
+        assert all((ROOT / "experiments" / folder / f"{name}.py").is_file() for name in names)
+    ours = set(experiments("experiment")) - found["pagedattention"] - found["vattention"]
+    assert all((ROOT / "experiments" / "ours" / f"{name}.py").is_file() and f"`{name}`" in section for name in ours)
+
+
+def keys_of(figures: str) -> set[str]:
+    """fig1, fig3, table1 of `Figs 1, 3, Table 1`."""
+    keys, kind = set(), ""
+    for word in re.findall(r"\w+", figures):
+        if word.isdigit():
+            keys.add(f"{kind}{word}")
+        else:
+            kind = word.lower().rstrip("s")
+    return keys

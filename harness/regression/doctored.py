@@ -40,6 +40,6 @@ def slower_tree(
     folder: Path, methods: Sequence[str] = ("admit", "grow_each", "usage", "drain", "look_ahead", "release")
 ) -> Path:
     """A copy in which each of these methods of PagedPolicy takes twice its time."""
-    paged = copy_of_tree(folder) / "allocators" / "paged.py"
+    paged = copy_of_tree(folder) / "allocators" / "paged" / "policy.py"
     paged.write_text(paged.read_text() + _SLOWER.format(methods=list(methods)))
     return folder

@@ -176,7 +176,7 @@ def test_doctored_tree_is_caught_for_real(tmp_path):
 
 def test_worker_reports_what_a_tree_lacks(tmp_path):
     tree = copy_of_tree(tmp_path / "older")
-    (tree / "allocators" / "paged.py").unlink()
+    (tree / "allocators" / "paged" / "policy.py").unlink()
     (tree / "harness" / "regression" / "timed_suite.py").unlink()
     with Side(tree, timed.SUITE) as side:
         assert side.own == []
