@@ -5,6 +5,7 @@ every override is checked by name before Hydra composes (`check_overrides`), and
 dataclass afterwards (`typed`).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -59,6 +60,24 @@ def typed(schema: type, node: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
+def changed(config: Any, group: str, free: Sequence[str] = ()) -> dict[str, Any]:
+    """What a choice of a group has otherwise than the file of its name, but for fields that are `free` to differ.
+
+    Empty where there is no such file.
+    """
+    if config.name not in names(group):
+        return {}
+    schema: Any = type(config)
+    filed = _as_filed(schema, group, config.name)
+    others = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in free}
+    return {key: value for key, value in others.items() if value != getattr(filed, key)}
+
+
+@cache
+def _as_filed(schema: Any, group: str, name: str) -> Any:
+    return typed(schema, load(group, name), group)
+
+
 def field_names(schema: type, where: str) -> list[str]:
     """Dotted names of a schema's fields."""
     return [f"{where}.{field.name}" for field in fields(schema)]
@@ -74,6 +93,8 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
 
     Values are left to `typed`. Sweeps (`a=1,2`) are checked choice by choice.
     """
+    for override in overrides:
+        _check_it_sets(override)
     choices = {key: value.split(",") for key, value in map(_split, overrides) if key in GROUPS}
     for group, wanted in choices.items():
         for choice in wanted:
@@ -85,7 +106,7 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
             continue
         if root not in (*GROUPS, *PLAIN_KEYS, "params"):
             raise no_such_key(root, [*GROUPS, *PLAIN_KEYS, "params"])
-        if root in PLAIN_KEYS and rest:
+        if rest and root in (*PLAIN_KEYS, "experiment"):
             raise _no_parts(root, rest)
         if key == "params":
             raise UserError("params: is a group of keys; write each of them: params.KEY=VALUE")
@@ -97,6 +118,15 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
                     f"There are: {', '.join(name for name in names(root) if name != ALL)}"
                 )
             _check_path(schema_of(root, owner), root, rest)
+
+
+def _check_it_sets(override: str) -> None:
+    """Refuse what Hydra takes and what sets nothing: a deletion, after which a default is back; an empty mapping."""
+    key, value = _split(override)
+    if override.startswith("~") and not key.startswith("hydra"):
+        raise UserError(f"{override}: no key can be taken away; leave it out for its default, or write {key}=VALUE")
+    if re.search(r"\{\s*\}", value):
+        raise UserError(f"{key}={value}: an empty mapping is merged into the file's, and changes nothing")
 
 
 def _check_path(schema: type | None, where: str, path: str) -> None:

@@ -36,6 +36,7 @@ from kvarena.harness.requests.workload import Workload, make_workload
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.scheduler.step import Executor
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import ASKED, RATES
@@ -124,7 +125,12 @@ class Replayer:
     """
 
     def __init__(self, run: Run, *, jump: bool = True) -> None:
+        """Raises UserError for a system of the run that cannot serve here at all: before any of them is replayed."""
         self._run, self._jump = run, jump
+        for system in run.systems:
+            self._set_up(system)
+            if run.clock == "modelled":
+                make_step_model(run.device, run.engine, run.model, system)
         self._warm: set[tuple[str, str]] = set()
 
     def serve(
@@ -157,15 +163,19 @@ class Replayer:
         share_prefix: bool = True,
     ) -> Served:
         run = self._run
-        layout = run.model.shard().kv_layout()
-        policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), run.context)
-        scheduler = make_scheduler(system.scheduler, policy, run.context)
+        policy, scheduler = self._set_up(system)
         with self._executor(system, policy) as executor:
             kept = [prefix] if prefix is not None and share_prefix else []
             engine = Engine(scheduler, executor, jump=self._jump, prefixes=kept)
             done = engine.run(requests_of(workload, run, decoding, prefix))
         requests, steps = request_frame(done.requests), done.steps.to_frame()
         return Served(requests.assign(system=system.name), steps.assign(system=system.name), done.resumed_gaps_ps)
+
+    def _set_up(self, system: System) -> tuple[Policy, Scheduler]:
+        run = self._run
+        layout = run.model.shard().kv_layout()
+        policy = make_policy(system.allocator, layout, pool_bytes_of(run, system), run.context)
+        return policy, make_scheduler(system.scheduler, policy, run.context)
 
     def _warm_up(self, system: System, workload: Workload) -> None:
         kind = (system.allocator.name, system.kernel.name)

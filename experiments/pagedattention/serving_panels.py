@@ -138,7 +138,7 @@ def curves_of(run: Run, panels: dict[str, Panel]) -> Iterator[Curve]:
         for system in run.systems:
             yield Curve(f"{figure}-{system.name}", figure, own, replayer, _sized(system, panel), panel, detail)
     for figure, engine, systems in out_of_sample(run, runs):
-        own = replace(runs[figure], engine=engine)
+        own = replace(runs[figure], engine=engine, systems=tuple(systems))
         for system in systems:
             key = f"{figure}-{system.name}-{engine.name}"
             yield Curve(key, figure, own, Replayer(own), system, panels[figure], details[figure], out_of_sample=True)

@@ -38,7 +38,7 @@ class EngineConfig:
     hosts: dict[int, HostTime] = field(default_factory=dict)  # by tensor-parallel degree: in place of the above
     devices: list[str] = field(default_factory=list)  # that it was fitted on; empty: it holds on any
     schedulers: list[str] = field(default_factory=list)  # that it was fitted under; empty: under any
-    models: list[str] = field(default_factory=list)  # that it was fitted with; empty: it holds for any
+    models: list[str] = field(default_factory=list)  # that its paper served; empty: it holds for any
     calibrated_on: list[str] = field(default_factory=list)  # published points of the fit, as patterns
     left_out: list[str] = field(default_factory=list)  # those of them that were not used
     attention: dict[str, AttentionCost] = field(default_factory=dict)  # "kernel/layout" -> in place of the efficiencies

@@ -1,11 +1,8 @@
 """Where an engine holds: constants fitted on one device, model or scheduler say nothing of another."""
 
-from dataclasses import asdict, replace
-
 from kvarena.errors import UserError
-from kvarena.harness.config import load, names, typed
+from kvarena.harness.config import changed, load, names, typed
 from kvarena.harness.model.config import ModelConfig
-from kvarena.harness.model.presets import load_preset, preset_names
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig
 
@@ -23,16 +20,18 @@ def misfit(engine: EngineConfig, device: DeviceConfig, model: ModelConfig, sched
     """Why the engine says nothing of this, None where it does."""
     if engine.devices and device.name not in engine.devices:
         return f"was fitted on {', '.join(engine.devices)}; this is {device.name}"
+    if (engine.devices or engine.fitted) and (others := [key for key in changed(device, "device") if key in _LIMITS]):
+        return f"was fitted on {device.name} as conf/device has it; this one has another {', '.join(others)}"
     if engine.schedulers and scheduler not in engine.schedulers:
         return f"was fitted under scheduler {', '.join(engine.schedulers)}; this is {scheduler}"
     if engine.models and model.name not in engine.models:
-        return f"was fitted with model {', '.join(engine.models)}; this is {model.name}"
+        return f"speaks of model {', '.join(engine.models)}; this is {model.name}"
     if engine.hosts and model.tp not in engine.hosts:
         return f"knows the host's work for model.tp={', '.join(map(str, engine.hosts))}; this is {model.tp}"
     if engine.fitted and (reason := _no_constants(engine, device, model, scheduler)) is not None:
         return reason
-    if (engine.models or engine.fitted) and model.name in preset_names() and not _same_sizes(model):
-        return f"has constants of {model.name} as conf/model has it; this one has other sizes"
+    if (engine.models or engine.fitted) and (others := list(changed(model, "model", _NO_SIZES))):
+        return f"has constants of {model.name} as conf/model has it; this one has another {', '.join(others)}"
     return None
 
 
@@ -46,8 +45,5 @@ def _no_constants(engine: EngineConfig, device: DeviceConfig, model: ModelConfig
     return None
 
 
-def _same_sizes(model: ModelConfig) -> bool:
-    """Whether it is the model of that name, in all that the time of a step depends on."""
-    filed = load_preset(model.name, tp=model.tp)
-    free = {name: getattr(filed, name) for name in ("seed", "checkpoint", "shard_only", "max_tokens")}
-    return asdict(replace(model, **free)) == asdict(filed)
+_LIMITS = ("bandwidth_gb_per_s", "tflop_per_s", "nvlink_gb_per_s", "allreduce_us")  # what a step's time depends on
+_NO_SIZES = ("tp", "seed", "checkpoint", "shard_only", "max_tokens")

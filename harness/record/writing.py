@@ -12,6 +12,7 @@ from kvarena.errors import UserError
 _REASONS = {
     errno.ENOSPC: "no space is left there",
     errno.EDQUOT: "the quota there is used up",
+    errno.EFBIG: "a file would be larger than is allowed (ulimit -f)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "writing there is not permitted",
     errno.EPERM: "writing there is not permitted",

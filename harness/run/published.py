@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvarena.harness.config import load, typed
+from kvarena.harness.config import changed, load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
 from kvarena.harness.requests.decoding import GREEDY
@@ -35,6 +35,7 @@ _NOT_WEIGHED = {  # fields in which a run may differ and still be the published 
     "model": ("seed", "checkpoint", "shard_only"),  # lengths are the trace's, whatever the weights
     "trace": ("path", "format", "tokenizer", "data_files", "split", "on_bad_record", "keep_hash_ids",
               "prefix_path", "table"),  # where its lengths come from is told by `is_published`
+    "engine": ("devices", "schedulers", "models"),  # they say what is refused, not how long a step takes
 }  # fmt: skip
 
 
@@ -138,9 +139,20 @@ def is_earned(names: Mapping[str, Any]) -> bool:
 
 def setup(run: "Run", detail: str = "") -> str:
     """`<model> <trace>, <detail>, <n> x <device>`: what ran, whatever it may be called."""
-    what = " ".join(filter(None, (run.model.name if "model" in run.reads else "", _trace_name(run))))
-    where = f"{run.model.tp} x {run.device_name}" if "device" in run.reads else ""
+    model = f"{run.model.name}{_told(changed(run.model, 'model', _NOT_NAMED))}" if "model" in run.reads else ""
+    what = " ".join(filter(None, (model, _trace_name(run))))
+    other = _told(changed(run.device, "device")) if run.clock == "modelled" else ""
+    where = f"{run.model.tp} x {run.device_name}{other}" if "device" in run.reads else ""
     return ", ".join(filter(None, (what, detail, where)))
+
+
+_NOT_NAMED = (*_NOT_WEIGHED["model"], "tp", "max_tokens")  # the devices say how many; a trace sets how long
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    """` (key=value)`: in what a model or a device is not as the file of its name has it."""
+    told = [key if isinstance(value, Mapping) else f"{key}={value}" for key, value in changes.items()]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def without_trace(run: "Run") -> "Run":
@@ -196,7 +208,7 @@ def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[s
         yield "model"
     if panel.device is not None and not _is_device(run, panel.device):
         yield "device"
-    if panel.engine is not None and run.clock == "modelled" and run.engine != _filed("engine", panel.engine):
+    if panel.engine is not None and run.clock == "modelled" and not _is_engine(run, panel.engine):
         yield "engine"
     if run.engine.cuda_graphs:  # no published engine had them
         yield "engine.cuda_graphs"
@@ -213,6 +225,10 @@ def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[s
     for name in sorted({*panel.point, *point}):
         if panel.point.get(name) != _plain(point.get(name)):
             yield name
+
+
+def _is_engine(run: "Run", name: str) -> bool:
+    return run.engine.name == name and not changed(run.engine, "engine", _NOT_WEIGHED["engine"])
 
 
 def _arrival_differences(run: "Run", stated: Mapping[str, Any]) -> Iterator[str]:

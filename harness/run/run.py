@@ -12,6 +12,7 @@ from kvarena.harness.model import ModelConfig
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.run import schemas, systems
 from kvarena.harness.run.fit import check_fit
+from kvarena.harness.run.numbers import check_given_params, check_numbers
 from kvarena.harness.run.published import Figure
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace import told
@@ -128,6 +129,9 @@ def resolve(
         reads=tuple((reads or {}).get(config.clock, ())),
         given=given,
     )
+    for group in ("model", "trace", "arrival", "engine", "device", "decoding", "params"):
+        check_numbers(group, getattr(run, group))
+    check_given_params(run.params, given)
     told.forget()  # what a run says of its traces it says anew
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
     paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
