@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -60,7 +61,7 @@ def _cell(row: pd.Series) -> str:
     """Median, and half the width of its 95 % interval."""
     value = f"{row['value']:.4g}"
     half = (row["ci_high"] - row["ci_low"]) / 2
-    return f"{value}±{half:.2g}" if half == half else value
+    return f"{value}±{np.format_float_positional(half, 2, fractional=False, trim='-')}" if half == half else value
 
 
 def _samples(rows: pd.DataFrame) -> str:

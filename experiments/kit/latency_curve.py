@@ -239,9 +239,9 @@ def styles_of(rows: pd.DataFrame) -> dict[str, Style]:
 
 
 def headed(rows: pd.DataFrame) -> str:
-    """Two lines for a title: the published panel where a row stands for it, and what ran, under which clock."""
+    """Two lines for a title: the published panel where a row stands for it, and what ran: clock and evidence."""
     earned = rows[rows.paper != OURS_PAPER]
-    ran = f"{rows.setup.iloc[0]}: {rows.clock.iloc[0]}"
+    ran = f"{rows.setup.iloc[0]}: {', '.join(dict.fromkeys([rows.clock.iloc[0], *rows.evidence]))}"
     if earned.empty:
         return ran
     return f"PagedAttention Fig {earned.figure.iloc[0].removeprefix('fig')}, {earned.panel.iloc[0]}\n{ran}"
@@ -269,9 +269,8 @@ def _panel_axis(axis: Axes, ours: pd.DataFrame) -> None:
     top_s = min(1.0, 1.1 * float(curves.value.max()))
     if top_s > LIMIT_S:
         axis.axhline(LIMIT_S, color="#BBBBBB", lw=0.8, zorder=0)
-    said = ", ".join(dict.fromkeys(curves.evidence))
     axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
-    axis.set_title(f"{headed(curves)}, {said}{'; circles: published' if circled else ''}", fontsize=8)
+    axis.set_title(f"{headed(curves)}{'; circles: published' if circled else ''}", fontsize=8)
     axis.set_xlim(0, None)
     axis.set_ylim(0, top_s)
     heading = "reaches 0.5 s/token at" if len(crossings) else None

@@ -23,7 +23,7 @@ COLOURS = {
     "orca_max": "#D55E00",
     "orca_pow2": "#E69F00",
     "orca_oracle": "#CC79A7",
-    "contiguous": "#F0E442",
+    "contiguous": "#A08A00",
     "paged_reserved": "#56B4E9",
     "fastertransformer": "#666666",
 }

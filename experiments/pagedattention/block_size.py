@@ -222,7 +222,7 @@ def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     """Both, of every system that has blocks."""
     right = axis.twinx()
     shown = (
-        (axis, "last_block_waste", "s-", "contiguous", "last-block waste, % of held memory"),
+        (axis, "last_block_waste", "s-", "contiguous", "last-block waste, % of held"),
         (right, "mean_batched_requests", "^--", "paged", "requests in the mean batch"),
     )
     for side, name, style, colour, label in shown:
@@ -231,5 +231,5 @@ def _memory(axis: Axes, rows: pd.DataFrame) -> None:
             side.plot(line.x, line.value, style, color=plots.COLOURS[colour], ms=4)
         side.set_ylim(0, None)
         side.set_ylabel(label, color=plots.COLOURS[colour])
-    axis.set_title(f"{rows.setup.iloc[0]}:\nempty part of last blocks, and batch", fontsize=9)
+    axis.set_title(f"{rows.setup.iloc[0]}: {rows.clock.iloc[0]}\nempty part of last blocks, and batch", fontsize=9)
     blocks.block_axis(axis, rows.x.dropna())

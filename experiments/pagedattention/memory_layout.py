@@ -276,7 +276,8 @@ def _printed(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     table.auto_set_font_size(False)
     table.set_fontsize(7)
     stands = plots.stands_for(summary, "table1") or plots.stands_for(summary, "fig3")
-    axis.set_title("PagedAttention Table 1 and Fig 3" if stands else "servers and reservations", fontsize=9)
+    title = "PagedAttention Table 1 and Fig 3" if stands else "servers and reservations"
+    axis.set_title(f"{title}\n{rows.clock.iloc[0]}: arithmetic", fontsize=9)
 
 
 def _dots(axis: Axes, rows: pd.DataFrame) -> None:
@@ -301,4 +302,4 @@ def _shares(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     axis.set_xticks(range(len(bars)), list(bars))
     of, title = ("% of 40 GB", "PagedAttention Fig 1, left\n") if stands else ("% of the device's memory", "")
     axis.set(ylabel=of, ylim=(0, 100))
-    axis.set_title(f"{title}{ours.setup.iloc[0]}", fontsize=9)
+    axis.set_title(f"{title}{ours.setup.iloc[0]}; {ours.clock.iloc[0]}", fontsize=9)

@@ -197,6 +197,5 @@ def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame) -> None:
         theirs = theirs[(theirs.quantity == HEADLINE) & theirs.x.isin(counts)]
         axis.plot([counts.index(x) for x in theirs.x], theirs.value, "o", mfc="none", color=colour)
     axis.set_xticks(range(len(counts)), [f"{x:g}" for x in counts])
-    said = ", ".join(dict.fromkeys(ours.evidence))
-    axis.set_title(f"{headed(ours)}, {said}", fontsize=8)
+    axis.set_title(headed(ours) + ("\nblack: between survivals one and all" if len(band) else ""), fontsize=8)
     axis.set(xlabel="samples, or width of the beam", ylabel="memory saved by sharing, %")

@@ -90,6 +90,8 @@ def unread(run: Run) -> dict[str, str]:
             f"params.{each}": "clock=modelled replays a trace; clock=measured decodes batches" for each in _BATCH_ONLY
         }
         keys["scheduler.max_seqs"] = "params.max_batch sets it"
+    else:
+        keys["allocator.watermark"] = "the batch is resident from the start, and nobody waits for what would be left"
     return keys
 
 

@@ -119,9 +119,9 @@ def draw(summary: pd.DataFrame) -> Figure:
     for axis, (quantity, label) in zip(axes[2:], SWEEPS.values(), strict=False):
         rows = summary[summary.quantity == quantity]
         _lines(axis, rows)
-        axis.set(
-            xlabel=label, ylabel="microseconds", title=f"page-groups of {rows.setup.iloc[0]}\n{rows.clock.iloc[0]}"
-        )
+        each = " per page-group" if "per_page_group" in quantity else ""
+        of = f"page-groups of {rows.setup.iloc[0]}, {rows.clock.iloc[0]}"
+        axis.set(xlabel=label, ylabel=f"microseconds{each}", title=f"by {label}\n{of}")
     if earned:
         theirs = published_values("vattention", figure=FIGURE)
         theirs = theirs[theirs.panel.isin(alone.panel)]  # of a driver that is ours too

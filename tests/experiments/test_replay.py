@@ -123,3 +123,16 @@ def test_seeds_and_rates_change_the_workload_alone():
 def test_the_longest_sequence_is_the_models_or_the_traces():
     assert compose_run(WASTE).context == 2048
     assert compose_run(WASTE, *SMALL).context == 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("scheduler.preemption=swap", "systems=[orca-max,paged]"), "no CPU pool"),
+        (("model=opt-66b", "model.tp=2", "engine=lean", "systems=[paged]"), "do not fit"),
+    ],
+)
+def test_who_cannot_serve_is_refused_before_anybody_is_replayed(overrides: tuple[str, ...], said: str):
+    run = compose_run(WASTE, "arrival.duration_s=10", *overrides)
+    with pytest.raises(UserError, match=said):
+        Replayer(run)

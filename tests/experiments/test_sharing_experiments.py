@@ -97,7 +97,7 @@ def test_by_default_every_published_system_is_the_papers(module: ModuleType) -> 
         "params.pool_bytes=1000000000",
         "params.tolerance=0.1",
         "params.stride=2",
-        "scheduler.token_budget=512",
+        "scheduler.token_budget=2300",
     ],
 )
 @pytest.mark.parametrize("module", CURVES)
@@ -188,9 +188,9 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
 @pytest.mark.parametrize(
     ("experiment", "override", "reason"),
     [
-        ("chatbot", "~params.new_conversation", "at least one run"),
+        ("chatbot", "~params.new_conversation", "no key can be taken away"),
         ("chatbot", "params.new_conversation=null", "params.new_conversation: .* not Optional"),
-        ("parallel_sampling", "params.panels={fig14a: {n: 0, guess: {others: 1}}}", "at least 1"),
+        ("parallel_sampling", "params.panels={fig14a: {n: 0, guess: {others: 1}}}", "must be above 0"),
         ("parallel_sampling", "params.panels={fig14a: {n: 2}}", r"params\.guess"),
         ("shared_prefix", "params.panels={a: {trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",
          "does not reach past its prefix"),

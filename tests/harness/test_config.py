@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
-from kvarena.harness.config import check_once, load, names
+from kvarena.harness.config import check_once, check_overrides, load, names
 from kvarena.harness.model import load_preset
 from kvarena.harness.paths import CONF
 from kvarena.harness.run.fit import misfit
@@ -192,3 +192,30 @@ def _overrides(line: str) -> list[str]:
 
 def test_no_experiment_named() -> None:
     assert "experiment=NAME" in refusal("trace=sharegpt")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("~engine.fitted", "no key can be taken away"),
+        ("~scheduler.max_seqs", "no key can be taken away"),
+        ("~arrival.process", "no key can be taken away"),
+        ("engine.fitted={}", "an empty mapping"),
+        ("++params.panels.fig12a={ }", "an empty mapping"),
+        ("params.panels={fig12a: {}}", "an empty mapping"),
+        ("experiment.name=x", "experiment has no keys of its own"),
+    ],
+)
+def test_what_would_set_nothing_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_overrides(["experiment=serving_latency", override], lambda group, name: None)
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "0"])
+@pytest.mark.parametrize("key", ["params.record_every_s", "params.pool_bytes"])
+def test_a_number_that_leaves_nothing_to_measure_is_refused(key: str, value: str) -> None:
+    if (key, value) == ("params.pool_bytes", "nan"):
+        pytest.skip("no whole number is nan")
+    with pytest.raises(UserError, match=key):
+        compose_run("experiment=memory_waste", f"{key}={value}")
+    assert compose_run("experiment=memory_waste", "params.seeds=[0]").params.seeds == [0]

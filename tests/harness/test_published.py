@@ -92,6 +92,34 @@ def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
         make_step_model(run.device, run.engine, replace(run.model, num_layers=39), run.systems[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": {"bandwidth_gb_per_s": 4000.0}}, "another bandwidth_gb_per_s"),
+        ({"device": {"tflop_per_s": 990.0}}, "another tflop_per_s"),
+        ({"model": {"name": "opt-13b"}}, "this is opt-13b"),
+        ({"model": {"num_layers": 33}}, "another num_layers"),
+        ({"model": {"dtype": "float32"}}, "another dtype"),
+    ],
+)
+def test_an_engine_is_refused_on_a_device_or_model_of_the_same_name_alone(changes: dict, said: str) -> None:
+    from kvarena.harness.engine.setup import make_step_model
+
+    run = compose_run("experiment=decode_throughput", "clock=modelled")
+    make_step_model(run.device, run.engine, run.model, run.systems[0])
+    other = {group: replace(getattr(run, group), **fields) for group, fields in changes.items()}
+    with pytest.raises(UserError, match=said):
+        make_step_model(other.get("device", run.device), run.engine, other.get("model", run.model), run.systems[0])
+
+
+def test_rows_say_in_what_a_device_or_a_model_is_not_its_files() -> None:
+    lean = ("engine=lean", "device=a100-40gb", "device.bandwidth_gb_per_s=100", "model.num_layers=4")
+    name = names_of(compose_run(WASTE, *lean), 0)
+    assert (
+        name["panel"] == name["setup"] == ("opt-13b (num_layers=4) sharegpt, 1 x a100-40gb (bandwidth_gb_per_s=100.0)")
+    )
+
+
 def test_under_the_lean_engine_a_system_says_whose_it_is_like_and_predicts() -> None:
     run = compose_run(WASTE, "engine=lean")
     rows = [names_of(run, s) for s in range(len(run.systems))]
