@@ -21,7 +21,7 @@ from kvarena.harness.record.summary import frame, row
 from kvarena.harness.record.writing import explained
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run, from_plain
-from kvarena.harness.trace import told
+from kvarena.harness.trace import replays, told
 
 TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
 
@@ -43,26 +43,29 @@ def carry_out(run: Run, recorder: Recorder) -> Outcome:
 
 def measure(run: Run, recorder: Recorder) -> Measured:
     """What the experiment measures, with an account of every trace that it told of."""
-    measured = registry.get(run.experiment).measure(run, recorder)
-    accounts = told.accounts()
+    with told.heard() as accounts:
+        measured = registry.get(run.experiment).measure(run, recorder)
     if accounts:
-        measured.notes["traces"] = [str(account) for account in accounts]
+        traces = replays.by_trace(accounts)
+        measured.notes["traces"] = [replays.said(each) for each in traces]
         measured.frames[TRACES] = pd.DataFrame(
-            {"trace": f"{number}: {a.name}, {a.source}", "quantity": name, "value": value, "unit": unit}
-            for number, a in enumerate(accounts, start=1)
-            for name, (value, unit) in a.quantities().items()
+            {"trace": f"{number}: {each[0].name}, {each[0].source}", "quantity": name, "value": value, "unit": unit}
+            for number, each in enumerate(traces, start=1)
+            for name, (value, unit) in replays.quantities(each).items()
         )
     return measured
 
 
 def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
-    """The experiment's summary, and under it the accounts of its traces."""
+    """The experiment's summary, and under it the accounts of its traces: of these alone, whatever serves them."""
     summary = registry.get(run.experiment).summarize(run, frames)
     if TRACES not in frames:
         return summary
+    alone = replace(run, reads=())
     rows = frame(
         row(each["value"], quantity=each["quantity"], unit=each["unit"],
-            **named(run, label=f"{registry.ACCOUNT}{each['trace']}", counted=True))
+            **named(alone, label=f"{registry.ACCOUNT}{each['trace']}", detail=each["trace"].partition(": ")[2],
+                    counted=True))
         for each in frames[TRACES].to_dict("records")
     )  # fmt: skip
     return pd.concat([summary, rows], ignore_index=True)

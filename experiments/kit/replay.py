@@ -57,16 +57,22 @@ def trace_named(run: Run, name: str, path: str | None = None) -> TraceConfig:
 def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
     """The run's workload, or that of another trace or seed, with arrivals changed as named (`rate`, `duration_s`).
 
-    A trace that a table draws and its arrivals both follow the seed. What becomes of the trace is told once on stderr.
+    A trace that a table draws and its arrivals both follow the seed. What becomes of the trace is told: what is made
+    here is served. `example_of` makes one that is not.
     """
+    workload = example_of(run, trace, seed, **arrival)
+    assert workload.account is not None, "a workload that is made from a trace has its account"
+    tell(workload.account)
+    return workload
+
+
+def example_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
+    """A workload like those of `workload_of`, for notes that describe them: it counts as no replay."""
     trace, arrivals = trace or run.trace, replace(run.arrival, **arrival)
     if seed is not None:
         trace, arrivals = replace(trace, seed=seed), replace(arrivals, seed=seed)
     chosen = RATES if "rate" in arrival and run.arrival_chosen != ASKED else run.arrival_chosen
-    workload = make_workload(trace, arrivals, run.context, chosen)
-    assert workload.account is not None, "a workload that is made from a trace has its account"
-    tell(workload.account)
-    return workload
+    return make_workload(trace, arrivals, run.context, chosen)
 
 
 def pool_bytes_of(run: Run, system: System) -> int:

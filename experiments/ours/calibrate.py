@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.ours.calibration_rounds import measured_rounds, replay_metrics
 from kvarena.experiments.ours.step_fit import Fitted, Limits, fit, predicted_s, yaml_files
 from kvarena.harness.modelled.device_model import DeviceConfig
@@ -69,7 +69,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         "constants": pd.DataFrame([{name: getattr(fitted.engine, name) for name in CONSTANTS} | limits._asdict()]),
     }
     notes = {
-        "workload": workload_of(run).provenance,
+        "workload": example_of(run).provenance,
         "rms_log_error": _rms_errors(made["loads"]),
         "limits": limits._asdict(),
     }

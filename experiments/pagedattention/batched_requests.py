@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.latency_curve import headed, published_beside, unread_traces
-from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.experiments.kit.seeds import frames_of_seeds, seeded, seeds_of, unread_seeds
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -122,7 +122,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             cells.append({name: table.assign(load=load.key, seed=seed) for name, table in cell.items()})
             progress.advance()
     for load in loads:
-        workload = workload_of(load.run_of(run), seed=seeds[0])
+        workload = example_of(load.run_of(run), seed=seeds[0])
         notes[load.key] = {**workload.provenance, "rate_asked": workload.rate, "window_s": load.window_s}
     return Measured(frames_of_seeds(cells, seeds[0]), notes)
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.engine.setup import make_step_model
 from kvarena.harness.modelled.engine_config import EngineConfig
@@ -86,7 +86,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         for name, rate in run.params.rates.items():
             progress.stage(f"{name}, {rate:g} req/s")
             trace_run = _of_trace(run, name)
-            workloads[name] = workload_of(trace_run).provenance
+            workloads[name] = example_of(trace_run).provenance
             cell = recorder.cell(name, partial(_cell, trace_run))
             points.append(cell["points"].assign(trace=name))
             progress.advance()

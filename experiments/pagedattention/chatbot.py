@@ -23,7 +23,7 @@ from kvarena.experiments.kit.latency_curve import (
     summarize_lines,
     unread_rates,
 )
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -98,7 +98,7 @@ def _serving(run: Run, replayer: Replayer, system: System, probability: float) -
 def _notes(run: Run) -> dict[str, Any]:
     """The workload at one rate: others have as many of the same turns as arrive."""
     rates = run.params.rates or list(run.params.guess.values())
-    workload = workload_of(run, rate=rates[0])
+    workload = example_of(run, rate=rates[0])
     means = {"mean_prompt_tokens": workload.prompt_tokens.mean(), "mean_output_tokens": workload.output_tokens.mean()}
     return {"workload": {**workload.provenance, **{name: float(mean) for name, mean in means.items()}}}
 

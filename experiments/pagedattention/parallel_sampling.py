@@ -24,7 +24,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_panels,
     unread_rates,
 )
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.run.run import Run
@@ -126,7 +126,7 @@ def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConf
 
 def notes(run: Run) -> dict[str, object]:
     """The workload at 1 request/s: others begin with the same requests."""
-    return {"workload": workload_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
+    return {"workload": example_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention import preemption_cost as cost
 from kvarena.harness.model.build import build_model
 from kvarena.harness.record.progress import Progress
@@ -82,7 +82,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         progress.stage(f"{run.trace.name}, {run.arrival}")
         points = recorder.cell("replay", lambda: _replays(run))["points"]
         progress.advance()
-    return Measured({"costs": costs, "points": points}, {"workload": workload_of(run).provenance, **SAID})
+    return Measured({"costs": costs, "points": points}, {"workload": example_of(run).provenance, **SAID})
 
 
 def _paged(run: Run) -> System:

@@ -30,7 +30,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_traces,
 )
 from kvarena.experiments.kit.latency_error import log_errors, rms
-from kvarena.experiments.kit.replay import Served, workload_of
+from kvarena.experiments.kit.replay import Served, example_of, workload_of
 from kvarena.experiments.kit.seeds import unread_seeds
 from kvarena.experiments.pagedattention.serving_panels import (
     PADDED,
@@ -139,7 +139,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             tables.append(cell["points"].assign(curve=curve.key, seed=seed, engine=curve.run.engine.name))
             progress.advance()
     workloads = {
-        figure: workload_of(own, seed=run.params.seeds[0], rate=1.0, duration_s=panels[figure].duration_s).provenance
+        figure: example_of(own, seed=run.params.seeds[0], rate=1.0, duration_s=panels[figure].duration_s).provenance
         for figure, own in _runs(run).items()
     }
     return Measured({"points": pd.concat(tables, ignore_index=True)}, {"workloads": workloads})

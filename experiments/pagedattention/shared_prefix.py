@@ -27,7 +27,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_rates,
     unread_traces,
 )
-from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.run.run import Run
@@ -76,7 +76,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     """Replay every panel."""
     notes: dict[str, object] = {}
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
-        workload = workload_of(_panel_run(run, panel), rate=8.0)
+        workload = example_of(_panel_run(run, panel), rate=8.0)
         _check_shared(panel, workload.provenance["trace"], figure)
         notes[figure] = {**workload.provenance, "mean_prompt_tokens": float(workload.prompt_tokens.mean())}
     return Measured(measure_lines(run, recorder, list(_lines(run))), notes)

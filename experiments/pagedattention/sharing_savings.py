@@ -21,7 +21,7 @@ from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.latency_curve import headed, published_beside
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention.parallel_sampling import unread_of_sequences, with_rows
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -86,7 +86,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
                 progress.stage(key)
                 cells.append(recorder.cell(key, partial(_cell, run, replayer, system, decoding))["savings"])
                 progress.advance()
-    notes = {"workload": workload_of(run).provenance, "survival": ASSUMED}
+    notes = {"workload": example_of(run).provenance, "survival": ASSUMED}
     return Measured({"savings": pd.concat(cells, ignore_index=True)}, notes)
 
 

@@ -18,7 +18,7 @@ from kvarena.experiments.kit import looks, plots
 from kvarena.experiments.kit.long_contexts import READS as READS
 from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
 from kvarena.experiments.kit.published_models import by_model, of_model
-from kvarena.experiments.kit.replay import Replayer, workload_of
+from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.metrics import makespan_s
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -61,7 +61,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             cells.append({name: of_model(one, table) for name, table in cell.items()})
             progress.advance()
     frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
-    return Measured(frames, {"workload": workload_of(runs[0]).provenance})
+    return Measured(frames, {"workload": example_of(runs[0]).provenance})
 
 
 def _cell(run: Run) -> Frames:

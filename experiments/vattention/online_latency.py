@@ -22,7 +22,7 @@ from kvarena.experiments.kit import looks, plots
 from kvarena.experiments.kit.long_contexts import READS as READS
 from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
-from kvarena.experiments.kit.replay import Replayer, Served, workload_of
+from kvarena.experiments.kit.replay import Replayer, Served, example_of, workload_of
 from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.metrics import summarize as scalar_metrics
 from kvarena.harness.record.progress import Progress
@@ -82,7 +82,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
             progress.stage(one.model.name)
             tables.append(of_model(one, recorder.cell(one.model.name, partial(_cell, one))["points"]))
             progress.advance()
-    notes = {"workload": workload_of(runs[0], rate=1.0).provenance}
+    notes = {"workload": example_of(runs[0], rate=1.0).provenance}
     return Measured({"points": pd.concat(tables, ignore_index=True)}, notes)
 
 

@@ -81,6 +81,7 @@ def make_workload(
     asked = len(times) if arrival.process in DRAWN and arrival.duration_s is not None else None
     arrivals = Arrivals(replace(arrival, seed=seed), chosen, float(times.max() / PS))
     account = account_of(trace, requests, asked, arrivals)
+    account = account.without(f"beyond arrival.duration_s={arrival.duration_s}", account.taken - account.served)
     facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}, "account": asdict(account)}
     return Workload(
         requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids,

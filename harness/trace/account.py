@@ -1,4 +1,10 @@
-"""What became of a trace on its way into a run: the one line that is told, and the record that is kept."""
+"""What became of a trace on its way into a replay: the one line that is told, and the record that is kept.
+
+    read -> dropped -> cut -> taken, or repeated -> left out -> served
+    drawn           -> cut                       -> left out -> served
+
+Every count is of what the one before it has left.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,17 +25,19 @@ class Arrivals:
     span_s: float = 0.0  # until the last arrives
 
     def __str__(self) -> str:
-        """`artifact, 4/s (asked for)`."""
+        """`artifact, 4/s for 900 s (asked for)`."""
         config = self.config
         said = config.process if config.rate is None else f"{config.process}, {config.rate:g}/s"
         if config.process == "recorded":
             said += f", over {self.span_s:g} s"
+        elif config.duration_s is not None:
+            said += f" for {config.duration_s:g} s"
         return f"{said} ({self.chosen})" if self.chosen else said
 
 
 @dataclass(frozen=True, slots=True)
 class TraceAccount:
-    """Every record of a trace: dropped, or served. Lengths in tokens; means are of what is served."""
+    """Every record of a trace: lost on its way, or served. Lengths in tokens; means are of what is served."""
 
     name: str  # of conf/trace/
     source: str  # file, hub name, table or rule
@@ -38,64 +46,88 @@ class TraceAccount:
     read: int | None  # records of a file; None where lengths are drawn
     kept: int | None  # of them, after all that is dropped
     asked: int | None  # requests asked for: by trace.num_requests, or as many as arrive; None: all there are
+    taken: int  # of the kept, or as they are repeated; or drawn
+    rounds: int  # times that the kept records are gone through; above 1 they are repeated
     served: int
-    rounds: int  # times that the kept records were gone through; above 1 they are repeated
     mean_prompt_tokens: float
     mean_output_tokens: float
     dropped: dict[str, int] = field(default_factory=dict)  # rule -> records
     cut: dict[str, int] = field(default_factory=dict)  # what, and to which length -> records, or draws
+    left_out: dict[str, int] = field(default_factory=dict)  # rule -> requests that were taken, and cannot be served
     shuffled: bool = False
     arrivals: Arrivals | None = None  # None: nothing arrives, the lengths alone are used
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "TraceAccount":
+        """The account that `asdict` made plain, as JSON gives it back."""
+        arrivals = plain["arrivals"]
+        if arrivals is not None:
+            arrivals = Arrivals(**{**arrivals, "config": ArrivalConfig(**arrivals["config"])})
+        return cls(**{**plain, "arrivals": arrivals})
 
     @property
     def origin(self) -> str:
         """All but what depends on the seed, the rate and the number of requests: what a run tells once."""
         chosen = self.arrivals and (self.arrivals.config.process, self.arrivals.chosen)
-        return f"{self.name} {self.source} {self.filter} {self.read} {sorted(self.dropped.items())} {chosen}"
+        confined = self.limit if self.read is None else sorted(self.dropped.items())
+        return f"{self.name} {self.source} {self.filter} {self.read} {confined} {chosen}"
+
+    @property
+    def losses(self) -> tuple[int, ...]:
+        """What differs between replays of one origin, and must not grow in silence."""
+        return self.rounds, sum(self.cut.values()), sum(self.left_out.values())
 
     def __str__(self) -> str:
         """The one line: `trace sharegpt, a.csv: 3000 read, 354 over 2048 dropped (filter fits_context), ...`."""
-        parts = [*self._records(), *(f"{count} {what}" for what, count in self.cut.items()), self._number()]
+        cut = [f"{count} {what}" for what, count in self.cut.items()]
+        left_out = [f"{count} {rule} left out" for rule, count in self.left_out.items()]
+        parts = [self._records(), *cut, self._taken(), *left_out, self._served()]
         means = f"mean prompt {self.mean_prompt_tokens:.4g}, output {self.mean_output_tokens:.4g} tokens"
         line = f"trace {self.name}, {self.source}: {', '.join([*filter(None, parts), means])}"
         return line if self.arrivals is None else f"{line}; arrivals: {self.arrivals}"
 
     def quantities(self) -> dict[str, tuple[float, str]]:
-        """Name -> value and unit, for summary.csv; lengths that are drawn have no records."""
+        """Name -> value and unit, for summary.csv: of records where there are any, of losses where there were."""
         records: dict[str, tuple[float, str]] = {}
         if self.read is not None:
             records = {
                 "requests_read": (float(self.read), "records"),
                 "requests_dropped": (float(sum(self.dropped.values())), "records"),
             }
+        losses = {
+            "lengths_cut": (float(sum(self.cut.values())), "lengths"),
+            "requests_repeated": (float(max(0, self.taken - (self.kept or self.taken))), "requests"),
+            "requests_left_out": (float(sum(self.left_out.values())), "requests"),
+        }
         return records | {
             "requests_served": (float(self.served), "requests"),
             "mean_prompt_tokens": (self.mean_prompt_tokens, "tokens"),
             "mean_output_tokens": (self.mean_output_tokens, "tokens"),
+            **{name: loss for name, loss in losses.items() if loss[0]},
         }
 
     def without(self, rule: str, count: int) -> "TraceAccount":
-        """The account where `count` of the kept requests are dropped too, by one more rule."""
-        if not count:
-            return self
-        kept = None if self.kept is None else self.kept - count
-        return replace(self, kept=kept, dropped={**self.dropped, rule: count})
+        """The account where `count` of the requests that were taken are left out, by one rule."""
+        return replace(self, left_out={**self.left_out, rule: count}) if count else self
 
-    def _records(self) -> list[str]:
+    def _records(self) -> str:
+        if self.read is None:
+            within = "" if self.limit is None else f" within {self.limit} tokens"
+            return f"{self.taken} drawn{within} (filter {self.filter})"
         rules = [f"{count} {rule}" for rule, count in self.dropped.items()]
-        if self.read is not None:
-            named = "" if f"by {self.filter}" in self.dropped else f" (filter {self.filter})"
-            return [f"{self.read} read", f"{', '.join(rules or ['none'])} dropped{named}"]
-        within = "" if self.limit is None else f" within {self.limit} tokens"
-        drawn = f"{self.served} drawn{within} (filter {self.filter})"
-        return [drawn, f"{', '.join(rules)} dropped"] if rules else [drawn]
+        named = "" if f"by {self.filter}" in self.dropped else f" (filter {self.filter})"
+        return f"{self.read} read, {', '.join(rules or ['none'])} dropped{named}"
 
-    def _number(self) -> str:
-        if self.kept is None or self.served == self.kept:
+    def _taken(self) -> str:
+        if self.kept is None or self.taken == self.kept:
             return ""
-        if self.served > self.kept:
-            return f"repeated to {self.served}"
-        return f"{'random' if self.shuffled else 'first'} {self.served} of {self.kept} taken"
+        if self.taken > self.kept:
+            return f"repeated to {self.taken} ({self.rounds} rounds)"
+        return f"{'random' if self.shuffled else 'first'} {self.taken} of {self.kept} taken"
+
+    def _served(self) -> str:
+        left = self.taken - sum(self.left_out.values())
+        return "" if self.served == left else f"first {self.served} of {left} served"
 
 
 def account_of(
@@ -114,8 +146,9 @@ def account_of(
         read=facts.get("read"),
         kept=facts.get("kept"),
         asked=config.num_requests if asked is None else asked,
-        served=len(trace),
+        taken=facts["requests"],
         rounds=facts.get("rounds", 1),
+        served=len(trace),
         mean_prompt_tokens=_mean(trace.prompt_tokens),
         mean_output_tokens=_mean(trace.output_tokens),
         dropped=_dropped(facts),

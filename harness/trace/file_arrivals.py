@@ -1,4 +1,5 @@
 """When the requests of somebody's own file arrive: as the file records it, unless the user or the experiment says how.
+A duration alone says no how: it cuts what is recorded.
 
 The papers' own data, tables and given lengths keep the arrivals of the experiment. So do experiments whose axis the
 arrivals are: no rate can be asked of times that are recorded.
@@ -16,6 +17,7 @@ from kvarena.harness.trace.published_files import is_published
 ASKED = "asked for"
 RATES = "at the experiment's rates"
 _EXPERIMENTS = "the experiment's"
+_CUT = "arrival.duration_s"  # of any arrivals; every other key of theirs asks for how they are drawn
 
 
 class Chosen(NamedTuple):
@@ -31,7 +33,7 @@ def chosen_arrivals(trace: TraceConfig, arrival: ArrivalConfig, overrides: Seque
     overrides: the user's own, of the command line; context: tokens of the longest sequence.
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if any(key == "arrival" or key.startswith("arrival.") for key in keys):
+    if any(key.partition(".")[0] == "arrival" and key != _CUT for key in keys):
         return Chosen(arrival, ASKED)
     if trace.path is None or is_published(trace):
         return Chosen(arrival, _EXPERIMENTS)
@@ -48,4 +50,4 @@ def chosen_arrivals(trace: TraceConfig, arrival: ArrivalConfig, overrides: Seque
         return Chosen(arrival, f"{_EXPERIMENTS}; the file records none")
     if records.provenance["rounds"] > 1:
         return Chosen(arrival, f"{_EXPERIMENTS}; the file has fewer requests than are asked for")
-    return Chosen(ArrivalConfig("recorded"), "the file's own")
+    return Chosen(ArrivalConfig("recorded", duration_s=arrival.duration_s if _CUT in keys else None), "the file's own")

@@ -96,7 +96,9 @@ def test_rates_that_are_the_axis_stay_drawn_and_each_trace_is_told(own: str, cap
         account = workload_of(run, trace_named(run, name, run.params.paths.get(name)), rate=rate, duration_s=9).account
         assert account.arrivals.chosen == "at the experiment's rates"
         assert account.filter == {"sharegpt": "fits_context", "alpaca": "none"}[name]
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["trace sharegpt", "trace alpaca", "trace sharegpt"]
+    assert "repeated to 16 (4 rounds)" in lines[-1], "more than at 1/s"
 
 
 def test_who_is_refused_is_said_once(own: str, capsys: pytest.CaptureFixture[str]):

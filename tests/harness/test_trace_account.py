@@ -2,15 +2,16 @@
 
 import csv
 import hashlib
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from kvarena.harness.config import load, typed
 from kvarena.harness.requests.workload import make_workload
-from kvarena.harness.trace import TraceConfig, load_trace, published_files, told
-from kvarena.harness.trace.account import account_of
+from kvarena.harness.trace import TraceConfig, load_trace, published_files, replays, told
+from kvarena.harness.trace.account import TraceAccount, account_of
 from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.file_arrivals import ASKED, chosen_arrivals
 from kvarena.harness.trace.published_files import filter_of, is_published
@@ -60,8 +61,8 @@ def test_the_seen_file(own: str) -> None:
     assert (account.served, account.rounds, account.asked) == (len(workload), 2, len(workload))
     assert account.mean_prompt_tokens == PROMPT
     line = str(account)
-    assert f"3000 read, 354 over 2048 dropped (filter fits_context), repeated to {len(workload)}, " in line
-    assert line.endswith("arrivals: artifact, 4/s (the experiment's)")
+    assert f"3000 read, 354 over 2048 dropped (filter fits_context), repeated to {len(workload)} (2 rounds), " in line
+    assert line.endswith("arrivals: artifact, 4/s for 900 s (the experiment's)")
     assert workload.provenance["account"]["dropped"] == {"over 2048": 354}
     assert workload.provenance["account"]["arrivals"]["config"]["seed"] == 0
     assert account.quantities() == {
@@ -70,6 +71,7 @@ def test_the_seen_file(own: str) -> None:
         "requests_served": (len(workload), "requests"),
         "mean_prompt_tokens": (PROMPT, "tokens"),
         "mean_output_tokens": (100, "tokens"),
+        "requests_repeated": (len(workload) - 2646, "requests"),
     }
 
 
@@ -120,7 +122,7 @@ def test_tables_say_what_they_are_cut_to() -> None:
     assert (account.read, account.limit, account.served) == (None, 512, 300)
     assert account.cut["cut to 512 in all"] == load_trace(config, 2048).provenance["cut"] > 0
     assert "300 drawn within 512 tokens (filter paper_artifact)" in str(account)
-    assert set(account.quantities()) == {"requests_served", "mean_prompt_tokens", "mean_output_tokens"}
+    assert set(account.quantities()) == {"requests_served", "mean_prompt_tokens", "mean_output_tokens", "lengths_cut"}
     assert account_of(named("alpaca"), load_trace(named("alpaca"))).limit is None
     chat = named("sharegpt_chat", num_requests=300)
     assert account_of(chat, load_trace(chat, 2048)).cut["prompts cut to 1024"] > 0
@@ -133,6 +135,9 @@ def test_tables_say_what_they_are_cut_to() -> None:
         ({"timed": True}, ARTIFACT, ["trace.seed=1"], "recorded", "the file's own"),
         ({"timed": True}, ARTIFACT, ["arrival=artifact"], "artifact", ASKED),
         ({"timed": True}, ARTIFACT, ["++arrival.rate=4"], "artifact", ASKED),
+        ({"timed": True}, ARTIFACT, ["arrival.process=artifact", "arrival.duration_s=9"], "artifact", ASKED),
+        ({"timed": True}, ARTIFACT, ["arrival.duration_s=900"], "recorded", "the file's own"),
+        ({"timed": False}, ARTIFACT, ["arrival.duration_s=900"], "artifact", "records none"),
         ({"timed": False}, ARTIFACT, [], "artifact", "records none"),
         ({"timed": True, "num_requests": 9}, ARTIFACT, [], "artifact", "fewer requests"),
         ({"timed": True}, replace(ARTIFACT, rate=None), [], "artifact", "axis"),
@@ -156,18 +161,44 @@ def test_recorded_arrivals_are_the_whole_files(tmp_path: Path) -> None:
     assert str(workload.account).endswith("arrivals: recorded, over 4 s (the file's own)")
 
 
+def test_a_duration_alone_cuts_the_files_own_arrivals_and_the_account_says_so(tmp_path: Path) -> None:
+    config = named(path=write(tmp_path / "own.csv", 0, 6, timed=True))
+    chosen = chosen_arrivals(config, replace(ARTIFACT, duration_s=2.5), ["arrival.duration_s=2.5"], 2048)
+    workload = make_workload(config, chosen.arrival, 2048, chosen.by)
+    assert workload.arrival_s.tolist() == [0, 1, 2]
+    line = str(workload.account)
+    assert "6 read, none dropped (filter fits_context), 3 beyond arrival.duration_s=2.5 left out, " in line
+    assert line.endswith("arrivals: recorded, over 2 s (the file's own)")
+
+
+def test_the_first_taken_are_the_files_first_and_a_cut_by_duration_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "falling.csv"
+    rows = [f"{30 - number},{number},9" for number in range(1, 31)]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]))
+    config = named(path=str(path), num_requests=20)
+    workload = make_workload(config, ArrivalConfig("recorded", duration_s=12), 2048)
+    assert workload.prompt_tokens.tolist() == [20, 19], "the last of those taken come first"
+    assert "first 20 of 30 taken, 18 beyond arrival.duration_s=12 left out, mean" in str(workload.account)
+    assert workload.account is not None
+    assert workload.account.quantities()["requests_left_out"] == (18, "requests")
+
+
 def test_the_papers_data_keeps_the_experiments_arrivals(listed: str) -> None:
     for config in (named(), named(path=listed), named("vattention_online")):
         assert chosen_arrivals(config, ARTIFACT, [], 2048) == (ARTIFACT, "the experiment's")
     assert chosen_arrivals(named(path="someone/trace"), ARTIFACT, [], 2048).arrival == ARTIFACT
 
 
+def account_at(path: str, rate: float, seed: int = 0) -> TraceAccount:
+    account = make_workload(named(path=path, seed=seed), replace(ARTIFACT, rate=rate), 2048).account
+    assert account is not None
+    return account
+
+
 def test_a_trace_is_told_once_at_whatever_rate_and_seed(own: str, capsys: pytest.CaptureFixture[str]) -> None:
     told.forget()
     for rate, seed in ((1.0, 0), (2.0, 0), (2.0, 1)):
-        account = make_workload(named(path=own, seed=seed), replace(ARTIFACT, rate=rate), 2048).account
-        assert account is not None
-        told.tell(account)
+        told.tell(account_at(own, rate, seed))
     assert capsys.readouterr().err.count("\n") == 1
     for config in (named("alpaca"), named(path=own, filter="paper_artifact")):
         told.told(config, load_trace(config, 4096))
@@ -175,3 +206,42 @@ def test_a_trace_is_told_once_at_whatever_rate_and_seed(own: str, capsys: pytest
     told.forget()
     assert "account" in told.told(named(path=own), load_trace(named(path=own), 2048)).provenance
     assert "3000 read" in capsys.readouterr().err
+
+
+def test_a_replay_that_repeats_more_is_told_and_all_of_them_are_counted(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told.forget()
+    with told.heard() as outer:
+        for rate in (1.0, 4.0, 2.0, 10.0):
+            with told.heard() as inner:
+                told.tell(account_at(own, rate))
+            assert len(inner) == 1
+            told.tell(inner[0])  # as a cell that is read back does
+    lines = capsys.readouterr().err.splitlines()
+    assert ["rounds" in line for line in lines] == [False, True, True], "2/s repeats nothing, 10/s more than 4/s"
+    [replayed] = replays.by_trace(outer)
+    assert [account.rounds for account in replayed] == [1, 2, 1, 4]
+    served = [account.served for account in replayed]
+    found = replays.quantities(replayed)
+    assert found["requests_read"] == (3000, "records")
+    assert found["requests_served:smallest"] == (min(served), "requests")
+    assert found["requests_served:largest"] == (max(served), "requests")
+    assert found["requests_repeated:smallest"] == (0, "requests")
+    assert found["requests_repeated:largest"] == (max(served) - 2646, "requests")
+    line = replays.said(replayed)
+    assert line.startswith(f"{lines[0]}; over all replays: ")
+    assert f"requests served {min(served)} to {max(served)}" in line
+    assert replays.said(replayed[:1]) == lines[0]
+    assert replays.quantities(replayed[:1]) == replayed[0].quantities()
+
+
+def test_an_account_is_the_same_when_it_is_read_back(own: str) -> None:
+    alone = account_of(named("alpaca"), load_trace(named("alpaca")))
+    for account in (account_at(own, 4.0), alone):
+        assert TraceAccount.of_plain(json.loads(json.dumps(asdict(account), default=int))) == account
+
+
+def test_lengths_drawn_within_another_context_are_told_apart() -> None:
+    accounts = [account_of(named(), load_trace(named(), context)) for context in (512, 2048)]
+    assert len(replays.by_trace(accounts)) == 2
