@@ -91,7 +91,7 @@ def test_the_written_files_run_on_this_machine_and_are_refused_elsewhere(
     summary = own_rows(pd.read_csv(finished("memory_waste", *here) / "summary.csv"))
     assert set(summary.device) == set(summary.kernel) == {"this-machine"}
     for other in ("device=a100-40gb", "model=tiny-opt"):
-        with pytest.raises(UserError, match="engine=this-machine was fitted"):
+        with pytest.raises(UserError, match="engine=this-machine (was fitted|speaks of)"):
             finished("memory_waste", *here, other)
 
 
@@ -152,9 +152,9 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
         ("params.batch_sizes=[1,2]", "at least 3"),
         ("params.prompts=[4,4,8]", "none twice"),
         ("params.contexts=[8,20,100000]", "leave"),
-        ("params.rounds=0", "at least 1 each"),
+        ("params.rounds=0", "above 0"),
         ("systems=[orca-oracle]", "must be one with allocator paged"),
-        ("model.num_layers=3", "has other sizes|other sizes"),
+        ("model.num_layers=3", "another num_layers"),
         ("engine.kv_efficiency=0.5", "nothing reads it"),
     ],
 )
