@@ -20,13 +20,14 @@ def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[Leng
     Raises UserError for a header that fits no format, and for what is no CSV.
     """
     with path.open(encoding="utf-8-sig") as file:
-        header = [name.strip() for name in next(csv.reader(file))]
+        lines = csv.reader(file)
+        header = [name.strip() for name in next(filter(any, lines), [])]
     found = fitting(header, format_name)
     if found is None or len(set(header)) < len(header):
         raise no_format(header, format_name, str(path))
     if not isinstance(found, LengthFormat):
         raise UserError(f"{path}: {found.name} is read from JSON, not from CSV")
-    table, ragged = _read(path, header)
+    table, ragged = _read(path, header, lines.line_num)
     for number, reason in ragged.items():
         bad.add(number, reason)
     total = len(table) + len(ragged)
@@ -44,8 +45,8 @@ def _column(table: pa.Table, name: str) -> Any:
     return table[name].to_numpy(zero_copy_only=False)
 
 
-def _read(path: Path, header: list[str]) -> tuple[pa.Table, dict[int, str]]:
-    """The rows of the header's width, all text, and for the others record number: reason."""
+def _read(path: Path, header: list[str], header_lines: int) -> tuple[pa.Table, dict[int, str]]:
+    """The rows of the header's width below its lines, all text, and for the others record number: reason."""
     ragged: dict[int, str] = {}
 
     def note(row: pa.csv.InvalidRow) -> str:
@@ -57,7 +58,7 @@ def _read(path: Path, header: list[str]) -> tuple[pa.Table, dict[int, str]]:
     try:
         table = pa.csv.read_csv(
             path,
-            read_options=pa.csv.ReadOptions(use_threads=False, column_names=header, skip_rows=1),
+            read_options=pa.csv.ReadOptions(use_threads=False, column_names=header, skip_rows=header_lines),
             parse_options=pa.csv.ParseOptions(invalid_row_handler=note),
             convert_options=pa.csv.ConvertOptions(
                 column_types={name: pa.string() for name in header}, strings_can_be_null=False

@@ -116,7 +116,7 @@ def test_conversations_keep_their_turns_together(shared):
 
 def test_extra_columns_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "lengths.csv"
-    path.write_bytes(b'\xef\xbb\xbfname,"output_tokens",prompt_tokens\r\nx,2,1\r\n\r\n"y, z",4,3\r\n')
+    path.write_bytes(b'\xef\xbb\xbf\r\n\r\nname,"output_tokens",prompt_tokens\r\nx,2,1\r\n\r\n"y, z",4,3\r\n')
     trace = load_trace(TraceConfig(path=str(path)))
     assert trace.prompt_tokens.tolist() == [1, 3]
     assert trace.output_tokens.tolist() == [2, 4]
