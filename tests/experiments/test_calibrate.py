@@ -91,7 +91,7 @@ def test_the_written_files_run_on_this_machine_and_are_refused_elsewhere(
     summary = own_rows(pd.read_csv(finished("memory_waste", *here) / "summary.csv"))
     assert set(summary.device) == set(summary.kernel) == {"this-machine"}
     for other in ("device=a100-40gb", "model=tiny-opt"):
-        with pytest.raises(UserError, match="engine=this-machine (was fitted|speaks of)"):
+        with pytest.raises(UserError, match="engine=this-machine "):
             finished("memory_waste", *here, other)
 
 
