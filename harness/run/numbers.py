@@ -8,7 +8,7 @@ from kvarena.errors import UserError
 
 # Keys of `params` that may be 0: a seed, the start of a window, what may be left out, who need not be there.
 _MAY_BE_0 = ("seeds", "window_s", "check_steps", "warmup_steps", "stagger", "spike_ms", "mapped", "created",
-             "kernel_cost", "new_conversation")  # fmt: skip
+             "new_conversation")  # fmt: skip
 
 
 def check_numbers(group: str, config: object) -> None:
@@ -23,7 +23,7 @@ def check_given_params(params: object, given: Sequence[str]) -> None:
     for key, number in _numbers("params", params):
         written = any(key == each or key.startswith(f"{each}.") for each in given)
         if number == 0 and written and key.split(".")[-1] not in _MAY_BE_0:
-            raise UserError(f"{key}={number}: must be above 0")
+            raise UserError(f"{key}={number}: must be {'at least 1' if isinstance(number, int) else 'above 0'}")
 
 
 def _numbers(key: str, value: object) -> Iterator[tuple[str, float]]:

@@ -119,7 +119,7 @@ def test_every_kernel_that_fits_has_rows(summary_of: Callable[..., pd.DataFrame]
     ("override", "said"),
     [
         ("params.batch_sizes=[]", "at least one"),
-        ("params.contexts=[0]", "1 or more"),
+        ("params.contexts=[0]", "at least 1"),
         ("params.block_sizes=[1]", "16 among them"),
         ("params.block_sizes=[16,24]", "powers of two"),
         ("params.block_sizes=[16,128]", "none longer"),

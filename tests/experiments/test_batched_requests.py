@@ -116,7 +116,7 @@ def test_a_rate_of_the_command_line_takes_another_panel(summary_of: Callable[...
         ("[{figure: a, window: b, trace: alpaca, rate: 1, duration_s: 9},"
          "{figure: b, window: b, trace: alpaca, rate: 1, duration_s: 8}]", "a trace at one rate"),
         ("[{figure: a, window: b, trace: nosuch, rate: 1, duration_s: 9}]", "no such trace"),
-        ("[{figure: a, window: b, trace: sharegpt, rate: 0, duration_s: 9}]", r"arrival\.rate"),
+        ("[{figure: a, window: b, trace: sharegpt, rate: 0, duration_s: 9}]", r"loads\.rate"),
     ],
 )  # fmt: skip
 def test_bad_loads_are_refused(finished: Callable, loads: str, reason: str) -> None:

@@ -152,7 +152,7 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
         ("params.batch_sizes=[1,2]", "at least 3"),
         ("params.prompts=[4,4,8]", "none twice"),
         ("params.contexts=[8,20,100000]", "leave"),
-        ("params.rounds=0", "above 0"),
+        ("params.rounds=0", "at least 1"),
         ("systems=[orca-oracle]", "must be one with allocator paged"),
         ("model.num_layers=3", "another num_layers"),
         ("engine.kv_efficiency=0.5", "nothing reads it"),

@@ -71,12 +71,12 @@ def test_paged_and_vattention_take_less_than_static(tmp_path: Path, monkeypatch:
     ("override", "said"),
     [
         ("params.batch_sizes=[]", "at least one"),
-        ("params.batch_sizes=[0]", "above 0"),
+        ("params.batch_sizes=[0]", "at least 1"),
         ("params.batch_sizes=[2,2]", "none twice"),
         ("params.prompts=['500']", "from 1 to"),
         ("params.prompts=[all]", "neither"),
         ("params.max_tokens=100000", "tiny-llama ends at"),
-        ("params.rounds=0", "above 0"),
+        ("params.rounds=0", "at least 1"),
         ("params.batch_sizes=[100000000]", "cannot fit"),
     ],
 )
