@@ -79,7 +79,7 @@ def test_another_request_or_server_is_not_the_papers(summary_of: Callable[..., p
             ["params.servers=[{model: opt-13b, tp: 1, device: a100-40gb}, {model: opt-13b, tp: 1, device: a100-40gb}]"],
             "twice",
         ),
-        (["params.throughput_batches=[0]"], "at least 1"),
+        (["params.throughput_batches=[0]"], "above 0"),
         (["params.pool_bytes=1000000000"], "nothing reads it"),
         (["arrival=poisson"], "nothing reads it"),
     ],

@@ -123,9 +123,9 @@ def test_measured_it_swaps_and_recomputes_for_real(summary_of: Callable[..., pd.
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("params.tokens=0", "from 1 to 2047"),
+        ("params.tokens=0", "at least 1"),
         ("params.tokens=2048", "from 1 to 2047"),
-        ("params.replay_block_sizes=[0]", "from 1 to 256"),
+        ("params.replay_block_sizes=[0]", "at least 1"),
         ("params.swap_bytes=lots", "not a size"),
         ("params.swap_bytes=0", "no CPU pool"),
         ("systems=[vattention-64kb]", "allocator paged"),

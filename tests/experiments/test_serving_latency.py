@@ -97,14 +97,14 @@ def test_by_default_all_five_systems_of_all_six_figures_are_the_papers() -> None
         "decoding=parallel",
         "params.pool_bytes=1000000000",
         "params.tolerance=0.1",
-        "scheduler.token_budget=512",
+        "scheduler.token_budget=2300",
         "scheduler=vllm_v1",
         panel(1.0),
         panel(1.0, duration_s=3600, device="a100-80gb"),
     ],
 )
 def test_whatever_changes_a_point_takes_its_name(override: str) -> None:
-    engine = () if "80gb" not in override else ("engine=lean",)
+    engine = ("engine=lean",) if "80gb" in override or "vllm_v1" in override else ()
     assert earned("params.only=[fig12a]", "systems=[paged]", override, *engine).empty
     assert len(earned("params.only=[fig12a]", "systems=[paged]")) == 1
 
@@ -210,8 +210,8 @@ def test_requests_that_could_never_run_are_counted(summary_of: Callable[..., pd.
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (panel(0.0), r"arrival.rate=0.0: must be a number above 0"),
-        (panel(-1.0), r"arrival.rate=-1.0: must be"),
+        (panel(0.0), r"rates.others=0.0: must be above 0"),
+        (panel(-1.0), r"rates.others=-1.0: must be"),
         (panel(0.001), "no request arrives within"),
         ("params.only=[fig12x]", "no panel is called 'fig12x'. There are: fig12a"),
     ],
