@@ -93,9 +93,9 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
 
     Values are left to `typed`. Sweeps (`a=1,2`) are checked choice by choice.
     """
-    for override in overrides:
-        _check_it_sets(override)
     choices = {key: value.split(",") for key, value in map(_split, overrides) if key in GROUPS}
+    for override in overrides:
+        _check_it_sets(override, choices.get("experiment", [""])[0])
     for group, wanted in choices.items():
         for choice in wanted:
             if choice not in names(group):
@@ -120,13 +120,19 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
             _check_path(schema_of(root, owner), root, rest)
 
 
-def _check_it_sets(override: str) -> None:
+def _check_it_sets(override: str, experiment: str) -> None:
     """Refuse what Hydra takes and what sets nothing: a deletion, after which a default is back; an empty mapping."""
     key, value = _split(override)
     if override.startswith("~") and not key.startswith("hydra"):
         raise UserError(f"{override}: no key can be taken away; leave it out for its default, or write {key}=VALUE")
-    if re.search(r"\{\s*\}", value):
+    if re.search(r"\{\s*\}", value) and not (value == "{}" and _is_null(key, experiment)):
         raise UserError(f"{key}={value}: an empty mapping is merged into the file's, and changes nothing")
+
+
+def _is_null(key: str, experiment: str) -> bool:
+    """Whether an experiment's file leaves a key of `params` null, so that an empty mapping says: none."""
+    of_params = key.startswith("params.") and experiment in names("experiment")
+    return of_params and OmegaConf.select(load("experiment", experiment), key) is None
 
 
 def _check_path(schema: type | None, where: str, path: str) -> None:
