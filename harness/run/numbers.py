@@ -1,4 +1,4 @@
-"""Numbers that no run can use: below zero, or none at all; refused before anything is measured."""
+"""Numbers that no run can use: below zero, or not finite; refused before anything is measured."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ _MAY_BE_0 = ("seeds", "window_s", "check_steps", "warmup_steps", "stagger", "spi
 
 
 def check_numbers(group: str, config: object) -> None:
-    """Raises UserError for a number below 0, for none (nan), and for 0 in `params` where it would leave nothing."""
+    """Raises UserError for a number below 0, and for none that is finite (nan, inf)."""
     for key, number in _numbers(group, config):
-        if math.isnan(number) or number < 0:
-            raise UserError(f"{key}={number}: must be a number, and not below 0")
+        if not math.isfinite(number) or number < 0:
+            raise UserError(f"{key}={number}: must be a finite number, and not below 0")
 
 
 def check_given_params(params: object, given: Sequence[str]) -> None:
