@@ -17,10 +17,11 @@ from torch import Tensor
 from kvarena.kernels import threads
 from kvarena.kernels.addressing import Addressing, addressing, fill_offsets, flat
 from kvarena.kernels.attention_tile import GROUP, MASKED, ROWS, TILE, attend_tile, merge
-from kvarena.kernels.catalogue import NUMBA
 from kvarena.kernels.jit import Array, jit
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
 from kvarena.kernels.simd import LANES
+from kvarena.kernels.spec import CPU, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 QUERIES = 16  # of one item of a prefill
@@ -30,7 +31,15 @@ _LOG2_E = math.log2(math.e)
 class NumbaAttention(AttentionKernel):
     """One body for both layouts, on the CPU. Every length must be at least 1."""
 
-    spec = NUMBA
+    spec = KernelSpec(
+        name="numba",
+        body="numba",
+        library="kvarena",
+        layouts=frozenset(Layout),
+        devices=CPU,
+        dtypes=frozenset({"float32", "bfloat16"}),
+        head_sizes=frozenset(range(16, 257, 16)),
+    )
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""

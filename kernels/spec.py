@@ -1,15 +1,21 @@
-"""What each kernel can read, as data: known without importing torch, numba or the kernel's library."""
+"""What a kernel can read, as data."""
 
 from dataclasses import dataclass
 
 from kvarena.kernels.layout import Layout
+
+CPU = frozenset({"cpu"})
+CUDA = frozenset({"cuda"})
+ANY_DEVICE = CPU | CUDA
+HALF = frozenset({"bfloat16", "float16"})
+ANY_DTYPE = HALF | {"float32"}
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
     """What a kernel can read. `None` means "any"."""
 
-    name: str  # the name of conf/kernel/<name>.yaml
+    name: str  # kernel=<name>
     body: str  # code that computes the attention: two layouts of one body differ in addressing alone
     library: str  # distribution the code comes from: two kernels of one library are a "same library" pair
     layouts: frozenset[Layout]

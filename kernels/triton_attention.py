@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kvarena.errors import UserError
-from kvarena.kernels.catalogue import TRITON
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import ANY_DTYPE, CUDA, KernelSpec
 from kvarena.kernels.triton_body import attend, merge_splits
 from kvarena.kernels.triton_launch import Cut, Tiles, Work, cut_decode, cut_prefill, multiprocessors, tiles
 from kvarena.kernels.view import BatchView, LayerCache
@@ -24,7 +25,19 @@ class TritonAttention(AttentionKernel):
     sequence that outgrows it is still read whole, in splits longer than intended.
     """
 
-    spec = TRITON
+    spec = KernelSpec(
+        name="triton",
+        body="triton",
+        library="kvarena",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=ANY_DTYPE,
+        head_sizes=frozenset({16, 32, 64, 128, 256}),
+        block_sizes=frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256}),
+        requires=("triton",),
+        install_hint="torch's CUDA build brings it",
+        in_graph=True,
+    )
 
     def __init__(self, shape: Tiles | None = None, split_tokens: int | None = None) -> None:
         """Chooses tiles and splits by call, unless a benchmark fixes them (`split_tokens`: a multiple of the tile)."""

@@ -4,9 +4,10 @@ import math
 
 from torch import Tensor
 
-from kvarena.kernels.catalogue import FA2
+from kvarena.kernels.layout import Layout
 from kvarena.kernels.libraries.flash_attention import FlashAttention2
 from kvarena.kernels.libraries.vllm_library import load_operators
+from kvarena.kernels.spec import CUDA, HALF, KernelSpec
 
 LIBRARY = "vllm_flash_attn/_vllm_fa2_C.abi3.so"
 
@@ -14,11 +15,24 @@ LIBRARY = "vllm_flash_attn/_vllm_fa2_C.abi3.so"
 class FA2Attention(FlashAttention2):
     """Both layouts, on GPUs of compute capability 8.0 and later."""
 
-    spec = FA2
+    spec = KernelSpec(
+        name="fa2",
+        body="FlashAttention 2",
+        library="FlashAttention 2 of vllm",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=HALF,
+        head_sizes=frozenset(range(8, 257, 8)),
+        block_sizes=frozenset(range(16, 257, 16)),
+        requires=("vllm",),
+        install_hint="pip install -e '.[flash-attn]', or name the library's file in KVARENA_FA2_SO",
+        library_variable="KVARENA_FA2_SO",
+        in_graph=True,
+    )
 
     def __init__(self, num_splits: int = 0) -> None:
         super().__init__(num_splits)
-        self._forward = load_operators(FA2, "_vllm_fa2_C", LIBRARY).fwd_kvcache
+        self._forward = load_operators(self.spec, "_vllm_fa2_C", LIBRARY).fwd_kvcache
 
     def call(
         self,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kvarena.errors import UserError
-from kvarena.kernels.catalogue import FA3
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
 from kvarena.kernels.libraries.vllm_library import load_operators
+from kvarena.kernels.spec import CUDA, HALF, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 LIBRARY = "vllm_flash_attn/_vllm_fa3_C.abi3.so"
@@ -27,11 +28,24 @@ LIBRARY = "vllm_flash_attn/_vllm_fa3_C.abi3.so"
 class FA3Attention(AttentionKernel):
     """Both layouts, on Hopper GPUs; `num_splits` 0 leaves the number of splits to the library."""
 
-    spec = FA3
+    spec = KernelSpec(
+        name="fa3",
+        body="FlashAttention 3",
+        library="FlashAttention 3 of vllm",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=HALF,
+        head_sizes=frozenset(range(8, 257, 8)),
+        requires=("vllm",),
+        install_hint="pip install -e '.[flash-attn]', or name the library's file in KVARENA_FA3_SO",
+        reads_past=191,  # to the end of a tile; read from the library's sources, to be seen on a GPU
+        library_variable="KVARENA_FA3_SO",
+        in_graph=True,
+    )
 
     def __init__(self, num_splits: int = 0) -> None:
         """Raises UserError where the library is missing, or the GPU is none of Hopper's."""
-        operators = load_operators(FA3, "_vllm_fa3_C", LIBRARY)
+        operators = load_operators(self.spec, "_vllm_fa3_C", LIBRARY)
         major, minor = torch.cuda.get_device_capability()
         if major != 9:
             raise UserError(

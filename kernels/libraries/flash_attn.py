@@ -7,14 +7,27 @@ from importlib import import_module
 
 from torch import Tensor
 
-from kvarena.kernels.catalogue import FLASH_ATTN
+from kvarena.kernels.layout import Layout
 from kvarena.kernels.libraries.flash_attention import FlashAttention2
+from kvarena.kernels.spec import CUDA, HALF, KernelSpec
 
 
 class FlashAttnAttention(FlashAttention2):
     """Both layouts, on GPUs of compute capability 8.0 and later."""
 
-    spec = FLASH_ATTN
+    spec = KernelSpec(
+        name="flash_attn",
+        body="FlashAttention 2",
+        library="flash-attn",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=HALF,
+        head_sizes=frozenset(range(8, 257, 8)),
+        block_sizes=frozenset({256}),
+        requires=("flash_attn",),
+        install_hint="pip install flash-attn --no-build-isolation (compiles CUDA for an hour, or finds a wheel)",
+        in_graph=True,
+    )
 
     def __init__(self, num_splits: int = 0) -> None:
         super().__init__(num_splits)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvarena.errors import UserError
-from kvarena.kernels.catalogue import FLASHINFER
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import CUDA, HALF, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -103,7 +103,17 @@ def page_table(pages: Pages, view: BatchView) -> PageTable:
 class FlashInferAttention(AttentionKernel):
     """Both layouts. A decode uses tensor cores from 4 query heads per KV head on, unless told otherwise."""
 
-    spec = FLASHINFER
+    spec = KernelSpec(
+        name="flashinfer",
+        body="FlashInfer",
+        library="flashinfer",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=HALF,
+        head_sizes=frozenset({64, 128, 256}),
+        requires=("flashinfer",),
+        install_hint="pip install -e '.[gpu]'; it compiles its kernels when they first run, which takes nvcc",
+    )
 
     def __init__(self, tensor_cores: bool | None = None) -> None:
         self._flashinfer = import_module("flashinfer")

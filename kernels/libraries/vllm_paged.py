@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvarena.kernels.catalogue import VLLM_PAGED
+from kvarena.kernels.layout import Layout
 from kvarena.kernels.libraries.vllm_library import load_operators
+from kvarena.kernels.spec import ANY_DTYPE, CUDA, KernelSpec
 from kvarena.kernels.torch.gather_sdpa import GatherSDPAAttention
 from kvarena.kernels.view import BatchView, LayerCache
 
@@ -51,10 +52,22 @@ def converted(cache: LayerCache, view: BatchView) -> VLLMBlocks:
 class VLLMPagedAttention(GatherSDPAAttention):
     """Paged; decode by vLLM's kernel over a copy of the blocks, prefill as `gather_sdpa`."""
 
-    spec = VLLM_PAGED
+    spec = KernelSpec(
+        name="vllm_paged",
+        body="vllm paged_attention, over a copy in its own layout",
+        library="vllm",
+        layouts=frozenset({Layout.PAGED}),
+        devices=CUDA,
+        dtypes=ANY_DTYPE,
+        head_sizes=frozenset({32, 64, 80, 96, 112, 120, 128, 192, 256}),
+        block_sizes=frozenset({8, 16, 32}),
+        requires=("vllm",),
+        install_hint="pip install 'vllm<0.25' (0.25 dropped it), or name its _C library in KVARENA_VLLM_SO",
+        library_variable="KVARENA_VLLM_SO",
+    )
 
     def __init__(self) -> None:
-        self._operators = load_operators(VLLM_PAGED, "_C", LIBRARY)
+        self._operators = load_operators(self.spec, "_C", LIBRARY)
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Convert the batch's blocks, then attend with one query per sequence."""

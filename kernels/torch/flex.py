@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from kvarena.kernels.catalogue import FLEX
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import CPU, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 SEQUENCES = 64  # a decode is padded to a multiple of this
@@ -32,7 +33,16 @@ _MAX_COMPILED = 64  # torch falls back to a slow path, silently, beyond its own 
 class FlexAttention(AttentionKernel):
     """Paged. Compiles at the first decode and the first prefill of a cache, about 15 s each."""
 
-    spec = FLEX
+    spec = KernelSpec(
+        name="flex",
+        body="torch flex_attention",
+        library="torch",
+        layouts=frozenset({Layout.PAGED}),
+        devices=CPU,
+        dtypes=frozenset({"float32", "bfloat16"}),
+        needs_cxx=True,
+        install_hint="install one (Debian: apt install g++) or set CXX",
+    )
 
     def __init__(self, compiled: bool = True) -> None:
         self._attend: Any = flex_attention

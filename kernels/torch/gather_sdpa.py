@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from kvarena.kernels.catalogue import GATHER_SDPA
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import ANY_DEVICE, ANY_DTYPE, KernelSpec
 from kvarena.kernels.torch.sdpa import decode_sequence, prefill_sequence
 from kvarena.kernels.view import BatchView, LayerCache
 
@@ -17,7 +18,14 @@ def gather(blocks: Tensor, table: Tensor, length: int) -> Tensor:
 class GatherSDPAAttention(AttentionKernel):
     """Paged; one copy of every sequence's K/V in each call."""
 
-    spec = GATHER_SDPA
+    spec = KernelSpec(
+        name="gather_sdpa",
+        body="gather, then torch sdpa",
+        library="torch",
+        layouts=frozenset({Layout.PAGED}),
+        devices=ANY_DEVICE,
+        dtypes=ANY_DTYPE,
+    )
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvarena.kernels.catalogue import SDPA
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import ANY_DEVICE, ANY_DTYPE, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 
@@ -39,7 +40,14 @@ def prefill_sequence(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
 class SDPAAttention(AttentionKernel):
     """Contiguous rows, sliced to their lengths."""
 
-    spec = SDPA
+    spec = KernelSpec(
+        name="sdpa",
+        body="torch sdpa",
+        library="torch",
+        layouts=frozenset({Layout.CONTIGUOUS}),
+        devices=ANY_DEVICE,
+        dtypes=ANY_DTYPE,
+    )
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         """Attend with one query per sequence."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvarena.errors import UserError
-from kvarena.kernels.catalogue import TORCH_FLASH
 from kvarena.kernels.kernel import AttentionKernel
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.spec import CUDA, HALF, KernelSpec
 from kvarena.kernels.view import BatchView, LayerCache
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -24,7 +25,17 @@ _forward = torch.ops.aten._flash_attention_forward
 class TorchFlashAttention(AttentionKernel):
     """Both layouts. Splits of blocks have left rows unwritten in torch 2.13: one split there, `num_splits`."""
 
-    spec = TORCH_FLASH
+    spec = KernelSpec(
+        name="torch_flash",
+        body="FlashAttention 2",
+        library="torch",
+        layouts=frozenset(Layout),
+        devices=CUDA,
+        dtypes=HALF,
+        head_sizes=frozenset(range(8, 257, 8)),
+        block_sizes=frozenset({256}),
+        in_graph=True,
+    )
     num_splits = 1
 
     def decode(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:

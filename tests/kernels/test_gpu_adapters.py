@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvarena.errors import UserError
-from kvarena.kernels.catalogue import CATALOGUE, FA3
+from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.libraries import fa2, fa3, vllm_library, vllm_paged
 from kvarena.kernels.libraries.flash_attn import FlashAttnAttention
@@ -324,7 +324,7 @@ def test_a_library_may_be_named(monkeypatch, tmp_path):
     """A file in the environment stands in for the whole of vLLM."""
     monkeypatch.setattr("kvarena.kernels.registry.find_spec", lambda _: None)
     monkeypatch.setenv("KVARENA_FA3_SO", str(tmp_path / "fa3.so"))
-    assert missing(FA3) is None
+    assert missing(kernel_spec("fa3")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"KVARENA_FA3_SO has no .*fa3\.so"):
         get_kernel("fa3")
@@ -339,10 +339,10 @@ def test_an_installed_vllm_without_the_library_is_named(monkeypatch, tmp_path):
         vllm_library, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
     with pytest.raises(UserError, match="the installed vllm has no"):
-        vllm_library.library_path(FA3, fa3.LIBRARY)
+        vllm_library.library_path(kernel_spec("fa3"), fa3.LIBRARY)
 
 
 def test_libraries_need_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="needs a CUDA GPU"):
-        vllm_library.load_operators(FA3, "_vllm_fa3_C", fa3.LIBRARY)
+        vllm_library.load_operators(kernel_spec("fa3"), "_vllm_fa3_C", fa3.LIBRARY)

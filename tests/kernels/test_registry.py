@@ -9,9 +9,11 @@ import pytest
 from kvarena.errors import UserError
 from kvarena.harness.paths import CONF
 from kvarena.kernels import registry
-from kvarena.kernels.catalogue import CATALOGUE, FLEX, NUMBA
+from kvarena.kernels.catalogue import CATALOGUE, scanned
 from kvarena.kernels.layout import Layout
-from kvarena.kernels.registry import fits, get_kernel, missing
+from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
+
+NUMBA = kernel_spec("numba")
 
 
 def test_every_kernel_has_a_class_and_a_configuration():
@@ -20,11 +22,26 @@ def test_every_kernel_has_a_class_and_a_configuration():
     for name, (spec, module, kernel_class) in CATALOGUE.items():
         assert spec.name == name
         if "cpu" in spec.devices:
-            assert getattr(import_module(module), kernel_class).spec is spec
+            assert getattr(import_module(module), kernel_class).spec == spec
+
+
+def test_a_kernel_is_one_file_which_is_not_run_to_know_it(tmp_path):
+    mine = tmp_path / "mine.py"
+    stated = "name='mine', body='mine', library='-', layouts=frozenset(Layout), devices=CPU, dtypes={}"
+    text = f"raise SystemExit\n\nclass Mine:\n    spec = KernelSpec({stated})\n"
+    mine.write_text(text.format("ANY_DTYPE"))
+    spec, module, kernel_class = scanned(tmp_path, "own")["mine"]
+    assert (spec.dtypes, module, kernel_class) == (NUMBA.dtypes | {"float16"}, "own.mine", "Mine")
+    (tmp_path / "twice.py").write_text(mine.read_text())
+    with pytest.raises(UserError, match=r"twice\.py: kernel mine is there already, in own\.mine"):
+        scanned(tmp_path, "own")
+    mine.write_text(text.format("numpy.float16"))
+    with pytest.raises(UserError, match=r"mine\.py:4: .*numpy.*spec\.py"):
+        scanned(tmp_path, "own")
 
 
 def test_an_unknown_kernel_is_refused_with_those_that_exist():
-    with pytest.raises(UserError, match=r"no such kernel.*numba, sdpa, gather_sdpa"):
+    with pytest.raises(UserError, match=r"no such kernel.*numba, sdpa, torch_flash"):
         get_kernel("nunba")
 
 
@@ -37,7 +54,7 @@ def test_a_kernel_without_its_library_is_refused_with_a_hint(monkeypatch):
 
 def test_flex_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "which", lambda _: None)
-    assert "C++ compiler" in missing(FLEX)
+    assert "C++ compiler" in missing(kernel_spec("flex"))
     with pytest.raises(UserError, match=re.escape("needs a C++ compiler")):
         get_kernel("flex")
 
