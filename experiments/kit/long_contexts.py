@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 from kvarena.experiments.kit.published_models import runs_by_model, unread_models
+from kvarena.experiments.kit.reads import reads
 from kvarena.harness.modelled.kv_pool import kv_pool_bytes
 from kvarena.harness.run.run import Run
 
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 MADE_UP = "lengths are made up: trace.path names the published requests"
 
 

@@ -1,19 +1,26 @@
-"""How each line of a panel looks, and the published points beside the lines that earned their names."""
+"""How each line and bar of a panel looks, and what its legend calls it."""
 
 from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from kvarena.experiments.kit import plots
-from kvarena.harness.record.summary import published_values
+from kvarena.experiments.kit.legend import shown_names
 from kvarena.harness.run.published import OURS
 
+# vAttention's figures have several systems of one allocator, told apart by colour; elsewhere an allocator's is its own.
 PAPER = "vattention"
+PAPER_COLOURS = {
+    "vLLM": "#56B4E9",
+    "FA2_Paged": "#0072B2",
+    "FI_Paged": "#CC79A7",
+    "FA2_vAttention": "#009E73",
+    "FI_vAttention": "#E69F00",
+}
 
 
 class Look(NamedTuple):
-    """One line: no two of a panel share both colour and dash, or both colour and marker."""
+    """One label's: no two of a panel share both colour and dash, or both colour and marker."""
 
     name: str
     colour: str
@@ -22,49 +29,22 @@ class Look(NamedTuple):
 
 
 def looks(rows: pd.DataFrame) -> dict[str, Look]:
-    """label -> look: a published system has its paper's colour, and its line is drawn through where others are not."""
-    names, colours, found = plots.shown_names(rows), plots.colours_of(rows.allocator), dict[str, Look]()
-    first = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable").drop_duplicates("label")
-    for label, system, allocator, own in zip(first.label, first.system, first.allocator, first.own, strict=True):
-        colour = colours[allocator] if own else plots.PAPER_COLOURS.get(system, colours[allocator])
-        number = sum(look.colour == colour for look in found.values()) + (own and not first.own.all())
+    """label -> look, in the order of the rows: what stands for a published system is drawn through, ours is not."""
+    order = list(dict.fromkeys(rows.label))
+    first = preferring_earned(rows).assign(own=lambda r: r.paper == OURS).sort_values("own", kind="stable")
+    first = first.drop_duplicates("label")
+    names, colours, found = shown_names(first), plots.colours_of(rows.allocator), dict[str, Look]()
+    for each in first.to_dict("records"):
+        colour = colours[each["allocator"]]
+        if each["paper"] == PAPER:
+            colour = PAPER_COLOURS.get(each["system"], colour)
+        number = sum(look.colour == colour for look in found.values()) + (each["own"] and not first.own.all())
         dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
-        found[label] = Look(names[label], colour, dash, marker)
-    return found
+        found[each["label"]] = Look(names[each["label"]], colour, dash, marker)
+    return {label: found[label] for label in order}
 
 
-def lines(axis: Axes, rows: pd.DataFrame) -> None:
-    """Value over x, a line for each label, with its 95 % interval as a band where there is one."""
-    for label, look in looks(rows).items():
-        line = rows[rows.label == label].sort_values("x")
-        axis.plot(line.x, line.value, look.dash, color=look.colour, marker=look.marker, ms=4, label=look.name)
-        if line.ci_low.notna().any():
-            low, high = line.ci_low.astype(float), line.ci_high.astype(float)
-            axis.fill_between(line.x, low, high, color=look.colour, alpha=0.15, lw=0)
-
-
-def dots(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """The published points of the lines that earned their names, in the colours of those."""
-    for label, look in looks(rows).items():
-        points = published_of(rows[rows.label == label], theirs)
-        if len(points):
-            axis.plot(points.x, points.value, look.marker, ms=7, mfc="none", color=look.colour)
-
-
-def published_of(rows: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """The published points whose panels and systems some of the rows earned."""
-    earned = rows.loc[rows.paper != OURS, ["figure", "panel", "system"]].drop_duplicates()
-    return theirs.merge(earned, on=["figure", "panel", "system"])
-
-
-def title(axis: Axes, rows: pd.DataFrame, figure: str | None, ours: str) -> None:
-    """The published panel where some of the rows earned it, else our words; below what ran, and by which clock."""
-    earned = rows[(rows.figure == figure) & (rows.paper != OURS)]
-    what = ours
-    if len(earned):
-        first = earned.iloc[0]
-        theirs = published_values(PAPER, figure=first.figure, panel=first.panel)
-        what = f"vAttention {str(figure).replace('fig', 'Fig ')}: {first.panel}" + (
-            "; published beside" if len(theirs) else ""
-        )
-    axis.set_title(f"{what}\n{rows.setup.iloc[0]}, {rows.clock.iloc[0]}", fontsize=9)
+def preferring_earned(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each label, setup, quantity and x: that which earned a published name where there are two."""
+    order = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable")
+    return order.drop_duplicates(["label", "setup", "quantity", "x"]).sort_index().drop(columns="own")

@@ -40,9 +40,14 @@ def unread_models(run: Run, key: str = "models") -> dict[str, str]:
     return {}
 
 
+def model_columns(run: Run) -> dict[str, str | int]:
+    """The columns by which `by_model` takes a table apart."""
+    return {"model": run.model.name, "tp": run.model.tp}
+
+
 def of_model(run: Run, table: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns `model` and `tp`, as `by_model` takes it apart."""
-    return table.assign(model=run.model.name, tp=run.model.tp)
+    """A table with those columns."""
+    return table.assign(**model_columns(run))
 
 
 def by_model(run: Run, table: pd.DataFrame) -> Iterator[tuple[Run, pd.DataFrame]]:

@@ -3,13 +3,16 @@
 Where nothing is drawn, since a file records its arrivals, every seed would replay the same: then there is one replay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pandas as pd
 
 from kvarena.errors import UserError
 from kvarena.harness.record.record import Frames
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.run.published import is_earned
 from kvarena.harness.run.run import Run
 
 
@@ -36,7 +39,20 @@ def seeded(run: Run, seed: int) -> Run:
     return replace(run, trace=replace(run.trace, seed=seed), arrival=replace(run.arrival, seed=seed))
 
 
-def frames_of_seeds(cells: Sequence[Frames], first_seed: int) -> Frames:
+def first_seed_alone(frames: Frames, first_seed: int) -> Frames:
     """The averages of every seed; requests and memory over time of the first, which would be too large otherwise."""
-    frames = {name: pd.concat([cell[name] for cell in cells], ignore_index=True) for name in cells[0]}
     return {n: t if n == "averages" else t[t.seed == first_seed].reset_index(drop=True) for n, t in frames.items()}
+
+
+def seed_rows(
+    by_seed: pd.Series, ours: Mapping[str, object], published: Mapping[str, object], *, quantity: str, unit: str
+) -> Iterator[SummaryRow]:
+    """The median over seeds, under our own name; beside it seed 0 alone, where that has earned a published one.
+
+    The published points are one replay each, with the artifact's seed, which is 0.
+    """
+    samples = by_seed.dropna()
+    if len(samples):
+        yield row(median_interval(samples), quantity=quantity, unit=unit, **ours)
+        if is_earned(published) and 0 in samples.index:
+            yield row(float(samples[0]), quantity=quantity, unit=unit, **published)

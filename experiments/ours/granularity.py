@@ -17,6 +17,7 @@ from kvarena.allocators.usage import paper_vllm_rollup
 from kvarena.allocators.vattention.page_groups import checked_page_group, row_geometries
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.harness.record.progress import Progress
@@ -31,10 +32,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "granularity"
 HEADLINE = "mean_batched_requests_vs_tokens_per_unit"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 ASSUMED = (
     "A step takes as long whatever the unit: what kernels lose with small blocks is not in the engine's constants."
 )

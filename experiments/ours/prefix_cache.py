@@ -18,6 +18,7 @@ from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.ours import cached_service
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.record.progress import Progress
@@ -34,10 +35,7 @@ from kvarena.harness.trace.trace import Trace
 
 NAME = "prefix_cache"
 HEADLINE = "hit_ratio_unlimited"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "caching", "threads"),
-}
+READS = reads("caching")
 ROUNDING_TOKENS = 1 << 16  # beside all prompts, where there is no limit: for the last part of who is served
 WAYS = {
     "every_id": "every id counts, a partly filled last block's too",

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.harness.config import names as names_in
@@ -39,10 +40,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "waterfall"
 HEADLINE = "mean_batched_requests"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 MEASURES = {"batch": (HEADLINE, "requests"), "capacity": ("capacity", "req/s")}
 
 

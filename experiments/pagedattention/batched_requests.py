@@ -13,29 +13,24 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.latency_curve import headed, published_beside, unread_traces
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.latency_curve import unread_traces
+from kvarena.experiments.kit.panels import Panel, bars, drawn
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
-from kvarena.experiments.kit.seeds import frames_of_seeds, seeded, seeds_of, unread_seeds
-from kvarena.harness.record.progress import Progress
+from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.record.time_averages import Average, averages, by_interval, check_window, window
-from kvarena.harness.run.published import OURS, is_earned, named
+from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "batched_requests"
 HEADLINE = "mean_batched_requests"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 COMPARED = "with_drain"  # the window of the published figure
 
 
@@ -112,19 +107,18 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     """Serve every load with every system, under every seed. Raises UserError where there is no load, or one twice."""
     seeds = seeds_of(run)
     loads = _checked(run)
-    replayer, cells, notes = Replayer(run), list[Frames](), {}
-    todo = [(load, seed, system) for load in loads for seed in seeds for system in load.systems_of(run)]
-    with Progress(NAME, len(todo)) as progress:
-        for load, seed, system in todo:
-            progress.stage(f"{load.key} {system.name}, seed {seed}")
-            key = f"{load.key}-{system.name}-{seed}"
-            cell = recorder.cell(key, partial(_cell, run, replayer, system, load, seed))
-            cells.append({name: table.assign(load=load.key, seed=seed) for name, table in cell.items()})
-            progress.advance()
+    replayer = Replayer(run)
+    cells = [
+        Cell(f"{load.key}-{system.name}-{seed}", partial(_cell, run, replayer, system, load, seed),
+             {"load": load.key, "seed": seed})
+        for load in loads for seed in seeds for system in load.systems_of(run)
+    ]  # fmt: skip
+    frames = run_cells(run.experiment, recorder, cells)
+    notes = {}
     for load in loads:
         workload = example_of(load.run_of(run), seed=seeds[0])
         notes[load.key] = {**workload.provenance, "rate_asked": workload.rate, "window_s": load.window_s}
-    return Measured(frames_of_seeds(cells, seeds[0]), notes)
+    return Measured(first_seed_alone(frames, seeds[0]), notes)
 
 
 def _checked(run: Run) -> list[Load]:
@@ -163,56 +157,17 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
 def _rows(run: Run, system: System, load: Load, means: pd.DataFrame) -> Iterator[SummaryRow]:
     """Nothing was fitted to Fig 13: the engine's constants come from Fig 12a, the pool from Fig 2."""
     ours, published = load.names(run, system), load.names(run, system, published=True)
-    for average, by_seed in means.set_index("seed").groupby("average", sort=False):
-        batch = by_seed.batch[by_seed.num_steps > 0]
-        if batch.empty:
-            continue
-        drawn = average == Average.OVER_ITERATIONS
-        quantity = load.quantity if drawn else f"{HEADLINE}_{average}:{load.window}"
-        yield row(median_interval(batch), quantity=quantity, unit="requests", **ours)
-        if drawn and is_earned(published) and 0 in batch.index:
-            yield row(float(batch[0]), quantity=HEADLINE, unit="requests", **published)
-    once = means.drop_duplicates("seed")
+    for average in Average:
+        by_seed = means[means.average == average].set_index("seed")
+        quantity, earned = load.quantity, published
+        if average != Average.OVER_ITERATIONS:
+            quantity, earned = f"{HEADLINE}_{average}:{load.window}", ours
+        yield from seed_rows(by_seed.batch[by_seed.num_steps > 0], ours, earned, quantity=quantity, unit="requests")
     for count in ("peak", "preemptions"):
-        yield row(median_interval(once[count]), quantity=f"{count}:{load.window}", unit="requests", **ours)
+        samples = means.drop_duplicates("seed")[count]
+        yield row(median_interval(samples), quantity=f"{count}:{load.window}", unit="requests", **ours)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 13: the median over seeds, seed 0 and the published bars; paler for a window of another name."""
-    batches = summary[summary.quantity.str.partition(":")[0] == HEADLINE]
-    setups = list(dict.fromkeys(batches.setup))
-    figure, axes = plots.canvas(1, len(setups), width=6, height=3.8)
-    for axis, setup in zip(axes, setups, strict=True):
-        rows = batches[batches.setup == setup]
-        _bars(axis, rows)
-        axis.set(ylabel="mean batched requests", title=headed(rows))
-        axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def _bars(axis: Axes, rows: pd.DataFrame) -> None:
-    shown = plots.shown_names(plots.preferring_earned(rows))
-    place = {label: x for x, label in enumerate(shown)}
-    ours, earned = rows[rows.paper == OURS], rows[rows.paper != OURS]
-    theirs = published_beside(earned).merge(earned[["figure", "panel", "system", "label"]])
-    main = "with the drain" if rows.clock.iloc[0] == "modelled" else "while requests wait"
-    pieces = [
-        (ours[ours.quantity == quantity], colour, quantity.partition(":")[2].replace("_", " ") or main)
-        for quantity, colour in zip(dict.fromkeys(ours.quantity), PALER, strict=False)
-    ]
-    pieces += [(theirs, "#BBBBBB", "published")] if len(theirs) else []
-    width = 0.75 / len(pieces)
-    for number, (table, colour, label) in enumerate(pieces):
-        at = table.label.map(place) + width * (number - (len(pieces) - 1) / 2)
-        bars = axis.bar(at, table.value, width, color=colour, label=label)
-        axis.bar_label(bars, fmt="%.1f", fontsize=6)
-        if "n" in table and table.n.max() > 1:
-            axis.vlines(at, table.ci_low, table.ci_high, color="black", lw=1)
-    if ours.n.max() > 1 and len(earned):
-        left = width * (len(pieces) - 1) / 2  # the compared window's bars are the first
-        axis.plot(earned.label.map(place) - left, earned.value, "x", color="black", ms=4, label="seed 0 alone")
-    axis.set_xticks(range(len(shown)), list(shown.values()), rotation=30, ha="right", fontsize=8)
-
-
-PALER = ("#0072B2", "#56B4E9", "#A6D5F0", "#D5ECF8")
+WINDOWS = f"{HEADLINE}(:.*)?"  # the figure's, and those of other names
+draw = partial(drawn, panels=[Panel(partial(bars, plain="the figure's window"), WINDOWS, "mean batched requests")],
+               width=6.5)  # fmt: skip

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.engine.setup import make_step_model
@@ -32,10 +33,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "block_size"
 HEADLINE = "normalized_latency_vs_block_size"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 FIGURE = "fig18b"
 SAID = {
     "rates": "Alpaca's 30.1 req/s is that of the paper's artifact; no script of it has ShareGPT's, 2.0 is assumed",

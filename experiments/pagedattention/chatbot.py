@@ -23,6 +23,7 @@ from kvarena.experiments.kit.latency_curve import (
     summarize_lines,
     unread_rates,
 )
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.run.run import Run
@@ -31,10 +32,7 @@ from kvarena.harness.run.systems import System
 NAME = "chatbot"
 HEADLINE = CROSSING
 COMPARED = "as_artifact"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 
 
 @dataclass

@@ -24,6 +24,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_panels,
     unread_rates,
 )
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.requests.decoding import DecodingConfig
@@ -32,10 +33,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "parallel_sampling"
 HEADLINE = CROSSING
-READS = {  # no decoding: the panels say how many samples
-    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing"),
-    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "threads"),
-}
+READS = reads("sharing", decoding=False)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention import preemption_cost as cost
 from kvarena.harness.model.build import build_model
@@ -27,10 +28,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "preemption"
 HEADLINE = "overhead_vs_block_size"
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "swapping"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "swapping", "threads"),
-}
+READS = reads("swapping")
 LATENCY = "normalized_latency_vs_block_size"
 RECOMPUTE, SWAP = WAYS = ("recompute", "swap")
 DRAWN = 0.9  # Fig 19a's script draws recomputation at 0.9 of what it measured

@@ -30,6 +30,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_traces,
 )
 from kvarena.experiments.kit.latency_error import log_errors, rms
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Served, example_of, workload_of
 from kvarena.experiments.kit.seeds import unread_seeds
 from kvarena.experiments.pagedattention.serving_panels import (
@@ -54,10 +55,7 @@ from kvarena.harness.run.run import Run
 
 NAME = "serving_latency"
 HEADLINE = LATENCY
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpublished curve is drawn
 OUT_OF_SAMPLE = f"{HEADLINE}:out_of_sample"
 

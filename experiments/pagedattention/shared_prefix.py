@@ -27,6 +27,7 @@ from kvarena.experiments.kit.latency_curve import (
     unread_rates,
     unread_traces,
 )
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.requests.prefix import Prefix
@@ -37,10 +38,7 @@ NAME = "shared_prefix"
 HEADLINE = CROSSING
 PREFIX_ID = -1  # requests' ids begin at 0
 NO_SHARING = ("orca", "fastertransformer")  # schedulers whose systems feed the prefix with every prompt
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "sharing"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "sharing", "threads"),
-}
+READS = reads("sharing")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.latency_curve import headed, published_beside
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention.parallel_sampling import unread_of_sequences, with_rows
 from kvarena.harness.record.progress import Progress
@@ -34,10 +35,7 @@ from kvarena.harness.run.systems import System
 
 NAME = "sharing_savings"
 HEADLINE = "memory_saving_vs_n"
-READS = {  # no decoding: both ways are run, for every n
-    "modelled": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams"),
-    "measured": ("model", "trace", "arrival", "engine", "device", "systems", "sharing", "beams", "threads"),
-}
+READS = reads("sharing", "beams", decoding=False)
 FIGURE = "fig15"
 FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)

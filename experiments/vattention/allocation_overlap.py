@@ -25,8 +25,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.long_contexts import assumed_lengths
+from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.experiments.vattention.overlap_cell import CHANGED, Way, system_in
@@ -35,7 +36,7 @@ from kvarena.experiments.vattention.overlap_replay import replayed
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 
@@ -239,9 +240,9 @@ def draw(summary: pd.DataFrame) -> Figure:
         for axis, (way, rows) in zip(line, table.groupby("way", sort=False), strict=False):
             axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
             axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, 1.05 * table.value.max()))
-            looks.title(axis, rows, None, str(way))
+            title(axis, rows, str(way))
         ours = summary[(summary.setup == setup) & summary.quantity.isin([f"{LATENCY}_{mark}" for mark in MARKS])]
-        _tails(line[-1], ours, looks.published_of(ours, published_values("vattention", figure=FIGURE)))
+        _tails(line[-1], ours, published_of(ours))
     figure.tight_layout()
     return figure
 
@@ -264,5 +265,5 @@ def _tails(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
         axis.plot(places, values, "k_", ms=12, mew=2, label="published" if number == 0 and len(theirs) else None)
     axis.set_xticks(range(len(MARKS)), ["P50", "P99", "longest"])
     axis.set(ylabel="ms", ylim=(0, 1.4 * max([*ours.value, *theirs.value[theirs.unit == "ms"]])))
-    looks.title(axis, ours, FIGURE, "latency of an iteration")
+    title(axis, ours, "latency of an iteration")
     axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")

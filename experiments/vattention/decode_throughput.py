@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.panels import Panel, curves, drawn, stacked, title
 from kvarena.experiments.kit.published_models import of_model, unread_models
 from kvarena.experiments.vattention import decode_modelled
 from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE, named_at
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import Trace, TraceConfig, load_trace
 from kvarena.harness.trace.account import account_of
@@ -230,53 +229,24 @@ def _quantities(run: Run, steps: pd.DataFrame, account: pd.Series) -> Iterator[_
         yield _Quantity(f"share_of_kv_memory:{leaf}", float(share), "%", counted=True)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Throughput, a panel for all that ran alike; measured, the bandwidth behind it and the memory under it too."""
-    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
-    bandwidth = _of_last_setup(summary[summary.quantity == "kv_read_share_of_streaming_read"])
-    memory = _of_last_setup(summary[summary.quantity.str.startswith("share_of_kv_memory:")])
-    count = len(panels) + (not bandwidth.empty) + (not memory.empty)
-    columns = count if count <= 3 else (count + 1) // 2
-    figure, axes = plots.canvas(-(-count // columns), columns, width=5)
-    free = iter(axes)
-    for _, rows in panels:
-        _throughput(next(free), rows)
-    if not bandwidth.empty:
-        _bandwidth(next(free), bandwidth)
-    if not memory.empty:
-        _memory(next(free), memory)
-    return plots.tidy(figure)
-
-
-def _of_last_setup(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows if rows.empty else rows[rows.setup == rows.setup.iloc[-1]]
-
-
-def _throughput(axis: Axes, rows: pd.DataFrame) -> None:
-    """One panel; dots are published, beside those that earned their names."""
-    looks.lines(axis, rows)
-    looks.dots(axis, rows, published_values("vattention", quantity=HEADLINE))
-    axis.set(ylabel="decode tokens/s", ylim=(0, None))
-    looks.title(axis, rows, "fig8", "decode throughput")
-    plots.batch_axis(axis, sorted(rows.x.unique()))
-    axis.legend(fontsize=7, frameon=False, loc="upper left")
-
-
 def _bandwidth(axis: Axes, rows: pd.DataFrame) -> None:
     """K/V read in attention, over what the machine can read at all."""
-    looks.lines(axis, rows)
+    curves(axis, rows)
     axis.axhline(100, color="black", lw=0.8, ls="--")
-    axis.set(ylabel="K/V read, % of a streaming read", ylim=(0, 110))
-    looks.title(axis, rows, None, "attention bandwidth")
-    plots.batch_axis(axis, sorted(rows.x.unique()))
+    axis.set_ylim(0, 110)
 
 
 def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     """Where the pool's bytes are, at the largest batch."""
     rows = rows[rows.x == rows.x.max()]
-    shares = rows.assign(leaf=rows.quantity.str.split(":").str[1]).pivot(index="label", columns="leaf", values="value")
-    shown = [leaf for leaf in LEAVES if shares[leaf].max() > 0]
-    plots.stacked_bars(axis, shares.loc[list(dict.fromkeys(rows.label))], shown)
-    axis.set(ylabel="% of the KV pool")
-    looks.title(axis, rows, None, f"memory at batch {rows.x.iloc[0]:g}")
-    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    stacked(axis, rows)
+    title(axis, rows, f"memory at batch {rows.x.iloc[0]:g}")
+
+
+PANELS = (
+    Panel(curves, HEADLINE, "decode tokens/s", "batch size", "decode throughput", doubling=True),
+    Panel(_bandwidth, "kv_read_share_of_streaming_read", "K/V read, % of a streaming read", "batch size",
+          "attention bandwidth", doubling=True),
+    Panel(_memory, "share_of_kv_memory:.*", "% of the K/V pool"),
+)  # fmt: skip
+draw = partial(drawn, panels=PANELS)

@@ -26,7 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.reservation.static import StaticConfig
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.kit.replay import Replayer
 from kvarena.experiments.vattention.driver_calls import check_counts
@@ -35,7 +36,7 @@ from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
@@ -199,12 +200,11 @@ def _names(run: Run, way: Way, figure: str | None = None, counted: bool = False)
 def draw(summary: pd.DataFrame) -> Figure:
     """What mapping adds to a prefill, one panel for each model; diamonds are what the published times say."""
     panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
-    theirs = published_values("vattention", figure=FIGURE)
     figure, axes = plots.canvas(1, len(panels), width=5)
     for axis, (setup, rows) in zip(axes, panels, strict=True):
         times = summary[(summary.setup == setup) & summary.quantity.str.startswith("prefill_time_")]
-        _bars(axis, rows, looks.published_of(times, theirs).set_index("system").value)
-        looks.title(axis, times, FIGURE, "mapping in front of a prefill")
+        _bars(axis, rows, published_of(times).set_index("system").value)
+        title(axis, times, "mapping in front of a prefill")
     figure.tight_layout()
     return figure
 

@@ -18,16 +18,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.long_contexts import READS as READS
 from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.kit.looks import looks
+from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
 from kvarena.experiments.kit.replay import Replayer, Served, example_of, workload_of
 from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.metrics import summarize as scalar_metrics
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import OURS, named
 from kvarena.harness.run.run import Run
@@ -161,7 +163,6 @@ def _point(run: Run, system: System, point: dict[Any, Any]) -> Iterator[SummaryR
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Above, request latency at the rates asked for; below, P99 of TTFT and TBT under capacity; a column per model."""
-    published = published_values("vattention", figure=FIGURE)
     panels = list(summary[summary.quantity == "capacity"].setup.unique())
     rated = summary[summary.quantity.str.startswith("request_latency_") & summary.quantity.str.contains("_vs_qps")]
     shared = summary[summary.quantity.str.endswith("_vs_share_of_capacity")]
@@ -170,7 +171,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     for number, setup in enumerate(panels):
         ours = rated[rated.setup == setup]
         if not ours.empty:
-            _quantiles(axes[number], ours, looks.published_of(ours, published))
+            _quantiles(axes[number], ours, published_of(ours))
         if not shared.empty:
             capacity = summary[(summary.quantity == "capacity") & (summary.setup == setup)].set_index("label").value
             _below(axes[number - len(panels)], shared[shared.setup == setup], capacity)
@@ -179,7 +180,7 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """Four quantiles of each system at each rate: rings published, lines ours; dotted where all steps are longer."""
-    styles = looks.looks(ours)
+    styles = looks(ours)
     for group, rate in enumerate(sorted(ours.x.unique())):
         for number, (label, look) in enumerate(styles.items()):
             place = group * (len(styles) + 1) + number
@@ -199,12 +200,12 @@ def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     }
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(ylabel="s: p50, p90, p99, max", yscale="log")
-    looks.title(axis, ours, FIGURE, "request latency; dotted: slower steps")
+    title(axis, ours, "request latency; dotted: slower steps")
     axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
 
 
 def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
-    for label, look in looks.looks(rows).items():
+    for label, look in looks(rows).items():
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
             line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
             said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
@@ -212,5 +213,5 @@ def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
                 100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said
             )
     axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
-    looks.title(axis, rows, None, "P99 of TTFT (solid) and TBT (dotted)")
+    title(axis, rows, "P99 of TTFT (solid) and TBT (dotted)")
     axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)

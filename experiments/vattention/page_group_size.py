@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.panels import Panel, bars, drawn, ratio
 from kvarena.experiments.kit.published_models import by_model, of_model, unread_models
+from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.experiments.vattention import page_group_batch, page_group_kernels
 from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
@@ -26,7 +25,7 @@ from kvarena.experiments.vattention.page_group_tables import token_rows
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.layout import Layout
@@ -61,10 +60,7 @@ class Params:
         return prefills + [Point("decode", batch, self.decode_context) for batch in self.decode_batches]
 
 
-READS = {
-    "modelled": ("model", "trace", "arrival", "decoding", "engine", "device", "systems"),
-    "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
-}
+READS = reads()
 _FIG14 = ("compared", "prefill_contexts", "decode_context", "decode_batches", "rounds")
 
 
@@ -180,37 +176,10 @@ def _kernel_rows(run: Run, calls: pd.DataFrame) -> Iterator[SummaryRow]:
         yield row(median_interval(seconds[small] / seconds[large]), quantity=quantity, unit="ratio", **names)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Requests at once by unit, one panel for each model; kernel times over page-groups where there are any."""
-    batches = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
-    kernels = summary[summary.quantity.str.startswith("kernel_time_")]
-    phases = [phase for phase in ("context", "batch") if kernels.quantity.str.endswith(f"_vs_{phase}").any()]
-    figure, axes = plots.canvas(1, len(batches) + len(phases), width=4.4)
-    for axis, (_, rows) in zip(axes, batches, strict=False):
-        _bars(axis, rows)
-    for axis, phase in zip(axes[len(batches) :], phases, strict=True):
-        _kernel_lines(axis, kernels[kernels.quantity.str.endswith(f"_vs_{phase}")], phase)
-    figure.tight_layout()
-    return figure
-
-
-def _bars(axis: Axes, rows: pd.DataFrame) -> None:
-    colours = plots.colours_of(rows.allocator)
-    spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
-    names = plots.shown_names(rows)
-    axis.bar(range(len(rows)), rows.value, 0.7, yerr=spread, color=[colours[each] for each in rows.allocator])
-    axis.set_xticks(range(len(rows)), [names[label] for label in rows.label], rotation=30, ha="right", fontsize=8)
-    axis.set(ylabel="requests at once, at most", ylim=(0, None))
-    looks.title(axis, rows, "fig15", "largest batch")
-
-
-def _kernel_lines(axis: Axes, rows: pd.DataFrame, phase: str) -> None:
-    looks.lines(axis, rows)
-    looks.dots(axis, rows, published_values("vattention", figure="fig14"))
-    plots.batch_axis(axis, sorted(rows.x.unique()))
-    axis.axhline(1, color="black", lw=0.8)
-    said = rows.quantity.iloc[0].removeprefix("kernel_time_").split("_vs_")[0].replace("_", " ")
-    axis.set(xlabel={"batch": "batch size", "context": "context, tokens"}[phase], ylim=(0, 1.6))
-    axis.set(ylabel=f"kernel time, {said}")
-    looks.title(axis, rows, "fig14", "prefill" if phase == "context" else "decode")
-    axis.legend(fontsize=7, frameon=False, loc="lower left")
+OVER = "kernel time, small over large groups"
+PANELS = (
+    Panel(bars, HEADLINE, "requests at once, at most", what="largest batch"),
+    Panel(ratio, "kernel_time_.*_vs_context", OVER, "context, tokens", "prefill", doubling=True),
+    Panel(ratio, "kernel_time_.*_vs_batch", OVER, "batch size", "decode", doubling=True),
+)
+draw = partial(drawn, panels=PANELS)

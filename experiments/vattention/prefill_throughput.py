@@ -14,17 +14,16 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvarena.experiments.kit import looks, plots
+from kvarena.experiments.kit.panels import Panel, curves, drawn, ratio
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.experiments.vattention.prefill_cell import measured_cell, modelled_cell, shown
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.run.published import is_earned, label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System, as_filed, with_room_to_read
@@ -141,33 +140,17 @@ def _one_kernel(over: System, under: System) -> bool:
     )
 
 
+PANELS = (
+    Panel(curves, HEADLINE, "prefill tokens/s", "prompt tokens", "prefill throughput", doubling=True),
+    Panel(
+        ratio, RATIO, "attention time, ratio", "prompt tokens", "attention of one system over another's", doubling=True
+    ),
+)
+
+
 def draw(summary: pd.DataFrame) -> Figure:
-    """Throughput by prompt length, a panel per model, and attention of one layout over another's; rings published."""
-    published = published_values("vattention")
-    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
+    """Throughput by prompt length, a panel per model; attention of one layout over another's where it is Fig 2's."""
     ratios = summary[summary.quantity == RATIO]
-    figure, axes = plots.canvas(1, len(panels) + (not ratios.empty), width=5)
-    for axis, (_, rows) in zip(axes, panels, strict=False):
-        _lines(axis, rows, published[published.figure == "fig7"])
-        axis.set(ylabel="prefill tokens/s", ylim=(0, None))
-        looks.title(axis, rows, "fig7", "prefill throughput")
-    if not ratios.empty:
-        earned = ratios[ratios.figure == "fig2"]
-        rows = earned if len(earned) else ratios[ratios.setup == ratios.setup.iloc[-1]]
-        _lines(axes[-1], rows, published[published.figure == "fig2"])
-        axes[-1].axhline(1, color="black", lw=0.8)
-        axes[-1].set(ylabel="attention time, ratio")
-        looks.title(axes[-1], rows, "fig2", "attention of one system over another's")
-    figure.tight_layout()
-    return figure
-
-
-def _lines(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    looks.lines(axis, ours)
-    looks.dots(axis, ours, theirs)
-    ticks = sorted(ours.x.unique())
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{x / 1024:g}K" for x in ticks], fontsize=8)
-    axis.minorticks_off()
-    axis.set_xlabel("prompt tokens")
-    axis.legend(fontsize=6, frameon=False, loc="best")
+    earned = ratios[ratios.figure == "fig2"]
+    shown = earned if len(earned) else ratios[ratios.setup == ratios.setup.iloc[-1:].squeeze()]
+    return drawn(pd.concat([summary[summary.quantity == HEADLINE], shown]), PANELS)
