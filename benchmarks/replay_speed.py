@@ -12,17 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 
-from kvarena.allocators.registry import make_policy
 from kvarena.experiments.command.compose import compose_run
-from kvarena.experiments.kit.replay import Replayer, pool_bytes_of, requests_of, workload_of
+from kvarena.experiments.kit.replay import Replayer, requests_of, workload_of
 from kvarena.harness.engine.engine import Engine
-from kvarena.harness.engine.setup import make_step_model
-from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.requests.request_log import request_frame
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run
-from kvarena.harness.scheduler.registry import make_scheduler
 
 MODELLED = ("experiment=memory_waste", "clock=modelled", "params.window_s=null")
 CASES = {
@@ -64,11 +60,9 @@ def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged")
 
 def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
     """CPU seconds of one replay with its record, from the requests to the frames."""
-    [system], context = run.systems, run.context
-    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes_of(run, system), context)
-    step_model = make_step_model(run.device, run.engine, run.model, system)
-    executor = ModelledExecutor(step_model, action_prices(run.device, policy))
-    engine = Engine(make_scheduler(system.scheduler, policy, context), executor, jump=jump)
+    [system] = run.systems
+    serving = Serving(run, system)
+    engine = Engine(serving.scheduler, serving.executor, jump=jump)
     start = time.thread_time()
     done = engine.run(requests_of(workload))
     request_frame(done.requests), done.steps.to_frame()

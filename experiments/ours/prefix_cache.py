@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.ours import cached_service
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, frame, row
@@ -120,11 +120,10 @@ def _policy(run: Run, trace: Trace, system: System, capacity_gb: float | None) -
 
     Raises UserError for an allocator that keeps nothing.
     """
-    layout = run.model.shard().kv_layout()
-    allocator = cached_service.with_cache(system, len(trace)).allocator
-    all_prompts = 1.05 * (int(trace.prompt_tokens.sum()) + ROUNDING_TOKENS) * layout.token_bytes
+    cached = cached_service.with_cache(system, len(trace))
+    all_prompts = 1.05 * (int(trace.prompt_tokens.sum()) + ROUNDING_TOKENS) * run.model.shard().kv_layout().token_bytes
     pool_bytes = round(all_prompts if capacity_gb is None else capacity_gb * 1e9)
-    policy = make_policy(allocator, layout, pool_bytes, int(trace.prompt_tokens.max()))
+    policy = Serving(run, cached, pool_bytes=pool_bytes, context=int(trace.prompt_tokens.max())).policy
     if policy.cache_unit_tokens is None:
         raise UserError(f"systems: {system.name} keeps no prefixes of {run.model.name}, whose layers see a window")
     return policy

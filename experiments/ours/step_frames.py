@@ -7,23 +7,19 @@ import pandas as pd
 
 from kvarena.allocators.holding import Holding
 from kvarena.allocators.policy import Action
-from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments.kit.replay import pool_bytes_of, requests_of
+from kvarena.experiments.kit.replay import requests_of
 from kvarena.harness.engine.engine import Engine
-from kvarena.harness.engine.setup import make_step_model
-from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
-from kvarena.harness.modelled.step_model import StepModel
+from kvarena.harness.engine.serving import Serving
+from kvarena.harness.modelled.modelled_executor import ActionPrices
 from kvarena.harness.requests.request import Request
 from kvarena.harness.requests.request_log import request_frame
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.harness.scheduler.step import StepPlan, StepTime
+from kvarena.harness.scheduler.step import StepPlan
 
 
 class Frame(NamedTuple):
@@ -60,31 +56,18 @@ class Film:
         return request_frame(self.requests).assign(system=self.system)
 
 
-class _Camera(ModelledExecutor):
-    """Prices steps, and keeps a frame of each."""
-
-    def __init__(self, model: StepModel, prices: ActionPrices, scheduler: Scheduler) -> None:
-        super().__init__(model, prices)
-        self.frames: list[Frame] = []
-        self._scheduler = scheduler
-
-    def execute(self, plan: StepPlan) -> StepTime:
-        """Price the step."""
-        policy, running = self._scheduler.policy, self._scheduler.running
-        self.frames.append(
-            Frame(
-                decodes=tuple(r.seq_id for r in plan.decodes),
-                prefills=tuple((chunk.request.seq_id, chunk.tokens) for chunk in plan.prefills),
-                preempted=tuple(r.seq_id for r in plan.preempted),
-                swapped_out=tuple(r.seq_id for r in plan.swapped_out),
-                swapped_in=tuple(r.seq_id for r in plan.swapped_in),
-                actions=tuple(plan.actions),
-                ahead=tuple(plan.ahead),
-                holdings={r.seq_id: policy.holding(r) for r in running},
-                idle_units=policy.idle_units(),
-            )
-        )
-        return super().execute(plan)
+def _frame(plan: StepPlan, scheduler: Scheduler) -> Frame:
+    return Frame(
+        decodes=tuple(r.seq_id for r in plan.decodes),
+        prefills=tuple((chunk.request.seq_id, chunk.tokens) for chunk in plan.prefills),
+        preempted=tuple(r.seq_id for r in plan.preempted),
+        swapped_out=tuple(r.seq_id for r in plan.swapped_out),
+        swapped_in=tuple(r.seq_id for r in plan.swapped_in),
+        actions=tuple(plan.actions),
+        ahead=tuple(plan.ahead),
+        holdings={r.seq_id: scheduler.policy.holding(r) for r in scheduler.running},
+        idle_units=scheduler.policy.idle_units(),
+    )
 
 
 def film(run: Run, system: System, workload: Workload) -> Film:
@@ -92,18 +75,20 @@ def film(run: Run, system: System, workload: Workload) -> Film:
 
     Raises UserError for an allocator whose memory cannot be told apart by request.
     """
-    pool_bytes = pool_bytes_of(run, system)
-    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes, run.context)
-    scheduler = make_scheduler(system.scheduler, policy, run.context)
-    units, prices = policy.units, action_prices(run.device, policy)
+    serving, frames = Serving(run, system), list[Frame]()
+    policy, scheduler = serving.policy, serving.scheduler
+    units = policy.units
     if units is None:
         raise UserError(
             f"allocator {policy.name}: its memory cannot be told apart by request, so there is no picture of it"
         )
-    camera = _Camera(make_step_model(run.device, run.engine, run.model, system), prices, scheduler)
-    done = Engine(scheduler, camera, jump=False).run(requests_of(workload))
+
+    def keep(plan: StepPlan) -> None:
+        frames.append(_frame(plan, scheduler))
+
+    done = Engine(scheduler, serving.executor, jump=False, watch=keep).run(requests_of(workload))
     return Film(
-        system=label_of(run, system), unit_name=units.name, unit_tokens=units.tokens,
-        num_units=units.num_units, pool_bytes=pool_bytes, prices=prices, requests=done.requests,
-        frames=camera.frames, steps=done.steps.to_frame(),
+        system=label_of(run, system), unit_name=units.name, unit_tokens=units.tokens, num_units=units.num_units,
+        pool_bytes=policy.pool_bytes, prices=serving.prices, requests=done.requests, frames=frames,
+        steps=done.steps.to_frame(),
     )  # fmt: skip

@@ -8,19 +8,12 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import torch
-
-from kvarena.allocators.registry import make_policy
-from kvarena.allocators.stores import make_store
-from kvarena.harness.measured.fixed_batch import FixedBatch, WarmCache
-from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.engine.fixed_batch import FixedBatch
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.model.contract import Model
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.harness.scheduler.scheduler import Scheduler
-from kvarena.kernels.registry import get_kernel
 
 
 class KnownStep(NamedTuple):
@@ -55,30 +48,20 @@ class Load(Protocol):
 
 def decode_load(run: Run, system: System, model: Model, batch: int, context: int, steps: int) -> "Decode":
     """A batch of sequences of `context` tokens that can decode `steps` times."""
-    executor, scheduler = _engine(run, system, model, batch, context + steps + 2)
-    fixed = FixedBatch(scheduler, executor.store, executor, [context] * batch, steps)
-    like = torch.empty(0, dtype=getattr(torch, model.config.dtype), device=model.device)
-    local = model.config
-    fixed.fill(WarmCache(local.num_kv_heads, local.head_size, context, like, local.seed), local.num_layers)
-    return Decode(fixed)
+    return Decode(FixedBatch(_serving(run, system, model, batch, context + steps + 2), [context] * batch, steps))
 
 
 def prefill_load(run: Run, system: System, model: Model, tokens: int) -> "Prefill":
     """One prompt of `tokens` tokens, by itself."""
-    executor, scheduler = _engine(run, system, model, 1, tokens + 2)
-    return Prefill(scheduler, executor, tokens)
+    return Prefill(_serving(run, system, model, 1, tokens + 2), tokens)
 
 
-def _engine(run: Run, system: System, model: Model, sequences: int, tokens: int) -> tuple[TorchExecutor, Scheduler]:
-    """Executor and scheduler over a pool of blocks for so many sequences of so many tokens."""
-    local = model.config
-    layout, block = local.kv_layout(), system.allocator.block_size
+def _serving(run: Run, system: System, model: Model, sequences: int, tokens: int) -> Serving:
+    """The system over a pool of blocks for so many sequences of so many tokens."""
+    layout, block = model.config.kv_layout(), system.allocator.block_size
     blocks = sequences * (-(-tokens // block) + 1)
     pool_bytes = round((blocks + 2) / (1 - 2 * system.allocator.watermark)) * block * layout.token_bytes
-    policy = make_policy(system.allocator, layout, pool_bytes, run.model.max_tokens)
-    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
-    executor = TorchExecutor(model, store, get_kernel(system.kernel.name), seed=local.seed)
-    return executor, make_scheduler(system.scheduler, policy, run.model.max_tokens)
+    return Serving(run, system, pool_bytes=pool_bytes, context=run.model.max_tokens, model=model)
 
 
 class Decode:
@@ -102,8 +85,9 @@ class Decode:
 class Prefill:
     """Serves a request of one output token, which is one step."""
 
-    def __init__(self, scheduler: Scheduler, executor: TorchExecutor, tokens: int) -> None:
-        self._scheduler, self._executor, self._tokens = scheduler, executor, tokens
+    def __init__(self, serving: Serving, tokens: int) -> None:
+        self._scheduler, self._executor, self._tokens = serving.scheduler, serving.torch_executor, tokens
+        self._close = serving.close
         self._ids = self._fresh_ids()
 
     @staticmethod
@@ -130,4 +114,4 @@ class Prefill:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._executor.store.close()
+        self._close()

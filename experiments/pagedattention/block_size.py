@@ -22,7 +22,7 @@ from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.config import load, names, typed
-from kvarena.harness.engine.setup import make_step_model
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -138,7 +138,7 @@ def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
 
 def _context_ps(run: Run, system: System) -> int:
     """Picoseconds for the K/V of one token."""
-    return make_step_model(run.device, run.engine, run.model, system).context_ps
+    return Serving(run, system).step_model.context_ps
 
 
 def _cell(run: Run) -> Frames:

@@ -11,11 +11,9 @@ import numpy as np
 import pandas as pd
 
 from kvarena.allocators.policy import Sequence
-from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
-from kvarena.experiments.kit.replay import pool_bytes_of
-from kvarena.harness.engine.setup import make_step_model
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.record import Frames
 from kvarena.harness.record.summary import SummaryRow, row
@@ -54,7 +52,7 @@ def _mean(values: Ints, occurrences: Ints) -> float:
 
 
 def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[str, Any]]:
-    model = make_step_model(run.device, run.engine, run.model, system)
+    model = Serving(run, system).step_model
     for batch in run.params.throughput_batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))
         yield {"system": system.name, "batch": float(batch), "tokens_per_s": batch / step_ps * PS_PER_S}
@@ -94,19 +92,18 @@ def running_lengths(workload: Workload) -> Ints:
 
 
 def attached_bytes(run: Run, system: System, longest: int) -> Ints:
-    """Bytes that a system's policy attaches to one sequence, alone, by its length: [longest + 1].
+    """Bytes that a system's policy attaches to one sequence, alone, by its length, on all devices: [longest + 1].
 
     Raises UserError where the pool does not hold one.
     """
-    pool_bytes = run.model.tp * pool_bytes_of(run, system)
-    policy = make_policy(system.allocator, run.model.kv_layout(), pool_bytes, run.context)
+    policy = Serving(run, system).policy
     if not policy.admit(Sequence(0, 1, run.context - 1), 1):
         raise UserError(f"params.pool_bytes: {policy.name} cannot hold one sequence")
     attached = [0, _attached(policy.usage())]
     for _ in range(longest - 1):
         policy.grow(0)
         attached.append(_attached(policy.usage()))
-    return np.array(attached, np.int64)
+    return run.model.tp * np.array(attached, np.int64)
 
 
 def _attached(usage: Usage) -> int:

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Sequence
-from kvarena.allocators.registry import make_policy
-from kvarena.allocators.reservation.contiguous import ContiguousConfig
+from kvarena.allocators.reservation.contiguous import ContiguousPolicy
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.replay import BLOCK_TOKENS, Replayer, pool_bytes_of, workload_of
+from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.pagedattention import memory_by_batch
 from kvarena.experiments.pagedattention.memory_by_batch import GB
 from kvarena.harness.config import load, typed
+from kvarena.harness.engine.serving import BLOCK_TOKENS, pool_bytes_of
 from kvarena.harness.model import ModelConfig, load_preset
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.kv_pool import GIB, kv_pool_bytes
@@ -164,7 +164,7 @@ def _never_used(request: Reservation) -> int:
     """Slots that a request is given, and will never use, where its longest possible length is reserved."""
     slot = attention_layout(num_layers=1, num_kv_heads=1, head_size=1)
     pool = request.max_tokens * slot.token_bytes
-    policy = make_policy(ContiguousConfig(estimate="max"), slot, pool, request.max_tokens)
+    policy = ContiguousPolicy(slot, pool, max_tokens=request.max_tokens, estimate="max")
     if not policy.admit(Sequence(0, request.prompt_tokens, request.output_tokens), request.prompt_tokens):
         raise UserError(f"params.reservations: {request.name} is longer than its {request.max_tokens} tokens")
     return policy.usage().over_estimate // slot.token_bytes

@@ -15,20 +15,15 @@ import pandas as pd
 import torch
 
 from kvarena.allocators.policy import Action, Policy, Sequence
-from kvarena.allocators.registry import make_policy
-from kvarena.allocators.stores import make_store
 from kvarena.errors import UserError
-from kvarena.harness.engine.setup import make_step_model
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.timed_call import wait_for
-from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model.contract import Model
-from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
-from kvarena.kernels.registry import get_kernel
 
 SWAP_OUT, SWAP_IN, SWAP, RECOMPUTE = "swap out", "swap in", "swap in+out", "recompute"
 Costs = dict[str, float]  # what -> seconds
@@ -36,11 +31,9 @@ Costs = dict[str, float]  # what -> seconds
 
 def modelled_costs(run: Run, system: System, tokens: int) -> Costs:
     """Seconds on the modelled device for a request of so many tokens."""
-    policy = scattered_policy(run, system, [tokens])
-    prices = action_prices(run.device, policy)
-    out_ps, in_ps = (prices.total_ps(actions) for actions in _swaps(policy, 0))
-    step_model = make_step_model(run.device, run.engine, run.model, system)
-    prompt_ps = step_model.step_ps(StepLoad(tokens, 0, 0, tokens * (tokens + 1) // 2))
+    serving = scattered(run, system, [tokens])
+    out_ps, in_ps = (serving.prices.total_ps(actions) for actions in _swaps(serving.policy, 0))
+    prompt_ps = serving.step_model.step_ps(StepLoad(tokens, 0, 0, tokens * (tokens + 1) // 2))
     return _costs(out_ps / PS_PER_S, in_ps / PS_PER_S, prompt_ps / PS_PER_S)
 
 
@@ -48,8 +41,8 @@ def _costs(out_s: float, in_s: float, recompute_s: float) -> Costs:
     return {RECOMPUTE: recompute_s, SWAP_IN: in_s, SWAP_OUT: out_s, SWAP: in_s + out_s}
 
 
-def scattered_policy(run: Run, system: System, lengths: list[int]) -> Policy:
-    """A policy that holds sequences of these lengths, their blocks scattered, with room to swap all of them.
+def scattered(run: Run, system: System, lengths: list[int], model: Model | None = None) -> Serving:
+    """The system holding sequences of these lengths, their blocks scattered, with room to swap all of them.
 
     Raises UserError for an allocator that swaps no blocks.
     """
@@ -59,13 +52,15 @@ def scattered_policy(run: Run, system: System, lengths: list[int]) -> Policy:
         raise UserError(f"systems: {system.name} ({system.allocator.name}) has no blocks that can be swapped")
     block = system.allocator.block_size
     pool_tokens = (2 * sum(lengths) // block + len(lengths) + 2) * block
-    config = replace(system.allocator, watermark=0.0, swap_bytes=pool_tokens * layout.token_bytes)
-    policy = make_policy(config, layout, pool_tokens * layout.token_bytes, run.model.max_tokens)
+    pool_bytes = pool_tokens * layout.token_bytes
+    system = replace(system, allocator=replace(system.allocator, watermark=0.0, swap_bytes=pool_bytes))
+    serving = Serving(run, system, pool_bytes=pool_bytes, context=run.model.max_tokens, model=model)
+    policy = serving.policy
     _shuffle_free_blocks(policy, random.Random(run.model.seed))
     for seq_id, tokens in enumerate(lengths):
         admitted = policy.admit(Sequence(seq_id, tokens, output_tokens=1), tokens)
         assert admitted, "the pool was made for them"
-    return policy
+    return serving
 
 
 def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
@@ -90,12 +85,9 @@ class PreemptionBench:
     """One block size, ready to be measured: a pool with several victims, together larger than the last-level cache."""
 
     def __init__(self, run: Run, system: System, model: Model, tokens: int, victims: int) -> None:
-        self._policy = scattered_policy(run, system, [tokens] * victims)
-        local = model.config
-        self._store = make_store(
-            self._policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device
-        )
-        self._executor = TorchExecutor(model, self._store, get_kernel(system.kernel.name), seed=local.seed)
+        serving = scattered(run, system, [tokens] * victims, model)
+        self._policy, self._store, self.close = serving.policy, serving.store, serving.close
+        self._executor = serving.torch_executor
         self._requests = [Request(i, tokens, output_tokens=1) for i in range(victims)]
         self._device = model.device
         for request in self._requests:
@@ -148,7 +140,3 @@ class PreemptionBench:
         call(argument)
         wait_for(self._device)
         return time.perf_counter() - start
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._store.close()

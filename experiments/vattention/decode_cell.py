@@ -1,6 +1,7 @@
 """One cell of `decode_throughput`: every system at one batch size, checked against each other, then interleaved."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -8,23 +9,19 @@ import pandas as pd
 import torch
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import make_policy
 from kvarena.allocators.sizes import format_bytes
-from kvarena.allocators.stores import make_store
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments.kit.same_logits import check_same_logits
+from kvarena.harness.engine.fixed_batch import FixedBatch, StepRecord
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.calibration import StreamingRead
-from kvarena.harness.measured.fixed_batch import FixedBatch, StepRecord, WarmCache
 from kvarena.harness.measured.memory import available_bytes
-from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model.contract import Model
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.kernels.registry import get_kernel
 
 
 def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
@@ -53,7 +50,7 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
 def _pool_bytes(run: Run, batch: int) -> int:
     """Bytes of every allocator's pool. Raises UserError where the systems together exceed the machine."""
     params = run.params
-    pool = params.pool_bytes or batch * run.model.kv_layout().resident_bytes(params.max_tokens)
+    pool = params.pool_bytes or batch * run.model.shard().kv_layout().resident_bytes(params.max_tokens)
     needed, left = pool * len(run.systems), available_bytes(torch.device(run.device.kind))
     if needed > left:
         fits = batch * left // needed
@@ -77,22 +74,13 @@ def resident(
 
     A watermark is for those who wait, and nobody does: a pool that holds the batch is enough.
     """
-    params = run.params
-    local = model.config
-    policy = make_policy(_without_watermark(system.allocator), local.kv_layout(), pool_bytes, params.max_tokens)
-    prime(policy)
-    scheduler = make_scheduler(system.scheduler, policy, params.max_tokens)
-    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device)
-    try:
-        kernel = get_kernel(system.kernel.name)
-        executor = TorchExecutor(model, store, kernel, local.seed, run.engine.cuda_graphs)
-        batch = FixedBatch(scheduler, store, executor, prompts, params.steps)
-        like = torch.empty(0, dtype=getattr(torch, local.dtype), device=model.device)
-        warm = WarmCache(local.num_kv_heads, local.head_size, params.max_tokens, like, local.seed)
-        batch.fill(warm, local.num_layers)
-    except BaseException:
-        store.close()
-        raise
+    system = replace(system, allocator=_without_watermark(system.allocator))
+    with ExitStack() as stack:
+        context = run.params.max_tokens
+        serving = stack.enter_context(Serving(run, system, pool_bytes=pool_bytes, context=context, model=model))
+        prime(serving.policy)
+        batch = FixedBatch(serving, prompts, run.params.steps)
+        stack.pop_all()  # it is the batch's to close
     return batch
 
 

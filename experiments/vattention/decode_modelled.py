@@ -13,14 +13,10 @@ from typing import Any
 import pandas as pd
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
-from kvarena.experiments.kit.replay import pool_bytes_of
 from kvarena.harness.engine.resident import make_resident
-from kvarena.harness.engine.setup import make_step_model
-from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.modelled_executor import ModelledExecutor
+from kvarena.harness.engine.serving import Serving, pool_bytes_of
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -29,7 +25,6 @@ from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.scheduler.registry import make_scheduler
 
 NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
@@ -85,12 +80,9 @@ def _cell(run: Run, batches: list[int], context: int) -> Frames:
 def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, float]:
     """Mean times of a step, in seconds, over `params.steps` steps; driver calls, and what they held up."""
     steps = run.params.steps
-    max_tokens = context + steps + 2
-    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes_of(run, system), max_tokens)
-    scheduler = make_scheduler(system.scheduler, policy, max_tokens)
-    scheduler.running = _residents(policy, batch, context, steps)
-    model = make_step_model(run.device, run.engine, run.model, system)
-    executor = ModelledExecutor(model, action_prices(run.device, policy))
+    serving = Serving(run, system, context=context + steps + 2)
+    scheduler, executor = serving.scheduler, serving.executor
+    scheduler.running = _residents(serving.policy, batch, context, steps)
     duration_ps = stall_ps = mapped = 0
     for _ in range(steps):
         plan = scheduler.schedule(now_ps=0)
@@ -104,7 +96,7 @@ def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, flo
     return {
         "step_s": duration_ps / steps / PS_PER_S,
         "stall_s": stall_ps / steps / PS_PER_S,
-        "attention_s": model.context_ps * context_tokens / PS_PER_S,
+        "attention_s": serving.step_model.context_ps * context_tokens / PS_PER_S,
         "actions": mapped / steps,
     }
 

@@ -8,22 +8,20 @@ import pandas as pd
 from kvarena.allocators.sizes import MB
 from kvarena.errors import UserError
 from kvarena.harness.config import load, typed
-from kvarena.harness.model.config import ModelConfig
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.model.presets import load_preset
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig
-from kvarena.harness.modelled.roofline import step_model_of
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run import schemas
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import as_filed
+from kvarena.harness.run.systems import System, as_filed
 
 FIGURE = "fig4"
 TP = {"yi-6b": 1, "llama-3-8b": 2, "yi-34b": 2}  # GPUs of each model in the paper's Table 5
 PAPERS_SYSTEM = "paged-fa2"  # whose decode throughput Fig 4 shows; it depends little on the allocator
-ATTENTION = "fa2/paged"  # its kernel, for engines that tell kernels apart
 
 
 def decode_need(run: Run) -> pd.DataFrame:
@@ -33,7 +31,7 @@ def decode_need(run: Run) -> pd.DataFrame:
     """
     params = run.params
     cells = [
-        (name, batch, _decode_throughput(of.device, of.engine, of.model, batch, params.need_context))
+        (name, batch, _decode_throughput(of, batch, params.need_context))
         for name, of in ((name, _modelled(run, name)) for name in params.need_models)
         for batch in params.need_batches
     ]
@@ -42,8 +40,7 @@ def decode_need(run: Run) -> pd.DataFrame:
 
 def need_rows(run: Run, need: pd.DataFrame) -> Iterator[SummaryRow]:
     """Tokens/s, and MB/s (2^20) of K/V: one token of every sequence a step, over all GPUs."""
-    scheduler = typed(schemas.of("scheduler", "vllm"), load("scheduler", "vllm"), "scheduler")
-    system = as_filed(PAPERS_SYSTEM, scheduler)
+    system = _papers_system()
     for name, cells in need.groupby("model", sort=False):
         of = _modelled(run, str(name))
         for batch, tokens_per_s in zip(cells.batch.astype(float), cells.tokens_per_s, strict=True):
@@ -66,8 +63,10 @@ def _modelled(run: Run, model: str) -> Run:
     )
 
 
-def _decode_throughput(
-    hardware: DeviceConfig, engine: EngineConfig, model: ModelConfig, batch: int, context: int
-) -> float:
-    step = step_model_of(hardware, engine, model, "vllm", ATTENTION)
+def _papers_system() -> System:
+    return as_filed(PAPERS_SYSTEM, typed(schemas.of("scheduler", "vllm"), load("scheduler", "vllm"), "scheduler"))
+
+
+def _decode_throughput(run: Run, batch: int, context: int) -> float:
+    step = Serving(run, _papers_system()).step_model
     return batch * PS_PER_S / step.step_ps(StepLoad(batch, batch, batch * context))

@@ -13,7 +13,7 @@ from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.experiments.vattention.decode_cell import check_steps, resident
 from kvarena.experiments.vattention.mapped_system import the_system
-from kvarena.harness.measured.fixed_batch import FixedBatch
+from kvarena.harness.engine.fixed_batch import FixedBatch
 from kvarena.harness.model.contract import Model
 from kvarena.harness.record.record import Frames
 from kvarena.harness.run.run import Run

@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import ALLOCATORS, make_policy, memory_layout
-from kvarena.allocators.stores import make_store
+from kvarena.allocators.registry import ALLOCATORS, memory_layout
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import TOLERANCE
 from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
 from kvarena.experiments.vattention.driver_calls import check_counts
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -113,27 +113,23 @@ def _outcome(run: Run, pair: Pair) -> tuple[str, float, str]:
     model = run.model
     if reason := missing(spec) or fits(spec, layout, run.device.kind, model.dtype, model.head_size):
         return "not here", float("nan"), reason
-    with _prompts_admitted(run, pair) as (policy, store):
+    with _prompts_admitted(run, pair) as serving:
         try:
-            gap = _largest_gap(run, get_kernel(pair.kernel), policy, store)
+            gap = _largest_gap(run, get_kernel(pair.kernel), serving.policy, serving.store)
         except Exception as error:  # whatever a library raises is the answer
             return "fails", float("nan"), f"{type(error).__name__}: {error}"
     return ("passes" if gap <= TOLERANCE[model.dtype] else "fails"), gap, ""
 
 
 @contextmanager
-def _prompts_admitted(run: Run, pair: Pair) -> Iterator[tuple[Policy, Store]]:
+def _prompts_admitted(run: Run, pair: Pair) -> Iterator[Serving]:
     """The allocator with room for the prompts. Raises UserError where the pool has none."""
-    params, local = run.params, run.model
-    policy = make_policy(_allocator(run, pair), local.kv_layout(), params.pool_bytes, params.max_tokens)
-    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, run.device.kind)
-    try:
+    params = run.params
+    with Serving(run, kernel_over(_allocator(run, pair), pair.kernel), context=params.max_tokens) as serving:
         for i, tokens in enumerate(params.prompts):
-            if not policy.admit(Request(i, tokens, 1), tokens):
+            if not serving.policy.admit(Request(i, tokens, 1), tokens):
                 raise UserError(f"params.pool_bytes={params.pool_bytes}: {pair.allocator} has no room for the prompts")
-        yield policy, store
-    finally:
-        store.close()
+        yield serving
 
 
 def _largest_gap(run: Run, kernel: AttentionKernel, policy: Policy, store: Store) -> float:

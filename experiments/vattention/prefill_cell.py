@@ -11,19 +11,15 @@ from typing import Any
 import pandas as pd
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
-from kvarena.experiments.kit.replay import pool_bytes_of
 from kvarena.experiments.kit.same_logits import check_same_logits
-from kvarena.harness.engine.setup import make_step_model
-from kvarena.harness.modelled.action_prices import action_prices
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.scheduler.registry import make_scheduler
 
 
 def modelled_cell(run: Run) -> Frames:
@@ -32,9 +28,8 @@ def modelled_cell(run: Run) -> Frames:
 
 
 def _priced(run: Run, system: System, tokens: int) -> dict[str, Any]:
-    model = make_step_model(run.device, run.engine, run.model, system)
-    policy = make_policy(system.allocator, run.model.shard().kv_layout(), pool_bytes_of(run, system), tokens + 1)
-    prices = action_prices(run.device, policy)
+    serving = Serving(run, system, context=tokens + 1)
+    policy, prices, model = serving.policy, serving.prices, serving.step_model
     _take(policy, 0, tokens)
     first_ps = prices.total_ps(policy.drain())
     policy.look_ahead()  # beside the first prompt's step
@@ -81,25 +76,17 @@ class _Lane:
     """One system, serving one prompt at a time."""
 
     def __init__(self, run: Run, system: System, model: Any) -> None:
-        from kvarena.allocators.stores import make_store
-        from kvarena.harness.measured.torch_executor import TorchExecutor
-        from kvarena.kernels.registry import get_kernel
-
-        local, longest = model.config, max(run.params.contexts) + 1
-        pool = run.params.pool_bytes or 2 * local.kv_layout().resident_bytes(longest)
-        self._policy = make_policy(system.allocator, local.kv_layout(), pool, longest)
-        self._scheduler = make_scheduler(system.scheduler, self._policy, longest)
-        self._store = make_store(
-            self._policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, model.device
-        )
-        self._executor = TorchExecutor(model, self._store, get_kernel(system.kernel.name), seed=local.seed)
+        longest = max(run.params.contexts) + 1
+        pool_bytes = run.params.pool_bytes or 2 * model.config.kv_layout().resident_bytes(longest)
+        self._serving = Serving(run, system, pool_bytes=pool_bytes, context=longest, model=model)
+        self._scheduler, self._executor = self._serving.scheduler, self._serving.torch_executor
         self._ids = iter(range(1 << 30))
 
     def __enter__(self) -> "_Lane":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._store.close()
+        self._serving.close()
 
     @property
     def logits(self) -> Any:

@@ -5,7 +5,7 @@ sequence ends, somebody arrives at an empty line, memory may run short, or the s
 there are priced and recorded as one row, with the same times, decisions and sums as one by one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvarena.allocators.policy import Policy
@@ -34,15 +34,30 @@ def plan_of_prefix(prefix: Prefix, policy: Policy) -> StepPlan:
     return StepPlan(prefills=[PrefillChunk(provider, 0, prefix.tokens)], actions=policy.drain())
 
 
+def _unwatched(plan: StepPlan) -> None:
+    pass
+
+
 class Engine:
     """Serves one trace. `jump=False` walks a modelled clock step by step, which gives the same and takes longer."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, *, jump: bool = True, prefixes: Iterable[Prefix] = ()
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        jump: bool = True,
+        prefixes: Iterable[Prefix] = (),
+        watch: Callable[[StepPlan], None] = _unwatched,
     ) -> None:
-        """Keeps the prefixes resident, and has them written. Raises UserError where they find no room."""
+        """Keeps the prefixes resident, and has them written. `watch` sees every step, and stretch of steps, before it
+        is booked: memory and those who run are as the step has them.
+
+        Raises UserError where a prefix finds no room.
+        """
         self.scheduler = scheduler
         self.executor = executor
+        self._watch = watch
         self._modelled = executor if isinstance(executor, ModelledExecutor) and jump else None
         self._log = StepLog()
         for prefix in prefixes:
@@ -74,6 +89,7 @@ class Engine:
             gap_ps = None if next_arrival_ps is None or scheduler.num_waiting else next_arrival_ps - start_ps
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
+        self._watch(plan)
         shared_bytes = scheduler.policy.shared_bytes * plan.steps if scheduler.may_share else 0
         clock.pass_step(time)
         end_ps = clock.now_ps

@@ -14,9 +14,7 @@ from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.reservation.best_fit import BestFitAllocator
 from kvarena.allocators.reservation.buddy import BuddyAllocator
 from kvarena.allocators.vattention.slabs import SlabList
-from kvarena.harness.modelled.modelled_executor import ModelledExecutor
-from kvarena.harness.modelled.step_model import SteadyRun
-from kvarena.harness.scheduler.step import StepPlan, StepTime
+from kvarena.harness.scheduler.step import StepPlan
 
 # Every class that gives out units of a pool: blocks, chunks, rows, slabs. A block pool is a FreeList.
 _ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, SlabList)
@@ -59,24 +57,14 @@ def _units_out(arena: Any) -> int:
     return int(arena.num_units - arena.free_units)
 
 
-class CountingExecutor(ModelledExecutor):
-    """A modelled executor that counts actions by kind, those beside the forward pass included, and admissions."""
+class PlanCounts:
+    """Counts actions by kind, those beside the forward pass included, and admissions: it watches an engine."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self) -> None:
         self.actions: Counter[str] = Counter()
         self.admissions = 0
 
-    def execute(self, plan: StepPlan) -> StepTime:
-        """Price and count one step."""
-        self._count(plan)
-        self.admissions += sum(chunk.start == 0 for chunk in plan.prefills)
-        return super().execute(plan)
-
-    def stretch(self, plan: StepPlan, run: SteadyRun) -> StepTime:
-        """Price and count many steps, which admit nobody."""
-        self._count(plan)
-        return super().stretch(plan, run)
-
-    def _count(self, plan: StepPlan) -> None:
+    def __call__(self, plan: StepPlan) -> None:
+        """Count one step, or many, which admit nobody."""
         self.actions.update(type(action).__name__ for action in (*plan.actions, *plan.ahead))
+        self.admissions += sum(chunk.start == 0 for chunk in plan.prefills)

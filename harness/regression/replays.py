@@ -12,23 +12,23 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import make_policy
 from kvarena.allocators.usage import LEAVES
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine.engine import Engine, Replay
-from kvarena.harness.modelled.action_prices import action_prices
-from kvarena.harness.modelled.roofline import step_model_of
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import CONF
-from kvarena.harness.regression.counting import CountingExecutor, Takes, counted_takes
+from kvarena.harness.regression.counting import PlanCounts, Takes, counted_takes
 from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.requests.request_list import make_requests
 from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.run import schemas
-from kvarena.harness.scheduler.registry import make_scheduler
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
 from kvarena.harness.trace.arrival import ArrivalConfig
+from kvarena.kernels.config import KernelConfig
 
-BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted
+NO_KERNEL = KernelConfig("none")  # the suite's engines tell none apart
 
 Counts = dict[str, str]  # quantity -> value, as it is written
 
@@ -39,39 +39,37 @@ class Scenario:
     def __init__(self, config: DictConfig) -> None:
         self._config = config
         self.systems = [str(system) for system in config.systems]
-        self._model = _typed("model", config.model)
-        self._device = _typed("device", config.device)
-        # Any scheduler will do: what is counted says nothing of the engine that it was fitted to.
-        self._engine = replace(_typed("engine", config.engine), schedulers=[])
-        self._context = min(self._model.max_tokens, config.trace.get("max_tokens") or self._model.max_tokens)
+        self._run = Run(
+            experiment="regression",
+            clock="modelled",
+            device=_typed("device", config.device),
+            model=_typed("model", config.model),
+            trace=replace(_typed("trace", config.trace.name, config.trace), seed=0),
+            arrival=ArrivalConfig("poisson", rate=config.rate, seed=0),
+            # Any scheduler will do: what is counted says nothing of the engine that it was fitted to.
+            engine=replace(_typed("engine", config.engine), schedulers=[]),
+            systems=(),
+            params=None,
+            decoding=DecodingConfig(**config.get("decoding", {})),
+        )
 
     def replay(self, system: str) -> Counts:
         """Serve the workload to its end, and count."""
-        parts = self._config.systems[system]
-        policy = make_policy(
-            _typed("allocator", parts.allocator.name, parts.allocator),
-            self._model.kv_layout(),
-            self._pool_bytes(parts.scheduler.name),
-            self._context,
-        )
-        scheduler = make_scheduler(_typed("scheduler", parts.scheduler.name, parts.scheduler), policy, self._context)
-        step_model = step_model_of(self._device, self._engine, self._model, parts.scheduler.name, attention=None)
-        executor = CountingExecutor(step_model, action_prices(self._device, policy))
-        with counted_takes() as takes:
-            done = Engine(scheduler, executor).run(self._requests())
-        return _counts(done, executor, takes, policy)
+        with Serving(self._run, self._system(system), pool_bytes=self._config.get("pool_bytes")) as serving:
+            counts = PlanCounts()
+            engine = Engine(serving.scheduler, serving.executor, watch=counts)
+            with counted_takes() as takes:
+                done = engine.run(self._requests())
+            return _counts(done, counts, takes, serving.policy)
+
+    def _system(self, name: str) -> System:
+        parts = self._config.systems[name]
+        allocator, scheduler = (_typed(g, parts[g].name, parts[g]) for g in ("allocator", "scheduler"))
+        return System(name, allocator, NO_KERNEL, scheduler, "best of each")
 
     def _requests(self) -> list[Request]:
-        trace = replace(_typed("trace", self._config.trace.name, self._config.trace), seed=0)
-        workload = make_workload(trace, ArrivalConfig("poisson", rate=self._config.rate, seed=0), self._context)
-        decoding = DecodingConfig(**self._config.get("decoding", {}))
-        return make_requests(workload, [decoding] * len(workload))
-
-    def _pool_bytes(self, scheduler: str) -> int:
-        if given := self._config.get("pool_bytes"):
-            return int(given)
-        blocks = self._engine.constants(self._model.name, scheduler).kv_blocks
-        return int(blocks * BLOCK_TOKENS * self._model.kv_layout().token_bytes)
+        workload = make_workload(self._run.trace, self._run.arrival, self._run.context)
+        return make_requests(workload, [self._run.decoding] * len(workload))
 
 
 def run_all() -> Iterator[tuple[str, Counts]]:
@@ -89,21 +87,21 @@ def _typed(group: str, name: str, given: DictConfig | None = None) -> Any:
     return typed(schemas.of(group, name), OmegaConf.merge(load(group, name), given or {}), f"regression.yaml: {group}")
 
 
-def _counts(done: Replay, executor: CountingExecutor, takes: Takes, policy: Policy) -> Counts:
+def _counts(done: Replay, counts: PlanCounts, takes: Takes, policy: Policy) -> Counts:
     steps, finished = done.steps.to_frame(), [r for r in done.requests if r.state is RequestState.FINISHED]
     integers = {
         "finished": len(finished),
         "steps": steps.steps.sum(),
-        "admissions": executor.admissions,
+        "admissions": counts.admissions,
         "preemptions": steps.preempted.sum(),
         "swap_outs": steps.swapped_out.sum(),
         "peak_batch": (steps.decodes + steps.prefills).max(),
         "allocations": takes.units,
         "peak_units": takes.peak,
-        "maps": executor.actions["Map"],
-        "unmaps": executor.actions["Unmap"],
-        "copies": executor.actions["CopyBlock"] + executor.actions["CopyRow"],
-        "swapped_blocks": executor.actions["SwapOut"] + executor.actions["SwapIn"],
+        "maps": counts.actions["Map"],
+        "unmaps": counts.actions["Unmap"],
+        "copies": counts.actions["CopyBlock"] + counts.actions["CopyRow"],
+        "swapped_blocks": counts.actions["SwapOut"] + counts.actions["SwapIn"],
         "stall_ps": steps.stall_ps.sum(),
         "makespan_ps": max(r.finish_ps for r in finished if r.finish_ps) - min(r.arrival_ps for r in done.requests),
     }

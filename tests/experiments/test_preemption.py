@@ -15,7 +15,7 @@ from kvarena.experiments.pagedattention.preemption_cost import (
     RECOMPUTE,
     PreemptionBench,
     modelled_costs,
-    scattered_policy,
+    scattered,
 )
 from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import PUBLISHED
@@ -79,7 +79,7 @@ def test_both_ways_serve_the_trace(summary_of: Callable[..., pd.DataFrame]) -> N
 
 def test_a_victims_blocks_lie_scattered() -> None:
     run = compose_run("experiment=preemption", "systems=[paged]", "model=tiny-opt", "engine=lean")
-    policy = scattered_policy(run, run.systems[0], [160, 160])
+    policy = scattered(run, run.systems[0], [160, 160]).policy
     policy.check_integrity()
     tables = [policy.block_table(i) for i in range(2)]
     assert [len(table) for table in tables] == [10, 10]

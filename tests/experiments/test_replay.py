@@ -6,7 +6,8 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
-from kvarena.experiments.kit.replay import Replayer, pool_bytes_of, trace_named, workload_of
+from kvarena.experiments.kit.replay import Replayer, trace_named, workload_of
+from kvarena.harness.engine.serving import pool_bytes_of
 from kvarena.harness.run.run import Run
 
 WASTE = "experiment=memory_waste"

@@ -9,6 +9,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.seeds import seeded
 from kvarena.harness.config import load, names
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record.summary import read_published
 from kvarena.harness.run.published import OURS, differences, is_earned, named
@@ -82,14 +83,12 @@ def test_another_seed_is_another_point() -> None:
 
 
 def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
-    from kvarena.harness.engine.setup import make_step_model
-
     run = compose_run(WASTE)
     for other in (replace(run.device, name="h200"), replace(run.device, name="a100-80gb")):
         with pytest.raises(UserError, match="lean"):
-            make_step_model(other, run.engine, run.model, run.systems[0])
+            _ = Serving(replace(run, device=other), run.systems[0]).step_model
     with pytest.raises(UserError, match="lean"):
-        make_step_model(run.device, run.engine, replace(run.model, num_layers=39), run.systems[0])
+        _ = Serving(replace(run, model=replace(run.model, num_layers=39)), run.systems[0]).step_model
 
 
 @pytest.mark.parametrize(
@@ -103,13 +102,11 @@ def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
     ],
 )
 def test_an_engine_is_refused_on_a_device_or_model_of_the_same_name_alone(changes: dict, said: str) -> None:
-    from kvarena.harness.engine.setup import make_step_model
-
     run = compose_run("experiment=decode_throughput", "clock=modelled")
-    make_step_model(run.device, run.engine, run.model, run.systems[0])
+    _ = Serving(run, run.systems[0]).step_model
     other = {group: replace(getattr(run, group), **fields) for group, fields in changes.items()}
     with pytest.raises(UserError, match=said):
-        make_step_model(other.get("device", run.device), run.engine, other.get("model", run.model), run.systems[0])
+        _ = Serving(replace(run, **other), run.systems[0]).step_model
 
 
 def test_rows_say_in_what_a_device_or_a_model_is_not_its_files() -> None:

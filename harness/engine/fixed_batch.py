@@ -13,29 +13,11 @@ from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.harness.engine.resident import make_resident
-from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.engine.serving import Serving
+from kvarena.harness.model.contract import Model
 from kvarena.harness.requests.request import Request, RequestState
-from kvarena.harness.scheduler.scheduler import Scheduler
 from kvarena.harness.scheduler.step import StepPlan
 from kvarena.kernels.append import append
-
-
-class WarmCache:
-    """K/V to start from without a prefill: normal noise from a seed, the same for every system of a cell."""
-
-    def __init__(self, num_kv_heads: int, head_size: int, max_tokens: int, like: torch.Tensor, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(2, 2 * max_tokens, num_kv_heads, head_size, generator=generator)
-        self._noise = noise.to(device=like.device, dtype=like.dtype)
-        self._max_tokens = max_tokens
-
-    def fill(self, store: Store, request: Request, num_layers: int) -> None:
-        """Write the prompt's K/V in every layer; sequence and layer choose where in the noise it starts."""
-        view = store.view([request.seq_id], [request.prompt_tokens], [request.prompt_tokens])
-        for layer in range(num_layers):
-            start = (request.seq_id * 131 + layer * 17) % self._max_tokens
-            k, v = self._noise[:, start : start + request.prompt_tokens]
-            append(k, v, store.layer(layer), view)
 
 
 class StepRecord(NamedTuple):
@@ -57,22 +39,19 @@ class StepRecord(NamedTuple):
 class FixedBatch:
     """A system with all its requests resident; every step decodes one token of each."""
 
-    def __init__(
-        self, scheduler: Scheduler, store: Store, executor: TorchExecutor, prompts: Sequence[int], steps: int
-    ) -> None:
-        self.scheduler, self.policy = scheduler, scheduler.policy
-        self.store, self.executor = store, executor
+    def __init__(self, serving: Serving, prompts: Sequence[int], steps: int) -> None:
+        """Stand where a prefill would have left the batch: prompts cached, one token generated each."""
+        self.scheduler, self.policy = serving.scheduler, serving.policy
+        self.store, self.executor, self.close = serving.store, serving.torch_executor, serving.close
         self.requests = [
             Request(i, prompt, output_tokens=steps + 2, state=RequestState.RUNNING)  # it never ends within `steps`
             for i, prompt in enumerate(prompts)
         ]
-        store.apply(make_resident(self.policy, self.requests))
-        scheduler.running = list(self.requests)  # as if their prompts had been served one after the other
-
-    def fill(self, warm: WarmCache, num_layers: int) -> None:
-        """Stand where a prefill would have left the batch: prompts cached, one token generated each."""
+        self.store.apply(make_resident(self.policy, self.requests))
+        self.scheduler.running = list(self.requests)  # as if their prompts had been served one after the other
+        warm = _WarmCache(self.executor.model, max(prompts))
         for request in self.requests:
-            warm.fill(self.store, request, num_layers)
+            warm.fill(self.store, request)
             known = self.executor.known(request)
             known.append(known[-1])
             request.computed, request.generated = request.prompt_tokens, 1
@@ -115,6 +94,20 @@ class FixedBatch:
         """Bytes by leaf, as they stand."""
         return dict(zip(LEAVES, self.policy.usage().leaves, strict=True))
 
-    def close(self) -> None:
-        """Give the memory back."""
-        self.store.close()
+
+class _WarmCache:
+    """K/V to start from without a prefill: normal noise from a seed, the same for every system of a cell."""
+
+    def __init__(self, model: Model, longest: int) -> None:
+        self._local, self._longest = model.config, longest
+        local, generator = model.config, torch.Generator().manual_seed(model.config.seed)
+        noise = torch.randn(2, 2 * longest, local.num_kv_heads, local.head_size, generator=generator)
+        self._noise = noise.to(device=model.device, dtype=getattr(torch, local.dtype))  # K and V: [2, 2 S, Hkv, D]
+
+    def fill(self, store: Store, request: Request) -> None:
+        """Write the prompt's K/V in every layer; sequence and layer choose where in the noise it starts."""
+        view = store.view([request.seq_id], [request.prompt_tokens], [request.prompt_tokens])
+        for layer in range(self._local.num_layers):
+            start = (request.seq_id * 131 + layer * 17) % self._longest
+            k, v = self._noise[:, start : start + request.prompt_tokens]
+            append(k, v, store.layer(layer), view)
