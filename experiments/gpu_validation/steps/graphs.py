@@ -4,15 +4,17 @@ Tokens could not say whether a replay is right: a graph cuts the attention's wor
 sums round otherwise, and a random model's tokens soon differ for that alone. So every step is run both ways.
 """
 
-from typing import Any
+from functools import cached_property
 
 from torch import Tensor
 
 from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.driver_contract import run_tests
-from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, Keeper, make_model, serve
+from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_run, serve
 from kvarena.harness.measured.decode_graphs import DecodeGraphs
+from kvarena.harness.measured.torch_executor import TorchExecutor
+from kvarena.harness.model.build import build_model
 from kvarena.harness.paths import ROOT
 from kvarena.harness.scheduler.step import StepPlan
 from kvarena.kernels.view import BatchView
@@ -32,27 +34,24 @@ def run(case: str, context: Context) -> Values:
         if not context.on_gpu:
             raise NotRunError("there are no CUDA graphs on a CPU")
         return run_tests(ROOT / "tests" / "kernels" / "test_gpu_adapters_on_gpu.py", ["-k", "captured"], context)
-    made: list[BothWays] = []
-
-    def make(*given: Any) -> Keeper:
-        made.append(BothWays(*given))
-        return made[0]
-
-    model = make_model(context)
-    serve(model, case, context, 1.25, make)
-    gap, graphs, replays = made[0].gap, len(made[0].graphs), made[0].replays
-    if not gap <= TOLERANCE[model.config.dtype]:
-        raise FailedError(f"a replayed step is off by {gap:.2e} of its largest logit")
-    return {"largest gap of a logit": float(f"{gap:.2e}"), "graphs": graphs, "replays": replays}
+    run = make_run(context)
+    system = run.systems[ALLOCATORS.index(case)]
+    both = serve(run, system, build_model(run.model, context.device), 1.25, BothWays).executor
+    assert isinstance(both, BothWays)
+    if not both.gap <= TOLERANCE[run.model.dtype]:
+        raise FailedError(f"a replayed step is off by {both.gap:.2e} of its largest logit")
+    return {"largest gap of a logit": float(f"{both.gap:.2e}"), "graphs": len(both.graphs), "replays": both.replays}
 
 
-class BothWays(Keeper):
+class BothWays(TorchExecutor):
     """Runs every decode step as it is, and as a graph: writing the same K/V twice changes nothing."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.graphs = DecodeGraphs(self.kernel, self.model.device)
-        self.gap, self.replays = 0.0, 0
+    gap, replays = 0.0, 0
+
+    @cached_property
+    def graphs(self) -> DecodeGraphs:
+        """One for each size of batch."""
+        return DecodeGraphs(self.kernel, self.model.device)
 
     def _forward(self, plan: StepPlan, views: tuple[BatchView | None, BatchView | None]) -> Tensor:
         plain = super()._forward(plan, views)

@@ -7,9 +7,10 @@ batches differ then, and a matrix product of other shapes rounds otherwise, so t
 
 from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_model, serve
+from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_run, serve
+from kvarena.harness.model.build import build_model
 
-MEMORY = {"memory for all": 1.25, "short of memory": 0.3}  # pool, over a longest row for every request
+MEMORY = {"memory for all": 1.25, "short of memory": 0.15}  # pool, over a longest row for every request
 
 
 def cases(device: str) -> list[str]:
@@ -19,8 +20,9 @@ def cases(device: str) -> list[str]:
 
 def run(case: str, context: Context) -> Values:
     """Serve with each allocator and compare the tokens with those of the first."""
-    model = make_model(context)
-    served = {allocator: serve(model, allocator, context, MEMORY[case]) for allocator in ALLOCATORS}
+    run = make_run(context)
+    model = build_model(run.model, context.device)
+    served = {s.allocator.name: serve(run, s, model, MEMORY[case]) for s in run.systems}
     first = served[ALLOCATORS[0]].tokens
     values: Values = {}
     for allocator, one in served.items():

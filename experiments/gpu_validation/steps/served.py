@@ -1,48 +1,29 @@
 """A small trace served for real by one allocator, and every token that came of it."""
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from kvarena.allocators.memory.store import Store
-from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.stores import make_store
+from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.harness.config import load, typed
+from kvarena.experiments.kit.replay import requests_of, workload_of
 from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.torch_executor import TorchExecutor
-from kvarena.harness.model import load_preset
-from kvarena.harness.model.build import build_model
 from kvarena.harness.model.contract import Model
-from kvarena.harness.requests.request import Request
-from kvarena.harness.scheduler.registry import config_class as scheduler_class
-from kvarena.harness.scheduler.registry import make_scheduler
-from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.registry import get_kernel
+from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
+from kvarena.harness.scheduler.step import StepPlan
 
 ALLOCATORS = ("static", "paged", "vattention")
-SEED = 7
-
-
-class Size(NamedTuple):
-    """How large the replay is."""
-
-    model: str
-    dtype: str
-    kernel: str
-    requests: int
-    prompts: tuple[int, int]  # shortest, longest
-    outputs: tuple[int, int]
-    max_tokens: int
-    page_group: str
-
-
-SIZES = {
-    "cuda": Size("yi-6b", "bfloat16", "triton", 24, (50, 2000), (20, 120), 4096, "2MB"),
-    "cpu": Size("tiny-llama", "float32", "numba", 24, (5, 200), (5, 20), 256, "64KB"),
-}
+# All arrive at once; prompts of 100 to 1,900 and 8 to 152 tokens, outputs of 7 to 133 and 4 to 76.
+_SHORT = {
+    "cuda": ["model=yi-6b", "model.dtype=bfloat16", "systems=[static-triton,paged-triton,vattention-triton]",
+             "trace.prompt_tokens=1000", "trace.output_tokens=70", "trace.max_tokens=4096"],
+    "cpu": ["model=tiny-llama", "model.dtype=float32", "systems=[static-numba,paged-numba,vattention-numba]",
+            "trace.prompt_tokens=80", "trace.output_tokens=40", "trace.max_tokens=256"],
+}  # fmt: skip
+_ALIKE = ["experiment=memory_waste", "clock=measured", "arrival=all_at_once", "trace=random", "trace.num_requests=24",
+          "trace.range_ratio=0.9"]  # fmt: skip
 
 
 class Served(NamedTuple):
@@ -52,6 +33,7 @@ class Served(NamedTuple):
     seconds: float
     preemptions: int
     driver_calls: int  # on the critical path
+    executor: TorchExecutor
 
     @property
     def tokens_per_s(self) -> float:
@@ -59,57 +41,27 @@ class Served(NamedTuple):
         return sum(map(len, self.tokens.values())) / self.seconds
 
 
-class Keeper(TorchExecutor):
-    """Keeps the tokens of finished requests."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.kept: dict[int, list[int]] = {}
-
-    def finish(self, request: Request) -> None:
-        """Keep, then forget."""
-        self.kept[request.seq_id] = list(self.known(request))
-        super().finish(request)
+def make_run(context: Context) -> Run:
+    """The run whose systems are compared: ALLOCATORS, in that order, with one kernel body."""
+    return compose_run(*_ALIKE, f"device={context.device}", *_SHORT[context.device])
 
 
-MakeExecutor = Callable[[Model, Store, AttentionKernel, int], Keeper]
+def serve(run: Run, system: System, model: Model, memory: float, kind: type[TorchExecutor] = TorchExecutor) -> Served:
+    """Serve the trace; `memory` is the pool, over a longest row for each request. `kind` takes the steps."""
+    workload = workload_of(run)
+    pool_bytes = int(memory * len(workload) * run.context) * run.model.kv_layout().token_bytes
+    tokens: dict[int, list[int]] = {}
+    with Serving(run, system, pool_bytes=pool_bytes, model=model, executor=kind) as serving:
+        executor = serving.torch_executor
 
+        def keep(plan: StepPlan) -> None:
+            served = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
+            tokens.update((request.seq_id, executor.known(request)) for request in served)
 
-def make_model(context: Context) -> Model:
-    """The model of the replay, with random weights."""
-    size = SIZES[context.device]
-    return build_model(load_preset(size.model, dtype=size.dtype), context.device)
-
-
-def serve(model: Model, allocator: str, context: Context, memory: float, make: MakeExecutor = Keeper) -> Served:
-    """Serve requests that all arrive at once; `memory` is the pool, over a longest row for each of them."""
-    size, layout = SIZES[context.device], model.config.kv_layout()
-    pool = int(memory * size.requests * size.max_tokens) * layout.token_bytes
-    given = {"page_group": size.page_group} if allocator == "vattention" else {}
-    config = typed(config_class(allocator), {**load("allocator", allocator), **given}, "allocator")
-    policy = make_policy(config, layout, pool, size.max_tokens)
-    scheduler = make_scheduler(
-        typed(scheduler_class("vllm"), load("scheduler", "vllm"), "scheduler"), policy, size.max_tokens
-    )
-    local = model.config
-    store = make_store(policy, local.num_layers, local.num_kv_heads, local.head_size, local.dtype, context.device)
-    try:
-        executor = make(model, store, get_kernel(size.kernel), SEED)
+        engine = Engine(serving.scheduler, executor, watch=keep)
         start = time.perf_counter()
-        replay = Engine(scheduler, executor).run(requests(size))
+        replay = engine.run(requests_of(workload, run))
         seconds = time.perf_counter() - start
-        policy.check_integrity()
-        calls = store.driver_calls().critical
-    finally:
-        store.close()
-    return Served(executor.kept, seconds, sum(r.num_preemptions for r in replay.requests), calls)
-
-
-def requests(size: Size) -> list[Request]:
-    """The same lengths every time."""
-    draw = torch.Generator().manual_seed(SEED)
-    prompts, outputs = (
-        torch.randint(low, high + 1, (size.requests,), generator=draw).tolist()
-        for low, high in (size.prompts, size.outputs)
-    )
-    return [Request(i, prompt, output) for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))]
+        serving.policy.check_integrity()
+        calls = serving.store.driver_calls().critical
+    return Served(tokens, seconds, sum(r.num_preemptions for r in replay.requests), calls, executor)
