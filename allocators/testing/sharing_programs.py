@@ -3,8 +3,6 @@
 Every position of every sequence has a tag of its own, written once into all elements of K and V. After every
 operation the policy's books are recounted; after every step the memory of every sequence holds its tags, whatever was
 shared, copied, aliased or moved, and mapped bytes are the policy's count.
-
-The tests draw programs with hypothesis, `benchmarks/sharing_programs.py` by seed.
 """
 
 from collections.abc import Callable

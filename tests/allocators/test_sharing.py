@@ -1,6 +1,8 @@
 """Groups, forks and prefixes under every allocator, on real memory."""
 
+import os
 import random
+from contextlib import closing
 
 import pytest
 from fake_cuda import FakeCuda, FakedCudaDriver
@@ -10,18 +12,21 @@ from sharing_cases import CASES, HEADS, LAYERS, MAX_TOKENS, SIZE, blocks_of, mak
 
 from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import NotResidentError, Sequence
+from kvarena.allocators.paged.block_pool import BlockPool
+from kvarena.allocators.policy import IntegrityError, NotResidentError, Sequence
 from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.testing.sharing_programs import Programs
 from kvarena.errors import UserError
 
+PROGRAMS = int(os.environ.get("KVARENA_PROGRAMS", "12"))  # of each allocator
+
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_random_programs(name, options):
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=PROGRAMS, deadline=None)
     @given(choices=st.lists(st.integers(0, 1 << 16), min_size=90, max_size=90))
     def play(choices):
         policy, store = make(name, options, 1200 * KB)
@@ -30,6 +35,21 @@ def test_random_programs(name, options):
         store.close()
 
     play()
+
+
+def test_programs_find_a_block_that_is_given_back_twice(monkeypatch):
+    right = BlockPool.drop
+
+    def drop_all(pool, blocks):
+        right(pool, blocks)
+        pool.give([block for block in blocks if block in pool._extra])
+        return blocks
+
+    monkeypatch.setattr(BlockPool, "drop", drop_all)
+    policy, store = make("paged", {}, 1200 * KB)
+    programs, chance = Programs(policy, store, LAYERS), random.Random(0)
+    with closing(store), pytest.raises((IntegrityError, AssertionError)):
+        [programs.play(chance.randrange, 25) for _ in range(20)]
 
 
 @pytest.fixture
