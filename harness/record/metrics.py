@@ -97,17 +97,6 @@ def once_each(requests: pd.DataFrame) -> pd.DataFrame:
     return requests.drop_duplicates("request_id") if "request_id" in requests else requests
 
 
-def memory_saving(steps: pd.DataFrame) -> float:
-    """1 - 1 / mean over time of logical bytes over physical ones (PagedAttention's Fig 15); 0 where nothing is shared.
-
-    Physical bytes are those attached to sequences; logical ones count what is shared once for each that holds it.
-    """
-    attached = steps[["live", "reserved", "over_estimate", "rounding"]].sum(axis=1)
-    held = steps[attached > 0]
-    ratio = 1 + held.shared_bytes / attached[attached > 0]
-    return float(1 - 1 / np.average(ratio, weights=held.duration_ps)) if len(held) else float("nan")
-
-
 def reused_share(steps: pd.DataFrame) -> float:
     """Of the tokens that admitted requests began with, the share that was not fed: a prefix held them, or a cache."""
     reused, fed = int(steps.reused_tokens.sum()), int(steps.prefill_tokens.sum())

@@ -52,6 +52,9 @@ def test_a_run_reports_every_system_at_every_point(tmp_path: Path, monkeypatch: 
     steps = pd.read_parquet(folder / "steps.parquet")
     assert len(steps) == 6 * 2 * 2 * 6  # systems x batch sizes x steps of a round x rounds
     assert (steps[list(LEAVES)].sum(axis=1).groupby(steps.batch).nunique() == 1).all()  # one pool for all systems
+    first, batch = steps[(steps["round"] == 0) & (steps.step == 0)], [1, 3]
+    untimed = compose_run(*SMALL).params.check_steps + 1  # and one to warm up
+    assert set(first.kv_tokens) == {n * (40 + untimed + 1) for n in batch}, "prompts, and a token of each step so far"
     over_paged = summary[summary.quantity == "throughput_over_paged_vs_batch"]
     assert set(over_paged.system) == {"static/numba", "vattention/numba"}, "no paged system has sdpa's kernel"
     seconds = steps[steps.batch == 3].groupby(["system", "round"]).step_s.sum()

@@ -5,7 +5,8 @@ import pytest
 from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.replay import Replayer, requests_of, workload_of
-from kvarena.harness.record.metrics import memory_saving, summarize
+from kvarena.experiments.pagedattention.sharing_savings import savings
+from kvarena.harness.record.metrics import summarize
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.run.published import differences
@@ -23,7 +24,7 @@ def test_a_run_says_how_its_requests_are_decoded(clock):
     served = Replayer(run).serve(run.systems[0], workload)
     assert len(served.requests) == 3 * len(workload)
     assert served.requests.groupby("request_id").seq_id.count().eq(3).all()
-    assert 0 < memory_saving(served.steps) < 1
+    assert served.steps.shared_bytes.sum() > 0
     summary = summarize(served.requests, served.steps, served.resumed_gaps_ps)
     assert summary["finished"] == len(workload), "requests; latencies are of sequences"
     assert summary["rate_asked_per_s"] == pytest.approx(workload.rate)
@@ -35,7 +36,7 @@ def test_a_beam_shares_more_than_samples():
     run = compose_run(*WASTE)
     workload = workload_of(run)
     saved = [
-        memory_saving(Replayer(run).serve(run.systems[0], workload, DecodingConfig(name, 4)).steps)
+        savings(Replayer(run).serve(run.systems[0], workload, DecodingConfig(name, 4)).steps)["saving"]
         for name in ("parallel", "beam")
     ]
     assert 0 < saved[0] < saved[1]

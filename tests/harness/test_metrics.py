@@ -1,6 +1,7 @@
 """Metrics of replays small enough to work out by hand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
@@ -54,6 +55,20 @@ def test_two_requests_by_hand():
     assert summary["itl_p50_s"] == summary["itl_p99_s"] == 1
     assert summary["finished"] == 2
     assert summary["rate_reached_per_s"] == 0.5
+
+
+def test_p50_and_p99_are_what_their_names_say():
+    """A hundred and one requests and gaps of 0, 1, .. 100 s: the q-th percentile is q seconds."""
+    at_s = np.arange(101)
+    times = {"arrival_ps": 0, "scheduled_ps": at_s * S, "first_token_ps": at_s * S, "finish_ps": 11 * at_s * S}
+    counts = {"output_tokens": 11, "prompt_tokens": 1, "stall_ps": at_s * S, "num_preemptions": 0, "refusal": ""}
+    steps = pd.DataFrame({"duration_ps": at_s * S, "steps": 1, "slope_ps": 0, "decodes": 1, "swapped_in": 0})
+    found = summarize(pd.DataFrame(times | counts), steps, [])
+    scale = {"itl": 1, "ttft": 1, "tpot": 1, "queueing": 1, "stall": 1, "e2el": 11}
+    for name, times_s in scale.items():
+        assert found[f"{name}_p50_s"] == pytest.approx(50 * times_s)
+        assert found[f"{name}_p99_s"] == pytest.approx(99 * times_s)
+    assert found["normalized_latency_s"] == pytest.approx(50)
 
 
 def test_one_token_has_no_tpot_and_keeps_any_limit_on_it():

@@ -82,6 +82,16 @@ def test_another_seed_is_another_point() -> None:
     assert differences(seeded(run, 1), "fig2", PANEL) == ["trace", "arrival.seed"]
 
 
+@pytest.mark.parametrize("experiment", [e for e in names("experiment") if "cpu" in load("experiment", e).profiles])
+def test_what_is_measured_on_a_cpu_is_of_no_published_device(experiment: str) -> None:
+    """Whatever else agrees: the device alone un-earns the name."""
+    run = compose_run(f"experiment={experiment}", "clock=measured", "device=cpu")
+    stated = [
+        (figure, name) for figure, each in run.published.items() for name in each.panels if each.panel(name).device
+    ]
+    assert all("device" in differences(run, figure, name) for figure, name in stated)
+
+
 def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
     run = compose_run(WASTE)
     for other in (replace(run.device, name="h200"), replace(run.device, name="a100-80gb")):

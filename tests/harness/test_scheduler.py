@@ -130,6 +130,17 @@ def test_swapped_requests_come_back_before_anyone_waiting():
     assert scheduler.resumed_gaps_ps == [3], "its tokens came at 1 and at 4"
 
 
+def test_whoever_returns_from_the_cpu_pool_leaves_the_watermark():
+    scheduler = make("vllm", paged(16, watermark=0.25, swap_blocks=40), preemption="swap")
+    submit(scheduler, *[(6, 30), (3, 12), (9, 25), (5, 40), (2, 9)] * 3)
+    left = []
+    while scheduler.has_work:
+        if step(scheduler).swapped_in:
+            left.append(scheduler.policy.free_units)
+    assert len(left) > 3
+    assert min(left) == 4, "as many as an admission leaves, and no more"
+
+
 def test_a_full_cpu_pool_means_recomputation():
     scheduler = make("vllm", paged(4, swap_blocks=1), preemption="swap")
     _, second = submit(scheduler, (6, 4), (6, 4))
