@@ -1,51 +1,57 @@
-"""Allocation policies by name."""
+"""Allocation policies by name.
 
+An allocator is one file of this folder: a dataclass of its options, and the policy that takes them, under `@allocator`.
+The dataclass is all that says which options there are, what they mean, their defaults and their limits.
+"""
+
+import re
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
 
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.reservation.contiguous import ContiguousConfig, ContiguousPolicy
-from kvarena.allocators.reservation.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
-from kvarena.allocators.reservation.orca import OrcaConfig, OrcaPolicy
-from kvarena.allocators.reservation.paged_reserved import PagedReservedConfig, PagedReservedPolicy
-from kvarena.allocators.reservation.static import StaticConfig, StaticPolicy
-from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
-# name -> dataclass of options, policy. Apart from `name`, the options are the policy's keyword arguments.
-_POLICIES: dict[str, tuple[type[Any], type[Policy]]] = {
-    "contiguous": (ContiguousConfig, ContiguousPolicy),
-    "fastertransformer": (FasterTransformerConfig, FasterTransformerPolicy),
-    "orca_max": (OrcaConfig, OrcaPolicy),
-    "orca_oracle": (OrcaConfig, OrcaPolicy),
-    "orca_pow2": (OrcaConfig, OrcaPolicy),
-    "paged": (PagedConfig, PagedPolicy),
-    "paged_reserved": (PagedReservedConfig, PagedReservedPolicy),
-    "static": (StaticConfig, StaticPolicy),
-    "vattention": (VAttentionConfig, VAttentionPolicy),
-}
+P = TypeVar("P", bound=Policy)
 
-ALLOCATORS = tuple(_POLICIES)
+_POLICIES: dict[str, tuple[Any, type[Policy]]] = {}  # name -> options with their defaults, policy
 
 
-def register(policy: type[Policy], config: type[Any]) -> None:
-    """Let `make_policy` know a policy of your own, by the `name` of its dataclass of options.
+def allocator(*options: Any) -> Callable[[type[P]], type[P]]:
+    """Let a policy be known by the `name` of its options; by several names, where it has presets.
 
-    A system of it is made in code (notebooks/your_own_allocator.ipynb); to name it on the command line it needs its
-    line above and a file in conf/allocator/. Raises UserError where another policy has that name.
+    Raises UserError where another policy has that name.
     """
-    name = config().name
-    if _POLICIES.get(name, (None, policy))[1].__qualname__ != policy.__qualname__:
-        raise UserError(f"allocator {name}: there is one of that name. There are: {', '.join(ALLOCATORS)}")
-    _POLICIES[name] = (config, policy)
+
+    def registered(policy: type[P]) -> type[P]:
+        for each in options:
+            if _POLICIES.get(each.name, (each, policy))[1].__qualname__ != policy.__qualname__:
+                raise UserError(f"allocator {each.name}: there is one of that name, {_POLICIES[each.name][1]}")
+            _POLICIES[each.name] = (each, policy)
+        return policy
+
+    return registered
+
+
+def allocator_names() -> list[str]:
+    """Names of all allocators, sorted."""
+    _import_all()
+    return sorted(_POLICIES)
+
+
+def preset(name: str) -> Any:
+    """A policy's options with the defaults of that name. Raises UserError with the names that exist."""
+    return _look_up(name)[0]
 
 
 def config_class(name: str) -> type[Any]:
     """The dataclass of a policy's options. Raises UserError with the names that exist."""
-    return _look_up(name)[0]
+    return type(preset(name))
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -55,7 +61,7 @@ def policy_class(name: str) -> type[Policy]:
 
 def memory_layout(name: str) -> Layout:
     """The layout in which a policy's K/V lies. Raises UserError with the names that exist."""
-    return _look_up(name)[1].memory_layout
+    return policy_class(name).memory_layout
 
 
 def make_policy(config: Any, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> Policy:
@@ -64,12 +70,22 @@ def make_policy(config: Any, kv_layout: KVLayout, pool_bytes: int, max_tokens: i
     Raises UserError for a name that does not exist, an option out of range, and a pool that is too small.
     """
     options = {field.name: getattr(config, field.name) for field in fields(config)}
-    make: Any = _look_up(options.pop("name"))[1]
+    make: Any = policy_class(options.pop("name"))
     policy: Policy = make(kv_layout, pool_bytes, max_tokens=max_tokens, **options)
     return policy
 
 
-def _look_up(name: str) -> tuple[type[Any], type[Policy]]:
+def _look_up(name: str) -> tuple[Any, type[Policy]]:
+    _import_all()
     if name not in _POLICIES:
-        raise UserError(f"allocator={name}: no such allocator. There are: {', '.join(ALLOCATORS)}")
+        raise UserError(f"allocator={name}: no such allocator. There are: {', '.join(allocator_names())}")
     return _POLICIES[name]
+
+
+@cache
+def _import_all() -> None:
+    """Import the files of this folder that have an allocator. Stores are none, and need torch."""
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        if re.search(r"^@allocator\(", path.read_text(), re.MULTILINE):
+            import_module(".".join((__package__, *path.relative_to(folder).with_suffix("").parts)))

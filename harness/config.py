@@ -1,5 +1,7 @@
 """What a user may set: the groups of conf/, their schemas, and helpful refusals.
 
+Allocators and kernels have no files there: their own say which there are, and a dataclass their defaults.
+
 Hydra composes conf/, but it accepts unknown keys as `+key` and `++key`, and its refusals do not say what exists. So
 every override is checked by name before Hydra composes (`check_overrides`), and every group is merged into its
 dataclass afterwards (`typed`).
@@ -7,7 +9,7 @@ dataclass afterwards (`typed`).
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,8 +17,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from kvarena.allocators.registry import allocator_names, preset
 from kvarena.errors import UserError
 from kvarena.harness.paths import CONF
+from kvarena.kernels.registry import kernel_names
 
 ALL = "all"  # allocator=all, kernel=all: whatever the experiment's systems use
 AUTO = "auto"  # model=auto, device=auto: whatever the machine suggests
@@ -28,19 +32,36 @@ PLAIN_KEYS = ("clock", "threads", "systems")  # keys of config.yaml that are no 
 
 
 def names(group: str) -> list[str]:
-    """Names that exist in a group of conf/."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """Names that exist in a group."""
+    return sorted(_in_code(group) or (path.stem for path in (CONF / group).glob("*.yaml")))
 
 
 def load(group: str, name: str) -> DictConfig:
-    """What one file of a group states; its schema has the rest. Raises UserError with the names that exist."""
+    """What one choice of a group states; its schema has the rest. Raises UserError with the names that exist."""
     path: Path = CONF / group / f"{name}.yaml"
-    if not path.is_file():
+    stated = _in_code(group).get(name)
+    if stated is None and not path.is_file():
         raise UserError(f"{group}={name}: no such {group}. There are: {', '.join(names(group))}")
-    config = OmegaConf.create(_parsed(path))
+    config = OmegaConf.create(stated or _parsed(path))
     assert isinstance(config, DictConfig)
     config.pop("defaults", None)  # conf/base/, for Hydra: it refuses overrides of keys that no file has
     return config
+
+
+def _in_code(group: str) -> dict[str, dict[str, Any]]:
+    """The choices of a group that no file states, and their fields with the defaults."""
+    if group == "allocator":
+        return {ALL: {"name": ALL}} | {name: asdict(preset(name)) for name in allocator_names()}
+    return {name: {"name": name} for name in (ALL, *kernel_names())} if group == "kernel" else {}
+
+
+def tell_hydra() -> None:
+    """Let Hydra compose those choices as if they had files."""
+    from hydra.core.config_store import ConfigStore
+
+    for group in ("allocator", "kernel"):
+        for name, stated in _in_code(group).items():
+            ConfigStore.instance().store(name, stated, group)
 
 
 @cache  # parsing takes most of the time of a resolution, and nobody changes the files meanwhile

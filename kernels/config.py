@@ -1,4 +1,4 @@
-"""What conf/kernel/*.yaml may say."""
+"""What may be set of a kernel: which."""
 
 from dataclasses import dataclass
 

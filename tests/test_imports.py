@@ -81,9 +81,9 @@ def test_policies_and_specs_need_no_torch():
     """A modelled replay, a configuration and a refusal must not wait for torch to load."""
     code = (
         "import sys\n"
-        "from kvarena.allocators.registry import ALLOCATORS, config_class\n"
+        "from kvarena.allocators.registry import allocator_names, config_class\n"
         "from kvarena.kernels.registry import kernel_names, kernel_spec\n"
-        "assert [config_class(name) for name in ALLOCATORS] and [kernel_spec(name) for name in kernel_names()]\n"
+        "assert [config_class(name) for name in allocator_names()] and [kernel_spec(name) for name in kernel_names()]\n"
         "sys.exit('torch' in sys.modules)"
     )
     environment = {"PYTHONPATH": str(ROOT / ".import"), "PYTHONSAFEPATH": "1"}

@@ -2,11 +2,13 @@
 
 import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from kvarena.allocators import registry
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.stores import make_store
@@ -32,8 +34,9 @@ def example(heading: str, max_lines: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def headroom() -> Any:
-    return example("Your own allocator, in 40 lines", 40)["HeadroomPolicy"]
+def headroom() -> Iterator[Any]:
+    yield example("Your own allocator, in 40 lines", 40)["HeadroomPolicy"]
+    registry._POLICIES.pop("headroom")
 
 
 def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -> None:

@@ -20,6 +20,7 @@ from kvarena.allocators.paged.prefix_cache import CachedBlockPool
 from kvarena.allocators.paged.steps_until_growth import longest_stretch
 from kvarena.allocators.paged.swapping import CpuBlocks
 from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, NotResidentError, Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
@@ -28,18 +29,19 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class PagedConfig:
-    """conf/allocator/paged.yaml."""
+    """Blocks on demand, block tables, copy-on-write."""
 
     name: str = "paged"
-    block_size: int = 16  # tokens
+    block_size: int = 16  # tokens of one block, 1 to 256
     watermark: float = 0.01  # share of all blocks that an admission must leave free
-    swap_bytes: int | str = 0  # CPU pool for preempted sequences
-    prefix_cache: bool = False  # find full blocks again by what they hold
+    swap_bytes: int | str = 0  # CPU pool for preempted sequences, such as 20GB; 0: none, every victim is recomputed
+    prefix_cache: bool = False  # find full blocks again by what they hold (docs/design.md)
 
     def __post_init__(self) -> None:
         checked_block_size(self.block_size)
 
 
+@allocator(PagedConfig())
 class PagedPolicy(BlockGroups):
     """Blocks on demand, from one LIFO free list; copy-on-write; a CPU pool to swap to."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvarena.allocators.arena import Chunk
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.best_fit import BestFitAllocator
 from kvarena.allocators.reservation.estimate import estimator
 from kvarena.allocators.reservation.ledger import position_bytes
@@ -17,12 +18,13 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class ContiguousConfig:
-    """conf/allocator/contiguous.yaml."""
+    """One chunk of exactly the estimated length."""
 
     name: str = "contiguous"
-    estimate: str = "oracle"  # max | pow2 | oracle
+    estimate: str = "oracle"  # output that is reserved: max (max_tokens), pow2 (next power of two), oracle (true one)
 
 
+@allocator(ContiguousConfig())
 class ContiguousPolicy(ReservingPolicy[Chunk]):
     """Chunks of any number of tokens."""
 

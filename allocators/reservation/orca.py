@@ -10,6 +10,7 @@ from kvarena.allocators.arena import Chunk
 from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.buddy import BuddyAllocator, next_power_of_two
 from kvarena.allocators.reservation.estimate import estimator
 from kvarena.allocators.reservation.ledger import position_bytes
@@ -19,13 +20,14 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class OrcaConfig:
-    """conf/allocator/orca_{max,pow2,oracle}.yaml."""
+    """Buddy chunks, reserved on admission."""
 
     name: str = "orca_oracle"
-    estimate: str = "oracle"  # max | pow2 | oracle
-    block_size: int = 16  # tokens
+    estimate: str = "oracle"  # output that is reserved: max (max_tokens), pow2 (next power of two), oracle (true one)
+    block_size: int = 16  # tokens of the smallest chunk
 
 
+@allocator(OrcaConfig("orca_max", "max"), OrcaConfig("orca_pow2", "pow2"), OrcaConfig("orca_oracle", "oracle"))
 class OrcaPolicy(ReservingPolicy[Chunk]):
     """Chunks of 1, 2, 4, ... blocks, up to one that holds `max_tokens`."""
 

@@ -11,6 +11,7 @@ from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.estimate import estimator
 from kvarena.allocators.reservation.ledger import position_bytes
 from kvarena.allocators.reservation.policy import ReservingPolicy
@@ -19,13 +20,14 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class PagedReservedConfig:
-    """conf/allocator/paged_reserved.yaml."""
+    """Blocks, all of them reserved on admission."""
 
     name: str = "paged_reserved"
-    estimate: str = "oracle"  # max | pow2 | oracle
-    block_size: int = 16  # tokens
+    estimate: str = "oracle"  # output that is reserved: max (max_tokens), pow2 (next power of two), oracle (true one)
+    block_size: int = 16  # tokens of one block, 1 to 256
 
 
+@allocator(PagedReservedConfig())
 class PagedReservedPolicy(ReservingPolicy[list[int]]):
     """Any free blocks that cover the estimate."""
 

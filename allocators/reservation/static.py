@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.ledger import resident_bytes
 from kvarena.allocators.reservation.policy import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -16,11 +17,12 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class StaticConfig:
-    """conf/allocator/static.yaml."""
+    """One row of `max_tokens` per sequence: nothing to choose."""
 
     name: str = "static"
 
 
+@allocator(StaticConfig())
 class StaticPolicy(ReservingPolicy[list[int]]):
     """Rows of `max_tokens` positions, from a LIFO free list."""
 

@@ -19,6 +19,7 @@ from math import gcd
 from kvarena.allocators.holding import Holding, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Action, Sequence
+from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.ledger import resident_bytes
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage, extent_usage
@@ -34,23 +35,24 @@ from kvarena.kernels.layout import Layout
 
 @dataclass
 class VAttentionConfig:
-    """conf/allocator/vattention.yaml."""
+    """Rows of virtual tensors, page-groups mapped on demand."""
 
     name: str = "vattention"
-    page_group: str = "2MB"  # 64KB | 128KB | 256KB | 2MB
-    max_rows: int = 256  # rows of the virtual tensors: sequences at once
+    page_group: str = "2MB"  # physical memory is mapped in units of this: 64KB, 128KB, 256KB or 2MB
+    max_rows: int = 256  # rows of the virtual tensors: sequences at once (addresses only, no memory)
     watermark: float = 0.01  # share of the pool that an admission must leave obtainable
-    overlap: bool = True
-    deferred_reclamation: bool = True
-    eager_allocation: bool = True
-    eager_groups: int = 1  # page-groups per tensor of the slot
-    reclaim_threshold: float = 0.1  # share of the pool; 0: only on demand
-    tensor_slicing: bool = False
-    read_past: int | None = None  # tokens kept mapped past a sequence's end, for a kernel that reads on there
-    prefix_cache: bool = False  # keep rows for what they hold
-    copy_beams: bool = False  # where a beam dies, its own page-groups are written over: copies in place of driver calls
+    overlap: bool = True  # map what the next iteration needs beside the present one
+    deferred_reclamation: bool = True  # a row keeps its page-groups when its request ends; the next one inherits them
+    eager_allocation: bool = True  # keep one idle row ready for the next request
+    eager_groups: int = 1  # page-groups per tensor of that row
+    reclaim_threshold: float = 0.1  # share of the pool: below it, idle rows give back ahead of need; 0: only on demand
+    tensor_slicing: bool = False  # one K and one V tensor over all N layers: a page-group has N times fewer tokens
+    read_past: int | None = None  # tokens kept mapped past a sequence's end; null: on a GPU the kernel's, else 0
+    prefix_cache: bool = False  # find page-groups again by what they hold (docs/design.md)
+    copy_beams: bool = False  # where a beam dies, write over its own page-groups: copies, not driver calls
 
 
+@allocator(VAttentionConfig())
 class VAttentionPolicy(CachedRows):
     """Sequences in rows. Every page-group serves any tensor, so nothing is ever stranded."""
 

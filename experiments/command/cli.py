@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from kvarena.errors import UserError
 from kvarena.experiments.command import multirun, registry, show, sweep
 from kvarena.experiments.command.carry_out import carry_out, summarize
-from kvarena.harness.config import check_once, check_overrides, keys_of, on_auto
+from kvarena.harness.config import check_once, check_overrides, keys_of, on_auto, tell_hydra
 from kvarena.harness.paths import CONF
 from kvarena.harness.record.record import Recorder, runs_folder
 from kvarena.harness.run.run import Run
@@ -69,6 +69,7 @@ def _command(arguments: list[str]) -> None:
     if arguments[:1] and arguments[0].startswith("claim="):
         _claim(arguments[0].removeprefix("claim="), arguments[1:])
         return
+    tell_hydra()
     if _HELP & set(arguments):
         _compose_and_run()
         return

@@ -1,12 +1,23 @@
 """Runs composed in code: what the command line composes, for tests, benchmarks and notebooks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from hydra import compose, initialize_config_dir
 
 from kvarena.experiments.command import registry
-from kvarena.harness.config import check_overrides, on_auto
+from kvarena.harness.config import check_overrides, on_auto, tell_hydra
 from kvarena.harness.paths import CONF
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.schemas import schema_of
+
+
+@contextmanager
+def configuration() -> Iterator[None]:
+    """Inside, Hydra's `compose` finds conf/, and allocators and kernels beside it."""
+    tell_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
 
 
 def compose_run(*overrides: str) -> Run:
@@ -14,6 +25,6 @@ def compose_run(*overrides: str) -> Run:
     arguments = list(overrides)
     registry.named(arguments)
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configuration():
         config = compose("config", on_auto(arguments))
     return registry.resolved(config, arguments)

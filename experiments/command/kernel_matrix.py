@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from kvarena.allocators.registry import ALLOCATORS, memory_layout
+from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.experiments.kit.tables import Grid, print_grid
 from kvarena.kernels.registry import fits, kernel_names, kernel_spec, missing
 
@@ -17,7 +17,7 @@ def print_matrix() -> None:
 
 
 def _print_pairs(console: Console) -> None:
-    layouts = {allocator: memory_layout(allocator) for allocator in ALLOCATORS}
+    layouts = {allocator: memory_layout(allocator) for allocator in allocator_names()}
     cells = {(allocator, "layout"): str(layout) for allocator, layout in layouts.items()}
     for kernel in kernel_names():
         for allocator, layout in layouts.items():

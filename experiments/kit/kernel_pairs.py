@@ -1,10 +1,10 @@
 """A kernel over an allocator's memory, with nothing scheduled: what experiments compare that measure kernels alone."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
-from kvarena.allocators.registry import config_class
-from kvarena.harness.config import load, names, typed
+from kvarena.allocators.registry import preset
+from kvarena.harness.config import load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import preset_names
 from kvarena.harness.run.run import Run
@@ -22,11 +22,9 @@ def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> Syst
 
 
 def allocator_named(name: str, **wanted: Any) -> Any:
-    """An allocator's options by its file, where it has one, and with those of `wanted` that it has."""
-    schema = config_class(name)
-    filed = load("allocator", name) if name in names("allocator") else {"name": name}
-    have = {field.name for field in fields(schema)}
-    return typed(schema, {**filed, **{key: value for key, value in wanted.items() if key in have}}, "allocator")
+    """An allocator's options, with those of `wanted` that it has."""
+    filed = preset(name)
+    return replace(filed, **{key: value for key, value in wanted.items() if hasattr(filed, key)})
 
 
 def unread_of_model(run: Run, *read: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import ALLOCATORS, memory_layout
+from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import TOLERANCE
@@ -74,7 +74,7 @@ def unread(run: Run) -> dict[str, str]:
 def measure(run: Run, recorder: Recorder) -> Measured:
     """Try every pair. Raises UserError where no kernel that reads rows runs here."""
     _check(run.params)
-    pairs = [Pair(allocator, kernel) for allocator in ALLOCATORS for kernel in kernel_names()]
+    pairs = [Pair(allocator, kernel) for allocator in allocator_names() for kernel in kernel_names()]
     with Progress(NAME, 1) as progress:
         cell = recorder.cell("pairs", lambda: _matrix(run, pairs))["pairs"]
         progress.advance()

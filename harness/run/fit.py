@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kvarena.allocators.registry import ALLOCATORS, memory_layout
+from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.errors import UserError
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.run.systems import System
@@ -30,7 +30,7 @@ def fitting_pairs(model: ModelConfig, device: str) -> list[str]:
     """Every pair that fits, as `allocator + kernel`."""
     return [
         f"{allocator} + {kernel}"
-        for allocator in ALLOCATORS
+        for allocator in allocator_names()
         for kernel in kernel_names()
         if misfit(allocator, kernel, model, device) is None
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.allocators.registry import memory_layout
+from kvarena.allocators.registry import memory_layout, preset
 from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, names, no_such_key, typed
 from kvarena.harness.scheduler.registry import check_pair
@@ -45,10 +45,8 @@ class System:
 
 
 def described(allocator: Any) -> str:
-    """An allocator by what it is: its name, and the fields in which it differs from its file in conf/allocator/."""
-    filed = type(allocator)()
-    if allocator.name in names("allocator"):
-        filed = typed(type(allocator), load("allocator", allocator.name), "allocator")
+    """An allocator by what it is: its name, and the fields in which it differs from the defaults of that name."""
+    filed = preset(allocator.name)
     own = {field.name: getattr(allocator, field.name) for field in fields(allocator) if field.name != "name"}
     return said(str(allocator.name), {name: value for name, value in own.items() if value != getattr(filed, name)})
 

@@ -2,7 +2,7 @@
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention.policy import VAttentionPolicy
@@ -14,7 +14,7 @@ OPTIONS = {
     "fastertransformer": {"max_padded_tokens": MAX_TOKENS},
     "vattention": {"page_group": "64KB", "max_rows": 9, "watermark": 0.0},
 }
-CASES = [(name, {}) for name in ALLOCATORS] + [
+CASES = [(name, {}) for name in allocator_names()] + [
     ("vattention", {"tensor_slicing": True}),  # 32 tokens a page-group
     ("vattention", {"tensor_slicing": True, "overlap": False, "deferred_reclamation": False}),
     ("vattention", {"tensor_slicing": True, "copy_beams": True}),

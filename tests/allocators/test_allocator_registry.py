@@ -1,40 +1,52 @@
-"""Names, options and files of conf/allocator agree."""
+"""Names of allocators, their options, and what the one place that states these says of each."""
 
-from dataclasses import asdict, fields
+import inspect
+from dataclasses import dataclass, fields
 
 import pytest
-from omegaconf import OmegaConf
 
+from kvarena.allocators import registry
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator, allocator_names, config_class, make_policy, preset
+from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.errors import UserError
-from kvarena.harness.paths import CONF
+from kvarena.harness.config import load, typed
 
 OPT_13B = attention_layout(40, 40, 128)
 
 
-def from_file(name):
-    node = OmegaConf.merge(OmegaConf.structured(config_class(name)), OmegaConf.load(CONF / f"allocator/{name}.yaml"))
-    return OmegaConf.to_object(node)
-
-
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_a_file_sets_every_option_and_makes_the_policy(name):
-    path = CONF / f"allocator/{name}.yaml"
-    assert list(OmegaConf.load(path)) == [field.name for field in fields(config_class(name))]
-    assert all("#" in line for line in path.read_text().splitlines())  # each with what it means
-    policy = make_policy(from_file(name), OPT_13B, 984 * 16 * OPT_13B.token_bytes, 2048)
+@pytest.mark.parametrize("name", allocator_names())
+def test_its_options_are_told_in_one_place_and_make_the_policy(name):
+    schema = config_class(name)
+    lines = {line.split(":")[0].strip(): line for line in inspect.getsource(schema).splitlines()}
+    assert all("  # " in lines[field.name] for field in fields(schema) if field.name != "name")
+    config = typed(schema, load("allocator", name), "allocator")
+    assert config == preset(name)
+    assert {field.name for field in fields(schema)} == set(load("allocator", name))  # else Hydra refuses overrides
+    policy = make_policy(config, OPT_13B, 984 * 16 * OPT_13B.token_bytes, 2048)
     assert policy.name == name
     assert policy.pool_bytes == 984 * 16 * OPT_13B.token_bytes
     policy.check_integrity()
-
-
-@pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"orca_max", "orca_pow2"}))
-def test_defaults_are_those_of_the_file(name):
-    assert asdict(config_class(name)()) == asdict(from_file(name))
 
 
 @pytest.mark.parametrize("name", ["Paged", "vllm", ""])
 def test_an_unknown_name_lists_what_exists(name):
     with pytest.raises(UserError, match=f"allocator={name}: no such allocator.*contiguous.*paged.*static"):
         config_class(name)
+
+
+def test_a_name_is_taken_once(monkeypatch):
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+
+    @dataclass
+    class Mine:
+        name: str = "mine"
+
+    @allocator(Mine())
+    class MinePolicy(StaticPolicy):
+        name = "mine"
+
+    assert "mine" in allocator_names()
+    assert allocator(Mine())(MinePolicy) is MinePolicy  # a notebook's cell that is run again
+    with pytest.raises(UserError, match="allocator mine: there is one of that name"):
+        allocator(Mine())(StaticPolicy)

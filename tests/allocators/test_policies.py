@@ -4,7 +4,7 @@ import pytest
 
 from kvarena.allocators.kv_layout import KVLayout, attention_layout, latent_layout, sliding_layout
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.testing.conformance import Traits, check_policy
 
 LAYOUTS = {
@@ -41,7 +41,7 @@ def _fatter(group):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("name", allocator_names())
 def test_random_programs(name: str, layout: str) -> None:
     config = config_class(name)(name=name, **OPTIONS.get(name, {}))
 

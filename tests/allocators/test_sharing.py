@@ -14,7 +14,7 @@ from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.policy import IntegrityError, NotResidentError, Sequence
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.testing.sharing_programs import Programs
@@ -171,7 +171,7 @@ def test_freeing_twice_and_forking_what_has_ended(name, options):
 # ---- groups ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name not in ("paged", "vattention")])
+@pytest.mark.parametrize("name", [name for name in allocator_names() if name not in ("paged", "vattention")])
 def test_reserved_members_get_the_prompt_once_it_is_written(name):
     policy, store = make(name, {}, 1200 * KB)
     assert policy.admit_group([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)

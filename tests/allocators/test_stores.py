@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvarena.allocators.kv_layout import attention_layout, latent_layout
 from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import Policy, Sequence
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention.policy import VAttentionPolicy
@@ -26,7 +26,7 @@ OPTIONS = {
     "fastertransformer": {"max_padded_tokens": 200},
     "vattention": {"page_group": "64KB", "max_rows": 12},
 }
-CASES = [(name, {}) for name in ALLOCATORS] + [
+CASES = [(name, {}) for name in allocator_names()] + [
     ("vattention", {"tensor_slicing": True}),
     ("vattention", {"overlap": False, "deferred_reclamation": False, "eager_allocation": False}),
 ]

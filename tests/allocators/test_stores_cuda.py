@@ -12,7 +12,7 @@ from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.memory.store import Store
 from kvarena.allocators.policy import CopyBlock, Map, Policy, Sequence, SwapIn, SwapOut, Unmap
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import GB, KB, MB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention import kernel_fence
@@ -61,7 +61,7 @@ def serve(policy: Policy, store: Store) -> None:
     assert physical.mapped_bytes + physical.pooled_bytes == physical.counted_bytes
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("name", allocator_names())
 def test_every_allocator_on_created_handles(fake, name):
     policy = policy_of(name, 4 * MB, **({"page_group": "64KB", "max_rows": 12} if name == "vattention" else {}))
     store = make_store(policy, LAYERS, HEADS, SIZE, "float32")
@@ -74,7 +74,7 @@ def test_every_allocator_on_created_handles(fake, name):
     assert fake.nothing_left
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("name", allocator_names())
 def test_no_kernel_finds_what_new_memory_held(fake, name):
     """It would be weighed with 0 past a length, and 0 x NaN is NaN; the fake's new memory is NaN all over."""
     policy = policy_of(name, 4 * MB, **({"page_group": "64KB", "max_rows": 12} if name == "vattention" else {}))
@@ -90,7 +90,7 @@ def test_no_kernel_finds_what_new_memory_held(fake, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("name", allocator_names())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_allocator_on_a_gpu(name, dtype):
     policy = policy_of(name, 64 * MB, dtype, **({"page_group": "2MB", "max_rows": 12} if name == "vattention" else {}))

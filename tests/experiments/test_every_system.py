@@ -60,7 +60,7 @@ def newcomers() -> Iterator[None]:
     module = types.ModuleType("newcomers")
     vars(module).update(readme("Your own allocator") | readme("Your own kernel"))
     sys.modules["newcomers"] = module
-    allocators.register(module.HeadroomPolicy, module.HeadroomConfig)
+    allocators.allocator(module.HeadroomConfig())(module.HeadroomPolicy)
     CATALOGUE["plain"] = (module.PlainAttention.spec, "newcomers", "PlainAttention")
     yield
     allocators._POLICIES.pop("headroom")

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import initialize_config_dir
 from tiny import TINY
 
 from kvarena.errors import UserError
 from kvarena.experiments.command import multirun
+from kvarena.experiments.command.compose import configuration
 from kvarena.experiments.command.multirun import as_one, jobs_of
-from kvarena.harness.paths import CONF
 from kvarena.harness.run.run import Run
 
 SMALL = ("experiment=memory_waste", *TINY["memory_waste", "modelled"])
@@ -22,7 +21,7 @@ MEASURED = ("experiment=memory_waste", "clock=measured", *TINY["memory_waste", "
 
 def runs_of(*arguments: str) -> tuple[list[Run], list[list[str]]]:
     jobs = jobs_of(arguments)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configuration():
         return multirun.runs_within(jobs.across, jobs.within), jobs.within
 
 

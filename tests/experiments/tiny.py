@@ -5,12 +5,12 @@ from copy import deepcopy
 from functools import cache
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kvarena.experiments.command import registry
+from kvarena.experiments.command.compose import configuration
 from kvarena.harness.config import GROUPS, check_overrides, load
-from kvarena.harness.paths import CONF
 from kvarena.harness.record.record import Frames, Recorder
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.schemas import schema_of
@@ -219,7 +219,7 @@ def resolved(experiment: str, clock: str, *overrides: str, without: Iterable[str
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configuration():
         return compose("config", list(overrides))
 
 

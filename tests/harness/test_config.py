@@ -3,13 +3,12 @@
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from kvarena.errors import UserError
-from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.command.compose import compose_run, configuration
 from kvarena.harness.config import check_once, check_overrides, load, names
 from kvarena.harness.model import load_preset
-from kvarena.harness.paths import CONF
 from kvarena.harness.run.fit import misfit
 from kvarena.harness.run.systems import kept
 from kvarena.harness.trace.arrival import UNDRAWN
@@ -25,7 +24,7 @@ def refusal(*overrides: str) -> str:
 
 def test_the_experiment_overrides_the_defaults_and_the_command_line_both() -> None:
     """Pins the place of `_self_` in conf/config.yaml: last, it would silently win over the experiment."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configuration():
         assert compose("config", [DECODE]).name == "decode_throughput"
         assert "cuda" in compose("config", [DECODE]).profiles
     assert [s.name for s in compose_run(DECODE, "systems=[paged-numba]").systems] == ["paged-numba"]
@@ -40,7 +39,7 @@ def test_every_experiment_composes_and_fits() -> None:
 
 def test_every_kind_of_device_has_systems_that_it_can_run() -> None:
     """A GPU cannot run the CPU's kernels: the profile names its own, and they fit the profile's model there."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configuration():
         profiles = compose("config", [DECODE]).profiles
     for kind, profile in profiles.items():
         if kind == "modelled":  # an engine's constants say which kernels it prices

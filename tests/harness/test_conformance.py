@@ -5,7 +5,7 @@ import pytest
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.registry import ALLOCATORS, config_class, make_policy
+from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.harness.testing.conformance import check_serving
 
 PADDED = "fastertransformer"  # its batches need its own scheduler
@@ -13,7 +13,7 @@ OPTIONS = {"vattention": {"page_group": "64KB", "max_rows": 12}}
 POOLS = {"vattention": 5120, "static": 200, "orca_max": 200}  # tokens; page-groups are coarse for so small a model
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != PADDED])
+@pytest.mark.parametrize("name", [name for name in allocator_names() if name != PADDED])
 def test_every_allocator_conforms(name: str) -> None:
     def make(kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> Policy:
         return make_policy(config_class(name)(name=name, **OPTIONS.get(name, {})), kv_layout, pool_bytes, max_tokens)

@@ -41,7 +41,7 @@ class SlabPolicy(StaticPolicy):
 
 @pytest.fixture
 def newcomer() -> Iterator[None]:
-    allocators.register(SlabPolicy, SlabConfig)
+    allocators.allocator(SlabConfig())(SlabPolicy)
     yield
     allocators._POLICIES.pop("slab")
 
@@ -73,10 +73,10 @@ def test_an_allocator_as_filed_is_described_by_its_name_alone(name: str) -> None
     assert described(typed(of("allocator", name), load("allocator", name), "allocator")) == name
 
 
-def test_what_differs_from_the_file_is_said() -> None:
+def test_what_differs_from_the_defaults_is_said(newcomer: None) -> None:
     paged = filed("paged").allocator
     assert described(replace(paged, block_size=32)) == "paged{block_size: 32}"
-    assert described(SlabConfig()) == "slab", "no file, and a default that is a list"
+    assert described(SlabConfig()) == "slab", "a default that is a list"
     assert described(SlabConfig(unit=32, classes=[3])) == "slab{unit: 32, classes: [3]}"
     assert said("paged{block_size: 32}", {"watermark": 0}) == "paged{block_size: 32, watermark: 0}"
     assert said("vattention-64KB", {"page_group": "64KB"}) == "vattention-64KB{page_group: 64KB}"
@@ -135,11 +135,9 @@ def test_a_system_file_of_ones_own_is_kept_by_its_allocator(own_conf: Add) -> No
         kept(NUMBA, "slab", "all")
 
 
-def test_a_newcomer_with_its_files_runs_by_name_and_its_fields_win(own_conf: Add) -> None:
-    own_conf("allocator/slab", "name: slab\nunit: 128\n")
-    own_conf("system/slab-numba", "allocator: {name: slab}\nkernel: {name: numba}\npairing: same body\n")
+def test_a_newcomer_runs_by_name_and_its_fields_win(newcomer: None) -> None:
     (system,) = served("allocator=slab").systems
-    assert (system.name, system.allocator, system.shown_allocator) == ("slab-numba", SlabConfig(unit=128), "slab")
+    assert (system.name, system.allocator, system.shown_allocator) == ("slab-numba", SlabConfig(), "slab")
     (system,) = served("allocator=slab", "allocator.unit=32").systems
     assert (system.allocator.unit, system.shown_allocator) == (32, "slab{unit: 32}")
 
