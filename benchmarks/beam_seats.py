@@ -22,7 +22,7 @@ BEAMS = DecodingConfig("beam", n=4)
 SYSTEMS = "vattention-2mb,vattention-sliced-2mb,vattention-64kb"
 
 
-def replay(run: Run, system: System, rate: float) -> tuple[float, Served]:
+def replay(run: Run[object], system: System, rate: float) -> tuple[float, Served]:
     """CPU seconds of a replay, and what happened."""
     workload = workload_of(run, rate=rate)
     start = time.thread_time()
@@ -30,7 +30,7 @@ def replay(run: Run, system: System, rate: float) -> tuple[float, Served]:
     return time.thread_time() - start, served
 
 
-def compare(run: Run, system: System, rate: float, rounds: int) -> None:
+def compare(run: Run[object], system: System, rate: float, rounds: int) -> None:
     """Print one system's ratios."""
     own = RowGroups.reseat
     one_s, two_s = [], []

@@ -31,7 +31,7 @@ STARTS, EVALUATIONS = 3, 60  # simplexes, and evaluations of each
 Constants = tuple[float, ...]
 
 
-def error_of(run: Run, figure: str) -> Callable[[Constants], float]:
+def error_of(run: Run[object], figure: str) -> Callable[[Constants], float]:
     """A function that gives the RMS log error, in percent, of all points of the run's systems."""
     panel, stated = run.params.panels[figure], run.published[figure]
     run = run_of_panel(run, panel)
@@ -52,7 +52,7 @@ def error_of(run: Run, figure: str) -> Callable[[Constants], float]:
     return error
 
 
-def engine_with(run: Run, constants: Constants) -> EngineConfig:
+def engine_with(run: Run[object], constants: Constants) -> EngineConfig:
     """The run's engine with these constants for its model."""
     engine: EngineConfig = run.engine
     fitted = replace(engine.fitted[run.model.name], **dict(zip(NAMES, constants, strict=True)))

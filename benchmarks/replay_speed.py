@@ -49,7 +49,7 @@ LOADS = (0.5, 0.75, 0.9, 1.0, 1.05)
 VATTENTION = ("vattention-2mb", "vattention-64kb", "vattention-sliced-2mb")
 
 
-def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged") -> tuple[Run, Workload]:
+def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged") -> tuple[Run[object], Workload]:
     """A run of one system alone, and its workload."""
     run = compose_run(*MODELLED, f"systems=[{name}]", *overrides)
     [system] = run.systems
@@ -58,7 +58,7 @@ def case_of(budget: int | None, overrides: tuple[str, ...], name: str = "paged")
     return run, workload_of(run)
 
 
-def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
+def replay_s(run: Run[object], workload: Workload, *, jump: bool) -> float:
     """CPU seconds of one replay with its record, from the requests to the frames."""
     [system] = run.systems
     serving = Serving(run, system)
@@ -70,7 +70,7 @@ def replay_s(run: Run, workload: Workload, *, jump: bool) -> float:
 
 
 @cache
-def grid_run(panel: str, index: int) -> Run:
+def grid_run(panel: str, index: int) -> Run[object]:
     """The run of one curve of the grid, at any rate."""
     model, device, trace, seconds, rows, _ = GRID[panel]
     name = SYSTEMS[index]

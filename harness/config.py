@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -28,6 +28,7 @@ CLOCKS = ("measured", "modelled")
 GROUPS = (
     "experiment", "model", "trace", "arrival", "decoding", "scheduler", "engine", "device", "allocator", "kernel",
 )  # fmt: skip
+T = TypeVar("T")
 PLAIN_KEYS = ("clock", "threads", "systems")  # keys of config.yaml that are no group
 
 
@@ -69,10 +70,10 @@ def _parsed(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def typed(schema: type, node: Any, where: str) -> Any:
+def typed(schema: type[T], node: object, where: str) -> T:
     """`node` as an instance of the dataclass `schema`. Raises UserError for unknown keys and wrong types."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node)))
     except ConfigKeyError as error:
         raise no_such_key(f"{where}.{error.full_key or error.key}", field_names(schema, where)) from error
     except ValidationError as error:

@@ -26,7 +26,7 @@ from kvarena.harness.trace import replays, told
 TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
 
 
-def carry_out(run: Run, recorder: Recorder) -> Outcome:
+def carry_out(run: Run[object], recorder: Recorder) -> Outcome:
     """Measure, summarise and draw."""
     measured = measure(run, recorder)
     try:
@@ -41,7 +41,7 @@ def carry_out(run: Run, recorder: Recorder) -> Outcome:
         raise
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[object], recorder: Recorder) -> Measured:
     """What the experiment measures, with an account of every trace that it told of."""
     with told.heard() as accounts:
         measured = registry.get(run.experiment).measure(run, recorder)
@@ -56,7 +56,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return measured
 
 
-def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
+def summary_of(run: Run[object], frames: Frames) -> pd.DataFrame:
     """The experiment's summary, and under it the accounts of its traces: of these alone, whatever serves them."""
     summary = registry.get(run.experiment).summarize(run, frames)
     if TRACES not in frames:
@@ -71,7 +71,7 @@ def summary_of(run: Run, frames: Frames) -> pd.DataFrame:
     return pd.concat([summary, rows], ignore_index=True)
 
 
-def made_of(run: Run, measured: Measured) -> Outcome:
+def made_of(run: Run[object], measured: Measured) -> Outcome:
     """Summary and figure of what was measured."""
     module = registry.get(run.experiment)
     summary = summary_of(run, measured.frames)
@@ -80,7 +80,7 @@ def made_of(run: Run, measured: Measured) -> Outcome:
     return Outcome(measured, summary, module.HEADLINE, figure)
 
 
-def resolved_in(folder: Path) -> Run:
+def resolved_in(folder: Path) -> Run[object]:
     """The run that a folder was written by. Raises UserError where there is none, or there are several."""
     path = folder / "config.yaml"
     if not path.is_file():

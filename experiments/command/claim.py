@@ -1,8 +1,8 @@
 """What one claim needs: the experiment that its expression names, with only the figures and systems it asks for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from omegaconf import DictConfig
 
@@ -47,7 +47,7 @@ def arguments_for(claim: Claim, on_gpu: Callable[[], bool] = has_gpu) -> list[st
 def _narrowed(experiment: str, points: list[Point]) -> Iterator[str]:
     """Overrides that leave out what the points do not need, where their names say so."""
     figures = dict.fromkeys(point.figure for point in points)
-    if "only" in {field.name for field in fields(registry.get(experiment).Params)}:
+    if "only" in get_type_hints(registry.get(experiment).Params):
         yield f"params.only=[{','.join(figures)}]"
     config = load("experiment", experiment)
     needed = {_file_of(config, point) for point in points}

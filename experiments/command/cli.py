@@ -140,7 +140,7 @@ def _job(config: DictConfig, overrides: list[str]) -> None:
         _run(run, [*overrides, *inner])
 
 
-def _run(run: Run, overrides: list[str]) -> None:
+def _run(run: Run[object], overrides: list[str]) -> None:
     job = sweep.job_folder(run.plain())
     if job is not None and job.is_dir():
         print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)

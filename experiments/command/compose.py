@@ -20,7 +20,7 @@ def configuration() -> Iterator[None]:
         yield
 
 
-def compose_run(*overrides: str) -> Run:
+def compose_run(*overrides: str) -> Run[object]:
     """The run that `./run.sh <overrides>` would be. Raises UserError like the command line."""
     arguments = list(overrides)
     registry.named(arguments)

@@ -8,7 +8,7 @@ them all. Jobs that differ in seeds stay jobs, and their rows become one (`over_
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any, NamedTuple
 
 from hydra import compose
@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 
 from kvarena.errors import UserError
 from kvarena.experiments.command import registry
+from kvarena.experiments.kit.seeds import Seeded
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System, alike, distinct, said
 
@@ -85,13 +86,13 @@ def _expanded(overrides: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return itertools.product(*map(_choices, _parsed(overrides)))
 
 
-def runs_within(overrides: Sequence[str], within: Sequence[Sequence[str]]) -> list[Run]:
+def runs_within(overrides: Sequence[str], within: Sequence[Sequence[str]]) -> list[Run[object]]:
     """The runs of one job of Hydra's, inside of it. Raises UserError as any run does."""
     jobs = [[*overrides, *inner] for inner in within]
     return [registry.resolved(compose("config", job), job) for job in jobs]
 
 
-def as_one(runs: Sequence[Run], within: Sequence[Sequence[str]]) -> Run | None:
+def as_one(runs: Sequence[Run[object]], within: Sequence[Sequence[str]]) -> Run[object] | None:
     """The run of all systems of these runs; None where they are not of one kind, or cannot stand in one run."""
     first = runs[0]
     if len(runs) == 1:
@@ -106,17 +107,19 @@ def as_one(runs: Sequence[Run], within: Sequence[Sequence[str]]) -> Run | None:
     return replace(first, systems=distinct(systems, by_kernel), params=_with_all_seeds(runs), given=given)
 
 
-def _apart_from_systems(run: Run) -> dict[str, Any]:
+def _apart_from_systems(run: Run[object]) -> dict[str, object]:
     plain = run.plain()
     params = {key: value for key, value in plain.pop("params").items() if key != "seeds"}
     return {**plain, "systems": None, "params": params}
 
 
-def _with_all_seeds(runs: Sequence[Run]) -> Any:
+def _with_all_seeds(runs: Sequence[Run[object]]) -> object:
     params = runs[0].params
-    if not hasattr(params, "seeds"):
+    if not (isinstance(params, Seeded) and is_dataclass(params)):
         return params
-    return replace(params, seeds=list(dict.fromkeys(seed for run in runs for seed in run.params.seeds)))
+    each = [run.params for run in runs]
+    seeds = dict.fromkeys(seed for params in each if isinstance(params, Seeded) for seed in params.seeds)
+    return replace(params, seeds=list(seeds))
 
 
 def _speaks_of(params: Any, names: set[str]) -> bool:
@@ -125,7 +128,7 @@ def _speaks_of(params: Any, names: set[str]) -> bool:
     return bool(words & names)
 
 
-def _united(runs: Sequence[Run], within: Sequence[Sequence[str]]) -> Iterator[System]:
+def _united(runs: Sequence[Run[object]], within: Sequence[Sequence[str]]) -> Iterator[System]:
     """Every system once, said with what was swept where the sweep changes it."""
     values = [_assignments(inner) for inner in within]
     swept = [key for key in values[0] if len({each[key] for each in values}) > 1]

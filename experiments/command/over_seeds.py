@@ -29,7 +29,7 @@ def over_seeds(summaries: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(folded)[COLUMNS].drop_duplicates(KEY, ignore_index=True)
 
 
-def _folded(rows: pd.DataFrame) -> dict[str, Any]:
+def _folded(rows: pd.DataFrame) -> dict[str, object]:
     """One row of those of every seed, ours unless all have one published name."""
     if len(rows) == 1:
         return {str(name): value for name, value in rows.iloc[0].items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,34 +21,37 @@ PACKAGES = ("kvarena.experiments.pagedattention", "kvarena.experiments.vattentio
 ONE_SYSTEM = ("allocation_overlap", "calibrate", "deferred_reclamation", "preemption")
 
 
-class Experiment(Protocol):
-    """What a module of these packages offers."""
+Q = TypeVar("Q")
 
-    Params: type  # dataclass of the experiment's own keys, `params.<key>`
+
+class Experiment(Protocol[Q]):
+    """What a module of these packages offers. `Q` is its Params."""
+
+    Params: type[Q]  # dataclass of the experiment's own keys, `params.<key>`
     HEADLINE: str  # the quantity that the run prints
     READS: Mapping[str, Sequence[str]]  # clock -> groups of keys that it reads (harness/run/unread.py)
 
-    def unread(self, run: Run) -> Mapping[str, str]:
+    def unread(self, run: Run[Q]) -> Mapping[str, str]:
         """Keys of those groups, and of `params`, that this run does not read: key -> what to write instead."""
 
-    def measure(self, run: Run, recorder: Recorder) -> Measured:
+    def measure(self, run: Run[Q], recorder: Recorder) -> Measured:
         """Measure every cell. Raises UserError for what cannot be measured."""
 
-    def summarize(self, run: Run, frames: Frames) -> pd.DataFrame:
+    def summarize(self, run: Run[Q], frames: Frames) -> pd.DataFrame:
         """The rows of `summary.csv`, from the frames alone: a finished run's make the same again."""
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Draw the figure from `summary.csv` alone, so that a reader can redraw a committed run."""
 
 
-def get(name: str) -> Experiment:
-    """The module of an experiment. Raises UserError with the names that exist."""
+def get(name: str) -> Experiment[object]:
+    """The module of an experiment: for runs of its own Params. Raises UserError with the names that exist."""
     if name not in names("experiment"):
         raise UserError(f"experiment={name}: no such experiment. There are: {', '.join(names('experiment'))}")
     [package] = [each for each in PACKAGES if find_spec(f"{each}.{name}")]
     module = import_module(f"{package}.{name}")
     assert is_dataclass(module.Params), name
-    return cast(Experiment, module)
+    return cast(Experiment[object], module)  # whose runs are made with its Params, in `resolved`
 
 
 def named(overrides: Sequence[str]) -> str:
@@ -74,7 +77,7 @@ def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
     return summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True)
 
 
-def resolved(config: DictConfig, overrides: Sequence[str]) -> Run:
+def resolved(config: DictConfig, overrides: Sequence[str]) -> Run[object]:
     """The run of a composed configuration. Raises UserError for what does not exist, does not fit or is not read."""
     module = get(config.name)
     run = resolve(config, overrides, module.Params, module.READS)

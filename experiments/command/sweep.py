@@ -35,6 +35,7 @@ from kvarena.harness.record.record import (
 from kvarena.harness.record.summary import COLUMNS, KEY
 from kvarena.harness.record.writing import explained, write_whole
 from kvarena.harness.run.published import OURS
+from kvarena.harness.run.run import Plain
 
 APART = (
     "The jobs ran one after the other: under clock=measured compare the systems within a job, not one job with another."
@@ -81,7 +82,7 @@ class Sweep:
         headline = registry.get(self._experiment).HEADLINE
         return Outcome(Measured({}), pd.read_csv(job / "summary.csv"), headline)
 
-    def _aggregate(self, jobs: list[Path], configs: list[Any]) -> Outcome:
+    def _aggregate(self, jobs: list[Path], configs: list[Any]) -> Outcome:  # as YAML has them
         overrides = [json.loads((job / "provenance.json").read_text())["job"] for job in jobs]
         labels = differing([[o for o in each if _key(o) not in SEEDS] for each in overrides])
         alike = {label: [job for job, own in zip(jobs, labels, strict=True) if own == label] for label in labels}
@@ -98,7 +99,7 @@ def within() -> list[list[str]]:
     return list(_plan().get("within", []))
 
 
-def job_folder(config: dict[str, Any]) -> Path | None:
+def job_folder(config: Plain) -> Path | None:
     """Where a job of this resolved configuration writes; None outside a sweep."""
     home = os.environ.get(_VARIABLE)
     if home is None:
@@ -107,12 +108,12 @@ def job_folder(config: dict[str, Any]) -> Path | None:
     return Path(home) / f"job-{digest[:12]}"
 
 
-def notes(overrides: Sequence[str]) -> dict[str, Any]:
+def notes(overrides: Sequence[str]) -> dict[str, object]:
     """What a job's provenance says: its own overrides, and the command of its sweep."""
     return {"job": list(overrides), "command": _plan()["command"]}
 
 
-def _plan() -> dict[str, Any]:
+def _plan() -> Plain:
     home = os.environ.get(_VARIABLE)
     return {} if home is None else dict(json.loads((Path(home) / _PLAN).read_text()))
 

@@ -5,9 +5,9 @@ A replay sees the memory, the batch and the copies. What the block size does to 
 measured clock alone, where the kernel runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import Replayer, Served
 from kvarena.harness.record.metrics import summarize
 from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.summary import Evidence
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -37,7 +38,7 @@ class Line(NamedTuple):
 
     replayer: Replayer
     system: System
-    columns: dict[str, Any]
+    columns: Mapping[str, object]
 
 
 def check_block_sizes(sizes: Sequence[int]) -> None:
@@ -60,9 +61,9 @@ def variants(system: System, block_sizes: Sequence[int]) -> Iterator[tuple[int |
         yield size, replace(system, allocator=replace(system.allocator, block_size=size))
 
 
-def serve_in_turn(run: Run, lines: Sequence[Line], workload: Workload) -> pd.DataFrame:
-    """One row per line and round, of `measures`. The measured clock takes `params.rounds`, each line once in each."""
-    rounds = run.params.rounds if run.clock == "measured" else 1
+def serve_in_turn(run: Run[object], rounds: int, lines: Sequence[Line], workload: Workload) -> pd.DataFrame:
+    """One row per round and line, of `measures`. The measured clock takes `rounds`, each line once in each."""
+    rounds = rounds if run.clock == "measured" else 1
     rows = [
         {"round": number, **line.columns, **measures(line.replayer.serve(line.system, workload))}
         for number in range(rounds)
@@ -81,7 +82,7 @@ def measures(served: Served) -> dict[str, float]:
     return summarize(served.requests, steps, served.resumed_gaps_ps) | ours
 
 
-def estimate(run: Run, samples: pd.Series) -> Estimate | float:
+def estimate(run: Run[object], samples: pd.Series) -> Estimate | float:
     """The median over measured rounds; a modelled replay has one value, and no spread."""
     return median_interval(samples) if run.clock == "measured" else float(samples.iloc[0])
 
@@ -107,11 +108,11 @@ def lines_across(axis: Axes, rows: pd.DataFrame) -> None:
 
 def hollow(axis: Axes, rows: pd.DataFrame) -> None:
     """Mark points that are not claimed: they leave out what small blocks cost the kernel."""
-    unclaimed = rows[rows.evidence == "conditional"]
+    unclaimed = rows[rows.evidence == Evidence.CONDITIONAL]
     axis.plot(unclaimed.x, unclaimed.value, "o", mfc="white", mec="black", ms=5, ls="none", zorder=3)
 
 
 def where(rows: pd.DataFrame) -> str:
     """What a title says of its rows: what ran, by which clock, and what hollow points are."""
-    note = "\nhollow: the kernel's cost left out" if (rows.evidence == "conditional").any() else ""
+    note = "\nhollow: the kernel's cost left out" if (rows.evidence == Evidence.CONDITIONAL).any() else ""
     return f"{rows.setup.iloc[0]}; {rows.clock.iloc[0]}{note}"

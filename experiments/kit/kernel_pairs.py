@@ -8,8 +8,8 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import preset_names
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.schemas import of
 from kvarena.harness.run.systems import System
+from kvarena.harness.scheduler.vllm import VllmConfig
 from kvarena.kernels.config import KernelConfig
 
 HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # all that a kernel sees of a model
@@ -17,17 +17,17 @@ HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # a
 
 def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> System:
     """A kernel over an allocator as a system, so that its rows are named like any other's. Its scheduler is idle."""
-    scheduler = typed(of("scheduler", "vllm"), load("scheduler", "vllm"), "scheduler")
+    scheduler = typed(VllmConfig, load("scheduler", "vllm"), "scheduler")
     return System(f"{allocator.name}-{kernel}", allocator, KernelConfig(kernel), scheduler, "best of each", variant)
 
 
-def allocator_named(name: str, **wanted: Any) -> Any:
+def allocator_named(name: str, **wanted: object) -> Any:
     """An allocator's options, with those of `wanted` that it has."""
     filed = preset(name)
     return replace(filed, **{key: value for key, value in wanted.items() if hasattr(filed, key)})
 
 
-def unread_of_model(run: Run, *read: str) -> dict[str, str]:
+def unread_of_model(run: Run[object], *read: str) -> dict[str, str]:
     """Keys of the model that kernels measured alone do not read, beside `read`; what a checkpoint is read for."""
     seen = {*HEADS, *read, *(() if run.model.name in preset_names() else ("checkpoint",))}
     instead = f"kernels are measured alone, over a model's heads: {', '.join(f'model.{key}' for key in HEADS[1:])}"

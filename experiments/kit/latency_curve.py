@@ -25,7 +25,7 @@ from kvarena.harness.record.capacity import capacity, crossing
 from kvarena.harness.record.metrics import summarize
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import Names, SummaryRow, frame, published_values, row
 from kvarena.harness.run.published import OURS as OURS_PAPER
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -78,7 +78,7 @@ def unread_panels(panels: Iterable[str], only: list[str] | None) -> dict[str, st
     }
 
 
-def unread_traces(run: Run, traces: Collection[str], instead: str, of_all: Collection[str]) -> dict[str, str]:
+def unread_traces(run: Run[object], traces: Collection[str], instead: str, of_all: Collection[str]) -> dict[str, str]:
     """Keys of the run's trace that are not read where panels name their `traces`, its own among them or not.
 
     `of_all`: those of its fields that every panel takes.
@@ -95,7 +95,7 @@ class Line(NamedTuple):
     """One system's curve in one panel."""
 
     key: str  # of its cell: lines of one key are replayed once
-    run: Run  # with the panel's trace
+    run: Run[object]  # with the panel's trace
     system: System
     figure: str | None  # the figure or panel that it is drawn for
     detail: str  # what ran, beside model, trace and devices
@@ -104,7 +104,7 @@ class Line(NamedTuple):
     point: Mapping[str, Any] = {}  # what the figure states of its points beside what the run says
     assuming: str = ""  # what a modelled line rests on
 
-    def names(self, *, ours: bool = False, x: float | None = None) -> dict[str, Any]:
+    def names(self, *, ours: bool = False, x: float | None = None) -> Names:
         """Columns that name a row of this line: of a published quantity, or of one of `ours`."""
         figure, point = (None, {}) if ours or self.figure not in self.run.published else (self.figure, self.point)
         return named(self.run, self.system, figure, detail=self.detail, x=x, assuming=self.assuming, **point)
@@ -118,7 +118,7 @@ OURS = {
 }  # fmt: skip
 
 
-def measure_lines(run: Run, recorder: Recorder, lines: Sequence[Line]) -> Frames:
+def measure_lines(run: Run[Curves], recorder: Recorder, lines: Sequence[Line]) -> Frames:
     """Every point of every line: columns line (its key), system, kind, rate and metrics.
 
     Raises UserError where two lines would have the same rows.

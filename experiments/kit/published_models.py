@@ -1,20 +1,19 @@
 """The models of one published figure, each on as many devices as the paper ran it: one run of each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pandas as pd
 
 from kvarena.harness.model.presets import load_preset
-from kvarena.harness.run.run import Run
+from kvarena.harness.run.run import P, Run
 
 
-def runs_by_model(run: Run, key: str = "models") -> list[Run]:
-    """The run with each model of `params.<key>` (name -> devices that share it); under the measured clock as it is.
+def runs_by_model(run: Run[P], listed: Mapping[str, int]) -> list[Run[P]]:
+    """The run with each model that is listed (name -> devices that share it); under the measured clock as it is.
 
     Whoever names a model gets that one alone, on as many devices as are listed for it unless `model.tp` says.
     """
-    listed: dict[str, int] = getattr(run.params, key)
     if run.clock == "measured" or not listed:
         return [run]
     if "model" in run.given:
@@ -23,8 +22,8 @@ def runs_by_model(run: Run, key: str = "models") -> list[Run]:
     return [replace(run, model=load_preset(name, tp=tp)) for name, tp in listed.items()]
 
 
-def unread_models(run: Run, key: str = "models") -> dict[str, str]:
-    """`params.<key>` where it is not what chooses, and what does."""
+def unread_models(run: Run[object], listed: Mapping[str, int], key: str = "models") -> dict[str, str]:
+    """`params.<key>`, which lists models, where it is not what chooses; and what does."""
     if run.clock == "measured":
         keys = {f"params.{key}": "clock=measured runs one model: model=NAME"}
         if run.model.tp == 1:
@@ -32,7 +31,7 @@ def unread_models(run: Run, key: str = "models") -> dict[str, str]:
         return keys
     if "model" in run.given:
         return {f"params.{key}": f"model={run.model.name} is run alone; model.tp sets on how many devices"}
-    if getattr(run.params, key):
+    if listed:
         fields = [each for each in run.given if each.startswith("model.")]
         return {
             each: f"params.{key} lists the models; model=NAME runs one alone, with its fields set" for each in fields
@@ -40,17 +39,17 @@ def unread_models(run: Run, key: str = "models") -> dict[str, str]:
     return {}
 
 
-def model_columns(run: Run) -> dict[str, str | int]:
+def model_columns(run: Run[object]) -> dict[str, str | int]:
     """The columns by which `by_model` takes a table apart."""
     return {"model": run.model.name, "tp": run.model.tp}
 
 
-def of_model(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+def of_model(run: Run[object], table: pd.DataFrame) -> pd.DataFrame:
     """A table with those columns."""
     return table.assign(**model_columns(run))
 
 
-def by_model(run: Run, table: pd.DataFrame) -> Iterator[tuple[Run, pd.DataFrame]]:
+def by_model(run: Run[P], table: pd.DataFrame) -> Iterator[tuple[Run[P], pd.DataFrame]]:
     """The run of each model in a table of finished measurements, and that model's rows."""
     for (name, tp), rows in table.groupby(["model", "tp"], sort=False):
         model = run.model if run.model.name == name else load_preset(str(name))

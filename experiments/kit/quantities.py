@@ -1,12 +1,12 @@
 """What an experiment says of its samples, as data: each quantity is one line, and gives one row of `summary.csv`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import pandas as pd
 
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 
 Taken = pd.Series | Estimate | float  # samples, of which the median is shown, or what has been made of them
 
@@ -21,14 +21,14 @@ class Quantity(NamedTuple):
     counted: bool = False  # arithmetic or a count
 
 
-class Names(Protocol):
+class Naming(Protocol):
     """`harness/run/published.py: named` with everything given but what a quantity says itself."""
 
-    def __call__(self, figure: str | None = None, *, counted: bool = False) -> dict[str, Any]:
+    def __call__(self, figure: str | None = None, *, counted: bool = False) -> Names:
         """Columns of a row of our own, or of the figure's quantity."""
 
 
-def rows(quantities: Iterable[Quantity], samples: pd.DataFrame, names: Names) -> Iterator[SummaryRow]:
+def rows(quantities: Iterable[Quantity], samples: pd.DataFrame, names: Naming) -> Iterator[SummaryRow]:
     """A row for each quantity that some of the samples have: the median over them."""
     for name, unit, of, figure, counted in quantities:
         taken = samples[of] if isinstance(of, str) else of(samples)

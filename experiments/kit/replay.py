@@ -30,13 +30,15 @@ if TYPE_CHECKING:  # a modelled replay needs no torch, which is half of what the
     from kvarena.harness.model.contract import Model
 
 
-def trace_named(run: Run, name: str, path: str | None = None) -> TraceConfig:
+def trace_named(run: Run[object], name: str, path: str | None = None) -> TraceConfig:
     """The run's own trace where it has that name, else conf/trace/<name>.yaml; read from `path` where there is one."""
     own: TraceConfig = run.trace if run.trace.name == name else typed(TraceConfig, load("trace", name), "trace")
     return replace(own, path=path or own.path)
 
 
-def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
+def workload_of(
+    run: Run[object], trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any
+) -> Workload:
     """The run's workload, or that of another trace or seed, with arrivals changed as named (`rate`, `duration_s`).
 
     A trace that a table draws and its arrivals both follow the seed. What becomes of the trace is told: what is made
@@ -48,7 +50,7 @@ def workload_of(run: Run, trace: TraceConfig | None = None, seed: int | None = N
     return workload
 
 
-def example_of(run: Run, trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
+def example_of(run: Run[object], trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
     """A workload like those of `workload_of`, for notes that describe them: it counts as no replay."""
     trace, arrivals = trace or run.trace, replace(run.arrival, **arrival)
     if seed is not None:
@@ -58,7 +60,10 @@ def example_of(run: Run, trace: TraceConfig | None = None, seed: int | None = No
 
 
 def requests_of(
-    workload: Workload, run: Run | None = None, decoding: DecodingConfig | None = None, prefix: Prefix | None = None
+    workload: Workload,
+    run: Run[object] | None = None,
+    decoding: DecodingConfig | None = None,
+    prefix: Prefix | None = None,
 ) -> list[Request]:
     """Fresh requests: a replay writes into them. Decoded as asked for, else as the run says, else greedily."""
     if run is None:
@@ -87,7 +92,7 @@ class Replayer:
     `jump=False` has the log of a modelled replay keep every iteration by itself.
     """
 
-    def __init__(self, run: Run, *, jump: bool = True) -> None:
+    def __init__(self, run: Run[object], *, jump: bool = True) -> None:
         """Raises UserError for a system of the run that cannot serve here at all: before any of them is replayed."""
         self._run, self._jump = run, jump
         for system in run.systems:

@@ -1,7 +1,7 @@
 """Serving the first requests of a trace with and without a prefix cache: time to first token, and tokens prefilled."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -14,11 +14,26 @@ from kvarena.harness.record.metrics import reused_share, summarize
 from kvarena.harness.record.record import Frames
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace.config import TraceConfig
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/prefix_cache.yaml; null there means: by the profile."""
+
+    capacities_gb: list[float] = field(default_factory=list)  # of the pool, in counts
+    block_tokens: int = MOONCAKE_BLOCK  # of the trace's ids; of a chat's, which has none of its own
+    context: int | None = None  # longest prompt + output; null: a file's longest, else the model's
+    serve_requests: int | None = None  # the first of the trace, to be served; null: all
+    serve_tp: int = 1  # devices that share the model then
+    repeats: int = 1  # times that it is served, with and without the cache in turn
+    pool_bytes: int | None = None  # of K/V on one device then; null: what weights and activations leave
+
 
 WAYS = {False: "without_cache", True: "with_cache"}
 _LABELS = {False: "without the cache", True: "with it"}
@@ -53,7 +68,7 @@ def with_cache(system: System, requests: int, on: bool = True) -> System:
     return replace(system, allocator=replace(allocator, prefix_cache=on))
 
 
-def _served(run: Run) -> Run:
+def _served(run: Run[Params]) -> Run[Params]:
     """The run on as many devices as share the model."""
     return replace(run, model=replace(run.model, tp=run.params.serve_tp))
 
@@ -61,7 +76,7 @@ def _served(run: Run) -> Run:
 class Service:
     """A trace's first requests, on as many devices as `params.serve_tp` says."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run[Params]) -> None:
         trace = replace(with_ids(run.trace), num_requests=run.params.serve_requests or run.trace.num_requests)
         self.run = replace(_served(run), trace=trace)
         self._replayer = Replayer(self.run)
@@ -87,7 +102,7 @@ class Service:
         return summarize(served.requests, served.steps, served.resumed_gaps_ps) | fed
 
 
-def rows(run: Run, served: pd.DataFrame) -> Iterator[SummaryRow]:
+def rows(run: Run[Params], served: pd.DataFrame) -> Iterator[SummaryRow]:
     """Medians over the repeats, at the rate that was asked for; the ratio of TTFT is of what was served in turn."""
     for system in run.systems:
         of_system = served[served.system == system.name]

@@ -4,7 +4,8 @@ Half of the loads are fitted, in turn along each axis; the other half, and the r
 """
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
-from kvarena.experiments.ours.calibration_rounds import measured_rounds, replay_metrics
+from kvarena.experiments.ours.calibration_rounds import Params, measured_rounds, replay_metrics
 from kvarena.experiments.ours.step_fit import Fitted, Limits, fit, predicted_s, yaml_files
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig
@@ -23,7 +24,7 @@ from kvarena.harness.modelled.engine_fit import misfit
 from kvarena.harness.modelled.step_model import StepLoad
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import Evidence, Names, SummaryRow, frame, row
 from kvarena.harness.run.published import named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import distinct
@@ -38,25 +39,12 @@ CONSTANTS = {"weights_efficiency": "ratio", "kv_efficiency": "ratio", "flop_effi
 PHASES = ("step_s", "host_s", "append_s", "attention_s", "projections_s")
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/calibrate.yaml; null there means: by the profile."""
-
-    name: str = "this-machine"  # of the fitted device and engine
-    batch_sizes: list[int] = field(default_factory=list)  # decode loads: every batch size ...
-    contexts: list[int] = field(default_factory=list)  # ... at every context
-    prompts: list[int] = field(default_factory=list)  # prefill loads: tokens
-    pool_bytes: int | None = None  # of the replays
-    rounds: int = 0  # every load and every replay once in each; at least 6 give 95 %
-    steps_per_round: int = 0  # of each load
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     return {}
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Measure, fit and predict."""
     _check(run)
     frames = recorder.cell("rounds", lambda: measured_rounds(run, workload_of(run)))
@@ -76,7 +64,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured(frames | made, notes, yaml_files(fitted))
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     params: Params = run.params
     if run.device.kind != "cpu":
         raise UserError(f"device={run.device.name}: {NAME} knows the steps of a CPU, device=cpu, so far")
@@ -110,13 +98,13 @@ def _loads(steps: pd.DataFrame) -> pd.DataFrame:
     return by_load[[*StepLoad._fields, *PHASES]].mean().reset_index()
 
 
-def _modelled_replays(run: Run, fitted: Fitted) -> pd.DataFrame:
+def _modelled_replays(run: Run[Params], fitted: Fitted) -> pd.DataFrame:
     """The same requests on the fitted device, one row per system."""
     replayer, workload = Replayer(_modelled(run, fitted.device, fitted.engine)), workload_of(run)
     return pd.DataFrame([{"system": s.name, **replay_metrics(replayer, s, workload)} for s in run.systems])
 
 
-def _modelled(run: Run, device: DeviceConfig, engine: EngineConfig) -> Run:
+def _modelled(run: Run[Params], device: DeviceConfig, engine: EngineConfig) -> Run[Params]:
     """The run on the fitted device. Its engine times whole steps, so kernels do not tell its systems apart."""
     return replace(run, clock="modelled", device=device, engine=engine, systems=distinct(run.systems, by_kernel=False))
 
@@ -127,12 +115,12 @@ def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
     return {"fitted": float(errors[loads.fitted].mean() ** 0.5), "held_out": float(errors[~loads.fitted].mean() ** 0.5)}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every load and every replay, measured and modelled, and the constants between them."""
     return frame(_summary(run, frames))
 
 
-def _summary(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     name, constants, loads = run.params.name, frames["constants"].iloc[0], frames["loads"]
     modelled = _modelled(run, DeviceConfig(name, "modelled"), EngineConfig(name, overlaps_host=False))
     by_load, by_model = without_trace(run), without_trace(modelled)
@@ -151,15 +139,14 @@ def _summary(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         yield from _replay_rows(named(run, system), named(modelled, on_model), replays[replays.system == system.name])
 
 
-def _load_rows(run: Run, modelled: Run, load: dict[Hashable, Any]) -> Iterator[SummaryRow]:
+def _load_rows(run: Run[Params], modelled: Run[Params], load: dict[Hashable, Any]) -> Iterator[SummaryRow]:
     """Step times, measured and modelled, and what each kernel reached."""
     system, decodes = run.systems[0], load["axis"] == "decode"
-    what: dict[str, Any] = {"x": load["x"], "detail": f"batch {load['group']}" if decodes else "a prompt"}
-    measured = named(run, system, **what)
+    of = partial(named, system=system, x=load["x"], detail=f"batch {load['group']}" if decodes else "a prompt")
+    measured = of(run)
     quantity = "step_time_vs_context" if decodes else "step_time_vs_prompt"
     yield row(1e3 * load["step_s"], quantity=quantity, unit="ms", **measured)
-    yield row(1e3 * load["predicted_s"], quantity=quantity, unit="ms",
-              **named(modelled, system, **what, fitted=load["fitted"]))  # fmt: skip
+    yield row(1e3 * load["predicted_s"], quantity=quantity, unit="ms", **of(modelled, fitted=load["fitted"]))
     rate = 2e-9 * run.model.step_parameters() * load["tokens"] / load["projections_s"]
     yield row(rate, quantity=quantity.replace("step_time", "projections"), unit="GFLOP/s", **measured)
     append_us = 1e6 * load["append_s"] / load["tokens"]
@@ -169,7 +156,7 @@ def _load_rows(run: Run, modelled: Run, load: dict[Hashable, Any]) -> Iterator[S
         yield row(bandwidth, quantity="kv_read_bandwidth_vs_context", unit="GB/s", **measured)
 
 
-def _replay_rows(here: dict[str, Any], there: dict[str, Any], replays: pd.DataFrame) -> Iterator[SummaryRow]:
+def _replay_rows(here: Names, there: Names, replays: pd.DataFrame) -> Iterator[SummaryRow]:
     """Each metric measured and modelled, and their ratio, round by round; `here` and `there` are what they are."""
     for name, column in METRICS.items():
         yield row(median_interval(replays[column]), quantity=name, unit="s", **here)
@@ -193,10 +180,10 @@ def _loads_axis(axis: Axes, rows: pd.DataFrame) -> None:
     measured = rows[rows.clock == "measured"].set_index(place).value
     modelled = rows[rows.clock == "modelled"].set_index(place)
     for quantity, marker in (("step_time_vs_context", "o"), ("step_time_vs_prompt", "s")):
-        for kind, face in (("calibrated", "#0072B2"), ("predicted", "white")):
+        for kind, face in ((Evidence.CALIBRATED, "#0072B2"), (Evidence.PREDICTED, "white")):
             part = modelled[(modelled.index.get_level_values("quantity") == quantity) & (modelled.evidence == kind)]
             what = "decodes" if quantity == "step_time_vs_context" else "a prompt"
-            said = "fitted" if kind == "calibrated" else "held out"
+            said = "fitted" if kind is Evidence.CALIBRATED else "held out"
             axis.plot(measured.loc[part.index], part.value, marker, mfc=face, mec="#0072B2", label=f"{what}, {said}")
     ends = [measured.min() * 0.8, measured.max() * 1.25]
     axis.plot(ends, ends, color="black", lw=0.8)

@@ -3,7 +3,7 @@
 A round takes them in turn, so that whatever disturbs the machine disturbs all of them.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -21,15 +21,29 @@ from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/calibrate.yaml; null there means: by the profile."""
+
+    name: str = "this-machine"  # of the fitted device and engine
+    batch_sizes: list[int] = field(default_factory=list)  # decode loads: every batch size ...
+    contexts: list[int] = field(default_factory=list)  # ... at every context
+    prompts: list[int] = field(default_factory=list)  # prefill loads: tokens
+    pool_bytes: int | None = None  # of the replays
+    rounds: int = 0  # every load and every replay once in each; at least 6 give 95 %
+    steps_per_round: int = 0  # of each load
+
+
 GEMM_SIZE = 1024  # of the square matrices whose product is the machine's best
 
 
-def measured_rounds(run: Run, workload: Workload) -> Frames:
+def measured_rounds(run: Run[Params], workload: Workload) -> Frames:
     """All rounds: frames `known_steps` (one row per step), `limits` and `replays` (one row per round)."""
     params = run.params
     model, replayer = build_model(run.model, run.device.kind), Replayer(run)
     named = _named_loads(run, run.systems[0], model)
-    rows: dict[str, list[dict[str, Any]]] = {"known_steps": [], "limits": [], "replays": []}
+    rows: dict[str, list[dict[str, object]]] = {"known_steps": [], "limits": [], "replays": []}
     read = StreamingRead(model.device)
     try:
         _steps(named, -1, 2)  # compile, and touch
@@ -48,11 +62,11 @@ def measured_rounds(run: Run, workload: Workload) -> Frames:
     return {name: pd.DataFrame(table) for name, table in rows.items()}
 
 
-def _named_loads(run: Run, system: System, model: Model) -> list[tuple[dict[str, Any], Load]]:
+def _named_loads(run: Run[Params], system: System, model: Model) -> list[tuple[dict[str, object], Load]]:
     """Every load and its labels: `axis`, `group` and `x` place it in a plot, `fitted` says which half it is of."""
     params = run.params
     steps = 2 + params.rounds * params.steps_per_round
-    named: list[tuple[dict[str, Any], Load]] = []
+    named: list[tuple[dict[str, object], Load]] = []
     for i, batch in enumerate(params.batch_sizes):
         for j, context in enumerate(params.contexts):
             labels = {"axis": "decode", "group": batch, "x": context, "fitted": (i + j) % 2 == 0}
@@ -63,7 +77,7 @@ def _named_loads(run: Run, system: System, model: Model) -> list[tuple[dict[str,
     return named
 
 
-def _steps(named: list[tuple[dict[str, Any], Load]], number: int, count: int) -> list[dict[str, Any]]:
+def _steps(named: list[tuple[dict[str, object], Load]], number: int, count: int) -> list[dict[str, object]]:
     rows = []
     for labels, load in named:
         for _ in range(count):

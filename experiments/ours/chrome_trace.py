@@ -5,22 +5,21 @@ forward pass; `background` what ran beside it; then one thread for each request,
 show the pool by leaf and the line. Times are microseconds, as the format wants; modelled ones.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any
 
 from kvarena.allocators.policy import Action
 from kvarena.allocators.usage import LEAVES
 from kvarena.experiments.ours.step_frames import Film, Frame
 from kvarena.harness.requests.request import Request
 
-Event = dict[str, Any]
+Event = dict[str, object]
 
 _PS_PER_US = 10**6
 _ENGINE, _ALLOCATOR, _BACKGROUND, _REQUESTS = 1, 2, 3, 10  # thread ids; a request's is its own + _REQUESTS
 
 
-def chrome_trace(films: Iterable[Film], about: dict[str, Any] | None = None) -> dict[str, Any]:
+def chrome_trace(films: Iterable[Film], about: Mapping[str, object] | None = None) -> dict[str, object]:
     """The JSON object format: `traceEvents` and `otherData`."""
     events = [event for pid, film in enumerate(films, start=1) for event in _process(pid, film)]
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about or {}}
@@ -50,7 +49,7 @@ def _title(frame: Frame) -> str:
     return " + ".join(parts + ([f"decode {len(frame.decodes)}"] if frame.decodes else []))
 
 
-def _counts(frame: Frame) -> dict[str, Any]:
+def _counts(frame: Frame) -> dict[str, object]:
     """What else a step did, by request."""
     named = {"preempted": frame.preempted, "swapped_out": frame.swapped_out, "swapped_in": frame.swapped_in}
     return {"decodes": len(frame.decodes)} | {name: list(ids) for name, ids in named.items() if ids}
@@ -65,7 +64,7 @@ def _work(pid: int, tid: int, actions: Iterable[Action], start: float, film: Fil
         start += duration
 
 
-def _first(action: Action) -> dict[str, Any]:
+def _first(action: Action) -> dict[str, object]:
     return {f"first_{name}": value for name, value in action._asdict().items()}
 
 
@@ -93,7 +92,7 @@ def _held(first: Frame, last: Frame, seq_id: int) -> dict[str, int]:
     return {"units_at_first": len(begin.units), "units_at_last": len(end.units), "tokens_at_last": end.length}
 
 
-def _slice(pid: int, tid: int, name: str, start: float, duration: float, **args: Any) -> Event:
+def _slice(pid: int, tid: int, name: str, start: float, duration: float, **args: object) -> Event:
     return {"name": name, "ph": "X", "ts": start, "dur": duration, "pid": pid, "tid": tid, "args": args}
 
 

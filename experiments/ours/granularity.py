@@ -57,7 +57,7 @@ class Params:
     pool_bytes: int | None = None
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     unused = {
         **unread_seeds(run),
@@ -70,7 +70,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every unit of every system."""
     seeds = seeds_of(run)
     variants = list(_variants(run))
@@ -97,7 +97,7 @@ def _units_of(system: System) -> str | None:
     return None
 
 
-def _variants(run: Run) -> Iterator[tuple[System, float]]:
+def _variants(run: Run[Params]) -> Iterator[tuple[System, float]]:
     """Every system with each of its units, and the tokens that one holds."""
     layout = run.model.shard().kv_layout()
     for system in run.systems:
@@ -116,7 +116,7 @@ def _variants(run: Run) -> Iterator[tuple[System, float]]:
                 yield replace(system, allocator=replace(allocator, page_group=unit)), tokens
 
 
-def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
+def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Workload) -> Frames:
     rows = window(replayer.serve(system, workload).steps, run.params.window_s)
     means = averages(rows)
     mean = means[means.average == Average.OVER_ITERATIONS].iloc[0]
@@ -132,12 +132,12 @@ def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> F
     return {"points": pd.DataFrame([point])}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every quantity of every unit, over the seeds."""
     return frame(_summary(run, frames["points"]))
 
 
-def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         own = points[points.system == system.name]
         for tokens in sorted(own.tokens.unique().tolist()):

@@ -48,7 +48,7 @@ class Params:
     samples: int = 40  # moments of the replay that summary.csv and the figure have; the pages have every step
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     unused = {"trace.mix": "every request is one sequence here, decoded greedily"}
     if run.clock != "modelled":
@@ -56,7 +56,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay, step by step. A second's work: there are no cells to continue with.
 
     Raises UserError for too few samples.
@@ -90,12 +90,12 @@ def _counts(film: Film) -> pd.DataFrame:
     return pd.DataFrame([counts])
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Shares of the pool, ends, the papers' counts, and what each request holds at some moments."""
     return frame(r for system in run.systems for r in _summary(run, system, frames))
 
 
-def _summary(run: Run, system: System, frames: Frames) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], system: System, frames: Frames) -> Iterator[SummaryRow]:
     held, steps, counts = (
         f[f.system == system.name] for f in (frames[k] for k in ("held_by_request", "steps", "counts"))
     )

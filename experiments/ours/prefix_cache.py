@@ -7,7 +7,7 @@ without the cache (`cached_service.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -19,12 +19,13 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.ours import cached_service
+from kvarena.experiments.ours.cached_service import Params
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, frame, row
-from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK, block_ids
+from kvarena.harness.requests.block_ids import block_ids
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -43,20 +44,7 @@ WAYS = {
 }
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/prefix_cache.yaml; null there means: by the profile."""
-
-    capacities_gb: list[float] = field(default_factory=list)  # of the pool, in counts
-    block_tokens: int = MOONCAKE_BLOCK  # of the trace's ids; of a chat's, which has none of its own
-    context: int | None = None  # longest prompt + output; null: a file's longest, else the model's
-    serve_requests: int | None = None  # the first of the trace, to be served; null: all
-    serve_tp: int = 1  # devices that share the model then
-    repeats: int = 1  # times that it is served, with and without the cache in turn
-    pool_bytes: int | None = None  # of K/V on one device then; null: what weights and activations leave
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     unused = {
         "allocator.prefix_cache": "the trace is served with the cache and without it",
@@ -68,7 +56,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
     _check(run.params)
     trace = _trace(run)
@@ -99,7 +87,7 @@ def _check(params: Params) -> None:
         raise UserError(f"params.capacities_gb={params.capacities_gb}: every capacity must be above 0")
 
 
-def _trace(run: Run) -> Trace:
+def _trace(run: Run[Params]) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
     limit = None if run.trace.path is not None else run.params.context or run.model.max_tokens
     config = cached_service.with_ids(run.trace)
@@ -109,13 +97,13 @@ def _trace(run: Run) -> Trace:
     return replace(trace, hash_ids=block_ids(trace, run.params.block_tokens))
 
 
-def _context(run: Run, trace: Trace) -> int:
+def _context(run: Run[Params], trace: Trace) -> int:
     """Tokens of the longest sequence: what is asked for, the trace's own where it is a file, or the model's."""
     own = run.model.max_tokens if run.trace.path is None else int(trace.total_tokens.max())
     return int(run.params.context or own)
 
 
-def _policy(run: Run, trace: Trace, system: System, capacity_gb: float | None) -> Policy:
+def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float | None) -> Policy:
     """The system's allocator with its cache; without a limit, a pool in which all prompts have room side by side.
 
     Raises UserError for an allocator that keeps nothing.
@@ -129,7 +117,7 @@ def _policy(run: Run, trace: Trace, system: System, capacity_gb: float | None) -
     return policy
 
 
-def _count(run: Run, trace: Trace, system: System) -> Frames:
+def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
     assert trace.hash_ids is not None
     rows = []
     for capacity_gb in [None, *run.params.capacities_gb]:
@@ -141,7 +129,7 @@ def _count(run: Run, trace: Trace, system: System) -> Frames:
     return {"hits": pd.DataFrame(rows).astype({"capacity_gb": float})}
 
 
-def _blocks(run: Run, trace: Trace) -> pd.DataFrame:
+def _blocks(run: Run[Params], trace: Trace) -> pd.DataFrame:
     """Blocks of the trace itself, without a limit: what any cache of blocks of that size could find."""
     assert trace.hash_ids is not None
     counts = {
@@ -152,19 +140,19 @@ def _blocks(run: Run, trace: Trace) -> pd.DataFrame:
     return pd.DataFrame({"quantity": counts.keys(), "count": counts.values()})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Counts of the trace and of every cache, and what serving with one saves."""
     return frame(
         [*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])]
     )
 
 
-def _trace_rows(run: Run, blocks: pd.DataFrame) -> Iterator[SummaryRow]:
+def _trace_rows(run: Run[Params], blocks: pd.DataFrame) -> Iterator[SummaryRow]:
     for quantity, count in zip(blocks.quantity, blocks["count"], strict=True):
         yield row(count, quantity=quantity, unit="blocks", **named(run, label="trace", counted=True))
 
 
-def _rows(run: Run, hits: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], hits: pd.DataFrame) -> Iterator[SummaryRow]:
     systems = {system.name: system for system in run.systems}
     for cell in hits.to_dict("records"):
         system, capacity = systems[cell["system"]], cell["capacity_gb"]

@@ -70,7 +70,7 @@ def _frame(plan: StepPlan, scheduler: Scheduler) -> Frame:
     )
 
 
-def film(run: Run, system: System, workload: Workload) -> Film:
+def film(run: Run[object], system: System, workload: Workload) -> Film:
     """Replay a workload with one system under the modelled clock, step by step.
 
     Raises UserError for an allocator whose memory cannot be told apart by request.

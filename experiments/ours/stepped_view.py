@@ -22,7 +22,7 @@ def stepped_view(films: Iterable[Film], title: str) -> str:
     return page.replace("__TITLE__", escape(title)).replace("__DATA__", data)
 
 
-def _film(film: Film) -> dict[str, Any]:
+def _film(film: Film) -> dict[str, object]:
     before: dict[int, tuple[int, ...]] = {}
     steps = []
     for frame, row in zip(film.frames, film.steps.to_dict("records"), strict=True):
@@ -41,9 +41,9 @@ def _film(film: Film) -> dict[str, Any]:
     }
 
 
-def _step(frame: Frame, row: dict[Any, Any], changed: dict[int, tuple[int, ...]]) -> dict[str, Any]:
+def _step(frame: Frame, row: dict[Any, Any], changed: dict[int, tuple[int, ...]]) -> dict[str, object]:
     """Times in milliseconds; `own` has the units of requests whose units have changed."""
-    step: dict[str, Any] = {
+    step: dict[str, object] = {
         "t": round(row["start_ps"] / 1e9, 3),
         "ms": round(row["duration_ps"] / 1e9, 3),
         "wait": int(row["waiting"]),

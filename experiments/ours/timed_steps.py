@@ -46,17 +46,17 @@ class Load(Protocol):
         ...
 
 
-def decode_load(run: Run, system: System, model: Model, batch: int, context: int, steps: int) -> "Decode":
+def decode_load(run: Run[object], system: System, model: Model, batch: int, context: int, steps: int) -> "Decode":
     """A batch of sequences of `context` tokens that can decode `steps` times."""
     return Decode(FixedBatch(_serving(run, system, model, batch, context + steps + 2), [context] * batch, steps))
 
 
-def prefill_load(run: Run, system: System, model: Model, tokens: int) -> "Prefill":
+def prefill_load(run: Run[object], system: System, model: Model, tokens: int) -> "Prefill":
     """One prompt of `tokens` tokens, by itself."""
     return Prefill(_serving(run, system, model, 1, tokens + 2), tokens)
 
 
-def _serving(run: Run, system: System, model: Model, sequences: int, tokens: int) -> Serving:
+def _serving(run: Run[object], system: System, model: Model, sequences: int, tokens: int) -> Serving:
     """The system over a pool of blocks for so many sequences of so many tokens."""
     layout, block = model.config.kv_layout(), system.allocator.block_size
     blocks = sequences * (-(-tokens // block) + 1)

@@ -14,7 +14,6 @@ every system, and what is compared is paired by seed.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -67,7 +66,7 @@ class Params:
     pool_bytes: int | None = None
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     unused = unread_seeds(run)
     if run.params.limit_s is None:
@@ -76,7 +75,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve every seed with every system."""
     seeds = seeds_of(run)
     _check(run)
@@ -93,7 +92,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"points": points}, {"workload": overload.provenance, "seeds": seeds})
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     if run.params.limit_s is not None and run.arrival.rate is None:
         raise UserError("params.limit_s: the search for the capacity needs arrivals drawn at a rate (arrival=)")
     known = [step.name for step in run.params.steps]
@@ -105,12 +104,12 @@ def _check(run: Run) -> None:
             raise UserError(f"params.steps: no such system {name!r}. There are: {', '.join(sorted(there_are))}")
 
 
-def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed: int) -> Frames:
+def _cell(run: Run[Params], replayer: Replayer, system: System, overload: Workload, seed: int) -> Frames:
     """One system under one seed: the mean batch under overload, and the capacity."""
     params: Params = run.params
     _, steps, _ = replayer.serve(system, overload)
     batch = averages(window(steps, params.window_s)).set_index("average").batch[Average.OVER_ITERATIONS]
-    point: dict[str, Any] = {
+    point: dict[str, object] = {
         "system": system.name,
         "seed": seed,
         "batch": batch,
@@ -127,12 +126,12 @@ def _cell(run: Run, replayer: Replayer, system: System, overload: Workload, seed
     return {"points": pd.DataFrame([point])}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every system over the seeds, and what each step is worth, paired."""
     return frame(_summary(run, frames["points"]))
 
 
-def _summary(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     systems = {system.name: system for system in run.systems}
     for measure, (quantity, unit) in MEASURES.items():
         if measure not in points:

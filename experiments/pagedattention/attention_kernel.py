@@ -70,13 +70,13 @@ class Line(NamedTuple):
         return kernel_over(allocator, self.kernel, "paged-in-order" if self.tables == "in order" else None)
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     both = {"params.block_sizes": "no kernel of this run reads rows and blocks alike; params.kernels=null takes all"}
     return unread_of_model(run) | ({} if _of_both_layouts(run) else both)
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Measure every batch size and context, and every block size at the largest of them."""
     params: Params = run.params
     _check(params)
@@ -98,7 +98,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Latency by context, over that of rows and of the device's memory; time by block size."""
     samples = frames["samples"]
     return frame([*_context_rows(run, samples[~samples.by_block]), *_block_rows(run, samples[samples.by_block])])
@@ -124,7 +124,7 @@ def _check_blocks(params: Params) -> None:
         )
 
 
-def _lines(run: Run) -> list[Line]:
+def _lines(run: Run[Params]) -> list[Line]:
     """Every kernel on rows, scattered blocks and blocks in order, as it can read them. Raises UserError for none."""
     arrangements = (Arrangement(None), Arrangement(USUAL_BLOCK, scattered=True), Arrangement(USUAL_BLOCK))
     lines = [Line(name, a) for name in _kernels(run) for a in arrangements if _misfit(run, name, a) is None]
@@ -136,7 +136,7 @@ def _lines(run: Run) -> list[Line]:
     return lines
 
 
-def _lines_by_block(run: Run) -> list[Line]:
+def _lines_by_block(run: Run[Params]) -> list[Line]:
     """Kernels that read rows and blocks alike, on scattered blocks of every size. Raises UserError for odd sizes."""
     pairs = _of_both_layouts(run)
     if pairs:
@@ -145,11 +145,11 @@ def _lines_by_block(run: Run) -> list[Line]:
     return [Line(name, a) for name in pairs for a in sizes if _misfit(run, name, a) is None]
 
 
-def _of_both_layouts(run: Run) -> list[str]:
+def _of_both_layouts(run: Run[Params]) -> list[str]:
     return [name for name in _kernels(run) if len(kernel_spec(name).layouts) > 1]
 
 
-def _kernels(run: Run) -> list[str]:
+def _kernels(run: Run[Params]) -> list[str]:
     """The kernels to measure. Raises UserError for one that cannot run here."""
     if run.params.kernels is None:
         names = [name for name, (spec, *_) in CATALOGUE.items() if missing(spec) is None]
@@ -163,20 +163,20 @@ def _kernels(run: Run) -> list[str]:
     return list(run.params.kernels)
 
 
-def _readable(run: Run, name: str) -> bool:
+def _readable(run: Run[Params], name: str) -> bool:
     return any(_misfit_of(run, name, layout, None) is None for layout in kernel_spec(name).layouts)
 
 
-def _misfit(run: Run, name: str, arrangement: Arrangement) -> str | None:
+def _misfit(run: Run[Params], name: str, arrangement: Arrangement) -> str | None:
     return _misfit_of(run, name, arrangement.layout, arrangement.block_size)
 
 
-def _misfit_of(run: Run, name: str, layout: Layout, block_size: int | None) -> str | None:
+def _misfit_of(run: Run[Params], name: str, layout: Layout, block_size: int | None) -> str | None:
     model = run.model
     return fits(kernel_spec(name), layout, run.device.kind, model.dtype, model.head_size, block_size)
 
 
-def _cell(run: Run, read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
+def _cell(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
     """Seconds of one call, a row for each line and round; each round begins with another line."""
     device = torch.device(run.device.kind)
     working_set = WorkingSet(run.model, batch, context, run.params.working_set_bytes, device)
@@ -202,7 +202,7 @@ def _line(kernel: object, block_size: object, scattered: object) -> Line:
     return Line(str(kernel), Arrangement(int(float(str(block_size))) or None, bool(scattered)))
 
 
-def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _context_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     samples = samples.fillna({"block_size": 0})
     for (batch, context), cell in samples.groupby(["batch", "context"], sort=False):
         by_line = {
@@ -223,7 +223,7 @@ def _context_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
                           unit="ratio", **names())  # fmt: skip
 
 
-def _block_rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _block_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     """Time by block size, over that of blocks of 16: `params.kernel_cost` of experiment=block_size takes these."""
     for kernel, rows in samples.groupby("kernel", sort=False):
         usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s

@@ -10,7 +10,6 @@ seeds are ours.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
@@ -23,7 +22,7 @@ from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, wo
 from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, frame, row
 from kvarena.harness.record.time_averages import Average, averages, by_interval, check_window, window
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -60,17 +59,17 @@ class Load:
         """Its mean over iterations."""
         return HEADLINE if self.window == COMPARED else f"{HEADLINE}:{self.window}"
 
-    def run_of(self, run: Run) -> Run:
+    def run_of(self, run: "Run[Params]") -> "Run[Params]":
         """The run with this load's trace and arrivals."""
         trace = trace_named(run, self.trace, run.params.paths.get(self.trace))
         arrival = replace(run.arrival, rate=run.arrival.rate or self.rate, duration_s=self.duration_s)
         return replace(run, trace=replace(trace, max_tokens=run.trace.max_tokens), arrival=arrival)
 
-    def systems_of(self, run: Run) -> list[System]:
+    def systems_of(self, run: "Run[Params]") -> list[System]:
         """The systems that it is served with."""
         return [system for system in run.systems if self.systems is None or system.name in self.systems]
 
-    def names(self, run: Run, system: System, *, published: bool = False) -> dict[str, Any]:
+    def names(self, run: "Run[Params]", system: System, *, published: bool = False) -> Names:
         """Columns that name a row; `published`: of seed 0, those of the published bar where it stands for one."""
         own = self.run_of(run)
         detail = f"{own.arrival.rate:g} req/s"
@@ -90,7 +89,7 @@ class Params:
     record_every_s: float = 10.0  # memory_by_interval.parquet sums the steps up by so many seconds
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     traces = [load.trace for load in run.params.loads]
     rules = unread_seeds(run)
@@ -103,7 +102,7 @@ def unread(run: Run) -> dict[str, str]:
     return rules
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve every load with every system, under every seed. Raises UserError where there is no load, or one twice."""
     seeds = seeds_of(run)
     loads = _checked(run)
@@ -121,7 +120,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured(first_seed_alone(frames, seeds[0]), notes)
 
 
-def _checked(run: Run) -> list[Load]:
+def _checked(run: Run[Params]) -> list[Load]:
     loads: list[Load] = run.params.loads
     keys = {load.key for load in loads}
     alike = {(load.trace, run.arrival.rate or load.rate, load.window) for load in loads}
@@ -134,7 +133,7 @@ def _checked(run: Run) -> list[Load]:
     return loads
 
 
-def _cell(run: Run, replayer: Replayer, system: System, load: Load, seed: int) -> Frames:
+def _cell(run: Run[Params], replayer: Replayer, system: System, load: Load, seed: int) -> Frames:
     requests, steps, _ = replayer.serve(system, workload_of(load.run_of(run), seed=seed))
     means = averages(window(steps, load.window_s)).assign(
         system=system.name, peak=int(steps.requests.max()), preemptions=int(steps.preempted.sum())
@@ -143,7 +142,7 @@ def _cell(run: Run, replayer: Replayer, system: System, load: Load, seed: int) -
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """The paper's row of every published bar, and ours of every load and system over the seeds."""
     means = frames["averages"]
     return frame(
@@ -154,7 +153,7 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     )
 
 
-def _rows(run: Run, system: System, load: Load, means: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], system: System, load: Load, means: pd.DataFrame) -> Iterator[SummaryRow]:
     """Nothing was fitted to Fig 13: the engine's constants come from Fig 12a, the pool from Fig 2."""
     ours, published = load.names(run, system), load.names(run, system, published=True)
     for average in Average:

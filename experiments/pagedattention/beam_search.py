@@ -52,7 +52,7 @@ class Params(SamplingParams):
     band: list[str] = field(default_factory=list)  # systems that are replayed under the extremes of survival too
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     rules = unread_of_sampling(run)
     if run.clock == "measured":
@@ -62,17 +62,17 @@ def unread(run: Run) -> dict[str, str]:
     return rules
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every panel."""
     return Measured(measure_lines(run, recorder, list(_lines(run))), {**notes(run), **ASSUMED})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every point and crossing of every panel."""
     return summarize_lines(_lines(run), frames)
 
 
-def _lines(run: Run) -> Iterator[Line]:
+def _lines(run: Run[Params]) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         for survival in (SURVIVAL,) if run.clock == "measured" else (SURVIVAL, *BAND):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -55,7 +54,7 @@ class Params:
     # over its time with blocks of 16, as measured somewhere
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     unused = {
@@ -75,11 +74,11 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every trace with every block size."""
     _check(run)
     points: list[pd.DataFrame] = []
-    workloads: dict[str, Any] = {}
+    workloads: dict[str, object] = {}
     with Progress(NAME, len(run.params.rates)) as progress:
         for name, rate in run.params.rates.items():
             progress.stage(f"{name}, {rate:g} req/s")
@@ -91,13 +90,13 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"points": pd.concat(points, ignore_index=True)}, {"workloads": workloads} | SAID)
 
 
-def _of_trace(run: Run, name: str) -> Run:
+def _of_trace(run: Run[Params], name: str) -> Run[Params]:
     """The run of one trace, at its rate."""
     trace = trace_named(run, name, run.params.paths.get(name))
     return replace(run, trace=trace, arrival=replace(run.arrival, rate=run.params.rates[name]))
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     """Raises UserError for sizes that no block has, for no trace, and for a cost that is none or has no use."""
     params: Params = run.params
     blocks.check_block_sizes(params.block_sizes)
@@ -113,7 +112,7 @@ def _check(run: Run) -> None:
             _check_slowed(run, system, cost)
 
 
-def _check_slowed(run: Run, system: System, cost: float) -> None:
+def _check_slowed(run: Run[Params], system: System, cost: float) -> None:
     """Raises UserError where an engine has no time of attention to change, or not by so much."""
     _context_ps(run, system)  # what the engine refuses by itself
     if not _slows(run, run.engine, system, cost):
@@ -126,7 +125,7 @@ def _check_slowed(run: Run, system: System, cost: float) -> None:
         )
 
 
-def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
+def _slows(run: Run[Params], engine: EngineConfig, system: System, cost: float) -> bool:
     """Whether K/V takes `cost` times as long to read in that engine's steps."""
     run = replace(run, engine=engine)
     try:
@@ -136,24 +135,24 @@ def _slows(run: Run, engine: EngineConfig, system: System, cost: float) -> bool:
     return given > 0 and math.isclose(asked, cost * given, rel_tol=0.01)
 
 
-def _context_ps(run: Run, system: System) -> int:
+def _context_ps(run: Run[Params], system: System) -> int:
     """Picoseconds for the K/V of one token."""
     return Serving(run, system).step_model.context_ps
 
 
-def _cell(run: Run) -> Frames:
+def _cell(run: Run[Params]) -> Frames:
     """Every system and block size on one trace."""
-    costs = run.params.kernel_cost
-    replayers = {cost: Replayer(_slowed(run, cost)) for cost in {1.0, *costs.values()}}
+    costs: dict[int | None, float] = dict([(None, 1.0), *run.params.kernel_cost.items()])
+    replayers = {cost: Replayer(_slowed(run, cost)) for cost in {*costs.values()}}
     lines = [
         blocks.Line(replayers[costs.get(size, 1.0)], variant, {"system": system.name, "block_size": size})
         for system in run.systems
         for size, variant in blocks.variants(system, run.params.block_sizes)
     ]
-    return {"points": blocks.serve_in_turn(run, lines, workload_of(run))}
+    return {"points": blocks.serve_in_turn(run, run.params.rounds, lines, workload_of(run))}
 
 
-def _slowed(run: Run, cost: float) -> Run:
+def _slowed(run: Run[Params], cost: float) -> Run[Params]:
     """The run with an engine whose attention takes `cost` times as long to read K/V."""
     engine: EngineConfig = run.engine
     fitted = {name: replace(step, context_ms=step.context_ms * cost) for name, step in engine.fitted.items()}
@@ -164,31 +163,30 @@ def _slowed(run: Run, cost: float) -> Run:
     return replace(run, engine=replace(engine, fitted=fitted, attention=attention, kv_efficiency=kv_efficiency))
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """A row for every block size and trace; one for each trace of a system without blocks."""
     return frame(_summary(run, frames["points"]))
 
 
-def _summary(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], table: pd.DataFrame) -> Iterator[SummaryRow]:
     for trace, system in itertools.product(run.params.rates, run.systems):
         rows = table[(table.trace == trace) & (table.system == system.name)]
         for size in run.params.block_sizes if blocks.has_blocks(system) else [None]:
             yield from _rows(_of_trace(run, trace), system, size, rows[rows.block_size == size] if size else rows)
 
 
-def _rows(run: Run, system: System, size: int | None, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], system: System, size: int | None, samples: pd.DataFrame) -> Iterator[SummaryRow]:
     """One block size of one system; one without blocks has one point, and no x."""
     suffix = "_vs_block_size" if size else ""
-    cost = run.params.kernel_cost.get(size)
+    cost = run.params.kernel_cost.get(size) if size else None
     assuming = blocks.assumed(size) if cost is None else f"attention takes {cost:g} times as long as with blocks of 16"
-    what: dict[str, Any] = {"x": size, "detail": f"{run.arrival.rate:g} req/s", "assuming": assuming}
+    of = partial(named, run, system, x=size, detail=f"{run.arrival.rate:g} req/s", assuming=assuming)
     latency = blocks.estimate(run, samples.normalized_latency_s)
-    names = named(run, system, FIGURE if size else None, kernel_cost=cost, **what)
+    names = of(FIGURE if size else None, kernel_cost=cost)
     yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **names)
     for name, unit in blocks.OURS.items():
         if size or name != "last_block_waste":
-            ours = named(run, system, **what)
-            yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **ours)
+            yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **of())
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -6,7 +6,6 @@ the one and 0.1 for the other. The run `as_artifact` repeats that and is compare
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -45,25 +44,25 @@ class Params(Curves):
     pool_bytes: int | None = None  # null: the pool the engine ran with
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     rules = {"trace.new_conversation": "params.new_conversation has the probabilities of every run"}
     return rules | unread_rates(run.params, ["params.guess"])
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Both runs; a system whose probability is the same in both is replayed once. Raises UserError without a run."""
     if not run.params.new_conversation:
         raise UserError("params.new_conversation: at least one run, e.g. {fair: {others: 0.5}}")
     return Measured(measure_lines(run, recorder, list(_lines(run))), _notes(run))
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every point and crossing of every run."""
     return summarize_lines(_lines(run), frames)
 
 
-def _lines(run: Run) -> Iterator[Line]:
+def _lines(run: Run[Params]) -> Iterator[Line]:
     """Only `as_artifact` is the published figure's; the engine's constants come from Fig 12a."""
     replayer = Replayer(run)
     for which, values in run.params.new_conversation.items():
@@ -88,12 +87,12 @@ def _probability(which: str, values: dict[str, float], system: System) -> float:
     raise UserError(f"params.new_conversation.{which}: neither {system.scheduler.name} nor others")
 
 
-def _serving(run: Run, replayer: Replayer, system: System, probability: float) -> ServeAt:
+def _serving(run: Run[Params], replayer: Replayer, system: System, probability: float) -> ServeAt:
     trace = replace(run.trace, new_conversation=probability)
     return lambda rate: replayer.serve(system, workload_of(run, trace, rate=rate))
 
 
-def _notes(run: Run) -> dict[str, Any]:
+def _notes(run: Run[Params]) -> dict[str, object]:
     """The workload at one rate: others have as many of the same turns as arrive."""
     rates = run.params.rates or list(run.params.guess.values())
     workload = example_of(run, rate=rates[0])

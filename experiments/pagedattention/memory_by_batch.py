@@ -5,7 +5,7 @@ how often a running request has that length. Measured, the same is read off the 
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from kvarena.errors import UserError
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.record import Frames
-from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -29,20 +29,28 @@ EXISTING, VLLM = "Existing systems", "vLLM"  # as Fig 1 calls what reserves the 
 ATTACHED = ("live", "reserved", "over_estimate", "rounding")
 
 
-def frames(run: Run, workload: Workload) -> Frames:
+class Batches(NamedTuple):
+    """x of Fig 1: batches whose memory is drawn, of systems that reserve and of those that do not; and throughput."""
+
+    reserving: list[float]
+    on_demand: list[float]
+    throughput: list[float]
+
+
+def frames(run: Run[object], workload: Workload, batches: Batches) -> Frames:
     """Modelled: `memory_by_batch` of every system, and `throughput_by_batch` of those with blocks on demand."""
     occurrences = running_lengths(workload)
     mean_tokens = _mean(np.arange(len(occurrences)), occurrences)
-    memory, throughput = list[dict[str, Any]](), list[dict[str, Any]]()
+    memory, throughput = list[dict[str, object]](), list[dict[str, object]]()
     for system in run.systems:
         attached = attached_bytes(run, system, len(occurrences) - 1)
         reserves, per_request = bool(attached[1] == attached[-1]), _mean(attached, occurrences)
-        for batch in run.params.reserving_batches if reserves else run.params.on_demand_batches:
+        for batch in batches.reserving if reserves else batches.on_demand:
             value = run.model.weight_bytes + batch * per_request
             memory.append({"system": system.name, "batch": float(batch), "bytes": value, "reserves": reserves,
                            "bytes_per_request": per_request})  # fmt: skip
         if system.allocator.name == "paged":
-            throughput += _throughput(run, system, mean_tokens)
+            throughput += _throughput(run, system, mean_tokens, batches.throughput)
     tables = {"memory_by_batch": memory, "throughput_by_batch": throughput}
     return {name: pd.DataFrame(table) for name, table in tables.items() if table}
 
@@ -51,14 +59,16 @@ def _mean(values: Ints, occurrences: Ints) -> float:
     return float((values * occurrences).sum() / occurrences.sum())
 
 
-def _throughput(run: Run, system: System, mean_tokens: float) -> Iterator[dict[str, Any]]:
+def _throughput(
+    run: Run[object], system: System, mean_tokens: float, batches: list[float]
+) -> Iterator[dict[str, object]]:
     model = Serving(run, system).step_model
-    for batch in run.params.throughput_batches:
+    for batch in batches:
         step_ps = model.step_ps(StepLoad(int(batch), int(batch), round(batch * mean_tokens)))
         yield {"system": system.name, "batch": float(batch), "tokens_per_s": batch / step_ps * PS_PER_S}
 
 
-def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+def modelled(run: Run[object], frames: Frames) -> Iterator[SummaryRow]:
     """Memory of every system, and throughput, at the lengths that a running request has."""
     throughput = frames.get("throughput_by_batch", pd.DataFrame(columns=["system", "batch", "tokens_per_s"]))
     for system in run.systems:
@@ -76,7 +86,7 @@ def modelled(run: Run, frames: Frames) -> Iterator[SummaryRow]:
             yield row(rate, quantity="throughput_vs_batch", unit="token/s", **names)
 
 
-def _per_request(names: dict[str, Any], value: float) -> SummaryRow:
+def _per_request(names: Names, value: float) -> SummaryRow:
     return row(value / GB, quantity="memory_per_running_request", unit="GB", **names)
 
 
@@ -91,7 +101,7 @@ def running_lengths(workload: Workload) -> Ints:
     return occurrences
 
 
-def attached_bytes(run: Run, system: System, longest: int) -> Ints:
+def attached_bytes(run: Run[object], system: System, longest: int) -> Ints:
     """Bytes that a system's policy attaches to one sequence, alone, by its length, on all devices: [longest + 1].
 
     Raises UserError where the pool does not hold one.
@@ -110,7 +120,7 @@ def _attached(usage: Usage) -> int:
     return sum(int(getattr(usage, leaf)) for leaf in ATTACHED)
 
 
-def measured(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
+def measured(run: Run[object], steps: pd.DataFrame) -> Iterator[SummaryRow]:
     """The same of this machine, from the steps that only decode."""
     decoding = steps[(steps.prefills == 0) & (steps.decodes > 0)]
     decoding = decoding.assign(attached=decoding[list(ATTACHED)].sum(axis=1))

@@ -3,10 +3,9 @@
 Under the measured clock there is only the right half of Fig 1, read off a small replay on this machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -19,7 +18,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.pagedattention import memory_by_batch
-from kvarena.experiments.pagedattention.memory_by_batch import GB
+from kvarena.experiments.pagedattention.memory_by_batch import GB, Batches
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine.serving import BLOCK_TOKENS, pool_bytes_of
 from kvarena.harness.model import ModelConfig, load_preset
@@ -28,7 +27,7 @@ from kvarena.harness.modelled.kv_pool import GIB, kv_pool_bytes
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, beside_published, frame, published_values, row
 from kvarena.harness.requests.workload import Workload
-from kvarena.harness.run.published import OURS, named, without_trace
+from kvarena.harness.run.published import OURS, as_ours, named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
@@ -75,18 +74,17 @@ class Params:
     pool_bytes: int | None = None  # measured clock only
     rounds: int = 1  # measured clock: repetitions, interleaved over systems
 
+    @property
+    def batches(self) -> Batches:
+        """x of Fig 1."""
+        return Batches(self.reserving_batches, self.on_demand_batches, self.throughput_batches)
 
-def unread(run: Run) -> dict[str, str]:
+
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     if run.clock == "measured":
-        arithmetic = (
-            "servers",
-            "reservations",
-            "nominal_gb",
-            "reserving_batches",
-            "on_demand_batches",
-            "throughput_batches",
-        )
+        arithmetic = ("servers", "reservations", "nominal_gb", "reserving_batches", "on_demand_batches",
+                      "throughput_batches")  # fmt: skip
         return {f"params.{key}": "it is arithmetic of clock=modelled" for key in arithmetic}
     unused = {key: "nothing is replayed under clock=modelled; clock=measured replays" for key in (
         "params.rounds", "scheduler", "trace.mix", "allocator.watermark", "allocator.swap_bytes", "device.map_us",
@@ -95,13 +93,13 @@ def unread(run: Run) -> dict[str, str]:
     return unused | {"params.pool_bytes": "the modelled pool is the engine's, or what device.memory_gib leaves"}
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """What all panels need; under the measured clock the replays of this machine."""
     workload = workload_of(run)
     notes = {"workload": workload.provenance, "fitted": FITTED}
     if run.clock == "modelled":
         _check(run.params)
-        return Measured(_arithmetic(run) | memory_by_batch.frames(run, workload), notes)
+        return Measured(_arithmetic(run) | memory_by_batch.frames(run, workload, run.params.batches), notes)
     replayer = Replayer(run)
     turns = [(number, system) for number in range(run.params.rounds) for system in run.systems]
     cells = [recorder.cell(f"{n}-{s.name}", partial(_cell, replayer, s, workload, n)) for n, s in turns]
@@ -115,17 +113,16 @@ def _cell(replayer: Replayer, system: System, workload: Workload, number: int) -
 
 def _check(params: Params) -> None:
     """Raises UserError for two servers or requests of one name, one batch twice, and for no batch."""
-    named_by: dict[str, list[Any]] = {
-        "servers": [(each.model, each.tp, each.device) for each in params.servers],
-        "reservations": [_shown(each) for each in params.reservations],
+    batches = {
         "reserving_batches": params.reserving_batches,
         "on_demand_batches": params.on_demand_batches,
         "throughput_batches": params.throughput_batches,
     }
-    for key, values in named_by.items():
-        if len(set(values)) < len(values):
-            raise UserError(f"params.{key}: one stands there twice")
-        if key.endswith("batches") and not (values and min(values) >= 0):
+    _refuse_twice("servers", [(each.model, each.tp, each.device) for each in params.servers])
+    _refuse_twice("reservations", [_shown(each) for each in params.reservations])
+    for key, values in batches.items():
+        _refuse_twice(key, values)
+        if not (values and min(values) >= 0):
             raise UserError(f"params.{key}={list(values)}: at least one batch size, each 0 or more")
     if min(params.throughput_batches) < 1:
         raise UserError(f"params.throughput_batches={params.throughput_batches}: a batch that runs has at least 1")
@@ -133,7 +130,12 @@ def _check(params: Params) -> None:
         raise UserError(f"params.nominal_gb={params.nominal_gb}: must be above 0")
 
 
-def _arithmetic(run: Run) -> Frames:
+def _refuse_twice(key: str, values: Collection[object]) -> None:
+    if len(set(values)) < len(values):
+        raise UserError(f"params.{key}: one stands there twice")
+
+
+def _arithmetic(run: Run[Params]) -> Frames:
     """Frames of Table 1, Fig 3 and the left of Fig 1."""
     tables = {
         "servers": [_server(server) for server in run.params.servers],
@@ -143,7 +145,7 @@ def _arithmetic(run: Run) -> Frames:
     return {name: pd.DataFrame(table) for name, table in tables.items() if table}
 
 
-def _server(server: Server) -> dict[str, Any]:
+def _server(server: Server) -> dict[str, object]:
     """Weights, and what they leave for K/V, by the formula of vLLM's memory analyser of 2023."""
     model, device = _served(server)
     token_bytes = model.kv_layout().token_bytes
@@ -170,13 +172,13 @@ def _never_used(request: Reservation) -> int:
     return policy.usage().over_estimate // slot.token_bytes
 
 
-def _device_memory(run: Run) -> dict[str, int]:
+def _device_memory(run: Run[Params]) -> dict[str, object]:
     """Bytes of one device: its share of the weights, the pool, and all there is."""
     weights, pool = run.model.shard().weight_bytes, pool_bytes_of(run, run.systems[0])
     return {"parameters": weights, "kv_cache": pool, "there_is": round(run.device.need("memory_gib") * GIB)}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Rows of all panels; under the measured clock those of this machine."""
     if run.clock == "measured":
         return frame(memory_by_batch.measured(run, frames["steps"]))
@@ -184,7 +186,7 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     return frame([*_fig3(run, frames), *_table1(run, frames), *layout, *memory_by_batch.modelled(run, frames)])
 
 
-def _fig3(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+def _fig3(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     lengths = {_shown(each): [each.prompt_tokens, each.output_tokens] for each in run.params.reservations}
     for name in lengths:
         table = frames["reservations"].set_index("request").slots
@@ -192,7 +194,7 @@ def _fig3(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         yield row(table[name], quantity=PRINTED["fig3"], unit="tokens", **names)
 
 
-def _table1(run: Run, frames: Frames) -> Iterator[SummaryRow]:
+def _table1(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """The memory of devices was fitted to some columns: their device's file says to which."""
     for server, sizes in zip(run.params.servers, frames.get("servers", pd.DataFrame()).to_dict("records"), strict=True):
         model, device = _served(server)
@@ -205,12 +207,11 @@ def _table1(run: Run, frames: Frames) -> Iterator[SummaryRow]:
         # the paper prints 12 GB and means GiB
         yield row(slots * token_bytes / GIB, quantity="kv_cache_memory", unit="GiB", **names)
         yield row(slots, quantity="max_kv_slots", unit="tokens", **names)
-        ours = {"label": "server", "fitted": names["evidence"] == "calibrated"}
-        yield row(blocks, quantity="kv_blocks_of_16", unit="blocks", **named(here, **ours))
+        yield row(blocks, quantity="kv_blocks_of_16", unit="blocks", **as_ours(names))
         yield row(token_bytes, quantity="kv_bytes_per_token", unit="bytes", **named(here, label="server", counted=True))
 
 
-def _fig1_layout(run: Run, sizes: pd.Series) -> Iterator[SummaryRow]:
+def _fig1_layout(run: Run[Params], sizes: pd.Series) -> Iterator[SummaryRow]:
     """Shares of one device: as the paper divides (1e9 bytes by the nominal size), and of the memory there is."""
     here, there_is = without_trace(run), sizes["there_is"]
     parts = {"parameters": sizes["parameters"], "kv_cache": sizes["kv_cache"]}

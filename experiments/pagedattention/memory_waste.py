@@ -57,12 +57,12 @@ class Params:
         check_window(self.window_s)
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     return unread_seeds(run)
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every system and average its memory; again for every seed."""
     seeds = seeds_of(run)
     replayer, workloads = Replayer(run), {seed: workload_of(run, seed=seed) for seed in seeds}
@@ -76,19 +76,19 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured(first_seed_alone(run_cells(run.experiment, recorder, cells), seeds[0]), notes)
 
 
-def _cell(run: Run, replayer: Replayer, system: System, workload: Workload) -> Frames:
+def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Workload) -> Frames:
     requests, steps, _ = replayer.serve(system, workload)
     means = averages(window(steps, run.params.window_s)).assign(system=system.name)
     memory = by_interval(steps, run.params.record_every_s)
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """The paper's row of every published bar, and ours of every system over the seeds."""
     return frame(_rows(run, frames["averages"]))
 
 
-def _rows(run: Run, means: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], means: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         for average, by_seed in means[means.system == system.name].groupby("average", sort=False):
             values = pd.DataFrame([_quantities(system, mean) for _, mean in by_seed.iterrows()], index=by_seed.seed)

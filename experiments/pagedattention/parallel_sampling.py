@@ -54,34 +54,34 @@ class Params(Curves):
     max_rows: int | None = None  # of vAttention's virtual tensors; null: as its allocator says
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
-    rules = unread_of_sequences(run) | unread_panels(params.panels, params.only)
+    rules = unread_of_sequences(run, run.params.max_rows) | unread_panels(params.panels, params.only)
     return rules | unread_rates(params, (f"params.panels.{figure}.guess" for figure in params.panels))
 
 
-def unread_of_sequences(run: Run) -> dict[str, str]:
+def unread_of_sequences(run: Run[object], max_rows: int | None) -> dict[str, str]:
     """The same of experiments whose own keys say how many sequences a request has."""
     rules = {"trace.mix": f"experiment={run.experiment} says itself how each request is decoded"}
-    if run.params.max_rows is not None:
+    if max_rows is not None:
         rules["allocator.max_rows"] = "params.max_rows=N sets it"
         if not any(_has_rows(system) for system in run.systems):
             rules["params.max_rows"] = "no system of this run has rows to spare; allocator=vattention has"
     return rules
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every panel."""
     return Measured(measure_lines(run, recorder, list(_lines(run))), notes(run))
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every point and crossing of every panel."""
     return summarize_lines(_lines(run), frames)
 
 
-def _lines(run: Run) -> Iterator[Line]:
+def _lines(run: Run[Params]) -> Iterator[Line]:
     """The engine's constants come from Fig 12a, with one sequence a request."""
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
@@ -117,12 +117,12 @@ def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[Syste
             yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
 
 
-def serving(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
+def serving(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
     """Serves the run's workload at a rate, decoded in one way."""
     return lambda rate: replayer.serve(system, workload_of(run, rate=rate), decoding)
 
 
-def notes(run: Run) -> dict[str, object]:
+def notes(run: Run[Params]) -> dict[str, object]:
     """The workload at 1 request/s: others begin with the same requests."""
     return {"workload": example_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
 

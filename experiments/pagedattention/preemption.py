@@ -6,7 +6,7 @@ its recomputation does not enter any constant. Fig 19b serves ShareGPT a little 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ from kvarena.harness.model.build import build_model
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
-from kvarena.harness.run.published import OURS, is_earned, named, without_trace
+from kvarena.harness.run.published import OURS, as_ours, is_earned, named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
@@ -54,7 +54,7 @@ class Params:
     rounds: int = 1  # measured clock: repetitions, interleaved over block sizes; at least 6 give 95 %
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     unused = {
         "allocator.block_size": "params.block_sizes=[...] and params.replay_block_sizes=[...] are the block sizes",
@@ -67,7 +67,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Both figures."""
     params: Params = run.params
     for sizes in (params.block_sizes, params.replay_block_sizes):
@@ -83,7 +83,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"costs": costs, "points": points}, {"workload": example_of(run).provenance, **SAID})
 
 
-def _paged(run: Run) -> System:
+def _paged(run: Run[Params]) -> System:
     """The system whose blocks are swapped. Raises UserError where there is none."""
     for system in run.systems:
         if system.allocator.name == "paged":
@@ -93,7 +93,7 @@ def _paged(run: Run) -> System:
     raise UserError(f"systems: {NAME} needs one with allocator paged, whose blocks can be swapped")
 
 
-def _costs(run: Run, paged: System) -> pd.DataFrame:
+def _costs(run: Run[Params], paged: System) -> pd.DataFrame:
     """Seconds of each way by block size and round: columns block_size, and what `preemption_cost` names."""
     sized = dict(blocks.variants(paged, run.params.block_sizes))
     if run.clock == "modelled":
@@ -112,7 +112,7 @@ def _costs(run: Run, paged: System) -> pd.DataFrame:
             bench.close()
 
 
-def _replays(run: Run) -> Frames:
+def _replays(run: Run[Params]) -> Frames:
     """The trace under each way of preemption; systems without a CPU pool recompute."""
     replayer, lines = Replayer(run), []
     for system in run.systems:
@@ -120,7 +120,7 @@ def _replays(run: Run) -> Frames:
             for way in ways(system):
                 labels = {"system": system.name, "way": way, "block_size": size}
                 lines.append(blocks.Line(replayer, preempting(variant, way, run.params.swap_bytes), labels))
-    return {"points": blocks.serve_in_turn(run, lines, workload_of(run))}
+    return {"points": blocks.serve_in_turn(run, run.params.rounds, lines, workload_of(run))}
 
 
 def ways(system: System) -> tuple[str, ...]:
@@ -137,17 +137,17 @@ def preempting(system: System, way: str, swap_bytes: str) -> System:
     return replace(system, allocator=allocator, scheduler=replace(system.scheduler, preemption=way))
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Both figures' rows."""
     return frame([*_cost_rows(run, _paged(run), frames["costs"]), *_replay_rows(run, frames["points"])])
 
 
-def _label(run: Run, system: System, way: str) -> str:
+def _label(run: Run[Params], system: System, way: str) -> str:
     """`paged-swap-in/<kernel>`: a system and what is done with it."""
     return f"{system.shown_allocator}-{way.replace(' ', '-')}/{run.kernel_of(system)}"
 
 
-def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[SummaryRow]:
+def _cost_rows(run: Run[Params], paged: System, costs: pd.DataFrame) -> Iterator[SummaryRow]:
     """The figure's row of every way, recomputation as its script draws it; and what each costs."""
     run, detail = without_trace(run), f"a request of {run.params.tokens} tokens"
     for size in run.params.block_sizes:
@@ -157,24 +157,23 @@ def _cost_rows(run: Run, paged: System, costs: pd.DataFrame) -> Iterator[Summary
             names = named(run, paged, "fig19a", key=key, label=label, detail=detail, x=size)
             drawn = DRAWN if what == RECOMPUTE and is_earned(names) else 1
             yield row(blocks.estimate(run, drawn * samples[what]), quantity=HEADLINE, unit="ms", **names)
-            ours = named(run, paged, label=label, detail=detail, x=size, fitted=names["evidence"] == "calibrated")
-            yield row(blocks.estimate(run, samples[what]), quantity=f"cost_of_{what}", unit="ms", **ours)
+            yield row(blocks.estimate(run, samples[what]), quantity=f"cost_of_{what}", unit="ms", **as_ours(names))
 
 
-def _replay_rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+def _replay_rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     for (name, way), rows in points.groupby(["system", "way"], sort=False):
         system = next(s for s in run.systems if s.name == name)
         label = _label(run, system, str(way)) if len(ways(system)) > 1 else None
         for size in run.params.replay_block_sizes if blocks.has_blocks(system) else [None]:
             samples, suffix = (rows[rows.block_size == size], "_vs_block_size") if size else (rows, "")
             figure = "fig19b" if size else None
-            what: dict[str, Any] = {"label": label, "x": size, "assuming": blocks.assumed(size)}
-            names = named(run, system, figure, key=str(way), **what)
+            of = partial(named, run, system, label=label, x=size, assuming=blocks.assumed(size))
+            names = of(figure, key=str(way))
             yield row(blocks.estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
                       unit="s/token", **names)  # fmt: skip
             for quantity, unit in blocks.OURS.items():
                 yield row(blocks.estimate(run, samples[quantity]), quantity=f"{quantity}{suffix}", unit=unit,
-                          **named(run, system, **what))  # fmt: skip
+                          **of())  # fmt: skip
 
 
 COLOURS = {"recompute": "#D55E00", "swap in+out": "#0072B2", "swap in": "#56B4E9", "swap out": "#009E73"}

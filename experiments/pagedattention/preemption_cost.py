@@ -29,7 +29,7 @@ SWAP_OUT, SWAP_IN, SWAP, RECOMPUTE = "swap out", "swap in", "swap in+out", "reco
 Costs = dict[str, float]  # what -> seconds
 
 
-def modelled_costs(run: Run, system: System, tokens: int) -> Costs:
+def modelled_costs(run: Run[object], system: System, tokens: int) -> Costs:
     """Seconds on the modelled device for a request of so many tokens."""
     serving = scattered(run, system, [tokens])
     out_ps, in_ps = (serving.prices.total_ps(actions) for actions in _swaps(serving.policy, 0))
@@ -41,7 +41,7 @@ def _costs(out_s: float, in_s: float, recompute_s: float) -> Costs:
     return {RECOMPUTE: recompute_s, SWAP_IN: in_s, SWAP_OUT: out_s, SWAP: in_s + out_s}
 
 
-def scattered(run: Run, system: System, lengths: list[int], model: Model | None = None) -> Serving:
+def scattered(run: Run[object], system: System, lengths: list[int], model: Model | None = None) -> Serving:
     """The system holding sequences of these lengths, their blocks scattered, with room to swap all of them.
 
     Raises UserError for an allocator that swaps no blocks.
@@ -84,7 +84,7 @@ def _swaps(policy: Policy, seq_id: int) -> Iterator[list[Action]]:
 class PreemptionBench:
     """One block size, ready to be measured: a pool with several victims, together larger than the last-level cache."""
 
-    def __init__(self, run: Run, system: System, model: Model, tokens: int, victims: int) -> None:
+    def __init__(self, run: Run[object], system: System, model: Model, tokens: int, victims: int) -> None:
         serving = scattered(run, system, [tokens] * victims, model)
         self._policy, self._store, self.close = serving.policy, serving.store, serving.close
         self._executor = serving.torch_executor

@@ -8,7 +8,6 @@ all seeds are ours. A search is of the first seed.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import pandas as pd
@@ -36,8 +35,8 @@ from kvarena.experiments.kit.seeds import unread_seeds
 from kvarena.experiments.pagedattention.serving_panels import (
     PADDED,
     Curve,
-    OutOfSample,
     Panel,
+    Params,
     curves_of,
     out_of_sample,
     run_of_panel,
@@ -60,22 +59,7 @@ AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpubli
 OUT_OF_SAMPLE = f"{HEADLINE}:out_of_sample"
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/serving_latency.yaml; null there means: by the profile."""
-
-    panels: dict[str, Panel] = field(default_factory=dict)  # by figure: fig12a ...
-    only: list[str] | None = None  # figures to run; null: all
-    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
-    pool_bytes: int | None = None  # null: the pool the engine ran with
-    seeds: list[int] = field(default_factory=lambda: [0])  # of traces and arrivals; at least 6 give a 95 % interval
-    once: list[str] = field(default_factory=list)  # systems that are replayed under the first seed alone
-    crossing: list[str] = field(default_factory=list)  # systems whose rate at LIMIT_S is searched, under the first seed
-    tolerance: float = 0.01  # of that search
-    out_of_sample: list[OutOfSample] = field(default_factory=list)
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     panels = chosen_panels(params.panels, params.only)
@@ -94,7 +78,7 @@ def unread(run: Run) -> dict[str, str]:
     return rules | unread_panels(params.panels, params.only) | _unread_of_systems(run, panels)
 
 
-def _unread_of_systems(run: Run, panels: dict[str, Panel]) -> dict[str, str]:
+def _unread_of_systems(run: Run[Params], panels: dict[str, Panel]) -> dict[str, str]:
     """Keys for some systems alone."""
     params, rules = run.params, dict[str, str]()
     there = {system.name for system in run.systems}
@@ -121,11 +105,11 @@ def _unread_of_systems(run: Run, panels: dict[str, Panel]) -> dict[str, str]:
     return rules
 
 
-def _runs(run: Run) -> dict[str, Run]:
+def _runs(run: Run[Params]) -> dict[str, Run[Params]]:
     return {f: run_of_panel(run, panel) for f, panel in chosen_panels(run.params.panels, run.params.only).items()}
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every point of every curve, and again for every seed."""
     panels = chosen_panels(run.params.panels, run.params.only)
     cells = [(curve, seed) for curve in curves_of(run, panels) for seed in curve.seeds]
@@ -191,7 +175,7 @@ OURS = {
 }  # fmt: skip
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """The paper's rows of seed 0, ours of every rate over the seeds, and how far the paper's points are missed."""
     points = frames["points"]
     curves = list(curves_of(run, chosen_panels(run.params.panels, run.params.only)))
@@ -228,7 +212,7 @@ def _point_rows(curve: Curve, points: pd.DataFrame) -> Iterator[SummaryRow]:
                 yield row(median_interval(by_seed[name].dropna()), quantity=f"{name}_vs_rate", unit=unit, **ours)
 
 
-def _errors(run: Run, of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[SummaryRow]:
+def _errors(run: Run[Params], of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[SummaryRow]:
     """RMS of log(ours / published), of each family of curves, and of all of one engine where there are several.
 
     Of curves that stand for published ones, and of those out of sample; seed 0 alone.

@@ -17,6 +17,7 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.model import load_preset
 from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.modelled.engine_fit import misfit
+from kvarena.harness.record.summary import Names
 from kvarena.harness.run.published import Point, earned, named, setup
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.schemas import of
@@ -58,12 +59,27 @@ class OutOfSample:
     systems: list[str]
 
 
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/serving_latency.yaml; null there means: by the profile."""
+
+    panels: dict[str, Panel] = field(default_factory=dict)  # by figure: fig12a ...
+    only: list[str] | None = None  # figures to run; null: all
+    paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
+    pool_bytes: int | None = None  # null: the pool the engine ran with
+    seeds: list[int] = field(default_factory=lambda: [0])  # of traces and arrivals; at least 6 give a 95 % interval
+    once: list[str] = field(default_factory=list)  # systems that are replayed under the first seed alone
+    crossing: list[str] = field(default_factory=list)  # systems whose rate at LIMIT_S is searched, under the first seed
+    tolerance: float = 0.01  # of that search
+    out_of_sample: list[OutOfSample] = field(default_factory=list)
+
+
 class Curve(NamedTuple):
     """One system in one panel."""
 
     key: str  # of its cells
     figure: str
-    run: Run  # with the panel's model, device and trace
+    run: Run[Params]  # with the panel's model, device and trace
     replayer: Replayer  # of that run
     system: System
     panel: Panel
@@ -93,11 +109,11 @@ class Curve(NamedTuple):
         own = self.panel.fastertransformer_duration_s if self.system.scheduler.name == PADDED else None
         return own or self.panel.duration_s
 
-    def ours(self, *, fitted: bool = False, x: float | None = None) -> dict[str, Any]:
+    def ours(self, *, fitted: bool = False, x: float | None = None) -> Names:
         """Columns that name a row over all seeds. fitted: the engine's constants were fitted to this very quantity."""
         return named(self.run, self.system, detail=self.detail, x=x, fitted=fitted)
 
-    def published(self, seed: int, x: float | None = None) -> dict[str, Any]:
+    def published(self, seed: int, x: float | None = None) -> Names:
         """Columns that name a row of one seed: those of the published point where it stands for one."""
         run, figure = seeded(self.run, seed), self.figure if self.figure in self.run.published else None
         return named(run, self.system, figure, detail=self.detail, x=x, **(self._facts if figure else {}))
@@ -127,7 +143,7 @@ class Curve(NamedTuple):
         }
 
 
-def curves_of(run: Run, panels: dict[str, Panel]) -> Iterator[Curve]:
+def curves_of(run: Run[Params], panels: dict[str, Panel]) -> Iterator[Curve]:
     """Every panel's curves, then those out of sample: at the same rates, with another engine."""
     runs = {figure: run_of_panel(run, panel) for figure, panel in panels.items()}
     alike = Counter(setup(own) for own in runs.values())
@@ -144,7 +160,7 @@ def curves_of(run: Run, panels: dict[str, Panel]) -> Iterator[Curve]:
             yield Curve(key, figure, own, Replayer(own), system, panels[figure], details[figure], out_of_sample=True)
 
 
-def out_of_sample(run: Run, runs: dict[str, Run]) -> Iterator[tuple[str, EngineConfig, list[System]]]:
+def out_of_sample(run: Run[Params], runs: dict[str, Run[Params]]) -> Iterator[tuple[str, EngineConfig, list[System]]]:
     """Figure, engine and systems of the curves out of sample: in panels that run, on what the engine was fitted on."""
     if run.clock == "measured":
         return
@@ -161,7 +177,7 @@ def out_of_sample(run: Run, runs: dict[str, Run]) -> Iterator[tuple[str, EngineC
             )
 
 
-def run_of_panel(run: Run, panel: Panel) -> Run:
+def run_of_panel(run: Run[Params], panel: Panel) -> Run[Params]:
     """The run with the panel's model, device and trace. Raises UserError for a device model under the wall clock."""
     if panel.model is not None:
         run = replace(run, model=load_preset(panel.model, tp=panel.tp))

@@ -7,7 +7,6 @@ the prefix is shared down to a whole number of blocks, and what is left of it be
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.requests.prefix import Prefix
-from kvarena.harness.run.run import Run
+from kvarena.harness.run.run import Plain, Run
 from kvarena.harness.run.systems import System
 
 NAME = "shared_prefix"
@@ -59,7 +58,7 @@ class Params(Curves):
     pool_bytes: int | None = None  # null: the pool the engine ran with
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     rules = unread_panels(params.panels, params.only)
@@ -70,7 +69,7 @@ def unread(run: Run) -> dict[str, str]:
     )
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every panel."""
     notes: dict[str, object] = {}
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
@@ -80,19 +79,19 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured(measure_lines(run, recorder, list(_lines(run))), notes)
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every point and crossing of every panel."""
     return summarize_lines(_lines(run), frames)
 
 
-def _panel_run(run: Run, panel: Panel) -> Run:
+def _panel_run(run: Run[Params], panel: Panel) -> Run[Params]:
     trace = trace_named(run, panel.trace)
     if run.trace.path is not None:  # every panel reads that file, each with its own number of examples
         trace = replace(run.trace, name=trace.name, table=trace.table, examples=trace.examples)
     return replace(run, trace=replace(trace, max_tokens=run.trace.max_tokens))
 
 
-def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
+def _check_shared(panel: Panel, trace: Plain, figure: str) -> None:
     """Refuse to share more than the text of a file's prefix is, by the tokenizer it was counted with."""
     held = trace.get("prefix_tokens", panel.prefix_tokens)
     if panel.prefix_tokens > held:
@@ -103,7 +102,7 @@ def _check_shared(panel: Panel, trace: dict[str, Any], figure: str) -> None:
         )
 
 
-def _lines(run: Run) -> Iterator[Line]:
+def _lines(run: Run[Params]) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         own = _panel_run(run, panel)
@@ -120,7 +119,7 @@ def _lines(run: Run) -> Iterator[Line]:
             )
 
 
-def _serving(run: Run, replayer: Replayer, system: System, prefix_tokens: int) -> ServeAt:
+def _serving(run: Run[Params], replayer: Replayer, system: System, prefix_tokens: int) -> ServeAt:
     prefix = Prefix(PREFIX_ID, prefix_tokens)
     share = system.scheduler.name not in NO_SHARING
     return lambda rate: replayer.serve(system, workload_of(run, rate=rate), prefix=prefix, share_prefix=share)

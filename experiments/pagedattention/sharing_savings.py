@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -29,7 +28,7 @@ from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.record.time_averages import PS, check_window, window
 from kvarena.harness.requests.decoding import DecodingConfig
-from kvarena.harness.run.published import named
+from kvarena.harness.run.published import as_ours, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
@@ -61,15 +60,15 @@ class Params:
         check_window(self.window_s)
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    rules = unread_of_sequences(run)
+    rules = unread_of_sequences(run, run.params.max_rows)
     if run.clock == "measured":
         rules["params.survivals"] = "the model's scores say which beams live on; clock=modelled assumes"
     return rules
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """One replay for each system, way of decoding and n. Raises UserError for none, or one twice."""
     ways = list(_ways(run))
     if not ways or len(set(ways)) < len(ways):
@@ -88,7 +87,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"savings": pd.concat(cells, ignore_index=True)}, notes)
 
 
-def _ways(run: Run) -> Iterator[DecodingConfig]:
+def _ways(run: Run[Params]) -> Iterator[DecodingConfig]:
     survivals = [SURVIVAL] if run.clock == "measured" else run.params.survivals
     for n in run.params.n:
         yield DecodingConfig("parallel", n=n)
@@ -96,13 +95,13 @@ def _ways(run: Run) -> Iterator[DecodingConfig]:
             yield DecodingConfig("beam", n=n, survival=survival)
 
 
-def _cell(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> Frames:
+def _cell(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> Frames:
     steps = window(_steps(run, replayer, system, decoding), run.params.window_s)
     said = {"system": system.name, "decoding": decoding.name, "n": decoding.n, "survival": decoding.survival}
     return {"savings": pd.DataFrame([{**said, **savings(steps)}])}
 
 
-def _steps(run: Run, replayer: Replayer, system: System, decoding: DecodingConfig) -> pd.DataFrame:
+def _steps(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> pd.DataFrame:
     """The step log, exact up to the end of the window: whoever still waits then need not be served.
 
     Serves the first requests to arrive, and more of them until one of those waits at the end of the window.
@@ -141,19 +140,19 @@ def savings(steps: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """A row of the figure for each system, way and n, and the bytes behind it."""
     return frame(row for _, cell in frames["savings"].iterrows() for row in _rows(run, cell))
 
 
-def _rows(run: Run, cell: pd.Series) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], cell: pd.Series) -> Iterator[SummaryRow]:
     """Beams are compared under one survival model; the others stand beside it under their own names."""
     system = next(system for system in run.systems if system.name == cell.system)
     what = cell.decoding if cell.survival == SURVIVAL else f"{cell.decoding}{EXTREME}{cell.survival}"
-    more: dict[str, Any] = {"detail": what, "x": float(cell.n), "assuming": ASSUMED if cell.decoding == "beam" else ""}
-    names = named(run, system, FIGURE, decoding=cell.decoding, survival=cell.survival, **more)
+    of = partial(named, run, system, detail=what, x=float(cell.n), assuming=ASSUMED if cell.decoding == "beam" else "")
+    names = of(FIGURE, decoding=cell.decoding, survival=cell.survival)
     yield row(cell.saving, quantity=HEADLINE, unit="%", **names)
-    ours = named(run, system, **more)
+    ours = as_ours(names)
     for name, unit in (("logical_gb", "GB"), ("physical_gb", "GB"), ("batched_sequences", "sequences")):
         yield row(cell[name], quantity=f"{name}_vs_n", unit=unit, **ours)
 

@@ -6,7 +6,7 @@ data and gives its distribution back within a percent or so.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import trace_named
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import Evidence, Names, SummaryRow, frame, published_values, row
 from kvarena.harness.run.published import OURS, is_earned, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import load_trace
@@ -52,7 +52,7 @@ class Params:
     bins: dict[str, Bins] = field(default_factory=dict)  # trace -> its range; other traces, and other files: their own
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     params: Params = run.params
     unused = {"clock": "no clock is read; leave clock=modelled"} if run.clock == "measured" else {}
@@ -67,7 +67,7 @@ def unread(run: Run) -> dict[str, str]:
     return unused
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Read every trace and count. Lengths stay where they are: some may not be passed on.
 
     Raises UserError where there is nothing to count.
@@ -77,7 +77,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
         raise UserError(
             f"params.traces={params.traces}, params.num_bins={params.num_bins}: at least one of each, no trace twice"
         )
-    statistics, histograms, notes = list[dict[str, Any]](), list[pd.DataFrame](), {}
+    statistics, histograms, notes = list[dict[str, object]](), list[pd.DataFrame](), {}
     for name in params.traces:
         config = _of_trace(run, name).trace
         trace = _whole(config)
@@ -92,7 +92,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     )
 
 
-def _of_trace(run: Run, name: str) -> Run:
+def _of_trace(run: Run[Params], name: str) -> Run[Params]:
     return replace(run, trace=trace_named(run, name, run.params.paths.get(name)))
 
 
@@ -108,7 +108,7 @@ def _statistics(lengths: Ints) -> dict[str, float]:
     return {HEADLINE: float(lengths.mean()), **percentiles, "num_records": float(len(lengths))}
 
 
-def _histogram(run: Run, config: TraceConfig, side: str, lengths: Ints) -> pd.DataFrame:
+def _histogram(run: Run[Params], config: TraceConfig, side: str, lengths: Ints) -> pd.DataFrame:
     """Left edge and count of every bin. A trace of one's own takes Fig 11's range only where that is asked for."""
     bins = run.params.bins.get(config.name)
     asked = any(key.startswith(f"params.bins.{config.name}") or key == "params.bins" for key in run.given)
@@ -122,29 +122,30 @@ def _histogram(run: Run, config: TraceConfig, side: str, lengths: Ints) -> pd.Da
     return pd.DataFrame({"left": edges[:-1], "count": counts})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Means, percentiles and counts of every trace: exact from a file, calibrated from a table, which was fitted."""
     return frame(_summary(run, frames["statistics"], frames["histograms"]))
 
 
-def _summary(run: Run, statistics: pd.DataFrame, histograms: pd.DataFrame) -> Iterator[SummaryRow]:
+def _summary(run: Run[Params], statistics: pd.DataFrame, histograms: pd.DataFrame) -> Iterator[SummaryRow]:
     for found in statistics.to_dict("records"):
         name, side = found["trace"], found["side"]
         here, bins = _of_trace(run, name), run.params.bins.get(name)
-        of_figure = {"key": side, "bins": asdict(bins) if bins else None}
-        kind: dict[str, Any] = {"label": side, "counted": not found["drawn"], "fitted": found["drawn"]}
-        yield row(found[HEADLINE], quantity=HEADLINE, unit="tokens", **named(here, None, FIGURE, **of_figure, **kind))
+        ours = partial(named, here, label=side, counted=not found["drawn"], fitted=found["drawn"])
+        of_figure = partial(ours, None, FIGURE, key=side, bins=asdict(bins) if bins else None)
+        yield row(found[HEADLINE], quantity=HEADLINE, unit="tokens", **of_figure())
         counts = histograms[(histograms.trace == name) & (histograms.side == side)]
         for left, count in zip(counts.left.tolist(), counts["count"].tolist(), strict=True):
-            names = named(here, None, FIGURE, x=round(left, 3), **of_figure, **kind)
-            x = _as_published(left, names) if is_earned(names) else names["x"]
-            yield row(count, quantity=COUNTS, unit="records", **{**names, "x": x})
+            names = of_figure(x=round(left, 3))
+            if is_earned(names):
+                names["x"] = _as_published(left, names)
+            yield row(count, quantity=COUNTS, unit="records", **names)
         for quantity in ("length_p50", "length_p90", "length_p99", "num_records"):
             unit = "records" if quantity == "num_records" else "tokens"
-            yield row(found[quantity], quantity=quantity, unit=unit, **named(here, **kind))
+            yield row(found[quantity], quantity=quantity, unit=unit, **ours())
 
 
-def _as_published(left: float, names: dict[str, Any]) -> float:
+def _as_published(left: float, names: Names) -> float:
     """A left edge as it was read out of the figure, so that rows join; else to a thousandth of a token."""
     rows = published_values(names["paper"], figure=FIGURE, panel=names["panel"], system=names["system"])
     read = [float(x) for x in rows[rows.quantity == COUNTS].x if abs(x - left) < 0.01]
@@ -168,7 +169,7 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _source(rows: pd.DataFrame) -> str:
-    return "counted in the data" if set(rows.evidence) == {"exact"} else "drawn from a length table"
+    return "counted in the data" if set(rows.evidence) == {Evidence.EXACT} else "drawn from a length table"
 
 
 def _panel(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:

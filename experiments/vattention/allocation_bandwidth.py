@@ -15,7 +15,6 @@ the host's work counts, as fitted on other figures; with lean it costs nothing, 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -28,7 +27,7 @@ from kvarena.allocators.sizes import GB, format_bytes, parse_bytes
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
-from kvarena.experiments.vattention.decode_need import decode_need, need_rows
+from kvarena.experiments.vattention.decode_need import Params, decode_need, need_rows
 from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -44,22 +43,7 @@ READS = {"measured": ("device",)}
 ONE_BY_ONE = "one by one"
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/allocation_bandwidth.yaml; null there means: by the profile of the device."""
-
-    page_groups: list[str] = field(default_factory=list)
-    pool: str = ""  # mapped over and over
-    run_groups: int = 0  # page-groups in one call, where they are mapped in runs
-    rounds: int = 0  # interleaved over page-groups and ways: the samples of every interval
-    need_models: list[str] = field(default_factory=list)  # of conf/model/, for Fig 4
-    need_device: str = ""  # of conf/device/
-    need_engine: str = ""  # of conf/engine/
-    need_batches: list[int] = field(default_factory=list)
-    need_context: int = 0  # tokens of every sequence
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     keys = {"engine": "params.need_engine=NAME is the engine that decoding is modelled by"}
     if not run.params.need_models:
@@ -68,7 +52,7 @@ def unread(run: Run) -> dict[str, str]:
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Model what decoding takes and measure what the driver gives. Raises UserError for parameters that do not fit."""
     params: Params = run.params
     sizes, pool = page_groups_of(params.page_groups), parse_bytes(params.pool, "params.pool")
@@ -83,13 +67,13 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": samples} | ({} if need.empty else {"decode_need": need}))
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """GB/s by page-group and way, and what decoding takes."""
     need = need_rows(run, frames["decode_need"]) if "decode_need" in frames else ()
     return frame([*_supply(run, frames["samples"]), *need])
 
 
-def _measure(run: Run, sizes: list[int], pool: int, progress: Progress) -> Frames:
+def _measure(run: Run[Params], sizes: list[int], pool: int, progress: Progress) -> Frames:
     """Rounds over page-groups and ways; GB/s of each."""
     ways: dict[str, Callable[[_Pool], float]] = {
         ONE_BY_ONE: partial(_Pool.map_seconds, groups_a_call=1),
@@ -148,7 +132,7 @@ class _Pool:
         self._driver.close()
 
 
-def _supply(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _supply(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for (way, size), rows in samples.groupby(["way", "page_group"], sort=False):
         group = format_bytes(int(str(size)))
         yield row(median_interval(rows.gb_per_s), quantity=HEADLINE, unit="GB/s",

@@ -15,9 +15,7 @@ one before it, beside which overlap maps. Differences are taken event by event, 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,13 +28,13 @@ from kvarena.experiments.kit.long_contexts import assumed_lengths
 from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.vattention.mapped_system import the_system
-from kvarena.experiments.vattention.overlap_cell import CHANGED, Way, system_in
+from kvarena.experiments.vattention.overlap_cell import CHANGED, Params, Way, system_in
 from kvarena.experiments.vattention.overlap_cell import measure as measured_batch
 from kvarena.experiments.vattention.overlap_replay import replayed
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, frame, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 
@@ -54,36 +52,9 @@ _BATCH_ONLY = ("prompt_tokens", "cohorts", "stagger", "warmup_steps", "check_ste
 COLOURS = dict(zip(Way, ("#D55E00", "#009E73", "#666666", "#E69F00"), strict=True))
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/allocation_overlap.yaml; null there means: by the profile."""
-
-    iterations: int = 0  # decode-only iterations that count
-    max_batch: int = 0
-    max_tokens: int = 0  # longest sequence
-    spike_ms: float = 0.0  # above the median: a spike
-    # measured clock
-    prompt_tokens: int = 0  # of the shortest sequence
-    cohorts: int = 1  # the sequences of a cohort are equally long, and grow in the same iteration
-    stagger: int = 0  # tokens from one cohort to the next
-    warmup_steps: int = 0
-    check_steps: int = 0  # steps whose logits must agree before anything is timed
-    rounds: int = 1  # batches, each in fresh memory: the samples of every interval
-    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
-
-    @property
-    def steps(self) -> int:
-        """Tokens that every sequence of a measured batch decodes."""
-        return self.warmup_steps + self.check_steps + self.iterations
-
-    def prompts(self) -> list[int]:
-        """Lengths of a measured batch."""
-        return [self.prompt_tokens + self.stagger * (i % self.cohorts) for i in range(self.max_batch)]
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in CHANGED}
+    keys = unread_models(run, run.params.gpus, "gpus") | {f"allocator.{each}": "the ways set it" for each in CHANGED}
     keys["allocator.deferred_reclamation"] = "rows are given back beside prompts, in iterations that do not count here"
     keys["device.unmap_us"] = keys["allocator.deferred_reclamation"]
     if run.clock == "modelled":
@@ -96,7 +67,7 @@ def unread(run: Run) -> dict[str, str]:
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Decode in all three ways: a few rounds for real, or one replay of each model."""
     _check(run)
     cells = list(_cells(run))
@@ -111,7 +82,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"iterations": iterations, "driver_calls": calls})
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     params: Params = run.params
     the_system(run)
     counts = ["iterations", "max_batch", "max_tokens"]
@@ -124,10 +95,10 @@ def _check(run: Run) -> None:
         raise UserError(f"params.max_tokens={params.max_tokens}: the longest sequence gets to {longest}")
 
 
-def _cells(run: Run) -> Iterator[tuple[Run, int, Callable[[], Frames]]]:
+def _cells(run: Run[Params]) -> Iterator[tuple[Run[Params], int, Callable[[], Frames]]]:
     """What is measured: the run, the round and how."""
     if run.clock == "modelled":
-        for one in runs_by_model(run, "gpus"):
+        for one in runs_by_model(run, run.params.gpus):
             yield one, 0, partial(replayed, one)
         return
     from kvarena.harness.model.build import build_model
@@ -137,7 +108,7 @@ def _cells(run: Run) -> Iterator[tuple[Run, int, Callable[[], Frames]]]:
         yield run, number, partial(measured_batch, run, model, number)
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Fig 12, the iterations one by one, the driver's calls, and what overlap hides."""
     calls = {one.model.name: table for one, table in by_model(run, frames["driver_calls"])}
     return frame(
@@ -145,7 +116,7 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     )
 
 
-def _rows(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:
     table = events(steps)
     for way in (way for way in Way if way in set(steps.way)):
         own = steps[steps.way == way]
@@ -154,7 +125,7 @@ def _rows(run: Run, steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[Summar
     yield from _event_rows(run, table)
 
 
-def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]:
+def _latency_rows(run: Run[Params], way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]:
     """Fig 12: percentiles and spikes of every round, and the iterations one by one: all rounds map in the same ones."""
     latencies, spike_ms = own.groupby("round").latency_ms, run.params.spike_ms
     spikes = latencies.apply(lambda ms: int((ms > ms.median() + spike_ms).sum()))
@@ -172,7 +143,7 @@ def _latency_rows(run: Run, way: Way, own: pd.DataFrame) -> Iterator[SummaryRow]
 
 
 def _mapping_rows(
-    run: Run, way: Way, own: pd.DataFrame, calls: pd.DataFrame, events_at: pd.Index
+    run: Run[Params], way: Way, own: pd.DataFrame, calls: pd.DataFrame, events_at: pd.Index
 ) -> Iterator[SummaryRow]:
     """Driver calls by where they are made, and what an event's own iteration waits for them."""
     counts = {f"{key}_driver_calls": calls[key].sum() for key in ("critical", "background")}
@@ -184,7 +155,7 @@ def _mapping_rows(
         yield row(median_interval(waits), quantity="wait_for_mapping", unit="ms", **_names(run, way))
 
 
-def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
+def _event_rows(run: Run[Params], table: pd.DataFrame) -> Iterator[SummaryRow]:
     """What an event adds in either way, the height of Fig 12's spikes, and how much of it overlap hides."""
     if table.empty:
         return
@@ -197,8 +168,8 @@ def _event_rows(run: Run, table: pd.DataFrame) -> Iterator[SummaryRow]:
 
 
 def _names(
-    run: Run, way: Way, figure: str | None = None, x: float | None = None, counted: bool = False
-) -> dict[str, Any]:
+    run: Run[Params], way: Way, figure: str | None = None, x: float | None = None, counted: bool = False
+) -> Names:
     """What a row is called: the paper's two ways are one system, mapped in either."""
     system = the_system(run)
     return named(

@@ -65,12 +65,12 @@ class Line(NamedTuple):
     block_size: int
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     return unread_of_model(run)
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Measure every batch size."""
     params: Params = run.params
     lines = _lines(run)
@@ -83,12 +83,12 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Time by block size over that of blocks of 16, the time itself, and the bytes that were touched."""
     return frame(_rows(run, frames["samples"]))
 
 
-def _lines(run: Run) -> list[Line]:
+def _lines(run: Run[Params]) -> list[Line]:
     """Kernels, tables and block sizes that fit. Raises UserError where nothing does, or 16 is missing."""
     params: Params = run.params
     check_block_sizes(params.block_sizes)
@@ -113,12 +113,12 @@ def _lines(run: Run) -> list[Line]:
     return lines
 
 
-def _misfit(run: Run, name: str, block_size: int | None) -> str | None:
+def _misfit(run: Run[Params], name: str, block_size: int | None) -> str | None:
     model = run.model
     return fits(kernel_spec(name), Layout.PAGED, run.device.kind, model.dtype, model.head_size, block_size)
 
 
-def _cell(run: Run, lines: list[Line], batch: int) -> Frames:
+def _cell(run: Run[Params], lines: list[Line], batch: int) -> Frames:
     """Seconds of one call, a row for each line and round; each round begins with another line."""
     params: Params = run.params
     device = torch.device(run.device.kind)
@@ -137,7 +137,7 @@ def _cell(run: Run, lines: list[Line], batch: int) -> Frames:
     return {"samples": pd.DataFrame(rows)}
 
 
-def _calls(run: Run, equal: WorkingSet, line: Line, batch: int, device: torch.device) -> tuple[list[Call], int]:
+def _calls(run: Run[Params], equal: WorkingSet, line: Line, batch: int, device: torch.device) -> tuple[list[Call], int]:
     """The calls to time, and the bytes of K/V that they touch before any is touched again."""
     params: Params = run.params
     kernel = get_kernel(line.kernel)
@@ -148,7 +148,7 @@ def _calls(run: Run, equal: WorkingSet, line: Line, batch: int, device: torch.de
     return equal.calls(kernel, arrangement), equal.bytes_per_call * equal.num_batches
 
 
-def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
         by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
         usual = by_size[USUAL_BLOCK].set_index("round").call_s

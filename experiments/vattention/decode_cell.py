@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -13,6 +13,7 @@ from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments.kit.same_logits import check_same_logits
+from kvarena.experiments.vattention.decode_modelled import Params
 from kvarena.harness.engine.fixed_batch import FixedBatch, StepRecord
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.calibration import StreamingRead
@@ -24,7 +25,18 @@ from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
 
-def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
+class Decoded(Protocol):
+    """Params that say how far a batch decodes."""
+
+    max_tokens: int  # longest sequence
+    check_steps: int  # whose logits must agree
+
+    @property
+    def steps(self) -> int:
+        """Tokens that every sequence decodes."""
+
+
+def measure_cell(run: Run[Params], model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
     """All systems at one batch size, interleaved."""
     params = run.params
     pool_bytes = _pool_bytes(run, len(prompts))
@@ -47,7 +59,7 @@ def measure_cell(run: Run, model: Model, read: StreamingRead, prompts: list[int]
             batch.close()
 
 
-def _pool_bytes(run: Run, batch: int) -> int:
+def _pool_bytes(run: Run[Params], batch: int) -> int:
     """Bytes of every allocator's pool. Raises UserError where the systems together exceed the machine."""
     params = run.params
     pool = params.pool_bytes or batch * run.model.shard().kv_layout().resident_bytes(params.max_tokens)
@@ -63,7 +75,7 @@ def _pool_bytes(run: Run, batch: int) -> int:
 
 
 def resident(
-    run: Run,
+    run: Run[Decoded],
     system: System,
     model: Model,
     prompts: list[int],
@@ -88,7 +100,7 @@ def _without_watermark(allocator: Any) -> Any:
     return replace(allocator, watermark=0.0) if hasattr(allocator, "watermark") else allocator
 
 
-def check_steps(run: Run, batches: dict[str, FixedBatch]) -> None:
+def check_steps(run: Run[Decoded], batches: dict[str, FixedBatch]) -> None:
     """Steps whose logits must agree between the systems, before anything is timed. Raises RuntimeError."""
     for _ in range(run.params.check_steps):
         logits: dict[str, torch.Tensor] = {}
@@ -99,7 +111,7 @@ def check_steps(run: Run, batches: dict[str, FixedBatch]) -> None:
         check_same_logits(logits, run.model.dtype, "a step")
 
 
-def _rounds(params: Any, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, Any]]:
+def _rounds(params: Params, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, object]]:
     """Rounds of steps; each begins with another system, so that none always follows the same neighbour."""
     names = list(batches)
     for number in range(params.rounds):
@@ -112,7 +124,7 @@ def _rounds(params: Any, batches: dict[str, FixedBatch], progress: Progress) -> 
         progress.advance(1)
 
 
-def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, Any]:
+def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, object]:
     """What holds for the whole cell: physical bytes, driver calls, the machine's limit before and after."""
     batch.policy.check_integrity()
     return {

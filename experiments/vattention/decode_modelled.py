@@ -6,7 +6,7 @@ for real, so that what they map, and whether the device hides it, is in the step
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,23 +20,44 @@ from kvarena.harness.engine.serving import Serving, pool_bytes_of
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/decode_throughput.yaml; null there means: by the profile of the device."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # "trace": the trace's; a number: that many tokens, as in Fig 8
+    max_tokens: int = 0  # measured clock: longest sequence, the row of a static allocator
+    pool_bytes: int | None = None  # of every allocator; null: batch x max_tokens, what static reservation needs
+    warmup_steps: int = 0
+    check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
+    rounds: int = 0  # interleaved repetitions, the samples of every interval; at least 6 give 95 %
+    steps_per_round: int = 0
+    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
+
+    @property
+    def steps(self) -> int:
+        """Tokens that every sequence decodes."""
+        return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
+
 
 NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
 TRACE = "trace"  # of `params.prompts`: those of the trace
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Every model, prompt length, system and batch size that fits the device."""
     lengths = _lengths(run)
     points: list[pd.DataFrame] = []
     left_out: list[str] = []
-    runs = runs_by_model(run)
+    runs = runs_by_model(run, run.params.models)
     with Progress(NAME, len(runs) * len(lengths)) as progress:
         for one, context in itertools.product(runs, lengths):
             progress.stage(f"{one.model.name}, {context} tokens")
@@ -53,7 +74,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"points": pd.concat(points, ignore_index=True)}, {"no_room_for": left_out})
 
 
-def _lengths(run: Run) -> list[int]:
+def _lengths(run: Run[Params]) -> list[int]:
     """Tokens of each prompt. Raises UserError for prompts of a trace."""
     for kind in run.params.prompts:
         if not kind.isdecimal() or int(kind) < 1:
@@ -61,14 +82,14 @@ def _lengths(run: Run) -> list[int]:
     return [int(kind) for kind in run.params.prompts]
 
 
-def _fits(run: Run, batch: int, context: int) -> bool:
+def _fits(run: Run[Params], batch: int, context: int) -> bool:
     """Whether the K/V of the whole decode fits every system's pool."""
     tokens = context + run.params.steps + 1
     needed = batch * run.model.shard().kv_layout().resident_bytes(tokens)
     return all(needed <= pool_bytes_of(run, system) for system in run.systems)
 
 
-def _cell(run: Run, batches: list[int], context: int) -> Frames:
+def _cell(run: Run[Params], batches: list[int], context: int) -> Frames:
     records = [
         {"prompts": str(context), "system": system.name, "batch": batch, **_decode(run, system, batch, context)}
         for system in run.systems
@@ -77,7 +98,7 @@ def _cell(run: Run, batches: list[int], context: int) -> Frames:
     return {"points": pd.DataFrame(records)}
 
 
-def _decode(run: Run, system: System, batch: int, context: int) -> dict[str, float]:
+def _decode(run: Run[Params], system: System, batch: int, context: int) -> dict[str, float]:
     """Mean times of a step, in seconds, over `params.steps` steps; driver calls, and what they held up."""
     steps = run.params.steps
     serving = Serving(run, system, context=context + steps + 2)
@@ -111,7 +132,7 @@ def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Req
     return requests
 
 
-def rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+def rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     """Fig 8 and Table 7; and what the allocator took of a step."""
     systems = {system.name: system for system in run.systems}
     for one, table in by_model(run, points):
@@ -119,7 +140,7 @@ def rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
             yield from _rows(one, systems[str(point.system)], point)
 
 
-def _rows(run: Run, system: System, point: Any) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], system: System, point: Any) -> Iterator[SummaryRow]:
     for figure, quantity, value, unit in (
         ("fig8", HEADLINE, point.batch / point.step_s, "tok/s"),
         ("table7", "decode_attention_time_vs_batch", 1e3 * point.attention_s, "ms"),
@@ -132,8 +153,8 @@ def _rows(run: Run, system: System, point: Any) -> Iterator[SummaryRow]:
 
 
 def named_at(
-    run: Run, system: System, prompts: str, figure: str | None = None, *, x: float, counted: bool = False
-) -> dict[str, Any]:
+    run: Run[Params], system: System, prompts: str, figure: str | None = None, *, x: float, counted: bool = False
+) -> Names:
     """What a row is called. `prompts` of `params.prompts`: the trace's, or so many tokens each as in Fig 8."""
     if prompts == TRACE:
         return named(run, system, figure, x=x, counted=counted)

@@ -6,9 +6,9 @@ kernels round alike, then decode in turn, round by round, so that whatever distu
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit.panels import Panel, curves, drawn, stacked, title
 from kvarena.experiments.kit.published_models import of_model, unread_models
 from kvarena.experiments.vattention import decode_modelled
-from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE, named_at
+from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE, Params, named_at
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
@@ -35,29 +35,9 @@ READS = {
 }
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/decode_throughput.yaml; null there means: by the profile of the device."""
-
-    batch_sizes: list[int] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)  # "trace": the trace's; a number: that many tokens, as in Fig 8
-    max_tokens: int = 0  # measured clock: longest sequence, the row of a static allocator
-    pool_bytes: int | None = None  # of every allocator; null: batch x max_tokens, what static reservation needs
-    warmup_steps: int = 0
-    check_steps: int = 0  # steps whose logits are compared between the systems before anything is timed
-    rounds: int = 0  # interleaved repetitions, the samples of every interval; at least 6 give 95 %
-    steps_per_round: int = 0
-    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
-
-    @property
-    def steps(self) -> int:
-        """Tokens that every sequence decodes."""
-        return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    keys = unread_models(run)
+    keys = unread_models(run, run.params.models)
     if run.clock == "modelled":
         keys["device.unmap_us"] = "no sequence of a batch ends, so that nothing is unmapped"
         keys["scheduler.max_seqs"] = "params.batch_sizes=[...] are the batches, resident from the start"
@@ -71,7 +51,7 @@ def unread(run: Run) -> dict[str, str]:
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Measure every batch size; under the modelled clock of every model."""
     _check(run.params)
     if run.clock == "modelled":
@@ -116,14 +96,14 @@ def _check(params: Params) -> None:
             raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
 
 
-def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
+def _prompts(run: Run[Params]) -> tuple[dict[str, list[int]], dict[str, object]]:
     """Prompt lengths of the largest batch, by what `params.prompts` calls them, and where the trace's come from."""
     params: Params = run.params
     largest, room = max(params.batch_sizes), params.max_tokens - params.steps - 2
     if params.max_tokens > run.model.max_tokens:
         raise UserError(f"params.max_tokens={params.max_tokens}: {run.model.name} ends at {run.model.max_tokens}")
     lengths: dict[str, list[int]] = {}
-    notes: dict[str, Any] = {}
+    notes: dict[str, object] = {}
     for kind in params.prompts:
         if kind == TRACE:
             lengths[kind], notes = _trace_prompts(run.trace, load_trace(run.trace, params.max_tokens), largest, room)
@@ -137,7 +117,7 @@ def _prompts(run: Run) -> tuple[dict[str, list[int]], dict[str, Any]]:
     return lengths, notes
 
 
-def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, Any]]:
+def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -> tuple[list[int], dict[str, object]]:
     """The first prompts of the trace that leave room for what is decoded; how many did not is in the notes."""
     fitting = np.flatnonzero(trace.prompt_tokens <= room)
     if len(fitting) < largest:
@@ -151,7 +131,7 @@ def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -
     return served.prompt_tokens.tolist(), notes
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Fig 8 and Table 7, and what else is known of a step, by system and batch size; intervals are over rounds."""
     if run.clock == "modelled":
         return frame(decode_modelled.rows(run, frames["points"]))
@@ -159,7 +139,7 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     return frame(itertools.chain(_rows(run, steps, frames["batches"]), _over_paged(run, steps)))
 
 
-def _rows(run: Run, steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[SummaryRow]:
     grid = itertools.product(steps.prompts.unique(), run.params.batch_sizes, run.systems)
     for kind, batch, system in grid:
         here, account = (
@@ -171,7 +151,7 @@ def _rows(run: Run, steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[Summ
             yield row(each.value, quantity=each.name, unit=each.unit, **names)
 
 
-def _over_paged(run: Run, steps: pd.DataFrame) -> Iterator[SummaryRow]:
+def _over_paged(run: Run[Params], steps: pd.DataFrame) -> Iterator[SummaryRow]:
     """Throughput over that of blocks under the same kernel, round by round: noise that both share cancels."""
     paged = {system.kernel.name: system.name for system in run.systems if system.allocator.name == "paged"}
     for (kind, batch), cell in steps.groupby(["prompts", "batch"], sort=False):
@@ -192,7 +172,7 @@ class _Quantity(NamedTuple):
     figure: str | None = None
 
 
-def _quantities(run: Run, steps: pd.DataFrame, account: pd.Series) -> Iterator[_Quantity]:
+def _quantities(run: Run[Params], steps: pd.DataFrame, account: pd.Series) -> Iterator[_Quantity]:
     """What is known of one system at one batch size."""
     rounds = steps.groupby("round")
     total = rounds["step_s"].sum()

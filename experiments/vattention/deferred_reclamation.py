@@ -36,7 +36,7 @@ from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, frame, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
@@ -91,20 +91,20 @@ _CHANGED = ("page_group", "max_rows", "overlap", "watermark", "reclaim_threshold
             "eager_allocation")  # fmt: skip
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    keys = unread_models(run, "gpus") | {f"allocator.{each}": "the ways set it" for each in _CHANGED}
+    keys = unread_models(run, run.params.gpus, "gpus") | {f"allocator.{each}": "the ways set it" for each in _CHANGED}
     keys["scheduler.max_seqs"] = "one request is served at a time"
     if run.clock == "modelled":
         keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Time the second prefill in every way, model by model."""
     the_system(run)
     check_counts(run.params, "prompt_tokens", "output_tokens", *(["rounds"] if run.clock == "measured" else []))
-    runs = runs_by_model(run, "gpus")
+    runs = runs_by_model(run, run.params.gpus)
     tables: list[pd.DataFrame] = []
     with Progress(NAME, len(runs)) as progress:
         for served in runs:
@@ -115,7 +115,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def _measure(run: Run) -> Frames:
+def _measure(run: Run[Params]) -> Frames:
     """A sample of every way in each round; each round begins with another way."""
     longest = run.params.prompt_tokens + run.params.output_tokens
     if run.clock == "modelled":
@@ -131,7 +131,7 @@ def _measure(run: Run) -> Frames:
     return {"samples": pd.DataFrame(samples)}
 
 
-def _second_prefill(run: Run, replayer: Replayer, way: Way) -> dict[str, float]:
+def _second_prefill(run: Run[Params], replayer: Replayer, way: Way) -> dict[str, float]:
     params: Params = run.params
     prompts, outputs = np.array([*_before(way, params, run.clock), (params.prompt_tokens, 1)]).T
     served = replayer.serve(system_in(way, the_system(run)), Workload(prompts, outputs, 0 * prompts))
@@ -167,12 +167,12 @@ def system_in(way: Way, system: System) -> System:
     return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Fig 13, and what mapping is of it, model by model."""
     return frame(each for served, samples in by_model(run, frames["samples"]) for each in _rows(served, samples))
 
 
-def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     tokens = run.params.prompt_tokens
     size = f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
     plain = samples[samples.way == PLAIN.name].set_index("round").prefill_s
@@ -190,7 +190,7 @@ def _estimate(samples: pd.Series) -> Estimate | float:
     return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
 
 
-def _names(run: Run, way: Way, figure: str | None = None, counted: bool = False) -> dict[str, Any]:
+def _names(run: Run[Params], way: Way, figure: str | None = None, counted: bool = False) -> Names:
     """What a row is called: the paper's ways are one system, with its allocator set in each."""
     listed, system = the_system(run), system_in(way, the_system(run))
     names = named(run, listed, figure, key=way.name, label=label_of(run, system), counted=counted)

@@ -4,7 +4,6 @@ A sample is (kind of system call, microseconds of one).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 
@@ -18,7 +17,7 @@ Sample = tuple[str, float]
 
 def lives(device: str, sizes: list[int], rounds: int, before: Callable[[], None] = lambda: None) -> Frames:
     """One page-group after the other goes through every call; sizes take turns."""
-    samples: list[dict[str, Any]] = []
+    samples: list[dict[str, object]] = []
     for number in range(-1, rounds):
         for size in sizes:
             taken = _one_life(device, size, before)

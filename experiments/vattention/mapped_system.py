@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from kvarena.errors import UserError
-from kvarena.harness.run.run import Run
+from kvarena.harness.run.run import P, Run
 from kvarena.harness.run.systems import System
 
 
-def the_system(run: Run) -> System:
+def the_system(run: Run[object]) -> System:
     """The run's only system. Raises UserError where there are others, or it maps nothing."""
     if len(run.systems) != 1 or not hasattr(run.systems[0].allocator, "page_group"):
         raise UserError(
@@ -17,13 +17,12 @@ def the_system(run: Run) -> System:
     return run.systems[0]
 
 
-def with_driver_calls(run: Run, times: int) -> Run:
+def with_driver_calls(run: Run[P], times: int) -> Run[P]:
     """The run on a modelled device whose mapping calls take so many times as long."""
-    device = run.device
-    prices = {key: {size: times * us for size, us in getattr(device, key).items()} for key in ("map_us", "unmap_us")}
-    return replace(run, device=replace(device, **prices))
+    map_us, unmap_us = ({k: times * us for k, us in each.items()} for each in (run.device.map_us, run.device.unmap_us))
+    return replace(run, device=replace(run.device, map_us=map_us, unmap_us=unmap_us))
 
 
-def on_gpus(run: Run, tp: int, max_tokens: int) -> Run:
+def on_gpus(run: Run[P], tp: int, max_tokens: int) -> Run[P]:
     """The run with its model on `tp` GPUs, and a context of at least `max_tokens`: the paper stretched it by RoPE."""
     return replace(run, model=replace(run.model, tp=tp, max_tokens=max(run.model.max_tokens, max_tokens)))

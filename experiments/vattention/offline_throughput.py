@@ -6,14 +6,18 @@ Nothing in it was fitted to these figures but, on an H100, one point each for tw
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import pandas as pd
 
 from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.long_contexts import READS as READS
-from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.kit.long_contexts import (
+    LongContexts,
+    assumed_lengths,
+    runs_of_long_contexts,
+    unread_of_long_contexts,
+)
 from kvarena.experiments.kit.panels import Panel, bars, drawn
 from kvarena.experiments.kit.published_models import by_model, model_columns
 from kvarena.experiments.kit.quantities import Quantity, rows
@@ -34,29 +38,18 @@ OURS = [
         "finished": "count", "allocator_stall_share": "%", "prefill_share": "%",
     }.items()
 ]  # fmt: skip
-
-
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/offline_throughput.yaml; null there means: by the profile."""
-
-    models: dict[str, int] = field(default_factory=dict)  # name -> tensor-parallel degree
-    context: int | None = None  # tokens of the longest sequence; null: the model's
-    memory_share: float = 0.9  # of a device's memory, for weights, activations and K/V
-    pool_bytes: int | None = None  # of K/V on one device; null: what memory_share leaves
-
-
+Params = LongContexts
 unread = unread_of_long_contexts
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve all requests with every system, model by model."""
     runs = runs_of_long_contexts(run)
     cells = [Cell(one.model.name, partial(_cell, one), model_columns(one)) for one in runs]
     return Measured(run_cells(run.experiment, recorder, cells), {"workload": example_of(runs[0]).provenance})
 
 
-def _cell(run: Run) -> Frames:
+def _cell(run: Run[Params]) -> Frames:
     """One model: what happened to every request, and totals by system."""
     workload, replayer = workload_of(run), Replayer(run)
     served = [replayer.serve(system, workload) for system in run.systems]
@@ -80,12 +73,12 @@ def _totals(requests: pd.DataFrame, steps: pd.DataFrame) -> dict[str, object]:
     }
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Fig 9 or 11, and what lies behind it, model by model."""
     return frame(each for one, totals in by_model(run, frames["totals"]) for each in _rows(one, totals))
 
 
-def _rows(run: Run, totals: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[object], totals: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         own, names = totals[totals.system == system.name], partial(named, run, system, assuming=assumed_lengths(run))
         figure = next((each for each in FIGURES if is_earned(names(each))), FIGURES[0])

@@ -20,7 +20,12 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.long_contexts import READS as READS
-from kvarena.experiments.kit.long_contexts import assumed_lengths, runs_of_long_contexts, unread_of_long_contexts
+from kvarena.experiments.kit.long_contexts import (
+    LongContexts,
+    assumed_lengths,
+    runs_of_long_contexts,
+    unread_of_long_contexts,
+)
 from kvarena.experiments.kit.looks import looks
 from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
@@ -45,24 +50,20 @@ BELOW = {"ttft_p99_s": "ttft_p99", "itl_p99_s": "tbt_p99", "e2el_p50_s": "reques
 
 
 @dataclass
-class Params:
+class Params(LongContexts):
     """`params.*` of conf/experiment/online_latency.yaml; null there means: by the profile."""
 
-    models: dict[str, int] = field(default_factory=dict)  # name -> tensor-parallel degree
     rates: dict[str, list[float]] = field(default_factory=dict)  # model, or `others` -> requests/s asked for
     shares: list[float] = field(default_factory=list)  # of each system's capacity, served too
     slower: list[float] = field(default_factory=list)  # modelled clock: factors on the time of every step, beside 1
-    context: int | None = None  # tokens of the longest sequence; null: the model's
-    memory_share: float = 0.9  # of a device's memory, for weights, activations and K/V
-    pool_bytes: int | None = None  # of K/V on one device; null: what memory_share leaves
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     keys = unread_of_long_contexts(run) | {"arrival.rate": "params.rates and params.shares ask for rates"}
     if run.clock == "measured":
         keys["params.slower"] = "clock=measured takes as long as it takes; it is for clock=modelled"
-    models = {one.model.name for one in runs_by_model(run)}
+    models = {one.model.name for one in runs_by_model(run, run.params.models)}
     for name in run.params.rates.keys() - models - {OTHERS}:
         keys[f"params.rates.{name}"] = f"the models of this run are {', '.join(sorted(models))}"
     if models <= run.params.rates.keys():
@@ -74,7 +75,7 @@ def unread(run: Run) -> dict[str, str]:
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve every rate and every share of capacity with every system, model by model."""
     _check(run)
     runs = runs_of_long_contexts(run)
@@ -88,7 +89,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"points": pd.concat(tables, ignore_index=True)}, notes)
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     params: Params = run.params
     for key in ("shares", "slower"):
         if any(not value > 0 for value in getattr(params, key)):
@@ -97,7 +98,7 @@ def _check(run: Run) -> None:
         raise UserError("params.rates, params.shares: nothing to serve; name rates, or shares of capacity")
 
 
-def _cell(run: Run) -> Frames:
+def _cell(run: Run[Params]) -> Frames:
     """A row for every system and load."""
     params: Params = run.params
     replayer = Replayer(run)
@@ -130,18 +131,18 @@ def _metrics(served: Served) -> dict[str, float]:
     return quantiles | scalar_metrics(served.requests, served.steps, served.resumed_gaps_ps)
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Fig 10, and what it hides, model by model."""
     return frame(each for one, points in by_model(run, frames["points"]) for each in _rows(one, points))
 
 
-def _rows(run: Run, points: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         for point in points[points.system == system.name].to_dict("records"):
             yield from _point(run, system, point)
 
 
-def _point(run: Run, system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:
+def _point(run: Run[Params], system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:
     """Fig 10's quantiles at a rate; or our own at a share of capacity, or where all steps are longer."""
     of = partial(named, run, system, assuming=assumed_lengths(run))
     rate, factor = point["rate"], point["factor"]

@@ -1,7 +1,7 @@
 """One batch of `allocation_overlap`, decoded in memory that is mapped in three ways, step by step in turn."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +18,33 @@ from kvarena.harness.model.contract import Model
 from kvarena.harness.record.record import Frames
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
+
+
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/allocation_overlap.yaml; null there means: by the profile."""
+
+    iterations: int = 0  # decode-only iterations that count
+    max_batch: int = 0
+    max_tokens: int = 0  # longest sequence
+    spike_ms: float = 0.0  # above the median: a spike
+    # measured clock
+    prompt_tokens: int = 0  # of the shortest sequence
+    cohorts: int = 1  # the sequences of a cohort are equally long, and grow in the same iteration
+    stagger: int = 0  # tokens from one cohort to the next
+    warmup_steps: int = 0
+    check_steps: int = 0  # steps whose logits must agree before anything is timed
+    rounds: int = 1  # batches, each in fresh memory: the samples of every interval
+    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
+
+    @property
+    def steps(self) -> int:
+        """Tokens that every sequence of a measured batch decodes."""
+        return self.warmup_steps + self.check_steps + self.iterations
+
+    def prompts(self) -> list[int]:
+        """Lengths of a measured batch."""
+        return [self.prompt_tokens + self.stagger * (i % self.cohorts) for i in range(self.max_batch)]
 
 
 class Way(StrEnum):
@@ -42,7 +69,7 @@ def system_in(way: Way, system: System) -> System:
     return replace(system, name=way.value, variant=f"{system.shown_allocator}-{way}", allocator=plain)
 
 
-def measure(run: Run, model: Model, number: int) -> Frames:
+def measure(run: Run[Params], model: Model, number: int) -> Frames:
     """Latency of every step, a row for each way and iteration; the driver's calls meanwhile, a row for each way."""
     params = run.params
     prompts = params.prompts()
@@ -67,7 +94,7 @@ def measure(run: Run, model: Model, number: int) -> Frames:
             batch.close()
 
 
-def _row_bytes(run: Run, model: Model) -> int:
+def _row_bytes(run: Run[Params], model: Model) -> int:
     """Bytes of one row mapped to its end, in all tensors."""
     rows = geometries(the_system(run), model.config.kv_layout())
     return sum(g.num_tensors * g.row_bytes(run.params.max_tokens) for g in rows)
@@ -79,7 +106,7 @@ def geometries(system: System, kv_layout: KVLayout) -> tuple[RowGeometry, ...]:
     return row_geometries(kv_layout, checked_page_group(allocator.page_group), allocator.tensor_slicing)
 
 
-def _prime(way: Way, params: Any, rows: int) -> Callable[[Policy], None]:
+def _prime(way: Way, params: Params, rows: int) -> Callable[[Policy], None]:
     """Premapped rows are inherited (section 6.1.2) from sequences that were as long as any can become."""
 
     def inherit(policy: Policy) -> None:
@@ -92,7 +119,7 @@ def _prime(way: Way, params: Any, rows: int) -> Callable[[Policy], None]:
     return inherit
 
 
-def _in_turn(batches: dict[str, FixedBatch], iterations: int) -> Iterator[dict[str, Any]]:
+def _in_turn(batches: dict[str, FixedBatch], iterations: int) -> Iterator[dict[str, object]]:
     """One step of each; every iteration begins with another, so that none always follows the same neighbour."""
     ways = list(batches)
     for iteration in range(iterations):
@@ -105,7 +132,7 @@ def _in_turn(batches: dict[str, FixedBatch], iterations: int) -> Iterator[dict[s
             }  # fmt: skip
 
 
-def _calls(way: str, before: Any, batch: FixedBatch) -> dict[str, Any]:
+def _calls(way: str, before: Any, batch: FixedBatch) -> dict[str, object]:
     batch.policy.check_integrity()
     after = batch.store.driver_calls()
     return {"way": way, **{key: value - getattr(before, key) for key, value in after._asdict().items()}}

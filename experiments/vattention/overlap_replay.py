@@ -6,7 +6,7 @@ import pandas as pd
 
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.vattention.mapped_system import on_gpus, the_system, with_driver_calls
-from kvarena.experiments.vattention.overlap_cell import Way, geometries, system_in
+from kvarena.experiments.vattention.overlap_cell import Params, Way, geometries, system_in
 from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.record import Frames
 from kvarena.harness.run.run import Run
@@ -14,7 +14,7 @@ from kvarena.harness.run.run import Run
 _PS_PER_MS = PS_PER_S // 1000
 
 
-def replayed(run: Run) -> Frames:
+def replayed(run: Run[Params]) -> Frames:
     """As `overlap_cell.measure`. A driver call counts once for each tensor, on each of the model's GPUs alike."""
     steps, calls = [], []
     run = on_gpus(run, run.model.tp, run.params.max_tokens)

@@ -7,7 +7,7 @@ the largest batch is counted. The paper does not say how long the trace was, or 
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -19,7 +19,7 @@ from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.experiments.vattention import page_group_batch, page_group_kernels
 from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
-from kvarena.experiments.vattention.page_group_batch import CHANGED, Variant
+from kvarena.experiments.vattention.page_group_batch import CHANGED, Params, Variant
 from kvarena.experiments.vattention.page_group_kernels import Point
 from kvarena.experiments.vattention.page_group_tables import token_rows
 from kvarena.harness.record.progress import Progress
@@ -36,38 +36,14 @@ HEADLINE = "max_batch_vs_page_group"
 ASSUMED = "The trace's length and how its chats were cut are not published; 8192 tokens, and as long as the run says."
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/page_group_size.yaml; null there means: by the profile."""
-
-    page_groups: list[str] = field(default_factory=list)  # of vattention: 64KB ...
-    sliced_page_groups: list[str] = field(default_factory=list)  # and with its tensor slicing
-    block_sizes: list[int] = field(default_factory=list)  # of paged, tokens
-    seeds: list[int] = field(default_factory=list)  # of the trace; at least 6 give a 95 % interval
-    pool_bytes: int | None = None  # null: what the model's GPUs leave, modelled clock
-    gpus: dict[str, int] = field(default_factory=dict)  # modelled clock: model -> GPUs
-    # Fig 14, measured clock
-    kernels: list[str] = field(default_factory=list)
-    compared: list[str] = field(default_factory=list)  # two page-groups, the smaller first
-    prefill_contexts: list[int] = field(default_factory=list)  # tokens of one prompt
-    decode_context: int = 0  # tokens of every sequence
-    decode_batches: list[int] = field(default_factory=list)
-    rounds: int = 0  # each in fresh memory
-
-    def points(self) -> list[Point]:
-        """Calls of Fig 14."""
-        prefills = [Point("prefill", 1, context) for context in self.prefill_contexts]
-        return prefills + [Point("decode", batch, self.decode_context) for batch in self.decode_batches]
-
-
 READS = reads()
 _FIG14 = ("compared", "prefill_contexts", "decode_context", "decode_batches", "rounds")
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     units = "params.page_groups, params.sliced_page_groups and params.block_sizes set the units"
-    keys = unread_models(run, "gpus") | {f"allocator.{each}": units for each in CHANGED}
+    keys = unread_models(run, run.params.gpus, "gpus") | {f"allocator.{each}": units for each in CHANGED}
     keys |= unread_seeds(run)
     if run.clock == "modelled":
         keys |= {f"params.{each}": "a device model knows nothing of it; clock=measured times kernels"
@@ -84,7 +60,7 @@ def unread(run: Run) -> dict[str, str]:
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Time kernels where they are real, and replay."""
     params: Params = run.params
     _check(run)
@@ -113,7 +89,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured(frames, {"assumed": ASSUMED})
 
 
-def _check(run: Run) -> None:
+def _check(run: Run[Params]) -> None:
     params: Params = run.params
     seeds_of(run)
     if run.clock == "modelled":
@@ -131,7 +107,7 @@ def _check(run: Run) -> None:
             raise UserError(f"params.kernels: {name}: {reason}")
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Tables 8 and 10, Fig 14 where kernels are real, and Fig 15."""
     rows = list(token_rows(run))
     units = page_group_batch.variants(run)
@@ -145,7 +121,7 @@ def summarize(run: Run, frames: Frames) -> pd.DataFrame:
     return frame(rows)
 
 
-def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
+def _batch_rows(run: Run[Params], variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
     """The largest batch, and, seed by seed, over that of the first unit listed."""
     label = label_of(run, variant.system)
     names = named(run, variant.listed, "fig15", key=variant.unit, label=label, assuming=ASSUMED)
@@ -157,7 +133,7 @@ def _batch_rows(run: Run, variant: Variant, points: pd.DataFrame, first: pd.Data
     yield row(ratio, quantity=f"max_batch_over_{first.unit.iloc[0]}", unit="ratio", **ours)
 
 
-def _kernel_rows(run: Run, calls: pd.DataFrame) -> Iterator[SummaryRow]:
+def _kernel_rows(run: Run[Params], calls: pd.DataFrame) -> Iterator[SummaryRow]:
     """Time over the smaller page-groups over that over the larger, round by round."""
     small, large = page_groups_of(run.params.compared)
     alone = replace(run, reads=("model", "device"))  # no request is served

@@ -15,7 +15,7 @@ DEGREES = (1, 2)  # of tensor parallelism
 QUANTITY = {"quantity": "tokens_per_page_group", "unit": "tokens"}
 
 
-def token_rows(run: Run, models: Sequence[str] = MODELS) -> Iterator[SummaryRow]:
+def token_rows(run: Run[object], models: Sequence[str] = MODELS) -> Iterator[SummaryRow]:
     """Whole tokens in one page-group of one tensor: every size plain, the largest also sliced (section 8.2)."""
     for name in models:
         for tp in DEGREES:

@@ -66,12 +66,12 @@ class Pair(NamedTuple):
     kernel: str
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     return unread_of_model(run, "num_layers")  # of the memory, whose last layer is read
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Try every pair. Raises UserError where no kernel that reads rows runs here."""
     _check(run.params)
     pairs = [Pair(allocator, kernel) for allocator in allocator_names() for kernel in kernel_names()]
@@ -83,7 +83,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"pairs": cell, "releases": read_releases()})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """How every pair ended, the shares of kernels that run over memory on demand, and the months that paging took."""
     return frame(_rows(run, frames["pairs"], frames["releases"]))
 
@@ -96,7 +96,7 @@ def _check(params: Params) -> None:
         )
 
 
-def _matrix(run: Run, pairs: Sequence[Pair]) -> Frames:
+def _matrix(run: Run[Params], pairs: Sequence[Pair]) -> Frames:
     rows = []
     for pair in pairs:
         outcome, gap, why = _outcome(run, pair)
@@ -105,7 +105,7 @@ def _matrix(run: Run, pairs: Sequence[Pair]) -> Frames:
     return {"pairs": pd.DataFrame(rows)}
 
 
-def _outcome(run: Run, pair: Pair) -> tuple[str, float, str]:
+def _outcome(run: Run[Params], pair: Pair) -> tuple[str, float, str]:
     """How a pair ends, its largest difference from float64 over the largest output, and why it was not tried."""
     spec, layout = kernel_spec(pair.kernel), memory_layout(pair.allocator)
     if reason := fits(spec, layout):
@@ -122,7 +122,7 @@ def _outcome(run: Run, pair: Pair) -> tuple[str, float, str]:
 
 
 @contextmanager
-def _prompts_admitted(run: Run, pair: Pair) -> Iterator[Serving]:
+def _prompts_admitted(run: Run[Params], pair: Pair) -> Iterator[Serving]:
     """The allocator with room for the prompts. Raises UserError where the pool has none."""
     params = run.params
     with Serving(run, kernel_over(_allocator(run, pair), pair.kernel), context=params.max_tokens) as serving:
@@ -132,7 +132,7 @@ def _prompts_admitted(run: Run, pair: Pair) -> Iterator[Serving]:
         yield serving
 
 
-def _largest_gap(run: Run, kernel: AttentionKernel, policy: Policy, store: Store) -> float:
+def _largest_gap(run: Run[Params], kernel: AttentionKernel, policy: Policy, store: Store) -> float:
     """Prefill prompts and decode one token of each over the allocator's memory; the gap of the worse."""
     prompts = run.params.prompts
     generator = torch.Generator().manual_seed(run.model.seed)
@@ -144,8 +144,8 @@ def _largest_gap(run: Run, kernel: AttentionKernel, policy: Policy, store: Store
 
 
 def _gap(
-    run: Run, kernel: AttentionKernel, store: Store, policy: Policy, lengths: Sequence[int], queries: Sequence[int],
-    generator: torch.Generator,
+    run: Run[Params], kernel: AttentionKernel, store: Store, policy: Policy, lengths: Sequence[int],
+    queries: Sequence[int], generator: torch.Generator,
 ) -> float:  # fmt: skip
     """Append as many tokens as there are queries, attend, and compare."""
     local, cache = run.model, store.layer(run.model.num_layers - 1)
@@ -163,16 +163,16 @@ def _gap(
     return float(((out.double().cpu() - expected).abs().max() / expected.abs().max()).nan_to_num(float("inf")))
 
 
-def _allocator(run: Run, pair: Pair) -> Any:
+def _allocator(run: Run[Params], pair: Pair) -> Any:
     """The allocator as configured, with a block size that the kernel reads and the page-group of this run."""
-    wanted: dict[str, Any] = {"page_group": run.params.page_group, "max_rows": len(run.params.prompts) + 1}
+    wanted: dict[str, object] = {"page_group": run.params.page_group, "max_rows": len(run.params.prompts) + 1}
     sizes = kernel_spec(pair.kernel).block_sizes
     if sizes is not None and USUAL_BLOCK not in sizes:
         wanted["block_size"] = min(sizes)
     return allocator_named(pair.allocator, **wanted)
 
 
-def _rows(run: Run, pairs: pd.DataFrame, releases: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], pairs: pd.DataFrame, releases: pd.DataFrame) -> Iterator[SummaryRow]:
     codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
     for each in pairs.itertuples():
         names = partial(named, run, kernel_over(allocator_named(str(each.allocator)), str(each.kernel)), detail="pairs")

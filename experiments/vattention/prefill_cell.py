@@ -6,6 +6,7 @@ server finds that has been running for a while: a prompt takes the place of one 
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -22,12 +23,22 @@ from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
 
-def modelled_cell(run: Run) -> Frames:
+@dataclass
+class Params:
+    """`params.*` of conf/experiment/prefill_throughput.yaml; null there means: by the profile."""
+
+    contexts: list[int] = field(default_factory=list)  # prompt lengths, tokens
+    rounds: int = 0  # measured clock: interleaved repetitions, the samples of every interval
+    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
+    pool_bytes: int | None = None
+
+
+def modelled_cell(run: Run[Params]) -> Frames:
     """Every system at every length, as the engine prices it."""
     return {"samples": pd.DataFrame([_priced(run, s, n) for s in run.systems for n in run.params.contexts])}
 
 
-def _priced(run: Run, system: System, tokens: int) -> dict[str, Any]:
+def _priced(run: Run[Params], system: System, tokens: int) -> dict[str, Any]:
     serving = Serving(run, system, context=tokens + 1)
     policy, prices, model = serving.policy, serving.prices, serving.step_model
     _take(policy, 0, tokens)
@@ -50,7 +61,7 @@ def _take(policy: Policy, seq_id: int, tokens: int) -> None:
         raise UserError(f"{policy.name}: a prompt of {tokens} tokens does not fit the pool; see params.contexts")
 
 
-def measured_cell(run: Run, progress: Progress) -> Frames:
+def measured_cell(run: Run[Params], progress: Progress) -> Frames:
     """Rounds over lengths and systems; the first round warms up, and there every system's logits must agree."""
     from kvarena.harness.model.build import build_model
 
@@ -75,7 +86,7 @@ def measured_cell(run: Run, progress: Progress) -> Frames:
 class _Lane:
     """One system, serving one prompt at a time."""
 
-    def __init__(self, run: Run, system: System, model: Any) -> None:
+    def __init__(self, run: Run[Params], system: System, model: Any) -> None:
         longest = max(run.params.contexts) + 1
         pool_bytes = run.params.pool_bytes or 2 * model.config.kv_layout().resident_bytes(longest)
         self._serving = Serving(run, system, pool_bytes=pool_bytes, context=longest, model=model)

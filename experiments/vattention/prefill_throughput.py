@@ -9,9 +9,8 @@ pairs marked `same body` compare one kernel over two layouts.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,11 +18,11 @@ from matplotlib.figure import Figure
 from kvarena.experiments.kit.panels import Panel, curves, drawn, ratio
 from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
 from kvarena.experiments.vattention.driver_calls import check_counts
-from kvarena.experiments.vattention.prefill_cell import measured_cell, modelled_cell, shown
+from kvarena.experiments.vattention.prefill_cell import Params, measured_cell, modelled_cell, shown
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, frame, row
 from kvarena.harness.run.published import is_earned, label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System, as_filed, with_room_to_read
@@ -43,31 +42,21 @@ FIG2_UNDER = {  # the lower system of each of its lines, of conf/system/; the pu
 }
 
 
-@dataclass
-class Params:
-    """`params.*` of conf/experiment/prefill_throughput.yaml; null there means: by the profile."""
-
-    contexts: list[int] = field(default_factory=list)  # prompt lengths, tokens
-    rounds: int = 0  # measured clock: interleaved repetitions, the samples of every interval
-    models: dict[str, int] = field(default_factory=dict)  # modelled clock: name -> tensor-parallel degree
-    pool_bytes: int | None = None
-
-
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
-    keys = unread_models(run)
+    keys = unread_models(run, run.params.models)
     if run.clock == "modelled":
         keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
     return keys
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Prefill every length with every system, model by model."""
     if run.clock == "modelled":
         check_counts(run.params, "contexts")
         tables = [
             of_model(one, recorder.cell(one.model.name, partial(modelled_cell, one))["samples"])
-            for one in runs_by_model(run)
+            for one in runs_by_model(run, run.params.models)
         ]
         return Measured({"samples": pd.concat(tables, ignore_index=True)})
     check_counts(run.params, "contexts", "rounds")
@@ -76,13 +65,13 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": of_model(run, samples)})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Figs 2 and 7 and Table 6, and what the allocator held up, model by model."""
     pairs = by_model(run, frames["samples"])
     return frame(itertools.chain.from_iterable((*_rows(one, table), *_ratios(one, table)) for one, table in pairs))
 
 
-def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         for tokens, mine in shown(samples, system.name):
             quantities: list[tuple[str | None, str, pd.Series, str]] = [
@@ -102,7 +91,7 @@ def _estimate(samples: pd.Series) -> Estimate | float:
     return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
 
 
-def _ratios(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _ratios(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     """Attention time of one system over another's, round by round: Fig 2's lines, and ours of systems on one kernel."""
     for over, under in itertools.permutations(run.systems, 2):
         below = dict(shown(samples, under.name))
@@ -113,7 +102,7 @@ def _ratios(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
                 yield row(_estimate(pd.Series(ratio)), quantity=RATIO, unit="ratio", **names)
 
 
-def _pair(run: Run, over: System, under: System, tokens: int) -> dict[str, Any]:
+def _pair(run: Run[Params], over: System, under: System, tokens: int) -> Names:
     """What a pair is called: a line of Fig 2, or by both labels.
 
     Fig 2 has one device. Under the modelled clock a ratio is the same however many share the heads.
@@ -125,7 +114,7 @@ def _pair(run: Run, over: System, under: System, tokens: int) -> dict[str, Any]:
     return named(run, over, label=f"{label_of(run, over)} / {label_of(run, under)}", x=tokens)
 
 
-def _is_filed(run: Run, system: System, file: str) -> bool:
+def _is_filed(run: Run[Params], system: System, file: str) -> bool:
     filed = as_filed(file, system.scheduler)
     if run.clock == "measured":
         filed = with_room_to_read(filed)

@@ -50,12 +50,12 @@ class Params:
     calls: int = 0  # per round and point of a sweep, which counts their median
 
 
-def unread(run: Run) -> dict[str, str]:
+def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read: none of its own."""
     return {}
 
 
-def measure(run: Run, recorder: Recorder) -> Measured:
+def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Take every call at every point."""
     params: Params = run.params
     sizes = page_groups_of(params.page_groups)
@@ -69,7 +69,7 @@ def measure(run: Run, recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def summarize(run: Run, frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
     """Every call by page-group, alone and beside kernels, and along the sweeps."""
     return frame(_rows(run, frames["samples"]))
 
@@ -91,7 +91,7 @@ def _cells(device: str, sizes: list[int], params: Params) -> dict[str, Callable[
     }
 
 
-def _rows(run: Run, samples: pd.DataFrame) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     calls, sizes = SYSTEM_CALLS[run.device.kind], page_groups_of(run.params.page_groups)
     for size, kind in itertools.product(sizes, calls):
         group = format_bytes(size)

@@ -39,14 +39,14 @@ if TYPE_CHECKING:  # torch is half of what the process would hold
 BLOCK_TOKENS = 16  # of the blocks in which an engine's pool is counted (`kv_blocks`)
 
 
-def pool_bytes_of(run: Run, system: System) -> int:
+def pool_bytes_of(run: Run[object], system: System) -> int:
     """Bytes of K/V on one device: `params.pool_bytes`, else the pool that the engine's constants were fitted with,
     else what weights and activations leave of the device.
 
     Raises UserError where the clock is measured, and `params.pool_bytes` is not given; modelled, where the device has
     no room for it beside the weights.
     """
-    given: int | None = getattr(run.params, "pool_bytes", None)
+    given = run.pool_bytes
     if run.clock == "measured":
         if given is None:
             raise UserError("params.pool_bytes: under clock=measured a replay needs the bytes of the K/V pool")
@@ -56,7 +56,7 @@ def pool_bytes_of(run: Run, system: System) -> int:
     return pool_bytes
 
 
-def _modelled_pool(run: Run, system: System) -> int:
+def _modelled_pool(run: Run[object], system: System) -> int:
     fitted = run.engine.constants(run.model.name, system.scheduler.name)
     if fitted is not None and fitted.kv_blocks is not None:
         return int(fitted.kv_blocks * BLOCK_TOKENS * run.model.shard().kv_layout().token_bytes)
@@ -68,7 +68,7 @@ class Serving:
 
     def __init__(
         self,
-        run: Run,
+        run: Run[object],
         system: System,
         *,
         pool_bytes: int | None = None,

@@ -2,15 +2,26 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import pandas as pd
 
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record.statistics import Estimate
 
-EVIDENCE = ("exact", "measured", "predicted", "calibrated", "conditional")
 CLOCKS = ("measured", "modelled")
+
+
+class Evidence(StrEnum):
+    """What kind of number a row is; `run/published.py` decides."""
+
+    EXACT = "exact"  # counted, or arithmetic
+    MEASURED = "measured"  # the wall clock, around real kernels
+    CONDITIONAL = "conditional"  # modelled, and rests on an assumption that is stated
+    CALIBRATED = "calibrated"  # modelled, and this published point is one that a constant was fitted to
+    PREDICTED = "predicted"  # modelled otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +54,27 @@ class SummaryRow:
     evidence: str
 
     def __post_init__(self) -> None:
-        if self.evidence not in EVIDENCE or self.clock not in CLOCKS:
-            raise ValueError(f"evidence {self.evidence!r} or clock {self.clock!r} is not of {EVIDENCE}, {CLOCKS}")
+        if self.evidence not in list(Evidence) or self.clock not in CLOCKS:
+            raise ValueError(f"evidence {self.evidence!r} or clock {self.clock!r} is not of {[*Evidence]}, {CLOCKS}")
+
+
+class Names(TypedDict):
+    """The columns that say what a row is: all but its quantity and what it came to (`run/published.py`)."""
+
+    experiment: str
+    paper: str
+    figure: str
+    panel: str
+    system: str
+    setup: str
+    label: str
+    allocator: str
+    kernel: str
+    model: str
+    x: float | None
+    clock: str
+    device: str
+    evidence: str
 
 
 COLUMNS = [field.name for field in fields(SummaryRow)]
@@ -52,18 +82,20 @@ KEY = ["paper", "figure", "panel", "system", "allocator", "kernel", "model", "qu
 PUBLISHED_KEY = ["paper", "figure", "panel", "system", "quantity", "x"]
 
 
-def row(estimate: Estimate | float, **columns: object) -> SummaryRow:
+def row(estimate: Estimate | float, *, quantity: str, unit: str, **names: Unpack[Names]) -> SummaryRow:
     """A row from an estimate, or from one exact number (n = 1, no interval)."""
     if not isinstance(estimate, Estimate):
         estimate = Estimate(float(estimate), 1, float("nan"), float("nan"))
-    x = columns.pop("x", None)
+    x = names["x"]
+    names["x"] = None if x is None else float(f"{float(x):.6g}")
     return SummaryRow(
+        quantity=quantity,
         value=estimate.median,
+        unit=unit,
         n=estimate.n,
         ci_low=estimate.ci_low,
         ci_high=estimate.ci_high,
-        x=None if x is None else float(f"{float(x):.6g}"),  # type: ignore[arg-type]
-        **columns,  # type: ignore[arg-type]
+        **names,
     )
 
 

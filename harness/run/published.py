@@ -4,31 +4,26 @@ An experiment states, figure by figure, what the published points ran with (`pub
 row earns the published name where what ran is that, in everything that is stated: model, devices, trace, arrivals, pool
 and parameters, allocator, kernel, scheduler and engine. Whatever differs makes the row ours: `paper=kvarena`, a panel
 that says what ran, a system `<allocator>/<kernel>`.
-
-    evidence       where
-    exact          counted, or arithmetic
-    measured       the wall clock, around real kernels
-    conditional    modelled, and rests on an assumption that is stated
-    calibrated     modelled, and this published point is one that a constant was fitted to
-    predicted      modelled otherwise
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvarena.harness.config import changed, load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
+from kvarena.harness.record.summary import Evidence, Names
 from kvarena.harness.requests.decoding import GREEDY
 from kvarena.harness.run.systems import System, alike, as_filed, with_room_to_read
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.published_files import is_published
 
 if TYPE_CHECKING:
-    from kvarena.harness.run.run import Run
+    from kvarena.harness.run.run import P, Run
 
+Keys = dict[str, Any]  # of conf/: OmegaConf has no type for values of every kind but Any
 OURS = "kvarena"  # the paper of rows that are nobody else's
 LEAN = "lean"  # the engine that was fitted to no paper's
 _NOT_WEIGHED = {  # fields in which a run may differ and still be the published one
@@ -49,11 +44,11 @@ class Ran:
     engine: str | None = None  # of conf/engine/; modelled clock
     scheduler: str | None = None  # of systems whose file names none
     trace: str | None = None  # of conf/trace/: its table, or a file listed in results/published/trace_files.csv
-    trace_keys: dict[str, Any] = field(default_factory=dict)  # where they differ from that file's
-    arrival: dict[str, Any] = field(default_factory=dict)  # process, rate (unless it is the axis), duration_s, seed
-    params: dict[str, Any] = field(default_factory=dict)  # of the experiment
-    allocator: dict[str, Any] = field(default_factory=dict)  # fields of those systems whose allocator has them
-    point: dict[str, Any] = field(default_factory=dict)  # what the experiment itself says of a point
+    trace_keys: Keys = field(default_factory=dict)  # where they differ from that file's
+    arrival: Keys = field(default_factory=dict)  # process, rate (unless it is the axis), duration_s, seed
+    params: Keys = field(default_factory=dict)  # of the experiment
+    allocator: Keys = field(default_factory=dict)  # fields of those systems whose allocator has them
+    point: Keys = field(default_factory=dict)  # what the experiment itself says of a point
 
 
 @dataclass
@@ -62,8 +57,8 @@ class Figure:
 
     paper: str
     systems: dict[str, str | None] = field(default_factory=dict)  # key in the figure -> file of conf/system/, if any
-    ran: dict[str, Any] = field(default_factory=dict)  # of all panels
-    panels: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # name -> what its own points ran with
+    ran: Keys = field(default_factory=dict)  # of all panels
+    panels: dict[str, Keys | None] = field(default_factory=dict)  # name -> what its own points ran with
 
     def __post_init__(self) -> None:
         """Refuse keys that no `Ran` has."""
@@ -78,8 +73,7 @@ class Figure:
         merged = {**self.ran, **own}
         for key in ("trace_keys", "arrival", "params", "allocator", "point"):
             merged[key] = {**self.ran.get(key, {}), **own.get(key, {})}
-        ran: Ran = typed(Ran, merged, f"published.panels.{name}")
-        return ran
+        return typed(Ran, merged, f"published.panels.{name}")
 
 
 class Point(NamedTuple):
@@ -97,7 +91,7 @@ class Point(NamedTuple):
 
 
 def named(
-    run: "Run",
+    run: "Run[object]",
     system: System | None = None,
     figure: str | None = None,
     *,
@@ -108,8 +102,8 @@ def named(
     counted: bool = False,
     fitted: bool = False,
     assuming: str = "",
-    **point: Any,
-) -> dict[str, Any]:
+    **point: object,
+) -> Names:
     """The columns of a summary row that say what it is: all but quantity, value and unit.
 
     figure: the published figure whose quantity the row has; None: a quantity of our own. key: what the figure calls the
@@ -120,11 +114,11 @@ def named(
     """
     at = earned(run, system, figure, key, x, point) if figure is not None else None
     kind = evidence(run, at, system, counted=counted, fitted=fitted, assuming=assuming)
-    ran = setup(run, detail)
-    ours = {"paper": OURS, "figure": run.experiment, "panel": ran, "system": label or label_of(run, system)}
-    names = ours if at is None else {"paper": at.paper, "figure": at.figure, "panel": at.panel, "system": at.system}
+    ran, shown = setup(run, detail), label or label_of(run, system)
+    names = at or Point(OURS, run.experiment, ran, shown, x)
     return {
-        "experiment": run.experiment, **names, "setup": ran, "label": ours["system"], "evidence": kind,
+        "experiment": run.experiment, "paper": names.paper, "figure": names.figure, "panel": names.panel,
+        "system": names.system, "setup": ran, "label": shown, "evidence": kind,
         "allocator": system.allocator.name if system else "-",
         "kernel": run.kernel_of(system) if system else "-",
         "model": run.model.name if "model" in run.reads else "-",
@@ -132,12 +126,17 @@ def named(
     }  # fmt: skip
 
 
-def is_earned(names: Mapping[str, Any]) -> bool:
+def as_ours(names: Names) -> Names:
+    """The columns of the same number under our own name, whatever it earned."""
+    return {**names, "paper": OURS, "figure": names["experiment"], "panel": names["setup"], "system": names["label"]}
+
+
+def is_earned(names: Names) -> bool:
     """Whether the columns that `named` gave are those of a published point."""
-    return bool(names["paper"] != OURS)
+    return names["paper"] != OURS
 
 
-def setup(run: "Run", detail: str = "") -> str:
+def setup(run: "Run[object]", detail: str = "") -> str:
     """`<model> <trace>, <detail>, <n> x <device>`: what ran, whatever it may be called."""
     model = f"{run.model.name}{_told(changed(run.model, 'model', _NOT_NAMED))}" if "model" in run.reads else ""
     what = " ".join(filter(None, (model, _trace_name(run))))
@@ -149,25 +148,25 @@ def setup(run: "Run", detail: str = "") -> str:
 _NOT_NAMED = (*_NOT_WEIGHED["model"], "tp", "max_tokens")  # the devices say how many; a trace sets how long
 
 
-def _told(changes: Mapping[str, Any]) -> str:
+def _told(changes: Mapping[str, object]) -> str:
     """` (key=value)`: in what a model or a device is not as the file of its name has it."""
     told = [key if isinstance(value, Mapping) else f"{key}={value}" for key, value in changes.items()]
     return f" ({', '.join(told)})" if told else ""
 
 
-def without_trace(run: "Run") -> "Run":
+def without_trace(run: "Run[P]") -> "Run[P]":
     """The run as rows have it that no trace enters."""
     return replace(run, reads=tuple(group for group in run.reads if group != "trace"))
 
 
-def _trace_name(run: "Run") -> str:
+def _trace_name(run: "Run[object]") -> str:
     if "trace" not in run.reads:
         return ""
-    trace: TraceConfig = run.trace
+    trace = run.trace
     return trace.name if is_published(trace, run.files) or trace.path is None else trace.path.rpartition("/")[2]
 
 
-def label_of(run: "Run", system: System | None) -> str:
+def label_of(run: "Run[object]", system: System | None) -> str:
     """`<allocator>/<kernel>`; under the lean engine `<allocator> (as <published system>)` of a published one."""
     if system is None:
         return "-"
@@ -181,7 +180,12 @@ def label_of(run: "Run", system: System | None) -> str:
 
 
 def earned(
-    run: "Run", system: System | None, figure: str, key: str | None, x: float | None, point: Mapping[str, Any]
+    run: "Run[object]",
+    system: System | None,
+    figure: str,
+    key: str | None,
+    x: float | None,
+    point: Mapping[str, object],
 ) -> Point | None:
     """The published point that the run stands for, None where anything that defines it differs.
 
@@ -198,12 +202,12 @@ def earned(
     return None
 
 
-def differences(run: "Run", figure: str, panel: str, **point: Any) -> list[str]:
+def differences(run: "Run[object]", figure: str, panel: str, **point: object) -> list[str]:
     """In what a run differs from what a published panel ran with: `model`, `arrival.rate` ..."""
     return list(_differences(run, run.published[figure].panel(panel), point))
 
 
-def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[str]:
+def _differences(run: "Run[object]", panel: Ran, point: Mapping[str, object]) -> Iterator[str]:
     if panel.model is not None and not _alike("model", run.model, _model(panel.model, panel.tp)):
         yield "model"
     if panel.device is not None and not _is_device(run, panel.device):
@@ -227,11 +231,11 @@ def _differences(run: "Run", panel: Ran, point: Mapping[str, Any]) -> Iterator[s
             yield name
 
 
-def _is_engine(run: "Run", name: str) -> bool:
+def _is_engine(run: "Run[object]", name: str) -> bool:
     return run.engine.name == name and not changed(run.engine, "engine", _NOT_WEIGHED["engine"])
 
 
-def _arrival_differences(run: "Run", stated: Mapping[str, Any]) -> Iterator[str]:
+def _arrival_differences(run: "Run[object]", stated: Keys) -> Iterator[str]:
     """Whatever is stated of arrivals; where anything is, the seed too: the artifacts ran with 0, or as stated."""
     for name, value in stated.items():
         if name != "seed" and getattr(run.arrival, name) != value:
@@ -242,24 +246,24 @@ def _arrival_differences(run: "Run", stated: Mapping[str, Any]) -> Iterator[str]
             yield "arrival.seed"
 
 
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+def _plain(value: object) -> object:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _alike(group: str, one: Any, other: Any) -> bool:
+def _alike(group: str, one: ModelConfig | TraceConfig, other: ModelConfig | TraceConfig) -> bool:
     """Whether two configurations agree in all that makes a published point."""
     free = {name: getattr(other, name) for name in _NOT_WEIGHED[group]}
     return bool(replace(one, **free) == other)
 
 
-def _is_device(run: "Run", name: str) -> bool:
+def _is_device(run: "Run[object]", name: str) -> bool:
     published = _filed("device", name)
     if run.clock == "modelled":
         return bool(run.device == published)
     return run.device_name in [each.lower().replace(" ", "-") for each in published.reported_as]
 
 
-def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) -> bool:
+def _is_system(run: "Run[object]", system: System | None, panel: Ran, file: str | None) -> bool:
     """Whether a system is that of a file of conf/system/, with the panel's scheduler and fields of its allocator."""
     if file is None or system is None:
         return file is None
@@ -274,28 +278,30 @@ def _is_system(run: "Run", system: System | None, panel: Ran, file: str | None) 
     return alike(system, published)
 
 
-def _is_first(run: "Run", system: System) -> bool:
+def _is_first(run: "Run[object]", system: System) -> bool:
     """Whether no system before it in the run is the same under another name: one row has a published name."""
     same = [each.name for each in run.systems if alike(each, system)]
     return system.name not in same or same[0] == system.name
 
 
-def evidence(run: "Run", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str) -> str:
+def evidence(
+    run: "Run[object]", at: Point | None, system: System | None, *, counted: bool, fitted: bool, assuming: str
+) -> str:
     """What kind of evidence a number is; `at` is the published point that it stands for, if any."""
     if counted:
-        return "exact"
+        return Evidence.EXACT.value
     if run.clock == "measured":
-        return "measured"
+        return Evidence.MEASURED.value
     if assuming or any(assumptions(run, system)):
-        return "conditional"
+        return Evidence.CONDITIONAL.value
     if fitted:
-        return "calibrated"
+        return Evidence.CALIBRATED.value
     if at is not None and any(each.was_fitted_to(str(at)) for each in (run.engine, run.device)):
-        return "calibrated"
-    return "predicted"
+        return Evidence.CALIBRATED.value
+    return Evidence.PREDICTED.value
 
 
-def assumptions(run: "Run", system: System | None) -> Iterator[str]:
+def assumptions(run: "Run[object]", system: System | None) -> Iterator[str]:
     """What the model and the constants of a modelled run assume, in words."""
     if run.device.assumed:
         yield run.device.assumed

@@ -1,14 +1,16 @@
 """A resolved run: everything an experiment needs to know, typed, with nothing left open."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, keys_of, load, names, no_such_key, typed
 from kvarena.harness.model import ModelConfig
+from kvarena.harness.modelled.device_model import DeviceConfig
+from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.run import schemas, systems
 from kvarena.harness.run.fit import check_fit
@@ -16,7 +18,8 @@ from kvarena.harness.run.numbers import check_given_params, check_numbers
 from kvarena.harness.run.published import Figure
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace import told
-from kvarena.harness.trace.arrival import UNDRAWN
+from kvarena.harness.trace.arrival import UNDRAWN, ArrivalConfig
+from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import chosen_arrivals
 from kvarena.harness.trace.published_files import hashes
 
@@ -25,19 +28,50 @@ _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
 _STATED = ("published", "reads", "given", "gpu")
 
 
+Plain = dict[str, Any]  # as YAML has it: values of every kind
+P = TypeVar("P", covariant=True)
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """Params of an experiment that serves from a pool."""
+
+    @property
+    def pool_bytes(self) -> int | None:
+        """Bytes of K/V on one device; None: what the engine ran with, or the device has left."""
+
+
+@runtime_checkable
+class Stretched(Protocol):
+    """Params of an experiment whose engines stretch a model's positions (RoPE scaling)."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest sequence; None: the model's."""
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """Params of an experiment that replays several traces."""
+
+    @property
+    def paths(self) -> Mapping[str, str | None]:
+        """The local file of each trace; None: its table."""
+
+
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One resolved run of one experiment."""
+class Run(Generic[P]):
+    """One resolved run of one experiment; `P` is the dataclass of its own keys. `Run[object]` is of any."""
 
     experiment: str
     clock: str  # of CLOCKS
-    device: Any  # DeviceConfig
+    device: DeviceConfig
     model: ModelConfig
-    trace: Any  # TraceConfig
-    arrival: Any  # ArrivalConfig
-    engine: Any  # EngineConfig
+    trace: TraceConfig
+    arrival: ArrivalConfig
+    engine: EngineConfig
     systems: tuple[System, ...]
-    params: Any  # the experiment's Params
+    params: P
     decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
     arrival_chosen: str = ""  # by whom: of file_arrivals.py
@@ -49,26 +83,29 @@ class Run:
     gpu: str | None = None  # of a finished run that was measured on one, as its driver calls it; None: this machine's
 
     @property
-    def context(self) -> int:
-        """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to.
+    def pool_bytes(self) -> int | None:
+        """Bytes of K/V on one device, where `params.pool_bytes` sets them."""
+        return self.params.pool_bytes if isinstance(self.params, Pooled) else None
 
-        `params.context` stands in for the model's, where an engine stretches its positions (RoPE scaling).
-        """
-        context = getattr(self.params, "context", None) or self.model.max_tokens
-        return min(context, getattr(self.trace, "max_tokens", None) or context)
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence: the model's context, or what `trace.max_tokens` confines it to."""
+        stretched = self.params.context if isinstance(self.params, Stretched) else None
+        context = stretched or self.model.max_tokens
+        return min(context, self.trace.max_tokens or context)
 
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
-        return str(self.engine.name if self.clock == "modelled" else system.kernel.name)
+        return self.engine.name if self.clock == "modelled" else system.kernel.name
 
     @property
     def device_name(self) -> str:
         """The device as results name it: cpu, the GPU, or the one that was modelled."""
         if self.device.kind != "cuda":
-            return str(self.device.name)
+            return self.device.name
         return (self.gpu or _gpu_here()).lower().replace(" ", "-")
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Plain:
         """The run as plain data: what is hashed, and written to config.yaml."""
         return {
             key: [asdict(s) for s in value] if key == "systems" else _plain(value)
@@ -77,13 +114,16 @@ class Run:
         }
 
 
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+def _plain(value: object) -> object:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def resolve(
-    config: DictConfig, overrides: Sequence[str], params_schema: type, reads: Mapping[str, Sequence[str]] | None = None
-) -> Run:
+    config: DictConfig,
+    overrides: Sequence[str],
+    params_schema: type[P],
+    reads: Mapping[str, Sequence[str]] | None = None,
+) -> Run[P]:
     """Turn a composed configuration into a run; `reads`: clock -> groups of keys that the experiment reads under it.
 
     Raises UserError for whatever does not exist or does not fit.
@@ -107,16 +147,16 @@ def resolve(
         check_fit(built, model, device.kind)
         if device.kind == "cuda":  # the host's kernels read nothing past a length
             built = tuple(map(systems.with_room_to_read, built))
-    engine = typed(schemas.of("engine", config.engine.get("name")), config.engine, "engine")
+    engine = typed(EngineConfig, config.engine, "engine")
     by_kernel = config.clock == "measured" or bool(engine.attention)
     run = Run(
         experiment=config.name,
         clock=config.clock,
         device=device,
         model=model,
-        trace=typed(schemas.of("trace"), _filled("trace", config.trace, profile.get("trace"), given), "trace"),
+        trace=typed(TraceConfig, _filled("trace", config.trace, profile.get("trace"), given), "trace"),
         arrival=typed(
-            schemas.of("arrival"), _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"
+            ArrivalConfig, _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"
         ),
         engine=engine,
         systems=systems.distinct(built, by_kernel),
@@ -134,11 +174,11 @@ def resolve(
     check_given_params(run.params, given)
     told.forget()  # what a run says of its traces it says anew
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
-    paths = [run.trace.path, *getattr(run.params, "paths", {}).values()]
+    paths = [run.trace.path, *(run.params.paths.values() if isinstance(run.params, ReadsFiles) else ())]
     return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
 
 
-def _check_listed(listed: Sequence[str], written: Any, given: Sequence[str]) -> None:
+def _check_listed(listed: Sequence[str], written: Sequence[str] | None, given: Sequence[str]) -> None:
     """Raises UserError for a system that is listed twice, and for a list that the user wrote and left empty."""
     if twice := sorted({name for name in listed if list(listed).count(name) > 1}):
         raise UserError(f"systems: {', '.join(twice)} is listed twice; two names of one system may stand side by side")
@@ -146,28 +186,29 @@ def _check_listed(listed: Sequence[str], written: Any, given: Sequence[str]) -> 
         raise UserError(f"systems={written}: no system is left to run. There are: {', '.join(names('system'))}")
 
 
-def from_plain(config: Mapping[str, Any], params_schema: type, reads: Mapping[str, Sequence[str]]) -> Run:
+def from_plain(config: Plain, params_schema: type[P], reads: Mapping[str, Sequence[str]]) -> Run[P]:
     """The run that `plain` describes; what its experiment states is taken from conf/ as it is now."""
-    groups = ("device", "model", "trace", "arrival", "engine", "decoding")
-
-    def built(group: str, node: Any) -> Any:
-        return typed(schemas.of(group, node.get("name")), node, group)
-
+    parts = ("allocator", "kernel", "scheduler")
     listed = [
-        System(**{**each, **{group: built(group, each[group]) for group in ("allocator", "kernel", "scheduler")}})
+        System(**{**each, **{group: _as_config(group, each[group]["name"], each[group]) for group in parts}})
         for each in config["systems"]
     ]
     return Run(
         experiment=config["experiment"],
         clock=config["clock"],
+        device=typed(DeviceConfig, config["device"], "device"),
+        model=typed(ModelConfig, config["model"], "model"),
+        trace=typed(TraceConfig, config["trace"], "trace"),
+        arrival=typed(ArrivalConfig, config["arrival"], "arrival"),
+        engine=typed(EngineConfig, config["engine"], "engine"),
         systems=tuple(listed),
         params=typed(params_schema, config["params"], "params"),
+        decoding=typed(DecodingConfig, config["decoding"], "decoding"),
         threads=config["threads"],
         arrival_chosen=config.get("arrival_chosen", ""),
         files=dict(config.get("files", {})),
         published=_stated(load("experiment", config["experiment"])),
         reads=tuple(reads.get(config["clock"], ())),
-        **{group: built(group, config[group]) for group in groups},
     )
 
 
@@ -177,7 +218,7 @@ def _stated(experiment: DictConfig) -> dict[str, Figure]:
     return {str(name): typed(Figure, node, f"published.{name}") for name, node in figures.items()}
 
 
-def _as_config(group: str, name: str, node: DictConfig) -> Any:
+def _as_config(group: str, name: str, node: object) -> Any:  # a dataclass with fields of its own
     return typed(schemas.of(group, name), node, group)
 
 
@@ -196,7 +237,7 @@ def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:
     return None if arrival.process in UNDRAWN else profile.get("arrival")
 
 
-def _device(config: DictConfig) -> tuple[Any, str]:
+def _device(config: DictConfig) -> tuple[DeviceConfig, str]:
     """The device, and its kind: cpu, cuda or modelled."""
     node = config.device
     if config.clock == "modelled":
@@ -217,7 +258,7 @@ def _device(config: DictConfig) -> tuple[Any, str]:
         node = _with_fields(load("device", "cuda" if _has_cuda() else "cpu"), node)
     elif node.name == "cuda" and not _has_cuda():
         raise UserError("device=cuda: torch sees no CUDA GPU here. device=cpu runs everything for real on the CPU")
-    return typed(schemas.of("device", node.name), node, "device"), node.kind
+    return typed(DeviceConfig, node, "device"), node.kind
 
 
 def _with_fields(chosen: DictConfig, auto: DictConfig) -> DictConfig:
@@ -249,5 +290,4 @@ def _model(config: DictConfig, profile: DictConfig) -> ModelConfig:
         return config_of_checkpoint(node.checkpoint, **chosen)
     if node.name == AUTO:
         node = _with_fields(load("model", profile.get("model") or "bench-llama"), node)
-    config_of_preset: ModelConfig = typed(ModelConfig, node, "model")
-    return config_of_preset
+    return typed(ModelConfig, node, "model")

@@ -1,13 +1,14 @@
 """The dataclass behind every group of conf/: group -> (name in the group) -> schema."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvarena.harness.config import ALL, AUTO
 
 _BY_NAME = ("allocator", "kernel", "scheduler")  # groups in which every name has a schema of its own
 
 
-def of(group: str, name: str | None = None) -> type:
+def of(group: str, name: str | None = None) -> type[Any]:
     """The schema of one choice of a group. Imports late: composing a configuration must not need torch.
 
     Raises UserError for a name that does not exist, ValueError for a group.

@@ -18,7 +18,7 @@ _ALWAYS = ("experiment", "clock", "params", "hydra")  # what chooses, and what `
 _SYSTEMS = ("systems", "allocator", "kernel", "scheduler")  # all read where systems are
 
 
-def check_read(run: Run, own: Mapping[str, str]) -> None:
+def check_read(run: Run[object], own: Mapping[str, str]) -> None:
     """Raises UserError for a given key that nothing reads. `own`: key -> what to write instead, of the experiment."""
     rules = {**dict(_generic(run)), **own}
     for key in _with_parts(run):
@@ -30,7 +30,7 @@ def check_read(run: Run, own: Mapping[str, str]) -> None:
                 raise UserError(f"{key}: nothing reads it in this run: {instead}")
 
 
-def _with_parts(run: Run) -> Iterator[str]:
+def _with_parts(run: Run[object]) -> Iterator[str]:
     """The given keys, and those within a mapping that was written whole: `params.paths={sharegpt: FILE}`."""
     for key in run.given:
         yield key
@@ -44,7 +44,7 @@ def _covers(rule: str, key: str) -> bool:
     return key == rule.removesuffix("=") or key.startswith(f"{rule}.")
 
 
-def _generic(run: Run) -> Unread:
+def _generic(run: Run[object]) -> Unread:
     yield from _groups(run)
     for group in ("device", "engine", "trace", "decoding", "scheduler", "allocator", "kernel"):
         yield f"{group}.name", f"a name is no setting; {group}=NAME takes another {group}"
@@ -52,7 +52,7 @@ def _generic(run: Run) -> Unread:
         yield from speak(run)
 
 
-def _groups(run: Run) -> Unread:
+def _groups(run: Run[object]) -> Unread:
     """Groups that the experiment does not read under this clock."""
     read = {*run.reads, *(_SYSTEMS if "systems" in run.reads else ())}
     for group in ("model", "trace", "arrival", "decoding", "engine", "device", "threads", *_SYSTEMS):
@@ -67,11 +67,11 @@ def _groups(run: Run) -> Unread:
         yield "threads", "clock=modelled computes nothing; clock=measured does"
 
 
-def _model(run: Run) -> Unread:
+def _model(run: Run[object]) -> Unread:
     if run.clock == "modelled":
         for key in ("rope_theta", "norm_eps", "seed", "checkpoint", "shard_only"):
             yield f"model.{key}", "it changes what is computed, not how long it takes: clock=measured computes"
-        if getattr(run.params, "pool_bytes", None) is not None:
+        if run.pool_bytes is not None:
             yield "model.tied_embeddings", "it changes the weights' memory alone, and params.pool_bytes sets the pool"
         return
     if run.model.family != "llama":
@@ -85,7 +85,7 @@ _GIVEN_ONLY = ("prompt_tokens", "output_tokens", "range_ratio")
 _CHATS_ONLY = ("cut_prompt", "cut_output", "new_conversation")
 
 
-def _trace(run: Run) -> Unread:
+def _trace(run: Run[object]) -> Unread:
     """By where the lengths come from: a file, a table, or as given."""
     trace = run.trace
     yield "trace.paper_filter", "it states the filter of the paper's own data; trace.filter=NAME asks for one"
@@ -114,7 +114,7 @@ def _trace(run: Run) -> Unread:
     yield "trace.examples", "it is for the text of a file: trace.path=FILE; a table has its examples in its lengths"
 
 
-def _no_seed(run: Run, key: str, instead: str) -> Unread:
+def _no_seed(run: Run[object], key: str, instead: str) -> Unread:
     """A seed of the trace is the arrivals' too, unless they have their own or are not drawn."""
     if (
         "arrival" not in run.reads
@@ -124,7 +124,7 @@ def _no_seed(run: Run, key: str, instead: str) -> Unread:
         yield key, instead
 
 
-def _arrival(run: Run) -> Unread:
+def _arrival(run: Run[object]) -> Unread:
     process = run.arrival.process
     if process != "gamma":
         yield "arrival.burstiness", f"arrival={process} has no shape; arrival=gamma has"
@@ -134,7 +134,7 @@ def _arrival(run: Run) -> Unread:
         yield "arrival.seed", f"arrival={process} draws nothing"
 
 
-def _decoding(run: Run) -> Unread:
+def _decoding(run: Run[object]) -> Unread:
     name = run.decoding.name
     if run.trace.mix:
         for key in ("decoding=", "decoding.name", "decoding.n"):
@@ -156,7 +156,7 @@ _HOST = ("host_step_us", "host_sequence_us")
 _EFFICIENCIES = ("weights_efficiency", "kv_efficiency", "flop_efficiency")
 
 
-def _engine(run: Run) -> Unread:
+def _engine(run: Run[object]) -> Unread:
     engine = run.engine
     for key in ("calibrated_on", "left_out", "devices", "models", "schedulers"):
         yield f"engine.{key}", "it states what the file's constants were fitted on"
@@ -182,7 +182,7 @@ def _engine(run: Run) -> Unread:
             yield f"engine.{key}", f"engine={engine.name} has its host's work by devices (engine.hosts)"
 
 
-def _device(run: Run) -> Unread:
+def _device(run: Run[object]) -> Unread:
     device, engine = run.device, run.engine
     for key in ("kind", "reported_as", "calibrated_on", "assumed"):
         yield f"device.{key}", "it states what the device of that file is"
@@ -211,7 +211,7 @@ def _device(run: Run) -> Unread:
     elif run.model.tp == 1:
         for key in ("nvlink_gb_per_s", "allreduce_us"):
             yield f"device.{key}", "one device talks to no other; model.tp sets how many share the model"
-    if getattr(run.params, "pool_bytes", None) is not None:
+    if run.pool_bytes is not None:
         yield "device.memory_gib", "params.pool_bytes sets the pool"
     if not _may_swap(run):
         for key in ("copy_in_gb_per_s", "copy_out_gb_per_s", "copy_in_us", "copy_out_us"):
@@ -222,16 +222,16 @@ _MODELLED = ("memory_gib", "bandwidth_gb_per_s", "tflop_per_s", "nvlink_gb_per_s
              "copy_out_gb_per_s", "copy_in_us", "copy_out_us", "map_us", "unmap_us")  # fmt: skip
 
 
-def _may_copy(run: Run) -> bool:
+def _may_copy(run: Run[object]) -> bool:
     """Whether sequences may share blocks or rows, which are copied on the first write."""
     return "sharing" in run.reads or run.decoding.n > 1 or bool(run.trace.mix)
 
 
-def _may_swap(run: Run) -> bool:
+def _may_swap(run: Run[object]) -> bool:
     return "swapping" in run.reads or any(getattr(s.allocator, "swap_bytes", 0) not in (0, "0") for s in run.systems)
 
 
-def _scheduler(run: Run) -> Unread:
+def _scheduler(run: Run[object]) -> Unread:
     """Fields that no system's scheduler has."""
     for key in (key for key in run.given if key.startswith("scheduler.")):
         field = key.partition(".")[2]
@@ -241,7 +241,7 @@ def _scheduler(run: Run) -> Unread:
             yield key, f"the schedulers of this run ({there}) have no {field}"
 
 
-def _allocator(run: Run) -> Unread:
+def _allocator(run: Run[object]) -> Unread:
     """Fields that need something of the requests: prompts that begin alike, beams, or more sequences than one."""
     if not (_shares_prompts(run) or "caching" in run.reads):
         yield "allocator.prefix_cache", f"no prompt of trace={run.trace.name} begins as another's; those of chats do"
@@ -251,17 +251,17 @@ def _allocator(run: Run) -> Unread:
         yield "allocator.swap_bytes", "every victim is recomputed; scheduler.preemption=swap swaps"
 
 
-def _shares_prompts(run: Run) -> bool:
+def _shares_prompts(run: Run[object]) -> bool:
     trace = run.trace
     return trace.keep_hash_ids or trace.new_conversation is not None
 
 
-def _decodes(run: Run, method: str) -> bool:
+def _decodes(run: Run[object], method: str) -> bool:
     """Whether some request is decoded so."""
     return run.decoding.name == method or any(method in way for way in run.trace.mix or ())
 
 
-def _swaps_when_preempting(run: Run) -> bool:
+def _swaps_when_preempting(run: Run[object]) -> bool:
     """Whether a victim may be swapped: always, or under `auto` where a request has several sequences."""
     ways = {getattr(system.scheduler, "preemption", "recompute") for system in run.systems}
     return "swap" in ways or ("auto" in ways and _may_copy(run))

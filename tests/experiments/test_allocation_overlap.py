@@ -167,7 +167,7 @@ def test_the_published_requests_earn_fig_12(summary_of: Callable[..., pd.DataFra
 def test_fig_12_is_earned_by_what_it_ran_with_alone(changed: str, listed: str) -> None:
     def papers(*overrides: str) -> set[str]:
         run = compose_run("experiment=allocation_overlap", "clock=modelled", listed, *overrides)
-        [one] = runs_by_model(run, "gpus")
+        [one] = runs_by_model(run, run.params.gpus)
         return {_names(one, way, "fig12")["paper"] for way in (Way.SYNC, Way.OVERLAPPED)}
 
     assert papers() == {"vattention"}

@@ -76,7 +76,7 @@ def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callabl
 def test_fig_13_is_earned_by_what_it_ran_with_alone(changed: str) -> None:
     def papers(*overrides: str) -> set[str]:
         run = compose_run("experiment=deferred_reclamation", "clock=modelled", "model=yi-6b", *overrides)
-        [one] = runs_by_model(run, "gpus")
+        [one] = runs_by_model(run, run.params.gpus)
         return {_names(one, way, "fig13")["paper"] for way in WAYS[:4]}
 
     assert papers() == {"vattention"}

@@ -41,7 +41,7 @@ def listed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], st
 def test_every_model_of_a_figure_runs_and_a_named_one_runs_alone() -> None:
     def models(*overrides: str) -> list[tuple[str, int]]:
         run = compose_run("experiment=decode_throughput", "clock=modelled", *overrides)
-        return [(r.model.name, r.model.tp) for r in runs_by_model(run)]
+        return [(r.model.name, r.model.tp) for r in runs_by_model(run, run.params.models)]
 
     assert models() == [("yi-6b", 1), ("llama-3-8b", 2), ("yi-34b", 2)]
     assert models("model=yi-34b") == [("yi-34b", 2)], "on as many devices as the paper"
@@ -77,7 +77,7 @@ CHANGES = (
 @pytest.mark.parametrize("changed", ["", *CHANGES])
 def test_fig_8_is_earned_by_what_it_ran_with_alone(changed: str) -> None:
     run = compose_run("experiment=decode_throughput", "clock=modelled", "model=yi-6b", *changed.split())
-    [one] = runs_by_model(run)
+    [one] = runs_by_model(run, run.params.models)
     systems = {system.name: named_at(one, system, "16384", "fig8", x=16) for system in run.systems}
     names = {name: row["system"] for name, row in systems.items() if row["paper"] == "vattention"}
     published = {"paged-vllm-kernel": "vLLM", "paged-fa2": "FA2_Paged", "paged-flashinfer": "FI_Paged",
@@ -223,7 +223,7 @@ def test_fig_10_is_earned_by_its_own_requests_and_arrivals_alone(
 
     def paper(*overrides: str) -> str:
         run = compose_run("experiment=online_latency", "model=yi-6b", f"trace.path={path}", *overrides)
-        return named(runs_by_model(run)[0], run.systems[0], "fig10", x=0.2)["paper"]
+        return named(runs_by_model(run, run.params.models)[0], run.systems[0], "fig10", x=0.2)["paper"]
 
     assert paper() == "vattention"
     assert paper(*changed.split()) == "kvarena"

@@ -29,7 +29,7 @@ def test_ours_joins_the_published_value() -> None:
 
 def test_a_blank_x_joins_too() -> None:
     base = BASE | {"figure": "fig9", "quantity": "offline_throughput", "unit": "requests/min"}
-    joined = beside_published(frame([row(2.7, **base)]), read_published(PUBLISHED))
+    joined = beside_published(frame([row(2.7, x=None, **base)]), read_published(PUBLISHED))
     assert joined["published"].tolist() == [2.79]
 
 
@@ -55,7 +55,7 @@ def test_two_rows_of_one_key_are_refused() -> None:
 @pytest.mark.parametrize(("key", "value"), [("evidence", "guessed"), ("clock", "sundial")])
 def test_evidence_and_clock_are_of_a_list(key: str, value: str) -> None:
     with pytest.raises(ValueError, match=value):
-        row(1.0, **(BASE | {key: value}))
+        row(1.0, x=1, **(BASE | {key: value}))
 
 
 def test_an_empty_summary_keeps_its_columns() -> None:

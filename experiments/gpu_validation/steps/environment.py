@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from typing import Any
 
 from kvarena.allocators.vmm.drivers import granularity_of
 from kvarena.errors import UserError
@@ -27,7 +26,8 @@ def run(case: str, context: Context) -> Values:
     from kvarena.harness.record.provenance import git_state, libraries, machine
 
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {
+    kernels = {name: missing(spec) or "present" for name, (spec, *_) in CATALOGUE.items()}
+    found = {
         "device": torch.cuda.get_device_name().lower().replace(" ", "-") if cuda and context.on_gpu else "cpu",
         "cuda": cuda,
         "git": git_state(),
@@ -35,12 +35,12 @@ def run(case: str, context: Context) -> Values:
         "machine": machine(),
         "nvidia_smi": _nvidia_smi(),
         "granularity_bytes": _granularity(context.device),
-        "kernels": {name: missing(spec) or "present" for name, (spec, *_) in CATALOGUE.items()},
+        "kernels": kernels,
     }
     Folder(context.folder).write_environment(found)
     if context.on_gpu and not cuda:
         raise NotRunError("no CUDA device")
-    present = [name for name, state in found["kernels"].items() if state == "present"]
+    present = [name for name, state in kernels.items() if state == "present"]
     return {
         "device": found["device"],
         "torch": torch.__version__,

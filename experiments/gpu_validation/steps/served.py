@@ -41,12 +41,14 @@ class Served(NamedTuple):
         return sum(map(len, self.tokens.values())) / self.seconds
 
 
-def make_run(context: Context) -> Run:
+def make_run(context: Context) -> Run[object]:
     """The run whose systems are compared: ALLOCATORS, in that order, with one kernel body."""
     return compose_run(*_ALIKE, f"device={context.device}", *_SHORT[context.device])
 
 
-def serve(run: Run, system: System, model: Model, memory: float, kind: type[TorchExecutor] = TorchExecutor) -> Served:
+def serve(
+    run: Run[object], system: System, model: Model, memory: float, kind: type[TorchExecutor] = TorchExecutor
+) -> Served:
     """Serve the trace; `memory` is the pool, over a longest row for each request. `kind` takes the steps."""
     workload = workload_of(run)
     pool_bytes = int(memory * len(workload) * run.context) * run.model.kv_layout().token_bytes
