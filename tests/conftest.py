@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from packaging.version import Version
 
 from kvarena.harness.paths import ROOT
 from kvarena.kernels.threads import set_compute_threads
+
+sys.path.append(str(Path(__file__).parent))  # `made_data` and `mutants` are no tests, and imported by their names
+import made_data  # noqa: E402
 
 set_compute_threads(1)
 
@@ -70,6 +74,16 @@ def shared() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+@pytest.fixture(scope="session", params=["made", "real"])
+def data_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Finds a file of lengths: one of our own making in its format, and that of `shared`, one after the other."""
+    if request.param == "real":
+        real: Callable[[str], Path] = request.getfixturevalue("shared")
+        return lambda name: real(f"data/{name}")
+    folder = tmp_path_factory.mktemp("made")
+    return cache(lambda name: made_data.write(folder, name))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """Blocks that are found again by what they hold."""
 
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +17,6 @@ from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 8)
 TOKEN = LAYOUT.token_bytes
-MOONCAKE = Path(__file__).resolve().parents[3] / "shared/data/mooncake_synthetic.jsonl"
 
 
 def cached(num_blocks=8, block_size=4):
@@ -165,24 +161,6 @@ def test_two_blocks_with_one_name():
     assert pool.find(["a", "b"]) == first
     assert pool.num_cached == 0
     pool.check_integrity([first])
-
-
-@pytest.mark.skipif(not MOONCAKE.exists(), reason="the trace is not beside the project")
-def test_hits_of_mooncakes_trace_in_an_endless_pool():
-    """77,740 of 121,877 blocks, where the last token is never found (exact)."""
-    pool = CachedBlockPool(200_000)
-    found = total = 0
-    for line in MOONCAKE.read_text().splitlines():
-        request = json.loads(line)
-        names, tokens = request["hash_ids"], request["input_length"]
-        hit = pool.find(names[: (tokens - 1) // 512])
-        found, total = found + len(hit), total + len(names)
-        pool.share(hit)
-        full = tokens // 512
-        table = hit + pool.take(full - len(hit))
-        pool.name(table, names[:full])
-        pool.drop(table)
-    assert (found, total) == (77_740, 121_877)
 
 
 # ---- page-groups -----------------------------------------------------------------------------------------------

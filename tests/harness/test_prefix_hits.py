@@ -58,26 +58,32 @@ def hits(policy, ids, prompt_tokens, block_tokens):
 
 
 @pytest.fixture(scope="module")
-def mooncake(shared):
-    return load_trace(TraceConfig(path=str(shared("data/mooncake_synthetic.jsonl")), keep_hash_ids=True))
+def mooncake(data_file):
+    """A trace in Mooncake's format, and whether it is Mooncake's own."""
+    path = data_file("mooncake_synthetic.jsonl")
+    trace = load_trace(TraceConfig(path=str(path), keep_hash_ids=True))
+    return trace.hash_ids, trace.prompt_tokens
 
 
-def test_mooncakes_synthetic_trace_without_a_limit(mooncake):
-    assert sum(map(len, mooncake.hash_ids)) == 121_877
-    assert count_ids(mooncake.hash_ids) == 77_953
-    assert count_blocks(mooncake.hash_ids, mooncake.prompt_tokens, 512) == 77_740
-    assert lru_hits(mooncake.hash_ids, mooncake.prompt_tokens, 512, 512) == 77_740 * 512
+def test_the_blocks_of_a_trace_without_a_limit(mooncake):
+    ids, prompts = mooncake
+    distinct = len({block for mine in ids for block in mine.tolist()})
+    whole = lru_hits(ids, prompts, 512, 512) // 512
+    assert count_ids(ids) == sum(map(len, ids)) - distinct
+    assert 0 < count_blocks(ids, prompts, 512) == whole <= count_ids(ids)
+    if len(ids) == 3993:  # Mooncake's
+        assert (sum(map(len, ids)), count_ids(ids), whole) == (121_877, 77_953, 77_740)
 
 
 def test_the_allocators_caches_find_all_of_it(mooncake):
     """In a pool that holds all prompts side by side: blocks of 256 tokens, and page-groups of 512."""
-    ids, prompts = mooncake.hash_ids, mooncake.prompt_tokens
+    ids, prompts = mooncake
     of_blocks = hits(blocks(250_000, 256), ids, prompts, 512)
     assert of_blocks.hit_tokens == lru_hits(ids, prompts, 512, 256)
     large = rows(64_000_000, page_group="2MB", tensor_slicing=True)
     assert large.cache_unit_tokens == 512
     of_rows = hits(large, ids, prompts, 512)
-    assert of_rows.hit_tokens == 77_740 * 512
+    assert of_rows.hit_tokens == lru_hits(ids, prompts, 512, 512)
     assert of_blocks.refused == of_rows.refused == 0
     full = {
         block for mine, tokens in zip(ids, prompts.tolist(), strict=True) for block in mine[: tokens // 512].tolist()
@@ -87,12 +93,13 @@ def test_the_allocators_caches_find_all_of_it(mooncake):
 
 def test_the_allocators_caches_on_its_beginning_in_a_small_pool(mooncake):
     """Rows go as a whole, so that a few tokens less are found than by a cache of units."""
-    ids, prompts = mooncake.hash_ids[:600], mooncake.prompt_tokens[:600]
-    units = 2_000_000 // 64
+    ids, prompts = (each[:600] for each in mooncake)
+    distinct = 512 * len({block for mine in ids for block in mine.tolist()})
+    units = distinct // 3 // 64
     model = lru_hits(ids, prompts, 512, 64, units)
     assert model < lru_hits(ids, prompts, 512, 64)
     assert hits(blocks(units, 64), ids, prompts, 512).hit_tokens == pytest.approx(model, rel=0.01)
-    assert hits(rows(2_000_000), ids, prompts, 512).hit_tokens == pytest.approx(model, rel=0.1)
+    assert hits(rows(64 * units), ids, prompts, 512).hit_tokens == pytest.approx(model, rel=0.1)
 
 
 CHATS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=25)

@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +14,6 @@ from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.chatbot_order import chatbot_order
-from kvarena.harness.trace.length_table import length_table
-from kvarena.harness.trace.tabulate_lengths import tabulate
 
 TABLE = TraceConfig(table="sharegpt_multiturn")
 ARRIVALS = ArrivalConfig(process="artifact", rate=1.0, duration_s=600)
@@ -65,20 +62,21 @@ def test_draws_of_the_artifact():
     assert chatbot_order(ids, 0.5, 7).tolist() == wanted
 
 
-def test_histories_are_cut_to_their_last_tokens(shared):
-    path = str(shared("data/sharegpt_multiturn_lengths.csv"))
+def test_histories_are_cut_to_their_last_tokens(data_file):
+    path = str(data_file("sharegpt_multiturn_lengths.csv"))
     whole = load_trace(TraceConfig(path=path))
     cut = load_trace(chat(path=path), 2048)
-    assert len(cut) == len(whole) == 30_731
+    assert len(cut) == len(whole)
+    assert whole.prompt_tokens.max() > 1024
     assert (cut.prompt_tokens == np.minimum(whole.prompt_tokens, 1024)).all()
     assert (cut.output_tokens == np.minimum(whole.output_tokens, 1016)).all()
     assert cut.provenance["cut_prompt"] == 1024
 
 
-def test_the_same_turns_whatever_the_probability(shared):
+def test_the_same_turns_whatever_the_probability(data_file):
     """As many conversations as arrivals have turns for: 0.5 and 0.1 differ in the order alone."""
     half, tenth = (
-        make_workload(chat(path=str(shared("data/sharegpt_multiturn_lengths.csv")), new_conversation=p), ARRIVALS, 2048)
+        make_workload(chat(path=str(data_file("sharegpt_multiturn_lengths.csv")), new_conversation=p), ARRIVALS, 2048)
         for p in (0.5, 0.1)
     )
     assert (half.arrival_ps == tenth.arrival_ps).all()
@@ -87,14 +85,6 @@ def test_the_same_turns_whatever_the_probability(shared):
     )
     early = slice(0, len(half) // 3)
     assert half.prompt_tokens[early].mean() < tenth.prompt_tokens[early].mean()
-
-
-def test_a_table_of_conversations_is_like_its_data(shared):
-    data = pd.read_csv(shared("data/sharegpt_multiturn_lengths.csv"))
-    drawn = load_trace(chat(num_requests=30_731), 2048)
-    assert drawn.output_tokens.mean() == pytest.approx(data.output_tokens.clip(upper=1016).mean(), rel=0.01)
-    assert drawn.prompt_tokens.mean() == pytest.approx(data.prompt_tokens.clip(upper=1024).mean(), rel=0.03)
-    assert len(set(drawn.conversation_ids)) == pytest.approx(data.conversation_id.nunique(), rel=0.03)
 
 
 def test_a_turns_prompt_is_all_that_was_said():
@@ -115,17 +105,6 @@ def test_a_longer_chat_begins_with_the_shorter():
     short, long = (load_trace(chat(num_requests=n), 2048) for n in (100, 1000))
     assert short.prompt_tokens.tolist() == long.prompt_tokens[:100].tolist()
     assert short.conversation_ids.tolist() == long.conversation_ids[:100].tolist()
-
-
-def test_the_tables_in_the_project_are_made_by_tabulate(shared):
-    data = pd.read_csv(shared("data/alpaca_lengths.csv"))
-    made = [line.split(",") for line in tabulate(data.prompt_tokens.to_numpy(), data.output_tokens.to_numpy()).split()]
-    table = length_table("alpaca")
-    assert [int(x) for x in made[1][1:]] == table.prompt.tolist()
-    assert [int(x) for x in made[2][1:]] == table.output.tolist()
-    counts = np.array([[int(x) for x in row[1:]] for row in made[3:]])
-    assert abs(counts.sum(0) - len(data) / 32).max() <= 1
-    assert abs(counts.sum(1) - len(data) / 32).max() <= 1
 
 
 @pytest.mark.parametrize(

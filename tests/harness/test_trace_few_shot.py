@@ -98,15 +98,3 @@ def test_refusals(wmt, tokenizer, changes, prefixes, reason):
     path = wmt(pair("a", "b"), prefixes=prefixes)
     with pytest.raises(UserError, match=reason):
         load_trace(named("wmt16_1shot", **{"path": path, "tokenizer": tokenizer} | changes))
-
-
-def test_real_text(shared, tokenizer):
-    path, prefixes = shared("data/wmt16_ende_sample.jsonl"), shared("data/wmt16_prefix.json")
-    pairs = [json.loads(line)["translation"] for line in path.read_text().splitlines()]
-    for name, shots in (("wmt16_1shot", "1"), ("wmt16_5shot", "5")):
-        trace = load_trace(named(name, path=str(path), tokenizer=tokenizer))
-        prefix = 1 + len(json.loads(prefixes.read_text())["prefixes"][shots]["text"].split())
-        assert trace.provenance["prefix_tokens"] == prefix
-        assert trace.prompt_tokens.tolist() == [prefix + len(each["en"].split()) + 1 for each in pairs]
-        assert trace.output_tokens.tolist() == [1 + len(each["de"].split()) for each in pairs]
-        assert (len(trace), trace.provenance["malformed"]) == (200, 0)

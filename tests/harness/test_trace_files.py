@@ -4,6 +4,7 @@ import json
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
@@ -57,12 +58,13 @@ def test_alpaca_keeps_the_space_of_an_empty_input(tmp_path):
     assert form.texts({**record, "input": "now"}, recipe("none", None)) == ("Say it. now", "It.")
 
 
-@pytest.mark.parametrize(("file", "requests"), [("alpaca_sample.json", 500), ("sharegpt_sample.json", 144)])
-def test_real_text(shared, tokenizer, file, requests):
-    trace = load_trace(TraceConfig(path=str(shared(f"data/{file}")), tokenizer=tokenizer))
-    assert len(trace) == requests
-    assert trace.provenance["malformed"] == 0
-    assert trace.prompt_tokens.min() >= 1
+def test_alpaca_is_instruction_and_input(tmp_path, tokenizer):
+    texts = [("Say it twice.", "now", "It. It."), ("Say nothing.", "", ""), ("Add", "1 2 3", "6")]
+    records = [dict(zip(("instruction", "input", "output"), each, strict=True)) for each in texts]
+    trace = load_trace(TraceConfig(path=write(tmp_path / "alpaca.json", records), tokenizer=tokenizer))
+    assert trace.prompt_tokens.tolist() == [1 + len(f"{a} {b}".split()) for a, b, _ in texts]
+    assert trace.output_tokens.tolist() == [1 + len(text.split()) for _, _, text in texts]
+    assert (trace.provenance["format"], trace.provenance["malformed"]) == ("alpaca", 0)
 
 
 def test_text_without_a_tokenizer(tmp_path):
@@ -89,29 +91,32 @@ def test_azure_as_published(tmp_path):
     np.testing.assert_allclose(trace.arrival_s, [0, 4.314579], atol=1e-9)
 
 
-def test_azure_with_seconds(shared):
-    trace = load_trace(TraceConfig(path=str(shared("data/azure_code.csv"))))
-    assert len(trace) == 8819
-    assert trace.arrival_s[1] == 0.052
-    assert trace.arrival_s.max() == 3435.948056
+def test_azure_with_seconds(data_file):
+    stated, trace = (
+        pd.read_csv(data_file("azure_code.csv")),
+        load_trace(TraceConfig(path=str(data_file("azure_code.csv")))),
+    )
+    assert trace.arrival_s.tolist() == stated.arrival_s.tolist()
+    assert trace.prompt_tokens.tolist() == stated.prompt_tokens.tolist()
+    assert trace.output_tokens.tolist() == stated.output_tokens.tolist()
 
 
-def test_mooncake(shared):
-    path = str(shared("data/mooncake_synthetic.jsonl"))
-    trace = load_trace(TraceConfig(path=path, keep_hash_ids=True))
-    assert len(trace) == 3993
-    assert (trace.prompt_tokens[0], trace.output_tokens[0]) == (40_160, 6)
-    assert trace.arrival_s.max() == 1022.025  # its stamps are milliseconds
-    assert trace.hash_ids[0].tolist() == list(range(79))
-    blocks = np.array([len(ids) for ids in trace.hash_ids])
-    assert (blocks == -(-trace.prompt_tokens // 512)).mean() > 0.99  # blocks of 512 tokens
-    assert load_trace(TraceConfig(path=path)).hash_ids is None
+def test_mooncake(data_file):
+    path = data_file("mooncake_synthetic.jsonl")
+    stated = [json.loads(line) for line in path.read_text().splitlines()]
+    trace = load_trace(TraceConfig(path=str(path), keep_hash_ids=True))
+    assert trace.prompt_tokens.tolist() == [each["input_length"] for each in stated]
+    assert trace.output_tokens.tolist() == [each["output_length"] for each in stated]
+    assert trace.arrival_s.tolist() == [each["timestamp"] / 1000 for each in stated]
+    assert [ids.tolist() for ids in trace.hash_ids] == [each["hash_ids"] for each in stated]
+    assert load_trace(TraceConfig(path=str(path))).hash_ids is None
 
 
-def test_conversations_keep_their_turns_together(shared):
-    trace = load_trace(TraceConfig(path=str(shared("data/sharegpt_multiturn_lengths.csv"))))
-    assert len(trace) == 30_731
-    assert len(np.unique(trace.conversation_ids)) == 5_678
+def test_conversations_keep_their_turns_together(data_file):
+    path = data_file("sharegpt_multiturn_lengths.csv")
+    assert (
+        load_trace(TraceConfig(path=str(path))).conversation_ids.tolist() == pd.read_csv(path).conversation_id.tolist()
+    )
 
 
 def test_extra_columns_byte_order_mark_and_blank_lines(tmp_path):

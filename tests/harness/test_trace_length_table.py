@@ -3,18 +3,23 @@
 import hashlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_data import lengths
 from scipy.stats import ks_2samp, spearmanr
 
 from kvarena.errors import UserError
 from kvarena.harness.config import load, names
 from kvarena.harness.trace import TraceConfig, load_trace
+from kvarena.harness.trace import length_table as module
 from kvarena.harness.trace.length_table import length_table, sample, table_names
 from kvarena.harness.trace.recipes import Recipe, recipe
+from kvarena.harness.trace.tabulate_lengths import tabulate
 
 DRAWS = 400_000
+SIDES = ["prompt_tokens", "output_tokens"]
 
 
 def digest(trace):
@@ -42,20 +47,46 @@ def test_moments(table, prompt, output, spearman):
     assert spearmanr(trace.prompt_tokens, trace.output_tokens)[0] == pytest.approx(spearman, abs=0.01)
 
 
+def differs_by_noise(drawn, data):
+    """Whether both marginals are the data's, up to what the bins of a table and a sample's own noise allow."""
+    limit = 0.005 + 1.36 / DRAWS**0.5  # the latter is of a distribution function, 95 %
+    return all(ks_2samp(getattr(drawn, side), data[side]).statistic <= limit for side in SIDES)
+
+
 @pytest.mark.parametrize(
-    ("table", "file", "filter_"),
+    ("table", "file", "longest"),
     [
-        ("sharegpt", "sharegpt_lengths.csv", "paper_figure"),
-        ("alpaca", "alpaca_lengths.csv", "none"),
-        ("azure_code", "azure_code.csv", "none"),
+        ("sharegpt", "sharegpt_lengths.csv", 2048),
+        ("alpaca", "alpaca_lengths.csv", None),
+        ("azure_code", "azure_code.csv", None),
     ],
 )
-def test_marginals_are_the_datas(shared, table, file, filter_):
-    drawn = sample(length_table(table), DRAWS, 0, recipe(filter_, None))
-    data = load_trace(TraceConfig(path=str(shared(f"data/{file}")), filter=filter_))
-    noise = 1.36 / DRAWS**0.5  # of a sample's own distribution function, 95 %
-    for side in ("prompt_tokens", "output_tokens"):
-        assert ks_2samp(getattr(drawn, side), getattr(data, side)).statistic <= 0.005 + noise
+def test_the_tables_in_the_project_are_the_datas(shared, table, file, longest):
+    data = pd.read_csv(shared(f"data/{file}"))
+    data = data[data[SIDES].min(axis=1) > 0]
+    if longest is not None:
+        data = data[data[SIDES].sum(axis=1) <= longest]
+    assert differs_by_noise(sample(length_table(table), DRAWS, 0, recipe("none", longest)), data)
+
+
+@pytest.mark.parametrize("table", ["sharegpt", "azure_code"])
+def test_a_table_is_its_data(table, tmp_path, monkeypatch):
+    """Data of our own: what `tabulate` makes of it is drawn like it."""
+    data = lengths(table, 20_000)
+    text = tabulate(*(data[side].to_numpy() for side in SIDES))
+    counts = np.array([line.split(",")[1:] for line in text.split() if line.startswith("w")], int)
+    assert counts.shape == (32, 32)
+    for axis in (0, 1):
+        assert abs(counts.sum(axis) - len(data) / 32).max() <= 1, "bins of equal probability"
+    (tmp_path / f"own_{table}.csv").write_text(text)
+    monkeypatch.setattr(module, "_FOLDER", tmp_path)
+    drawn = sample(length_table(f"own_{table}"), DRAWS, 0, recipe("none", None))
+    assert differs_by_noise(drawn, data)
+    ours, theirs = (
+        spearmanr(*(each[side] for side in SIDES))[0]
+        for each in (pd.DataFrame({side: getattr(drawn, side) for side in SIDES}), data)
+    )
+    assert ours == pytest.approx(theirs, abs=0.02)
 
 
 def test_same_seed_same_trace_on_every_platform():

@@ -1,12 +1,12 @@
 """The published means come out of the papers' own data, exactly."""
 
-import csv
-
+import made_data
 import numpy as np
+import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.harness.paths import PUBLISHED
+from kvarena.harness.record.summary import published_values
 from kvarena.harness.trace import TraceConfig, length_histogram, load_trace
 from kvarena.harness.trace.recipes import recipe
 
@@ -35,22 +35,18 @@ def test_alpaca(shared):
     assert (len(trace), *means) == (52_002, 19.31, 58.45)  # printed in Fig 11
 
 
-@pytest.mark.parametrize(("side", "missing"), [("input", 0), ("output", 2)])
-def test_alpaca_histogram_is_fig_11(shared, side, missing):
-    """Every bar of the figure, to the record; its output panel shows 52,000 of the 52,002 records."""
-    trace = load_trace(TraceConfig(path=str(shared("data/alpaca_lengths.csv"))))
-    ours = length_histogram(trace.prompt_tokens if side == "input" else trace.output_tokens)
-    with (PUBLISHED / "pagedattention_figures.csv").open() as file:
-        drawn = {
-            float(row["x"]): int(float(row["value"]))
-            for row in csv.DictReader(file)
-            if (row["figure"], row["panel"], row["system"]) == ("fig11", "Alpaca", side)
-            and row["quantity"] == "histogram_count_vs_bin_left"
-        }
-    bins = [int(np.abs(ours.left - left).argmin()) for left in drawn]
-    np.testing.assert_allclose(ours.left[bins], list(drawn), atol=0.002)
-    assert np.abs(ours.counts[bins] - list(drawn.values())).sum() == missing
-    assert ours.counts[bins].sum() == 52_002
+@pytest.mark.parametrize(("source", "missing"), [("table", 1500), ("file", 2)])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_alpaca_histogram_is_fig_11(shared, side, source, missing):
+    """Every bar of the figure, to the record of the file; its output panel shows 52,000 of the 52,002 records."""
+    config = TraceConfig(table="alpaca", num_requests=52_002)
+    trace = load_trace(TraceConfig(path=str(shared("data/alpaca_lengths.csv"))) if source == "file" else config)
+    published = published_values("pagedattention", figure="fig11", panel="Alpaca", system=side)
+    drawn = published[published.quantity == "histogram_count_vs_bin_left"].set_index("x").value
+    lengths = trace.prompt_tokens if side == "input" else trace.output_tokens
+    found, _ = np.histogram(lengths, [*drawn.index, np.inf])
+    assert found.sum() == len(lengths) == 52_002
+    assert np.abs(found - drawn).sum() <= missing
 
 
 def test_histogram_density_integrates_to_one():
@@ -59,19 +55,24 @@ def test_histogram_density_integrates_to_one():
     assert (histogram.density * 2).sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("name", "pairs", "prompts", "outputs"),
-    [
-        ("offline", 427, (63_862, 192_786), (17, 5_153)),
-        ("online", 512, (22_924, 45_639), (6, 3_250)),
-        ("overlap", 300, (1_600, 2_000), (500, 1_000)),
-    ],
-)
-def test_vattention_workloads(shared, name, pairs, prompts, outputs):
-    trace = load_trace(TraceConfig(path=str(shared(f"data/vattention_{name}_lengths.csv"))))
-    assert len(trace) == pairs
-    assert prompts[0] <= trace.prompt_tokens.min() <= trace.prompt_tokens.max() <= prompts[1]
-    assert outputs[0] <= trace.output_tokens.min() <= trace.output_tokens.max() <= outputs[1]
+BOUNDS = {  # as the papers and tools state them
+    "none": lambda prompt, output: prompt > 0,
+    "paper_figure": lambda prompt, output: prompt + output <= 2048,
+    "paper_artifact": lambda prompt, output: prompt + output < 2048,
+    "vllm": lambda prompt, output: (prompt >= 4) & (output >= 4) & (prompt <= 1024) & (prompt + output <= 2048),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_recipe_keeps_what_its_bounds_say(tmp_path, name):
+    path = made_data.write(tmp_path, "sharegpt_lengths.csv")
+    stated = pd.read_csv(path)
+    kept = stated[BOUNDS[name](stated.prompt_tokens, stated.output_tokens)]
+    assert name == "none" or 0 < len(kept) < len(stated)
+    trace = load_trace(TraceConfig(path=str(path), filter=name))
+    assert trace.prompt_tokens.tolist() == kept.prompt_tokens.tolist()
+    assert trace.output_tokens.tolist() == kept.output_tokens.tolist()
+    assert (trace.provenance["filtered"], trace.provenance["malformed"]) == (len(stated) - len(kept), 0)
 
 
 def test_recipes_differ_at_the_edge():
