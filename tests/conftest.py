@@ -20,7 +20,7 @@ from kvarena.harness.paths import ROOT
 from kvarena.kernels.threads import set_compute_threads
 
 sys.path.append(str(Path(__file__).parent))  # `made_data` and `mutants` are no tests, and imported by their names
-import made_data  # noqa: E402
+import made_data
 
 set_compute_threads(1)
 
