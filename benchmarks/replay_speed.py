@@ -14,6 +14,7 @@ from functools import cache
 
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.replay import Replayer, requests_of, workload_of
+from kvarena.experiments.ours.cached_service import with_cache
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.requests.request_log import request_frame
@@ -65,7 +66,7 @@ def replay_s(run: Run[object], workload: Workload, *, jump: bool) -> float:
     engine = Engine(serving.scheduler, serving.executor, jump=jump)
     start = time.thread_time()
     done = engine.run(requests_of(workload))
-    request_frame(done.requests), done.steps.to_frame()
+    _ = request_frame(done.requests), done.steps.to_frame()
     return time.thread_time() - start
 
 
@@ -117,6 +118,20 @@ def vattention(rounds: int) -> None:
         print(f"{name}: {times[name] / times['paged']:.1f} times the time of paged, on the last of these")
 
 
+def cached(rounds: int) -> None:
+    """Print what a prefix cache costs: less is fed, and units are named, found and given up instead.
+
+    Chats of the embedded table, whose histories nobody cuts, as experiment=prefix_cache has them.
+    """
+    run = compose_run("experiment=prefix_cache", "trace.num_requests=1000")
+    workload = workload_of(run)
+    for system in run.systems:
+        runs = [replace(run, systems=(with_cache(system, len(workload), on),)) for on in (True, False)]
+        times = [[replay_s(each, workload, jump=True) for each in runs] for _ in range(rounds)]
+        on_s, off_s = map(min, zip(*times, strict=True))
+        print(f"{system.name}: {on_s / off_s:.2f} times the time with a prefix cache, on chats")
+
+
 def grid(workers: int) -> None:
     """Print how long the grid takes on `workers` cores, drawing the workloads included."""
     points = [(panel, index, load) for panel in GRID for index in range(len(SYSTEMS)) for load in LOADS]
@@ -144,6 +159,7 @@ def main() -> None:
     else:
         speeds(arguments.rounds)
         vattention(arguments.rounds)
+        cached(arguments.rounds)
 
 
 if __name__ == "__main__":

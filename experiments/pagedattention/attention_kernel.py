@@ -92,7 +92,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     with Progress(NAME, len(cells)) as progress:
         for key, of_cell, batch, context in cells:
             progress.stage(key)
-            cell = recorder.cell(key, partial(_cell, run, read, of_cell, batch, context))
+            cell = recorder.cell(key, partial(measure_lines, run, read, of_cell, batch, context))
             tables.append(cell["samples"].assign(by_block=of_cell is by_block))
             progress.advance()
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
@@ -176,7 +176,7 @@ def _misfit_of(run: Run[Params], name: str, layout: Layout, block_size: int | No
     return fits(kernel_spec(name), layout, run.device.kind, model.dtype, model.head_size, block_size)
 
 
-def _cell(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
+def measure_lines(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
     """Seconds of one call, a row for each line and round; each round begins with another line."""
     device = torch.device(run.device.kind)
     working_set = WorkingSet(run.model, batch, context, run.params.working_set_bytes, device)
@@ -197,7 +197,7 @@ def _cell(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, 
     return {"samples": pd.DataFrame(rows).astype({"block_size": float})}
 
 
-def _line(kernel: object, block_size: object, scattered: object) -> Line:
+def line_of(kernel: object, block_size: object, scattered: object) -> Line:
     """A line as the samples have it: a block size of 0 is none."""
     return Line(str(kernel), Arrangement(int(float(str(block_size))) or None, bool(scattered)))
 
@@ -206,7 +206,7 @@ def _context_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRo
     samples = samples.fillna({"block_size": 0})
     for (batch, context), cell in samples.groupby(["batch", "context"], sort=False):
         by_line = {
-            _line(*key): rows.set_index("round")
+            line_of(*key): rows.set_index("round")
             for key, rows in cell.groupby(["kernel", "block_size", "scattered"], sort=False)
         }
         for line, rows in by_line.items():
@@ -217,7 +217,7 @@ def _context_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRo
             yield row(
                 median_interval(share), quantity="kv_read_share_of_streaming_read_vs_context", unit="%", **names()
             )
-            on_rows = by_line.get(_line(line.kernel, 0, False))
+            on_rows = by_line.get(line_of(line.kernel, 0, False))
             if on_rows is not None and line.tables != "none":
                 yield row(median_interval(rows.call_s / on_rows.call_s), quantity="time_over_contiguous_vs_context",
                           unit="ratio", **names())  # fmt: skip
@@ -228,7 +228,7 @@ def _block_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]
     for kernel, rows in samples.groupby("kernel", sort=False):
         usual = rows[rows.block_size == USUAL_BLOCK].set_index("round").call_s
         for size, part in rows.groupby("block_size"):
-            of_size = _line(kernel, size, True)
+            of_size = line_of(kernel, size, True)
             detail = f"bs{part.batch.iloc[0]}, {part.context.iloc[0]} tokens"
             yield row(median_interval(part.set_index("round").call_s / usual), unit="ratio",
                       quantity="time_over_block_16_vs_block_size",

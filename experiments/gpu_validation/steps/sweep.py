@@ -1,36 +1,37 @@
-"""GB/s of K/V that decode attention reads, by batch and context, beside a read-only reduction of as many bytes.
+"""GB/s of K/V that decode attention reads, by batch and context, beside a read-only reduction.
 
-The same bytes serve as rows, as blocks in order and as shuffled blocks. Small batches are read many times over, each
-time elsewhere, so that no cache holds what is read; kernels that can be captured run as one graph. Every kernel is
-first held to the output of another one on the same bytes (`kernels` has held both to float64).
+The measurement is that of experiment=attention_kernel: the same bytes serve as rows, as blocks in order and as shuffled
+blocks, small batches are read many times over, each time elsewhere, so that no cache holds what is read, and every
+kernel is first held to float64.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from statistics import median
+from collections.abc import Iterator
+from typing import cast
 
+import pandas as pd
 import torch
-from torch import Tensor
 
-from kvarena.experiments.gpu_validation.record import FailedError, Values
+from kvarena.experiments.command.compose import compose_run
+from kvarena.experiments.gpu_validation.record import Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.kernels import ARRANGEMENTS, TOLERANCE, kernel_names
-from kvarena.harness.measured.timed_call import captured, seconds
-from kvarena.kernels.arrangement import Arrangement, arranged
-from kvarena.kernels.catalogue import CATALOGUE
-from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.registry import fits, get_kernel, missing
+from kvarena.experiments.gpu_validation.steps.kernels import ARRANGEMENTS, kernel_names
+from kvarena.experiments.kit.attention_time import USUAL_BLOCK
+from kvarena.experiments.pagedattention.attention_kernel import Line, Params, line_of, measure_lines
+from kvarena.harness.measured.calibration import StreamingRead
+from kvarena.harness.run.run import Run
+from kvarena.kernels.arrangement import Arrangement
+from kvarena.kernels.registry import fits, kernel_spec, missing
 
 GOAL = (32, 16384)  # batch and context that the goals are stated for
 GRID = {
     "cuda": [GOAL, *itertools.product((1, 4, 16, 64), (1024, 4096, 16384, 65536))],
     "cpu": [(2, 256), (1, 512)],
 }
-HEADS, GROUP, SIZE, BLOCK = 8, 4, 128, 16  # Llama-3-8B's
-LEAST_BYTES = {"cuda": 1 << 30, "cpu": 16 << 20}  # read before anything is read again
-ROUNDS = 7
+_SHORT = {
+    "cuda": ["model.dtype=bfloat16", f"params.working_set_bytes={1 << 30}"],
+    "cpu": ["model.dtype=float32", f"params.working_set_bytes={16 << 20}"],
+}
 SLOW = frozenset({"sdpa", "gather_sdpa", "vllm_paged"})  # one call per sequence, or a copy of everything, each time
 
 
@@ -40,82 +41,36 @@ def cases(device: str) -> list[str]:
 
 
 def run(case: str, context: Context) -> Values:
-    """GB/s of every kernel and arrangement, and the goal's ratios."""
+    """GB/s of every kernel and arrangement, their share of the reduction's, and the goal's ratio."""
     batch, tokens = (int(part.split()[1]) for part in case.split(", "))
-    memory = Memory(batch, tokens, context)
-    runs = memory.runs()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(ROUNDS):
-        names = list(runs)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken[name].append(seconds(runs[name], context.device))
-    rates = {name: memory.num_bytes / median(times) / 1e9 for name, times in taken.items()}
-    shares = {f"{name} / read": rate / rates["read"] for name, rate in rates.items() if name != "read"}
-    ours = {"triton rows / fa3 rows": rates["triton rows"] / rates["fa3 rows"]} if "fa3 rows" in rates else {}
+    alike = ["experiment=attention_kernel", "model=llama-3-8b", "params.rounds=7"]  # its heads
+    run = cast("Run[Params]", compose_run(*alike, f"device={context.device}", *_SHORT[context.device]))
+    names = {line: f"{line.kernel} {arrangement}" for arrangement, line in _lines(run, batch * tokens)}
+    read = StreamingRead(torch.device(context.device))
+    samples = measure_lines(run, read, list(names), batch, tokens)["samples"]
+    kinds = zip(samples.kernel, samples.block_size.fillna(0), samples.scattered, strict=True)
+    rates = samples.bytes / samples.call_s / 1e9
+    taken = pd.DataFrame({"rate": rates, "share": rates / samples.streaming_gb_per_s})
+    medians = taken.groupby([names[line_of(*kind)] for kind in kinds], sort=False).median()
+    rate, share = ({str(name): float(value) for name, value in medians[of].items()} for of in ("rate", "share"))
+    ours = {"triton rows / fa3 rows": rate["triton rows"] / rate["fa3 rows"]} if "fa3 rows" in rate else {}
     return {
-        **{name: round(ratio, 3) for name, ratio in {**ours, **shares}.items()},
-        **{f"{name}, GB/s": round(rate, 1) for name, rate in rates.items()},
+        **{name: round(ratio, 3) for name, ratio in ours.items()},
+        **{f"{name} / read": round(value, 3) for name, value in share.items()},
+        "read, GB/s": round(float(samples.streaming_gb_per_s.median()), 1),
+        **{f"{name}, GB/s": round(value, 1) for name, value in rate.items()},
     }
 
 
-@dataclass
-class Memory:
-    """K/V of as many batches of equal sequences as fill LEAST_BYTES, and what reads them all once."""
-
-    batch: int
-    tokens: int
-    context: Context
-
-    def __post_init__(self) -> None:
-        """Draw the bytes on the device."""
-        self.dtype = torch.bfloat16 if self.context.on_gpu else torch.float32
-        token_bytes = 2 * HEADS * SIZE * self.dtype.itemsize
-        self.copies = max(1, LEAST_BYTES[self.context.device] // (self.batch * self.tokens * token_bytes))
-        self.num_bytes = self.copies * self.batch * self.tokens * token_bytes
-        rows = self.copies * self.batch
-        shape = (rows, self.tokens, HEADS, SIZE)
-        self.k, self.v = (torch.randn(shape, dtype=self.dtype, device=self.context.device) for _ in range(2))
-        self.q = torch.randn(self.batch, HEADS * GROUP, SIZE, dtype=self.dtype, device=self.context.device)
-
-    def runs(self) -> dict[str, Callable[[], object]]:
-        """The reduction, and every kernel on every arrangement: none may differ from the first that read the same."""
-        found: dict[str, Callable[[], object]] = {"read": self._reduction}
-        first: dict[str, Tensor] = {}  # by arrangement: shuffled blocks make other sequences of the same bytes
-        for name, arrangement in itertools.product(kernel_names(self.context.device), ARRANGEMENTS):
-            if (where := self._readable(name, arrangement)) is None:
-                continue
-            kernel, out = get_kernel(name), torch.empty_like(self.q)
-            random = torch.Generator().manual_seed(0)  # shuffled blocks are shuffled alike for every kernel
-            cache, views = arranged(self.k, self.v, where, self.batch, self.tokens, random)
-            calls = [partial(kernel.decode, self.q, cache, view, out) for view in views]
-            calls[0]()
-            reference = first.setdefault(arrangement.removesuffix(" in order").replace("blocks", "rows"), out.clone())
-            gap = float((out - reference).abs().max() / reference.abs().max())
-            if not gap <= 2 * TOLERANCE[self.dtype]:
-                raise FailedError(f"{name} on {arrangement} is off by {gap:.1e} of the largest output of the first")
-            found[f"{name} {arrangement}"] = self._all(kernel, calls)
-        return found
-
-    def _reduction(self) -> list[Tensor]:
-        return [x.view(torch.int64).sum() for x in (self.k, self.v)]
-
-    def _readable(self, name: str, arrangement: str) -> Arrangement | None:
-        """Where tokens lie then; None where the kernel is absent, too slow or cannot read it."""
-        spec, scattered = CATALOGUE[name][0], ARRANGEMENTS[arrangement]
-        block = BLOCK if spec.block_sizes is None or BLOCK in spec.block_sizes else min(spec.block_sizes)
-        dtype = str(self.dtype).removeprefix("torch.")
+def _lines(run: Run[Params], tokens: int) -> Iterator[tuple[str, Line]]:
+    """Every kernel that is here and not too slow, on what it reads; `tokens` of K/V are read by one call."""
+    on_gpu, model = run.device.kind == "cuda", run.model
+    num_bytes = tokens * 2 * model.num_kv_heads * model.head_size * (2 if on_gpu else 4)
+    for name, (arrangement, scattered) in itertools.product(kernel_names(run.device.kind), ARRANGEMENTS.items()):
+        spec = kernel_spec(name)
+        block = USUAL_BLOCK if spec.block_sizes is None or USUAL_BLOCK in spec.block_sizes else min(spec.block_sizes)
         where = Arrangement(None) if scattered is None else Arrangement(block, scattered)
-        if name in SLOW or missing(spec) or fits(spec, where.layout, self.context.device, dtype, SIZE, block):
-            return None
-        if not spec.in_graph and self.copies > 1 and self.context.on_gpu:
-            return None  # what it does on the host for every batch would be timed
-        return where
-
-    def _all(self, kernel: AttentionKernel, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        def run_all() -> None:
-            for call in calls:
-                call()
-
-        run_all()
-        return captured(run_all) if self.context.on_gpu and kernel.spec.in_graph else run_all
+        unread = missing(spec) or fits(spec, where.layout, run.device.kind, model.dtype, model.head_size, block)
+        on_the_host = on_gpu and not spec.in_graph and num_bytes < run.params.working_set_bytes  # it would be timed
+        if not (unread or on_the_host or name in SLOW):
+            yield arrangement, Line(name, where)
