@@ -43,17 +43,6 @@ class Checked:
     most_running: int
 
 
-class _Keeper(TorchExecutor):
-    """Keeps the tokens of finished requests."""
-
-    outputs: dict[int, list[int]]
-
-    def finish(self, request: Request) -> None:
-        self.outputs = getattr(self, "outputs", {})
-        self.outputs[request.seq_id] = self.known(request)[request.prompt_tokens :]
-        super().finish(request)
-
-
 class _Scripted(ModelledExecutor):
     """Takes, step by step, the times it is told."""
 
@@ -66,23 +55,24 @@ class _Scripted(ModelledExecutor):
 
 
 class _Witness:
-    """Writes down what a scheduler decides, and recounts its policy's books after every step."""
+    """Writes down what is decided and said, and recounts the policy's books in every step."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.decisions: list[tuple[object, ...]] = []
+        self.tokens: dict[int, list[int]] = {}  # known of each request, where there is a model to say them
         self._preemptions = self._most_running = 0
-        self._scheduler, self._schedule = scheduler, scheduler.schedule
-        scheduler.schedule = self.schedule  # type: ignore[method-assign]
+        self._policy, self._executor = scheduler.policy, executor
 
-    def schedule(self, now_ps: int) -> StepPlan:
-        plan = self._schedule(now_ps)
-        self._scheduler.policy.check_integrity()
+    def __call__(self, plan: StepPlan) -> None:
+        self._policy.check_integrity()
         ids = [[r.seq_id for r in part] for part in (plan.decodes, plan.preempted, plan.swapped_out, plan.swapped_in)]
         chunks = [(chunk.request.seq_id, chunk.start, chunk.tokens) for chunk in plan.prefills]
         self.decisions.append((*ids, chunks, plan.actions, plan.ahead))
+        if isinstance(self._executor, TorchExecutor):
+            served = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
+            self.tokens.update((request.seq_id, self._executor.known(request)) for request in served)
         self._preemptions += len(plan.preempted) + len(plan.swapped_out)
         self._most_running = max(self._most_running, len(plan.decodes) + len(plan.prefills))
-        return plan
 
     @property
     def seen(self) -> Checked:
@@ -95,13 +85,11 @@ def check_serving(make: PolicyMaker, *, pool_tokens: int = 150, kernel: str = "n
     """
     config: ModelConfig = typed(ModelConfig, load("model", "tiny-llama"), "model")
     model = build_model(config, "cpu")
-    expected, _, _ = _measured(model, _static, MAX_TOKENS * len(LENGTHS), kernel)
-    outputs, durations_ps, measured = _measured(model, make, pool_tokens, kernel)
+    expected = _measured(model, _static, MAX_TOKENS * len(LENGTHS), kernel)[0].tokens
+    measured, durations_ps = _measured(model, make, pool_tokens, kernel)
     for seq_id, tokens in expected.items():
-        assert outputs.get(seq_id) == tokens, f"request {seq_id}: {outputs.get(seq_id)} instead of {tokens}"
-    scheduler = _scheduler(make, config.kv_layout(), pool_tokens)
-    modelled = _Witness(scheduler)
-    _serve(scheduler, _Scripted(iter(durations_ps)))
+        assert measured.tokens[seq_id] == tokens, f"request {seq_id}: {measured.tokens[seq_id]} instead of {tokens}"
+    modelled, _ = _serve(_scheduler(make, config.kv_layout(), pool_tokens), _Scripted(iter(durations_ps)))
     for step, (wall, virtual) in enumerate(zip(measured.decisions, modelled.decisions, strict=True)):
         assert wall == virtual, f"step {step}: {wall} measured, {virtual} modelled"
     return measured.seen
@@ -115,25 +103,22 @@ def _scheduler(make: PolicyMaker, kv_layout: KVLayout, pool_tokens: int) -> Sche
     return VllmScheduler(make(kv_layout, pool_tokens * kv_layout.token_bytes, MAX_TOKENS), VllmConfig(), MAX_TOKENS)
 
 
-def _measured(
-    model: Model, make: PolicyMaker, pool_tokens: int, kernel: str
-) -> tuple[dict[int, list[int]], list[int], _Witness]:
-    """Output tokens by request, the steps' times, and what was decided."""
+def _measured(model: Model, make: PolicyMaker, pool_tokens: int, kernel: str) -> tuple[_Witness, list[int]]:
     config = model.config
     scheduler = _scheduler(make, config.kv_layout(), pool_tokens)
     store = make_store(scheduler.policy, config.num_layers, config.num_kv_heads, config.head_size, config.dtype)
     try:
-        witness, executor = _Witness(scheduler), _Keeper(model, store, get_kernel(kernel))
-        durations_ps = _serve(scheduler, executor)
+        return _serve(scheduler, TorchExecutor(model, store, get_kernel(kernel)))
     finally:
         store.close()
-    return executor.outputs, durations_ps, witness
 
 
-def _serve(scheduler: Scheduler, executor: Executor) -> list[int]:
+def _serve(scheduler: Scheduler, executor: Executor) -> tuple[_Witness, list[int]]:
+    """What was decided and said, and the steps' times."""
+    witness = _Witness(scheduler, executor)
     requests = [Request(i, prompt, output) for i, (prompt, output) in enumerate(LENGTHS)]
-    done = Engine(scheduler, executor, jump=False).run(requests)
+    done = Engine(scheduler, executor, jump=False, watch=witness).run(requests)
     ends = {r.seq_id: r.refusal or r.state for r in done.requests if r.state is not RequestState.FINISHED}
     assert not ends, f"requests that did not finish: {ends}"
     scheduler.policy.check_integrity()
-    return [int(ps) for ps in done.steps.to_frame().duration_ps]
+    return witness, [int(ps) for ps in done.steps.to_frame().duration_ps]
