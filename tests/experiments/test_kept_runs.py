@@ -50,7 +50,26 @@ def test_its_code_is_a_commit_and_nothing_else(folder: Path) -> None:
 def test_every_folder_of_results_is_a_run_that_is_judged() -> None:
     """So that no run lies there unread: a folder of a device holds experiments, each whole."""
     assert len(KEPT) > 40
+    summaries = {path.parent for path in RESULTS.rglob("summary.csv") if not path.is_relative_to(RESULTS / "runs")}
+    assert summaries == set(KEPT)
     for folder in KEPT:
         there = {path.name for path in folder.iterdir()}
         assert {"summary.csv", "config.yaml", "provenance.json", "figure.png"} <= there, name_of(folder)
         assert any(name.endswith(".parquet") for name in there), name_of(folder)
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=name_of)
+def test_its_rows_say_clock_device_evidence_and_interval_alike(folder: Path) -> None:
+    """By rules of their own: whatever computes them is not asked."""
+    rows = pd.read_csv(folder / "summary.csv")
+    measured = rows.clock == "measured"
+    assert rows.evidence[measured].isin(["exact", "measured"]).all()
+    assert rows.evidence[~measured].isin(["exact", "predicted", "calibrated", "conditional"]).all()
+    assert (rows.device[measured] == folder.parent.name).all(), "one machine, one folder"
+    assert not (measured.any() and folder.parent.name.endswith("-modelled"))
+    if folder.parent.name == "cpu":
+        theirs = rows[measured & (rows.paper != "kvarena") & (rows.figure != "table1")]  # which is of any device
+        assert (theirs.evidence == "exact").all(), "no paper has measured this machine"
+    has_interval = rows.ci_low.notna()
+    assert (has_interval == (rows.n >= 6)).all()
+    assert ((rows.ci_low <= rows.value) & (rows.value <= rows.ci_high))[has_interval].all()
