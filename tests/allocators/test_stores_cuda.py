@@ -285,5 +285,5 @@ def test_pools_of_a_gpu_are_the_gpus_bytes():
 
 def test_no_driver_serves_other_devices():
     for call in (partial(drivers.make_driver, page_group_bytes=2 * MB), drivers.granularity_of):
-        with pytest.raises(Exception, match="device=xpu: there is a virtual-memory driver for cpu and for cuda only"):
+        with pytest.raises(Exception, match=r"device=xpu.*cpu.*cuda"):
             call("xpu")

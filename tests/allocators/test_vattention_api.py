@@ -111,7 +111,7 @@ def test_after_minus_one_what_fits_is_backed():
 
 def test_misuse():
     va, _ = make(2)
-    with pytest.raises(ValueError, match=r"seq_lens\[1\] = 5, but request id 1 is not allocated"):
+    with pytest.raises(ValueError, match=r"seq_lens\[1\] = 5.* id 1 "):
         va.step([0, 5, 0, 0])
     with pytest.raises(KeyError):
         va.free_reqid(3)

@@ -37,6 +37,12 @@ def test_a_request_gets_the_row_that_fits_best(left, needed, row, maps):
     assert counts(policy.drain()) == (maps, 0)
 
 
+def test_of_idle_rows_the_least_full_gives_back_first():
+    policy = with_idle_rows(3, 1, 2)  # and 4 slabs are free
+    admit(policy, 0, 8)  # in row 0
+    assert [action.row for action in policy.drain() if isinstance(action, Unmap)] == [1]
+
+
 def test_memory_is_taken_back_from_idle_rows_then_surplus_then_the_slot():
     policy = policy_of(slabs=16, rows=6, deferred_reclamation=True)
     admit(policy, 0, 4)  # becomes an idle row of 4

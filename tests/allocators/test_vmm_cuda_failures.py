@@ -115,7 +115,7 @@ def test_closing_gives_the_rest_back_and_says_what_failed_first(fake):
     driver.map(base, 0, [handle])
     driver.map(other, 0, [spare])
     fake.fail("cuMemUnmap")
-    with pytest.raises(DriverError, match="2 calls failed, the first of them cuMemUnmap failed: CUDA_ERROR_UNKNOWN"):
+    with pytest.raises(DriverError, match=r"2 calls.*cuMemUnmap.*CUDA_ERROR_UNKNOWN"):
         driver.close()  # the unmap, and so the free of that range
     assert (list(fake.reserved), list(fake.mapped)) == ([base], [base])
     assert fake.retained == 0

@@ -204,7 +204,7 @@ def test_a_line_that_does_not_fit_is_not_begun(tmp_path, disk_of, room):
     kept = Record("s", "a", Result.PASSED)
     Folder(tmp_path).add(kept)
     disk_of(room)
-    with pytest.raises(UserError, match=r"no space is left there.*the same command goes on"):
+    with pytest.raises(UserError, match="no space"):
         Folder(tmp_path).add(Record("s", "b", Result.PASSED, reason="x" * 200))
     assert read(tmp_path / "validation.jsonl") == [kept]
 

@@ -73,8 +73,8 @@ def test_an_allocator_that_keeps_nothing_is_refused(finished: Callable) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("params.repeats=0", "params.repeats=0: must be at least 1"),
-        ("params.capacities_gb=[30,0]", "capacities_gb=0.0: must be above 0"),
+        ("params.repeats=0", "params.repeats=0"),
+        ("params.capacities_gb=[30,0]", "capacities_gb=0.0"),
         ("params.capacities_gb=[30,30]", "none twice"),
         ("model=llama-3-8b model.tp=2", "params.serve_tp"),
         ("allocator=paged allocator.prefix_cache=true", "with the cache and without it"),

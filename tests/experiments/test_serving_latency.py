@@ -210,10 +210,10 @@ def test_requests_that_could_never_run_are_counted(summary_of: Callable[..., pd.
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (panel(0.0), r"rates.others=0.0: must be above 0"),
+        (panel(0.0), r"rates.others=0.0"),
         (panel(-1.0), r"rates.others=-1.0: must be"),
         (panel(0.001), "no request arrives within"),
-        ("params.only=[fig12x]", "no panel is called 'fig12x'. There are: fig12a"),
+        ("params.only=[fig12x]", "'fig12x'.*fig12a"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, said: str, finished: Callable[..., Path]) -> None:

@@ -197,9 +197,9 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
         ("parallel_sampling", "params.panels={a: {n: 2, guess: {others: 1}}, b: {n: 2, guess: {others: 1}}}",
          "one and the same curve"),
         ("sharing_savings", "params.n=[2, 2]", "nothing twice"),
-        ("parallel_sampling", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
-        ("beam_search", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig14"),
-        ("shared_prefix", "params.only=[fig99]", "no panel is called 'fig99'. There are: fig16a, fig16b"),
+        ("parallel_sampling", "params.only=[fig99]", "'fig99'.*fig14"),
+        ("beam_search", "params.only=[fig99]", "'fig99'.*fig14"),
+        ("shared_prefix", "params.only=[fig99]", "'fig99'.*fig16a, fig16b"),
     ],
 )  # fmt: skip
 def test_refusals(finished: Callable, experiment: str, override: str, reason: str) -> None:

@@ -113,7 +113,7 @@ def test_rope_theta_is_found_where_old_and_new_files_keep_it(rope, tmp_path):
 
 def test_a_checkpoint_of_other_sizes_is_refused(saved):
     config, _ = saved
-    with pytest.raises(UserError, match=r"model.num_layers=3 .* has 2; model=checkpoint"):
+    with pytest.raises(UserError, match=r"model.num_layers=3 .* 2.*model=checkpoint"):
         build_model(replace(config, num_layers=3))
 
 
@@ -152,7 +152,7 @@ def test_a_truncated_file_is_refused(saved, tmp_path):
 def test_weights_in_another_format_are_refused(tmp_path):
     write_config(tmp_path, "tiny-llama")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"model.safetensors: no such file .*holds: config.json, pytorch_model.bin"):
+    with pytest.raises(UserError, match=r"model.safetensors.*config.json, pytorch_model.bin"):
         build_model(load_preset("tiny-llama", checkpoint=str(tmp_path)))
 
 
@@ -161,8 +161,8 @@ def test_weights_in_another_format_are_refused(tmp_path):
     [
         ("{", "config.json: not valid JSON"),
         ("[]", "config.json: holds a list"),
-        ('{"model_type": "gpt2"}', "config.json: model_type=gpt2 is not one of: llama, opt"),
-        ('{"num_hidden_layers": 2}', "config.json: model_type=None is not one of: llama, opt"),
+        ('{"model_type": "gpt2"}', "config.json: model_type=gpt2.*llama, opt"),
+        ('{"num_hidden_layers": 2}', "config.json: model_type=None.*llama, opt"),
         (
             '{"model_type": "opt", "hidden_size": 64}',
             "config.json: num_attention_heads=None, expected a positive integer",
@@ -208,7 +208,7 @@ def test_a_hub_name_that_cannot_be_had_is_refused(monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"model.checkpoint=owner/absent-model: neither a local folder nor"):
+    with pytest.raises(UserError, match=r"model.checkpoint=owner/absent-model"):
         config_of_checkpoint("owner/absent-model")
 
 

@@ -9,6 +9,7 @@ from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
 from kvarena.errors import UserError
 from kvarena.harness.engine.engine import Engine
+from kvarena.harness.engine.step_log import StepLog
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
 from kvarena.harness.modelled.step_model import StepModel
 from kvarena.harness.record.metrics import goodput, inter_token_quantiles, latencies, makespan_s, rate_asked, summarize
@@ -58,17 +59,28 @@ def test_two_requests_by_hand():
 
 
 def test_p50_and_p99_are_what_their_names_say():
-    """A hundred and one requests and gaps of 0, 1, .. 100 s: the q-th percentile is q seconds."""
-    at_s = np.arange(101)
+    """A hundred and one requests and gaps of 0, 1, 4, .. 100^2 s: the q-th percentile is q^2 seconds."""
+    at_s = np.arange(101) ** 2
     times = {"arrival_ps": 0, "scheduled_ps": at_s * S, "first_token_ps": at_s * S, "finish_ps": 11 * at_s * S}
     counts = {"output_tokens": 11, "prompt_tokens": 1, "stall_ps": at_s * S, "num_preemptions": 0, "refusal": ""}
     steps = pd.DataFrame({"duration_ps": at_s * S, "steps": 1, "slope_ps": 0, "decodes": 1, "swapped_in": 0})
     found = summarize(pd.DataFrame(times | counts), steps, [])
     scale = {"itl": 1, "ttft": 1, "tpot": 1, "queueing": 1, "stall": 1, "e2el": 11}
     for name, times_s in scale.items():
-        assert found[f"{name}_p50_s"] == pytest.approx(50 * times_s)
-        assert found[f"{name}_p99_s"] == pytest.approx(99 * times_s)
-    assert found["normalized_latency_s"] == pytest.approx(50)
+        assert found[f"{name}_p50_s"] == pytest.approx(50**2 * times_s)
+        assert found[f"{name}_p99_s"] == pytest.approx(99**2 * times_s)
+    assert found["normalized_latency_s"] == pytest.approx(sum(q**2 for q in range(101)) / 101)
+
+
+def test_a_request_of_several_sequences_counts_once():
+    """Two of 10 and 20 tokens in, 5 out: the first has three samples, which were preempted twice."""
+    counts = {"prompt_tokens": [10] * 3 + [20], "num_preemptions": [2] * 3 + [0], "request_id": [0, 0, 0, 3]}
+    times = {"arrival_ps": S, "scheduled_ps": S, "first_token_ps": 2 * S, "finish_ps": 5 * S, "stall_ps": 0}
+    frame = pd.DataFrame(counts).assign(**times, output_tokens=5, refusal="")
+    found = summarize(frame, StepLog().to_frame(), [])
+    assert (found["makespan_s"], found["finished"], found["preemptions"]) == (4, 2, 2)
+    assert found["output_tokens_per_s"] == 4 * 5 / 4
+    assert found["total_tokens_per_s"] == (10 + 20 + 4 * 5) / 4
 
 
 def test_one_token_has_no_tpot_and_keeps_any_limit_on_it():

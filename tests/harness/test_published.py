@@ -76,6 +76,11 @@ def test_a_file_of_ones_own_earns_nothing_and_says_its_name(tmp_path: Path) -> N
     assert (row["paper"], row["panel"]) == (OURS, "opt-13b own.csv, 1 x a100-40gb")
 
 
+def test_of_two_names_for_one_system_the_first_earns_the_published_one() -> None:
+    run = compose_run(WASTE, "systems=[paged,paged-numba]")
+    assert [is_earned(names_of(run, s)) for s in range(2)] == [True, False]
+
+
 def test_another_seed_is_another_point() -> None:
     run = compose_run(WASTE)
     assert not is_earned(named(seeded(run, 1), run.systems[0], "fig2"))

@@ -152,7 +152,7 @@ def test_a_full_cpu_pool_means_recomputation():
 def test_swapping_without_a_cpu_pool_is_refused():
     with pytest.raises(UserError, match="paged has no CPU pool"):
         make("vllm", paged(4), preemption="swap")
-    with pytest.raises(UserError, match=r"preemption=drop: is none of auto, recompute, swap"):
+    with pytest.raises(UserError, match=r"preemption=drop.*auto, recompute, swap"):
         make("vllm", paged(4), preemption="drop")
 
 
@@ -205,7 +205,7 @@ def test_orca_admits_up_to_its_memory_and_preempts_nobody():
 def test_orca_over_memory_that_runs_out_is_refused():
     scheduler = make("orca", paged(5))
     submit(scheduler, (8, 8), (8, 8))
-    with pytest.raises(UserError, match="scheduler=orca never preempts, and paged ran out"):
+    with pytest.raises(UserError, match="scheduler=orca .*paged"):
         [step(scheduler) for _ in range(3)]
 
 
@@ -258,6 +258,15 @@ def test_v1_recomputes_the_latest_and_puts_it_first_in_line():
     assert list(scheduler.waiting) == [second, third]
 
 
+def test_a_chunk_that_ends_within_the_output_yields_no_token():
+    scheduler = make("chunked_prefill", paged(5), token_budget=4, max_seqs=4)
+    requests = submit(scheduler, (6, 9), (7, 9))
+    for now_ps in range(100):
+        step(scheduler, now_ps)
+    assert requests[1].num_preemptions > 0
+    assert [(r.generated, r.computed) for r in requests] == [(9, 14), (9, 15)], "all but the last token were fed"
+
+
 # ---- configuration -------------------------------------------------------------------------------------------------
 
 
@@ -270,9 +279,9 @@ def test_every_scheduler_has_its_file_and_every_file_its_schema():
 def test_senseless_limits_and_names_are_refused():
     with pytest.raises(UserError, match=r"scheduler.max_seqs=0"):
         make("vllm", paged(4), max_seqs=0)
-    with pytest.raises(UserError, match=r"scheduler.token_budget=8: must be at least scheduler.max_seqs=16"):
+    with pytest.raises(UserError, match=r"scheduler.token_budget=8.*scheduler.max_seqs=16"):
         make("orca", paged(4), token_budget=8, max_seqs=16)
-    with pytest.raises(UserError, match=r"scheduler=sjf: no such scheduler. There are: chunked_prefill, "):
+    with pytest.raises(UserError, match=r"scheduler=sjf.* chunked_prefill, "):
         config_class("sjf")
 
 

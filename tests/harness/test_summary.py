@@ -27,6 +27,11 @@ def test_ours_joins_the_published_value() -> None:
     assert joined["published"].tolist() == [797]
 
 
+def test_a_row_that_nobody_published_stays() -> None:
+    joined = beside_published(frame([row(800.0, x=33, **BASE)]), read_published(PUBLISHED))
+    assert (joined.value.tolist(), joined.published.isna().tolist()) == ([800], [True])
+
+
 def test_a_blank_x_joins_too() -> None:
     base = BASE | {"figure": "fig9", "quantity": "offline_throughput", "unit": "requests/min"}
     joined = beside_published(frame([row(2.7, x=None, **base)]), read_published(PUBLISHED))

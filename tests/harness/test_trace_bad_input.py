@@ -77,7 +77,7 @@ def test_a_bad_date(write):
 
 def test_over_long_requests(write, caplog):
     path = write(f"{HEADER}100,28\n100,29\n20,5\n")
-    with pytest.raises(UserError, match=r"record 2: prompt \+ output = 129 tokens, the context holds 128; .*fits_con"):
+    with pytest.raises(UserError, match=r"record 2: .* 129 .* 128.*fits_context"):
         load_trace(TraceConfig(path=path, filter="none"), max_tokens=128)
     trace = load_trace(TraceConfig(path=path, filter="none", on_bad_record="skip"), max_tokens=128)
     assert (len(trace), trace.provenance["over_long"], trace.provenance["filtered"]) == (2, 1, 0)
@@ -157,7 +157,7 @@ def test_bad_conversations(write, conversations, reason):
 def test_hash_ids_that_are_none(write):
     path = write('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0, "1"]}', "m.jsonl")
     assert len(load_trace(TraceConfig(path=path))) == 1
-    with pytest.raises(UserError, match=r"record 1: hash_ids is .*, not a list of whole numbers"):
+    with pytest.raises(UserError, match=r"record 1: hash_ids"):
         load_trace(TraceConfig(path=path, keep_hash_ids=True))
 
 
@@ -182,15 +182,15 @@ def test_files_of_no_use(write, content, message):
 
 def test_a_format_that_does_not_fit(write):
     path = write(f"{HEADER}1,2\n")
-    with pytest.raises(UserError, match=r"fit no format\. Needed are: azure: ContextTokens"):
+    with pytest.raises(UserError, match=r"azure: ContextTokens"):
         load_trace(TraceConfig(path=path, format="azure"))
-    with pytest.raises(UserError, match=r"trace.format=csv: no such format. There are: sharegpt, alpaca, wmt16, azure"):
+    with pytest.raises(UserError, match=r"trace.format=csv.* sharegpt, alpaca, wmt16, azure"):
         load_trace(TraceConfig(path=path, format="csv"))
 
 
 def test_nothing_left_says_why(write):
     path = write(f"{HEADER}1,2\nx,2\n3000,1\n")
-    with pytest.raises(UserError, match=r"no request is left \(read 3, malformed 1, without_request 0, filtered 2"):
+    with pytest.raises(UserError, match=r"read 3, malformed 1, without_request 0, filtered 2"):
         load_trace(TraceConfig(path=path, on_bad_record="skip", filter="vllm"))
 
 
@@ -206,7 +206,7 @@ def test_a_folder(tmp_path):
 
 
 def test_an_unknown_policy(write):
-    with pytest.raises(UserError, match=r"trace.on_bad_record=drop: must be one of error, skip"):
+    with pytest.raises(UserError, match=r"trace.on_bad_record=drop.* error, skip"):
         load_trace(TraceConfig(path=write(f"{HEADER}1,2\n"), on_bad_record="drop"))
 
 

@@ -161,10 +161,10 @@ def test_every_table_has_a_trace():
     [
         (TraceConfig(table="nope"), "no such length table. There are: alpaca, "),
         (TraceConfig(), "set trace.path .* trace.table .* or both trace.prompt_tokens"),
-        (TraceConfig(table="sharegpt", num_requests=0), r"trace.num_requests=0: must be at least 1"),
+        (TraceConfig(table="sharegpt", num_requests=0), r"trace.num_requests=0"),
         (TraceConfig(table="sharegpt", seed=-3), "seed=-3"),
         (TraceConfig(table="sharegpt", max_tokens=1), "trace.max_tokens=1: no room"),
-        (TraceConfig(prompt_tokens=0, output_tokens=1), "trace.prompt_tokens=0: must be at least 1"),
+        (TraceConfig(prompt_tokens=0, output_tokens=1), "trace.prompt_tokens=0"),
         (TraceConfig(prompt_tokens=4, output_tokens=1, range_ratio=1.0), "trace.range_ratio=1.0"),
         (TraceConfig(prompt_tokens=600, output_tokens=1, max_tokens=600), "601 tokens, the context holds 600"),
     ],

@@ -138,14 +138,14 @@ def test_every_trace_of_conf_loads(name):
 
 
 def test_nothing_arrives(tmp_path):
-    with pytest.raises(UserError, match=r"no request arrives within arrival.duration_s=0.001"):
+    with pytest.raises(UserError, match=r"arrival.duration_s=0.001"):
         make_workload(SHAREGPT, poisson(duration_s=0.001))
 
 
 def test_recorded_needs_stamps(tmp_path):
-    with pytest.raises(UserError, match="length table sharegpt records no times of arrival"):
+    with pytest.raises(UserError, match="arrival=recorded.*sharegpt"):
         make_workload(SHAREGPT, ArrivalConfig(process="recorded"))
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
-    with pytest.raises(UserError, match=r"has fewer than trace.num_requests=2 requests"):
+    with pytest.raises(UserError, match=r"trace.num_requests=2"):
         make_workload(TraceConfig(path=str(path), num_requests=2), ArrivalConfig(process="recorded"))

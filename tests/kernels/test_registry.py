@@ -30,7 +30,7 @@ def test_a_kernel_is_one_file_which_is_not_run_to_know_it(tmp_path):
     spec, module, kernel_class = scanned(tmp_path, "own")["mine"]
     assert (spec.dtypes, module, kernel_class) == (NUMBA.dtypes | {"float16"}, "own.mine", "Mine")
     (tmp_path / "twice.py").write_text(mine.read_text())
-    with pytest.raises(UserError, match=r"twice\.py: kernel mine is there already, in own\.mine"):
+    with pytest.raises(UserError, match=r"twice\.py: kernel mine .*own\.mine"):
         scanned(tmp_path, "own")
     mine.write_text(text.format("numpy.float16"))
     with pytest.raises(UserError, match=r"mine\.py:4: .*numpy.*spec\.py"):
@@ -45,7 +45,7 @@ def test_an_unknown_kernel_is_refused_with_those_that_exist():
 def test_a_kernel_without_its_library_is_refused_with_a_hint(monkeypatch):
     absent = replace(NUMBA, requires=("no_such_module",), install_hint="pip install it")
     monkeypatch.setitem(registry.CATALOGUE, "numba", (absent, "never", "imported"))
-    with pytest.raises(UserError, match="kernel=numba: needs no_such_module, not installed; pip install it"):
+    with pytest.raises(UserError, match="kernel=numba: .*no_such_module.*pip install it"):
         get_kernel("numba")
 
 
