@@ -27,7 +27,7 @@ def test_only_the_figure_and_the_systems_that_it_asks_for():
 def test_a_claim_about_a_gpu_takes_its_stand_in_where_there_is_none():
     assert arguments("VA-15") == ["experiment=decode_throughput", "clock=measured"]
     assert "experiment=decode_throughput" in arguments("VA-15", on_gpu=True)
-    with pytest.raises(UserError, match="VA-02: .*GPU"):
+    with pytest.raises(UserError, match=r"VA-02: .*GPU"):
         arguments("VA-02")
 
 

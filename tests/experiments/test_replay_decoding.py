@@ -94,7 +94,7 @@ def test_what_a_run_refuses(overrides, message):
 
 def test_what_a_replay_refuses():
     run = compose_run(*WASTE, *SMALL, "decoding=beam", "decoding.n=300")
-    with pytest.raises(UserError, match="beam.* 256"):
+    with pytest.raises(UserError, match=r"beam.* 256"):
         Replayer(run).serve(run.systems[0], workload_of(run))
     run = compose_run(*WASTE, "trace.mix={n2: 0.7}")
     with pytest.raises(UserError, match=r"trace.mix.*sum to 1"):
@@ -102,5 +102,5 @@ def test_what_a_replay_refuses():
     run = compose_run(*WASTE, *SMALL, "trace=fixed", "trace.prompt_tokens=20", "trace.output_tokens=3")
     with pytest.raises(UserError, match="does not reach past its prefix of 20"):
         Replayer(run).serve(run.systems[0], workload_of(run), prefix=Prefix(-1, 20))
-    with pytest.raises(UserError, match="prefix of 65 .*context of 64"):
+    with pytest.raises(UserError, match=r"prefix of 65 .*context of 64"):
         Replayer(run).serve(run.systems[0], workload_of(run), prefix=Prefix(-1, 65))

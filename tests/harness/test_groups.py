@@ -312,5 +312,5 @@ def test_what_prefixes_refuse():
         make("vllm", paged(4)).keep_prefix(Prefix(-1, 20))
     with pytest.raises(UserError, match="a prefix of 0 tokens"):
         Prefix(-1, 0)
-    with pytest.raises(UserError, match="prompt of 6 .*prefix of 6"):
+    with pytest.raises(UserError, match=r"prompt of 6 .*prefix of 6"):
         Prefix(-1, 6).check(6)

@@ -205,7 +205,7 @@ def test_orca_admits_up_to_its_memory_and_preempts_nobody():
 def test_orca_over_memory_that_runs_out_is_refused():
     scheduler = make("orca", paged(5))
     submit(scheduler, (8, 8), (8, 8))
-    with pytest.raises(UserError, match="scheduler=orca .*paged"):
+    with pytest.raises(UserError, match=r"scheduler=orca .*paged"):
         [step(scheduler) for _ in range(3)]
 
 

@@ -190,5 +190,5 @@ def test_a_hub_that_does_not_answer(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="someone/trace.*no route"):
+    with pytest.raises(UserError, match=r"someone/trace.*no route"):
         load_trace(TraceConfig(path="someone/trace"))

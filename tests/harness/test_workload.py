@@ -143,7 +143,7 @@ def test_nothing_arrives(tmp_path):
 
 
 def test_recorded_needs_stamps(tmp_path):
-    with pytest.raises(UserError, match="arrival=recorded.*sharegpt"):
+    with pytest.raises(UserError, match=r"arrival=recorded.*sharegpt"):
         make_workload(SHAREGPT, ArrivalConfig(process="recorded"))
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")

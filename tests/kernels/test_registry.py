@@ -45,7 +45,7 @@ def test_an_unknown_kernel_is_refused_with_those_that_exist():
 def test_a_kernel_without_its_library_is_refused_with_a_hint(monkeypatch):
     absent = replace(NUMBA, requires=("no_such_module",), install_hint="pip install it")
     monkeypatch.setitem(registry.CATALOGUE, "numba", (absent, "never", "imported"))
-    with pytest.raises(UserError, match="kernel=numba: .*no_such_module.*pip install it"):
+    with pytest.raises(UserError, match=r"kernel=numba: .*no_such_module.*pip install it"):
         get_kernel("numba")
 
 
