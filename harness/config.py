@@ -43,7 +43,7 @@ def load(group: str, name: str) -> DictConfig:
     stated = _in_code(group).get(name)
     if stated is None and not path.is_file():
         raise UserError(f"{group}={name}: no such {group}. There are: {', '.join(names(group))}")
-    config = OmegaConf.create(stated or _parsed(path))
+    config = OmegaConf.create(stated or parsed(path))
     assert isinstance(config, DictConfig)
     config.pop("defaults", None)  # conf/base/, for Hydra: it refuses overrides of keys that no file has
     return config
@@ -66,7 +66,8 @@ def tell_hydra() -> None:
 
 
 @cache  # parsing takes most of the time of a resolution, and nobody changes the files meanwhile
-def _parsed(path: Path) -> Any:
+def parsed(path: Path) -> Any:
+    """What a file of conf/ holds, as plain data. Not to be changed."""
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
@@ -196,7 +197,8 @@ def _split(override: str) -> tuple[str, str]:
 def on_auto(overrides: Sequence[str]) -> list[str]:
     """The overrides, as Hydra takes them: a field of what the profile names, or below a null that the profile fills.
 
-    No file has such a field, so that Hydra would propose `+model.tp=4` instead of `model.tp=4`.
+    No file has such a field, so that Hydra would propose `+model.tp=4` instead of `model.tp=4`. It also wants quotes
+    around `vattention/fa2{page_group: 64KB}`, which a shell may have taken away.
     """
     chosen = {key for key, _ in map(_split, overrides)}
     open_groups = tuple(f"{group}." for group in ("model", "device") if group not in chosen)
@@ -205,7 +207,18 @@ def on_auto(overrides: Sequence[str]) -> list[str]:
         has_parts = key.count(".") > 1 or value.startswith("{")
         return key.startswith(open_groups) or (key.startswith("params.") and has_parts)
 
-    return [f"++{o.lstrip('+')}" if is_open(*_split(o)) and not o.startswith("~") else o for o in overrides]
+    opened = [f"++{o.lstrip('+')}" if is_open(*_split(o)) and not o.startswith("~") else o for o in overrides]
+    return [_quoted(o) if _split(o)[0] == "systems" else o for o in opened]
+
+
+def _quoted(override: str) -> str:
+    """`systems=` with quotes around what has options in braces. Raises UserError for other braces."""
+    quoted = re.sub(r"(?<![\w./{\"'-])[\w./-]+\{[^{}]*\}", r'"\g<0>"', override)
+    if re.search(r"[{}]", re.sub(r"\"[^\"]*\"|'[^']*'", "", quoted)):
+        raise UserError(
+            f"{override}: options are written as in 'systems=[paged/fa2,vattention/fa2{{page_group: 64KB}}]'"
+        )
+    return quoted
 
 
 def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -29,6 +29,11 @@ def kernel_spec(name: str) -> KernelSpec:
     return CATALOGUE[name][0]
 
 
+def pairing(spec: KernelSpec) -> str:
+    """What a comparison of the kernel's systems with others of that word isolates; `same body`: the layout alone."""
+    return "same body" if spec.library == "kvarena" and spec.layouts == frozenset(Layout) else "same library"
+
+
 def get_kernel(name: str) -> "AttentionKernel":
     """Make the kernel; imports its library. Raises UserError where it does not exist or cannot run here."""
     spec = kernel_spec(name)

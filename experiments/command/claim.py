@@ -57,7 +57,7 @@ def _narrowed(experiment: str, points: list[Point]) -> Iterator[str]:
 
 
 def _file_of(config: DictConfig, point: Point) -> str | None:
-    """The file of conf/system/ that stands for a point's system, as the experiment states; None where none does."""
+    """The system that stands for a point's system, as the experiment states; None where none does."""
     figure = (config.get("published") or {}).get(point.figure) or {}
     file: str | None = (figure.get("systems") or {}).get(point.system)
     return file

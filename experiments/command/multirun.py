@@ -20,7 +20,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.command import registry
 from kvarena.experiments.kit.seeds import Seeded
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import System, alike, distinct, said
+from kvarena.harness.run.systems import System, alike, distinct, said, slug
 
 OF_SYSTEMS = ("systems", "allocator", "kernel", "scheduler")
 SEEDS = ("trace.seed", "arrival.seed")  # of jobs that become one row; params.seeds are one run's
@@ -124,7 +124,7 @@ def _with_all_seeds(runs: Sequence[Run[object]]) -> object:
 
 def _speaks_of(params: Any, names: set[str]) -> bool:
     """Whether parameters speak of systems by these names, which they have no more."""
-    words = set(re.findall(r"[\w.+-]+", str(asdict(params))))
+    words = set(re.findall(r"[\w.=+-]+", str(asdict(params))))
     return bool(words & names)
 
 
@@ -155,13 +155,8 @@ def _said(system: System, values: dict[str, str]) -> System:
     variant = said(variant, {field: getattr(system.allocator, field) for field in unsaid})
     others = {key: value for key, value in values.items() if key.startswith("scheduler")}
     variant = f"{variant} [{_words(others)}]" if others else variant
-    return replace(system, name=f"{system.name}-{_slug(_words(values))}", variant=variant)
+    return replace(system, name=f"{system.name}-{slug(_words(values))}", variant=variant)
 
 
 def _words(values: dict[str, str]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in values.items() if key != "systems")
-
-
-def _slug(words: str) -> str:
-    """Words as a part of a file's name."""
-    return re.sub(r"[^\w.=+-]+", "-", words)

@@ -14,9 +14,10 @@ from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
 from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.run.named_systems import as_filed
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import System, as_filed
+from kvarena.harness.run.systems import System
 from kvarena.harness.scheduler.vllm import VllmConfig
 
 FIGURE = "fig4"

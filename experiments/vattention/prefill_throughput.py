@@ -23,9 +23,10 @@ from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
 from kvarena.harness.record.summary import Names, SummaryRow, frame, row
+from kvarena.harness.run.named_systems import as_filed
 from kvarena.harness.run.published import is_earned, label_of, named
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import System, as_filed, with_room_to_read
+from kvarena.harness.run.systems import System, with_room_to_read
 
 NAME = "prefill_throughput"
 HEADLINE = "prefill_throughput_vs_context"
@@ -34,7 +35,7 @@ READS = {
     "modelled": ("model", "engine", "device", "systems"),
     "measured": ("model", "engine", "device", "systems", "threads"),
 }
-FIG2_UNDER = {  # the lower system of each of its lines, of conf/system/; the published list has the upper ones
+FIG2_UNDER = {  # the lower system of each of its lines; the published list has the upper ones
     "FA2_Paged / FA2": "vattention-fa2",
     "FI_Paged / FI": "vattention-flashinfer",
     "FI / FA2": "vattention-fa2",

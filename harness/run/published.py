@@ -16,7 +16,8 @@ from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
 from kvarena.harness.record.summary import Evidence, Names
 from kvarena.harness.requests.decoding import GREEDY
-from kvarena.harness.run.systems import System, alike, as_filed, with_room_to_read
+from kvarena.harness.run.named_systems import as_filed
+from kvarena.harness.run.systems import System, alike, with_room_to_read
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.published_files import is_published
 
@@ -56,7 +57,7 @@ class Figure:
     """One published figure or table: `published.<figure>` of an experiment."""
 
     paper: str
-    systems: dict[str, str | None] = field(default_factory=dict)  # key in the figure -> file of conf/system/, if any
+    systems: dict[str, str | None] = field(default_factory=dict)  # key in the figure -> name or pair, if any
     ran: Keys = field(default_factory=dict)  # of all panels
     panels: dict[str, Keys | None] = field(default_factory=dict)  # name -> what its own points ran with
 
@@ -264,7 +265,7 @@ def _is_device(run: "Run[object]", name: str) -> bool:
 
 
 def _is_system(run: "Run[object]", system: System | None, panel: Ran, file: str | None) -> bool:
-    """Whether a system is that of a file of conf/system/, with the panel's scheduler and fields of its allocator."""
+    """Whether a system is the one of that name, with the panel's scheduler and fields of its allocator."""
     if file is None or system is None:
         return file is None
     if not _is_first(run, system):

@@ -14,6 +14,7 @@ from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.run import schemas, systems
 from kvarena.harness.run.fit import check_fit
+from kvarena.harness.run.named_systems import build, kept, there_are
 from kvarena.harness.run.numbers import check_given_params, check_numbers
 from kvarena.harness.run.published import Figure
 from kvarena.harness.run.systems import System
@@ -140,8 +141,8 @@ def resolve(
     profile = config.profiles.get(kind) or OmegaConf.create()
     listed = config.systems or profile.get("systems") or []
     _check_listed(listed, config.systems, given)
-    kept = systems.kept(listed, config.allocator.name, config.kernel.name)
-    built = tuple(systems.unlike([systems.build(s, config.scheduler, overrides, _as_config) for s in kept]))
+    stated = kept(listed, config.allocator.name, config.kernel.name)
+    built = tuple(systems.unlike([build(system, config.scheduler, overrides) for system in stated], stated))
     model = _model(config, profile)
     if config.clock == "measured":
         check_fit(built, model, device.kind)
@@ -179,11 +180,11 @@ def resolve(
 
 
 def _check_listed(listed: Sequence[str], written: Sequence[str] | None, given: Sequence[str]) -> None:
-    """Raises UserError for a system that is listed twice, and for a list that the user wrote and left empty."""
-    if twice := sorted({name for name in listed if list(listed).count(name) > 1}):
-        raise UserError(f"systems: {', '.join(twice)} is listed twice; two names of one system may stand side by side")
+    """Raises UserError for systems that are no list, and for a list that the user wrote and left empty."""
+    if isinstance(listed, str):
+        raise UserError(f"systems={listed}: is a list; write systems=[{listed}]")
     if "systems" in given and (not listed or (written is not None and not written)):
-        raise UserError(f"systems={written}: no system is left to run. There are: {', '.join(names('system'))}")
+        raise UserError(f"systems={written}: no system is left to run. {there_are()}")
 
 
 def from_plain(config: Plain, params_schema: type[P], reads: Mapping[str, Sequence[str]]) -> Run[P]:

@@ -10,7 +10,7 @@ from kvarena.experiments.command.compose import compose_run, configuration
 from kvarena.harness.config import check_once, check_overrides, load, names
 from kvarena.harness.model import load_preset
 from kvarena.harness.run.fit import misfit
-from kvarena.harness.run.systems import kept
+from kvarena.harness.run.named_systems import kept
 from kvarena.harness.trace.arrival import UNDRAWN
 
 DECODE = "experiment=decode_throughput"
@@ -90,7 +90,7 @@ def test_a_named_pair_runs_even_where_the_experiment_does_not_list_it() -> None:
         ("kernel=magic", ("kernel=magic", "numba", "sdpa")),
         ("model=gpt-9", ("model=gpt-9", "yi-6b")),
         ("trace=tweets", ("trace=tweets", "sharegpt")),
-        ("systems=[paged-magic]", ("paged-magic", "paged-numba")),
+        ("systems=[paged-magic]", ("paged-magic", "paged-gather", "paged/fa2")),
         ("allocatr=paged", ("allocatr", "allocator")),
         ("+allocatr=paged", ("allocatr", "allocator")),
         ("trace.sede=1", ("trace.sede", "trace.seed")),
@@ -142,7 +142,6 @@ def test_a_modelled_device_needs_the_modelled_clock() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("systems=[paged-numba,paged-numba]", "paged-numba is listed twice"),
         ("systems=[]", "no system is left"),
         ("systems.0=paged", "systems=VALUE"),
         ("params=null", "params.KEY=VALUE"),

@@ -1,24 +1,26 @@
-"""Systems: which files a command keeps, what they are called, and whose fields win."""
+"""Systems: what a name or a pair states, which a command keeps, what they are called, and whose fields win."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from kvarena.allocators import registry as allocators
+from kvarena.allocators.registry import memory_layout, preset
 from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.errors import UserError
-from kvarena.experiments.command import compose
 from kvarena.experiments.command.compose import compose_run
-from kvarena.harness import config
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.paths import CONF
+from kvarena.harness.run import named_systems
+from kvarena.harness.run.named_systems import as_filed, kept, stated, system_names
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.schemas import of
-from kvarena.harness.run.systems import System, as_filed, described, distinct, kept, said
+from kvarena.harness.run.systems import System, described, distinct, said
+from kvarena.kernels.registry import fits, kernel_spec
 
 Add = Callable[[str, str], None]
 NUMBA = ["static-numba", "paged-numba"]
@@ -48,12 +50,13 @@ def newcomer() -> Iterator[None]:
 
 @pytest.fixture
 def own_conf(newcomer: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
-    """`own_conf("system/slab-numba", text)` adds a file to a conf/ of the test's own."""
-    folder = tmp_path / "conf"
-    shutil.copytree(CONF, folder)
-    for module in (config, compose):
-        monkeypatch.setattr(module, "CONF", folder)
-    return lambda name, text: (folder / f"{name}.yaml").write_text(text) and None
+    """`own_conf("slab-first", "{pair: slab/sdpa}")` adds a line to a conf/systems.yaml of the test's own."""
+    file = tmp_path / "systems.yaml"
+    file.write_text((CONF / "systems.yaml").read_text())
+    monkeypatch.setattr(named_systems, "CONF", tmp_path)
+    monkeypatch.setattr(named_systems, "parsed", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
+    monkeypatch.setattr(named_systems, "stated", named_systems.stated.__wrapped__)
+    return lambda name, line: file.write_text(f"{file.read_text()}{name}: {line}\n") and None
 
 
 def filed(name: str) -> System:
@@ -105,12 +108,86 @@ def test_systems_that_the_command_line_made_alike_are_one() -> None:
     assert [s.name for s in served("systems=[paged,paged-numba]").systems] == ["paged", "paged-numba"], "as asked for"
 
 
-def test_kept_are_the_listed_then_the_filed_then_the_pair() -> None:
+@pytest.mark.parametrize("name", system_names())
+def test_a_line_of_the_file_says_more_than_its_pair_and_fits(name: str) -> None:
+    system = stated(name)
+    plain = System(system.name, preset(system.allocator.name), system.kernel, None, system.pairing)
+    assert system != plain or name != f"{system.allocator.name}-{system.kernel.name}"
+    layout, block_size = memory_layout(system.allocator.name), getattr(system.allocator, "block_size", None)
+    assert fits(kernel_spec(system.kernel.name), layout, block_size=block_size) is None
+
+
+def test_a_pair_is_the_system_that_its_name_is() -> None:
+    assert stated("paged/fa3") == stated("paged-fa3")
+    assert stated("paged/fa2") == stated("paged-fa2")
+    assert stated("paged/fa2").allocator.block_size == 256
+    assert (stated("orca_max/flash_attn").name, stated("orca_max/flash_attn").variant) == ("orca-max-flash-attn", None)
+    assert {stated(f"{a}/triton").pairing for a in ("static", "paged", "vattention")} == {"same body"}
+    assert stated("paged/fa2").pairing == "same library"
+
+
+@pytest.mark.parametrize(
+    "written", ["vattention/fa2{page_group: 64KB, overlap: false}", " vattention-fa2{page_group:64KB,overlap:false} "]
+)
+def test_options_in_braces_are_the_allocators(written: str) -> None:
+    system = stated(written)
+    assert (system.allocator.page_group, system.allocator.overlap) == ("64KB", False)
+    assert system.name == "vattention-fa2-page_group=64KB-overlap=False", "names of files are made of it"
+    assert system.label == "vattention{page_group: 64KB, overlap: False}/fa2"
+    assert stated("vattention-64kb{overlap: false}").shown_allocator == "vattention{page_group: 64KB, overlap: False}"
+    assert stated("vattention/fa2{read_past: null}").label == "vattention{read_past: None}/fa2"
+    assert stated("vattention/fa2{page_group: 2MB}").allocator == stated("vattention/fa2").allocator
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("paged/numba{page_group: 2MB}", "paged has no option page_group.*block_size"),
+        ("paged/numba{name: static}", "paged has no option name"),
+        ("paged/numba{block_size}", "written as in"),
+        ("paged/numba{block_size=8}", "written as in"),
+        ("paged/numba{block_size: 8", "written as in"),
+        ("paged/numba{block_size: soon}", r"allocator\.block_size"),
+        ("paged/numba{block_size: 0}", r"allocator\.block_size"),
+        ("paged/nunba", "kernel=nunba: no such kernel.*numba"),
+        ("pagd/numba", "allocator=pagd: no such allocator.*paged"),
+        ("paged-nunba", "no such system.*vattention-64kb.*ALLOCATOR/KERNEL"),
+    ],
+)
+def test_what_no_system_is_is_refused(written: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        stated(written)
+
+
+QUOTED = "vattention/numba{page_group: 2MB, overlap: false}"
+
+
+@pytest.mark.parametrize("pair", [f'"{QUOTED}"', f"'{QUOTED}'", QUOTED, QUOTED.replace(": ", ":")])
+def test_options_are_written_with_or_without_quotes(pair: str) -> None:
+    systems = served(f"systems=[paged/numba, {pair}]").systems
+    assert [s.name for s in systems] == ["paged-numba", "vattention-numba-page_group=2MB-overlap=False"]
+
+
+@pytest.mark.parametrize(
+    ("systems", "said"),
+    [
+        ("[paged/numba{block_size: {a: 8}}]", "written as in 'systems="),
+        ("[paged/numba{block_size: 8]", "written as in 'systems="),
+        ("paged/numba", r"write systems=\[paged/numba\]"),
+        ("[paged/numba,paged-numba]", "paged-numba is listed twice"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(systems: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        served(f"systems={systems}")
+
+
+def test_kept_are_the_listed_then_the_pair() -> None:
     assert [s.name for s in kept(NUMBA, "all", "all")] == NUMBA
     assert [s.name for s in kept(NUMBA, "paged", "all")] == ["paged-numba"]
-    assert {s.allocator.name for s in kept(NUMBA, "vattention", "all")} == {"vattention"}
-    assert {s.kernel.name for s in kept(NUMBA, "vattention", "all")} == {"numba"}
+    assert [s.name for s in kept(NUMBA, "vattention", "all")] == ["vattention"]
     assert [s.name for s in kept(NUMBA, "contiguous", "sdpa")] == ["contiguous-sdpa"]
+    assert [s.scheduler.name for s in kept(NUMBA, "contiguous", "all")] == ["orca"], "what goes with it goes along"
     assert kept([], "all", "all") == []
     with pytest.raises(UserError, match="Name both"):
         kept(NUMBA, "all", "sdpa")
@@ -119,20 +196,16 @@ def test_kept_are_the_listed_then_the_filed_then_the_pair() -> None:
 def test_a_pair_has_the_first_kernel_that_reads_the_allocator() -> None:
     listed = ["paged-vllm-kernel", "paged-fa2"]
     assert [s.name for s in kept(listed, "contiguous", "all")] == ["contiguous-fa2"]
-    assert [s.name for s in kept(listed, "paged_reserved", "all")] == ["paged_reserved-vllm_paged"]
+    assert [s.name for s in kept(listed, "paged_reserved", "all")] == ["paged-reserved-vllm-paged"]
 
 
-def test_a_system_file_of_ones_own_is_kept_by_its_allocator(own_conf: Add) -> None:
-    """What CONTRIBUTING promises."""
-    assert [s.name for s in kept(NUMBA, "slab", "all")] == ["slab-numba"], "no file: the experiment's kernel"
-    own_conf("system/slab-sdpa", "allocator: {name: slab, unit: 32}\nkernel: {name: sdpa}\npairing: same library\n")
-    assert [s.pairing for s in kept(NUMBA, "slab", "sdpa")] == ["same library"], "the file, not the bare pair"
-    assert [s.name for s in kept(["paged-gather"], "slab", "all")] == ["slab-sdpa"], "gather_sdpa cannot read rows"
-    own_conf("system/slab-first", "allocator: {name: slab, unit: 16}\nkernel: {name: numba}\npairing: same body\n")
-    assert [s.name for s in kept(NUMBA, "slab", "all")] == ["slab-first"]
-    own_conf("system/slab-odd", "allocator: {name: slab}\nkernel: {name: numba}\nkernal: x\npairing: same body\n")
-    with pytest.raises(UserError, match=r"slab-odd\.yaml: kernal"):
-        kept(NUMBA, "slab", "all")
+def test_a_line_of_ones_own(own_conf: Add) -> None:
+    assert [s.name for s in kept(NUMBA, "slab", "all")] == ["slab-numba"]
+    own_conf("slab", "{pair: 'slab/numba{unit: 32}', scheduler: orca}")
+    assert [(s.name, s.allocator.unit) for s in kept(NUMBA, "slab", "all")] == [("slab", 32)]
+    own_conf("slab-odd", "{pair: slab/numba, kernal: x}")
+    with pytest.raises(UserError, match=r"systems\.yaml: slab-odd\.kernal: no such key"):
+        kept(["slab-odd"], "all", "all")
 
 
 def test_a_newcomer_runs_by_name_and_its_fields_win(newcomer: None) -> None:
@@ -142,7 +215,7 @@ def test_a_newcomer_runs_by_name_and_its_fields_win(newcomer: None) -> None:
     assert (system.allocator.unit, system.shown_allocator) == (32, "slab{unit: 32}")
 
 
-def test_as_filed_is_the_file_with_the_given_scheduler_where_it_names_none() -> None:
+def test_the_runs_scheduler_is_that_of_systems_that_name_none() -> None:
     orca = filed("orca-max").scheduler
     assert as_filed("static-numba", orca).scheduler is orca
     assert as_filed("orca-max", filed("static-numba").scheduler).scheduler.name == "orca"
@@ -180,9 +253,7 @@ def test_a_policy_that_pads_runs_with_every_scheduler() -> None:
 
 
 @pytest.mark.parametrize("variant", ["vLLM", "orca_max"])
-def test_a_file_may_not_call_its_system_by_anothers_name(own_conf: Add, variant: str) -> None:
-    own_conf(
-        "system/mine", f"allocator: {{name: paged}}\nkernel: {{name: numba}}\npairing: same body\nvariant: {variant}\n"
-    )
+def test_a_line_may_not_call_its_system_by_anothers_name(own_conf: Add, variant: str) -> None:
+    own_conf("mine", f"{{pair: paged/numba, variant: {variant}}}")
     with pytest.raises(UserError, match="must begin with its allocator, paged"):
-        served("systems=[mine]")
+        kept(["mine"], "all", "all")
