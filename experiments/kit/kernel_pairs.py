@@ -11,6 +11,7 @@ from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.scheduler.vllm import VllmConfig
 from kvarena.kernels.config import KernelConfig
+from kvarena.kernels.registry import kernel_spec, pairing
 
 HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # all that a kernel sees of a model
 
@@ -18,7 +19,8 @@ HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # a
 def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> System:
     """A kernel over an allocator as a system, so that its rows are named like any other's. Its scheduler is idle."""
     scheduler = typed(VllmConfig, load("scheduler", "vllm"), "scheduler")
-    return System(f"{allocator.name}-{kernel}", allocator, KernelConfig(kernel), scheduler, "best of each", variant)
+    told = pairing(kernel_spec(kernel))
+    return System(f"{allocator.name}-{kernel}", allocator, KernelConfig(kernel), scheduler, told, variant)
 
 
 def allocator_named(name: str, **wanted: object) -> Any:

@@ -65,7 +65,7 @@ class Scenario:
     def _system(self, name: str) -> System:
         parts = self._config.systems[name]
         allocator, scheduler = (_typed(g, parts[g].name, parts[g]) for g in ("allocator", "scheduler"))
-        return System(name, allocator, NO_KERNEL, scheduler, "best of each")
+        return System(name, allocator, NO_KERNEL, scheduler, "-")
 
     def _requests(self) -> list[Request]:
         workload = make_workload(self._run.trace, self._run.arrival, self._run.context)
