@@ -19,3 +19,11 @@ class Holding(NamedTuple):
     length: int  # tokens
     units: tuple[int, ...]
     leaves: tuple[int, ...]
+
+
+class Holdings(NamedTuple):
+    """What sequences hold of a pool, by id; and the units that are kept ready and belong to nobody."""
+
+    units: Units
+    of: dict[int, Holding]
+    idle: tuple[int, ...] = ()

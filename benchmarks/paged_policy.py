@@ -12,7 +12,7 @@ from time import thread_time_ns
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.harness.record.statistics import median_interval
 
 TARGET_NS = 100.0
@@ -47,7 +47,7 @@ def busy_policy() -> PagedPolicy:
     """A policy with half its blocks given to others."""
     policy = PagedPolicy(OPT_13B, POOL_BLOCKS * BLOCK_SIZE * OPT_13B.token_bytes, max_tokens=2048)
     for seq_id in range(16):
-        assert policy.admit(Sequence(seq_id, 480, 64), 480)
+        policy.admit(Admission([Sequence(seq_id, 480, 64)], 480))
     return policy
 
 
@@ -56,21 +56,21 @@ def variants() -> dict[str, tuple[int, Callable[[], None]]]:
     policy, shared = busy_policy(), busy_policy()
     pool, counting = BlockPool(POOL_BLOCKS), CountingPool(POOL_BLOCKS)
     seq, tokens = Sequence(100, BLOCKS * BLOCK_SIZE, 16), BLOCKS * BLOCK_SIZE
-    parent, child = seq, Sequence(101, tokens, 16)
+    child = Sequence(101, tokens, 16)
 
     def at_once() -> None:
-        policy.admit(seq, tokens)
+        policy.admit(Admission([seq], tokens))
         policy.release(100)
 
     def one_by_one() -> None:
-        policy.admit(seq, BLOCK_SIZE)
+        policy.admit(Admission([seq], BLOCK_SIZE))
         for _ in range(BLOCKS - 1):
             policy.grow(100, BLOCK_SIZE)
         policy.release(100)
 
     def forked() -> None:
-        shared.admit(parent, tokens)
-        shared.fork(100, child)
+        shared.admit(Admission([seq], tokens))
+        shared.sharing.fork(100, child)
         shared.release(100)
         shared.release(101)
 

@@ -10,7 +10,7 @@ import torch
 
 from kvarena.allocators import registry
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.stores import make_store
 from kvarena.harness.config import load
 from kvarena.harness.config import names as experiments
@@ -45,7 +45,7 @@ def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -
     dice, resident = random.Random(0), {}
     for seq_id in range(300):
         seq = Sequence(seq_id, dice.randint(1, 600), dice.randint(1, 100))
-        head = None if policy.admit(seq, seq.prompt_tokens) else seq
+        head = None if policy.admit(Admission([seq], seq.prompt_tokens)) is not None else seq
         if head is None:
             resident[seq_id] = seq
         for other in list(resident):

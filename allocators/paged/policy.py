@@ -7,22 +7,32 @@ A block holds `block_size` tokens of every layer. Layers with a sliding window k
 them, they would need block tables of their own.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import add
 
 from kvarena.allocators.block_size import checked_block_size
+from kvarena.allocators.holding import Holding, Holdings, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.paged.block_tables import BlockTables, Slots
-from kvarena.allocators.paged.groups import BlockGroups
-from kvarena.allocators.paged.prefix_cache import CachedBlockPool
+from kvarena.allocators.paged.prefix_cache import BlockCache, CachedBlockPool
+from kvarena.allocators.paged.sharing import SharedBlocks
 from kvarena.allocators.paged.steps_until_growth import longest_stretch
 from kvarena.allocators.paged.swapping import CpuBlocks
-from kvarena.allocators.policy import Action, CopyBlock, IntegrityError, NotResidentError, Sequence
+from kvarena.allocators.policy import (
+    Action,
+    Admission,
+    CopyBlock,
+    IntegrityError,
+    NotResidentError,
+    Policy,
+    Sequence,
+)
 from kvarena.allocators.registry import allocator
 from kvarena.allocators.sizes import parse_bytes
-from kvarena.allocators.usage import Usage
+from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -42,11 +52,15 @@ class PagedConfig:
 
 
 @allocator(PagedConfig())
-class PagedPolicy(BlockGroups):
+class PagedPolicy(Policy):
     """Blocks on demand, from one LIFO free list; copy-on-write; a CPU pool to swap to."""
 
     name = "paged"
     memory_layout = Layout.PAGED
+    block_size: int
+    sharing: SharedBlocks
+    cache: BlockCache | None
+    swapping: CpuBlocks | None
 
     def __init__(
         self,
@@ -76,50 +90,94 @@ class PagedPolicy(BlockGroups):
             )
         self._remainder_bytes = pool_bytes % block_bytes
         self.watermark_blocks = int(watermark * self.num_blocks)
-        self._cache = CachedBlockPool(self.num_blocks) if prefix_cache else None
-        self._pool = self._cache or BlockPool(self.num_blocks)
+        cached = CachedBlockPool(self.num_blocks) if prefix_cache else None
+        self._pool = cached or BlockPool(self.num_blocks)
         self._tables = BlockTables(self._pool, block_size)
-        self._actions: list[Action] = []
+        self._actions: list[Action] = []  # one list for good: what swaps adds to it
+        self.sharing = SharedBlocks(self, self._fork, self._tables)
+        self.cache = BlockCache(cached, self._tables) if cached else None
         self.num_cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
-        self._cpu_blocks = CpuBlocks(self.num_cpu_blocks, block_size)
-        self._swapped = self._cpu_blocks.swapped
+        cpu_pool = CpuBlocks(self.num_cpu_blocks, self._tables, self.watermark_blocks, self._actions)
+        self.swapping = cpu_pool if self.num_cpu_blocks else None
 
     @property
     def free_units(self) -> int:
         """Blocks that no sequence holds, the watermark's included."""
         return self._pool.free_units
 
-    def blocks_needed(self, seq_id: int, tokens: int = 1) -> int:
-        """Blocks that `grow` would take, a copy of a shared last block included."""
-        return self._tables.blocks_to_grow(seq_id, tokens)
+    def block_table(self, seq_id: int) -> list[int]:
+        """Blocks of a sequence, in the order of its positions. Not to be changed."""
+        return self._tables.residents[seq_id].table
 
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens that still fit in the last block; 0 where it is shared."""
         return self._tables.slack(seq_id)
 
-    def fits_pool(self, seq: Sequence) -> bool:
-        """Whether it can run alone whatever the scheduler asks: a free block before its last token, or, to come back
-        from the CPU pool, one beside its own and the watermark (section 4.5, and the rules of the artifact).
+    def refusal(self, admission: Admission) -> str:
+        """It must be able to run alone whatever the scheduler asks: a free block for each member before its last token,
+        or, to come back from the CPU pool, one beside its own and the watermark (section 4.5, and the artifact).
+
+        Only the full blocks of the prompt are surely shared, and of the prefix; where there is a CPU pool not even
+        these, since whoever was swapped out comes back with them as its own.
         """
-        needed = self.blocks_for(seq.final_tokens - 1) + 1 + self.watermark_blocks
-        return seq.final_tokens <= self.max_tokens and needed <= self.num_blocks
+        gang, size, blocks_for = admission.gang, self.block_size, self._tables.blocks_for
+        shared = min([seq.prompt_tokens for seq in gang]) // size
+        needed = shared + sum([blocks_for(seq.final_tokens - 1) - shared + 1 for seq in gang])
+        for prefix_id, prefix in self.sharing.prefixes.items():
+            shares = prefix_id == admission.prefix and self.swapping is None
+            needed += blocks_for(prefix.prompt_tokens) - (prefix.prompt_tokens // size if shares else 0)
+        longest = max([seq.final_tokens for seq in gang])
+        fits = longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
+        return "" if fits else self._never_fits(admission)
 
-    def can_admit(self, seq: Sequence, tokens: int) -> bool:
-        """Whether blocks for `tokens` are free beside the watermark."""
-        return self.blocks_for(tokens) + self.watermark_blocks <= self._pool.free_units
+    def can_admit(self, admission: Admission) -> bool:
+        """Whether blocks for one member, whose prompt the others share, are free beside the watermark."""
+        return self._blocks_to_admit(admission) + self.watermark_blocks <= self._pool.free_units
 
-    def admit(self, seq: Sequence, tokens: int) -> bool:
-        """Give the sequence blocks for its first `tokens` positions."""
-        if seq.seq_id in self._swapped:
-            raise ValueError(f"sequence {seq.seq_id} is swapped out")
-        if not self.can_admit(seq, tokens):
-            return False
-        self._tables.add(seq.seq_id, seq.final_tokens, tokens)
+    def _blocks_to_admit(self, admission: Admission) -> int:
+        """Blocks that it takes of the free ones.
+
+        A gang that comes back needs those of its members' own tokens too, and one for each to grow into, as when it is
+        swapped in. A prefix's full blocks are there, and its last one, where it is not full, is copied (section 4.4).
+        """
+        gang, tokens, own, prefix, names = admission
+        needed = self._tables.blocks_for(tokens)
+        if own:
+            shared = tokens // self.block_size
+            needed = shared + len(gang) * (self._tables.blocks_for(tokens + own) - shared + 1)
+        if prefix is not None:
+            if (held := self._tables.resident(prefix).length) > tokens:
+                raise ValueError(f"a prefix of {held} tokens in a prompt of {tokens}")
+            needed -= held // self.block_size
+        elif self.cache and names and not own:
+            found = self.cache.find(names, tokens)
+            needed += self._pool.free_of(found) - len(found)
+        return needed
+
+    def admit(self, admission: Admission) -> int | None:
+        """Give the first member blocks, those that are found among them, and let the others share them."""
+        if not self.can_admit(admission):
+            return None
+        if not (self.cache and admission.names):
+            return self.sharing.admit(admission, self._add)
+        found = self.cache.find(admission.names, admission.tokens)
+        self.sharing.admit(admission, lambda seq, tokens: self._add(seq, tokens, found))
+        self.cache.keep(admission.gang[0].seq_id, admission.names)  # written in this step
+        return len(found) * self.block_size
+
+    def _add(self, seq: Sequence, tokens: int, found: Seq[int] = ()) -> None:
+        self._check_not_swapped(seq)
+        self._tables.add(seq.seq_id, seq.final_tokens, tokens, found)
+
+    def _fork(self, parent_id: int, child: Sequence) -> bool:
+        """Let the child share every block of its parent, so that this never runs out."""
+        self._check_not_swapped(child)
+        self._tables.fork(parent_id, child.seq_id, child.final_tokens)
         return True
 
-    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Whether as many blocks are free as growth needs. Growth may use the watermark."""
-        return self.blocks_needed(seq_id, tokens) <= self._pool.free_units
+    def _check_not_swapped(self, seq: Sequence) -> None:
+        if self.swapping and seq.seq_id in self.swapping.swapped:
+            raise ValueError(f"sequence {seq.seq_id} is swapped out")
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill the last block, then take new ones. A shared last block is copied first."""
@@ -131,14 +189,15 @@ class PagedPolicy(BlockGroups):
 
     def release(self, seq_id: int) -> None:
         """Take back the sequence's blocks, or its place in the CPU pool."""
-        if seq_id in self._swapped:
-            self._cpu_blocks.forget(seq_id)
+        if self.swapping and seq_id in self.swapping.swapped:
+            self.swapping.forget(seq_id)
             return
         if seq_id not in self._tables.residents:
             raise NotResidentError(seq_id)
+        self.sharing.prefixes.pop(seq_id, None)
         freed = self._tables.remove(seq_id)
         if self._actions:  # a copy that nobody will read
-            self._actions = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
+            self._actions[:] = [a for a in self._actions if not (isinstance(a, CopyBlock) and a.target in freed)]
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -153,7 +212,7 @@ class PagedPolicy(BlockGroups):
         spare = self._pool.free_units - margin
         if self._tables.any_forked:
             return super().quiet_steps(seq_ids, limit) if spare >= 0 else 0
-        if len(seq_ids) * self.blocks_for(limit) <= spare:
+        if len(seq_ids) * self._tables.blocks_for(limit) <= spare:
             return limit  # even if each took its first block at once
         if spare < 0:
             return 0
@@ -163,11 +222,12 @@ class PagedPolicy(BlockGroups):
         """Grow every sequence by `steps` tokens, new blocks included; the sum of `usage()` over these steps."""
         if self._tables.any_forked:
             return super().advance(seq_ids, steps, head)
-        if self._cache is None:
+        if self.cache is None:
             return self._usage(self._tables.stretch(seq_ids, steps), 0, steps)
+        pool = self.cache.pool
         # Blocks without a name are taken first: until they are gone as many are cached as before, then all free ones.
-        before = min(steps, longest_stretch(self._tables.slacks(seq_ids), self._cache.num_unnamed, self.block_size))
-        cached = self._cache.num_cached * self.block_size * before
+        before = min(steps, longest_stretch(self._tables.slacks(seq_ids), pool.num_unnamed, self.block_size))
+        cached = pool.num_cached * self.block_size * before
         slots = self._tables.stretch(seq_ids, before)
         if before < steps:
             after = self._tables.stretch(seq_ids, steps - before)
@@ -188,12 +248,25 @@ class PagedPolicy(BlockGroups):
 
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""
-        actions, self._actions = self._actions, []
+        actions = self._actions.copy()
+        self._actions.clear()
         return actions
+
+    def holdings(self, seqs: Iterable[Sequence]) -> Holdings:
+        """The blocks of their tables; those that they share too."""
+        units = Units("block", self.num_blocks, float(self.block_size))
+        return Holdings(units, {seq.seq_id: self._holding(seq) for seq in seqs})
+
+    def _holding(self, seq: Sequence) -> Holding:
+        table, length = self.block_table(seq.seq_id), self.length(seq.seq_id)
+        capacity = len(table) * self.block_size
+        leaves = extent_usage(length, seq.final_tokens, seq.final_tokens, capacity, capacity)
+        return Holding(length, tuple(table), tuple(slots * self._token_bytes for slots in leaves))
 
     def check_integrity(self) -> None:
         """Recount tables, references, free lists and leaves."""
         self._tables.check_integrity()
-        self._cpu_blocks.check_integrity()
+        if self.swapping:
+            self.swapping.check_integrity()
         if (usage := self.usage()).pool != self.pool_bytes or min(usage) < 0:
             raise IntegrityError(f"leaves {usage.leaves} sum to {usage.pool}, the pool is {self.pool_bytes} bytes")

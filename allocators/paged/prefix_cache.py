@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from kvarena.allocators.paged.block_pool import BlockPool
+from kvarena.allocators.paged.block_tables import BlockTables
 from kvarena.allocators.policy import IntegrityError
 
 
@@ -110,3 +111,26 @@ class CachedBlockPool(BlockPool):
             raise IntegrityError(f"names of blocks: {self._name_of}, blocks of names: {self._block_of}")
         if unnamed := [block for block in self._cached if block not in self._name_of]:
             raise IntegrityError(f"cached blocks without a name: {unnamed}")
+
+
+class BlockCache:
+    """What of a prompt is found in the pool, in full blocks."""
+
+    def __init__(self, pool: CachedBlockPool, tables: BlockTables) -> None:
+        self.pool = pool
+        self.unit_tokens = tables.block_size
+        self._tables = tables
+
+    def find(self, names: Seq[Hashable], tokens: int) -> list[int]:
+        """Blocks of the longest prefix that is in the pool; the last token must be fed, for its logits."""
+        return self.pool.find(names[: (tokens - 1) // self.unit_tokens])
+
+    def found_tokens(self, names: Seq[Hashable], tokens: int) -> int:
+        """Leading tokens, at most all but one, that lie in blocks which can be found."""
+        return len(self.find(names, tokens)) * self.unit_tokens
+
+    def keep(self, seq_id: int, names: Seq[Hashable]) -> None:
+        """Let the sequence's full blocks be found, as far as there are names."""
+        resident = self._tables.resident(seq_id)
+        full = min(resident.length // self.unit_tokens, len(names))
+        self.pool.name(resident.table[:full], names[:full])

@@ -4,10 +4,9 @@ A group goes and returns as a whole. A block that several of its members hold cr
 side. What a member shares with somebody outside the group crosses too, and comes back as the member's own.
 """
 
-from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
-from kvarena.allocators.actions import SwapIn, SwapOut
+from kvarena.allocators.actions import Action, SwapIn, SwapOut
 from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.paged.block_tables import BlockTables, Resident
 from kvarena.allocators.policy import IntegrityError
@@ -17,32 +16,41 @@ from kvarena.allocators.usage import extent_usage
 class CpuBlocks:
     """Sequences that are swapped out, and the blocks of the CPU pool that hold them."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, tables: BlockTables, watermark_blocks: int, actions: list[Action]) -> None:
+        """Sequences go from `tables`, and return there. Copies to be made are appended to `actions`."""
         self.pool = BlockPool(num_blocks)
-        self.block_size = block_size
+        self.block_size = tables.block_size
         self.swapped: dict[int, Resident] = {}  # tables of CPU blocks
+        self._tables = tables
+        self._watermark_blocks = watermark_blocks
+        self._actions = actions
 
-    def fit(self, tables: Iterable[list[int]]) -> bool:
-        """Whether there is a block for every distinct one of these tables."""
-        return self.pool.fits(len({block for table in tables for block in table}))
+    def can_swap_out(self, seq_ids: Seq[int]) -> bool:
+        """Whether there is a block for every distinct one of theirs."""
+        return self.pool.fits(_distinct([self._tables.residents[seq_id] for seq_id in seq_ids]))
 
-    def swap_out(self, residents: Mapping[int, Resident]) -> list[SwapOut]:
-        """Take in sequences, by id; returns the copies to be made. The caller has checked that they fit."""
+    def swap_out(self, seq_ids: Seq[int]) -> None:
+        """Take in a gang. Blocks that it shares with others are copied for it alone."""
         copied: dict[int, int] = {}  # block -> CPU block
-        for seq_id, resident in residents.items():
+        for seq_id in seq_ids:
+            resident = self._tables.residents[seq_id]
             known = [copied[block] for block in resident.table if block in copied]
             new = [block for block in resident.table if block not in copied]
             self.pool.share(known)
             copied.update(zip(new, self.pool.take(len(new)), strict=True))
             self.swapped[seq_id] = Resident(resident.final, resident.length, [copied[b] for b in resident.table])
-        return [SwapOut(source, target) for source, target in copied.items()]
+        self._actions += [SwapOut(source, target) for source, target in copied.items()]
+        for seq_id in seq_ids:
+            self._tables.remove(seq_id)
 
-    def blocks_of(self, seq_ids: Iterable[int]) -> int:
-        """Distinct blocks that these sequences hold here."""
-        return len({block for seq_id in seq_ids for block in self.swapped[seq_id].table})
+    def can_swap_in(self, seq_ids: Seq[int]) -> bool:
+        """Whether its blocks, and one for each member to grow into, are free beside the watermark (vLLM's artifact)."""
+        needed = _distinct([self.swapped[seq_id] for seq_id in seq_ids]) + len(seq_ids)
+        return needed + self._watermark_blocks <= self._tables.pool.free_units
 
-    def swap_in(self, seq_ids: Seq[int], tables: BlockTables) -> list[SwapIn]:
-        """Give sequences back to `tables`; returns the copies to be made. The caller has checked that they fit."""
+    def swap_in(self, seq_ids: Seq[int]) -> None:
+        """Give a gang back."""
+        tables = self._tables
         copied: dict[int, int] = {}  # CPU block -> block
         by_last: dict[int, int] = {}  # last CPU block -> the sequence that came back with it
         for seq_id in seq_ids:
@@ -56,7 +64,7 @@ class CpuBlocks:
                 copied.update(zip(away.table, table, strict=True))
                 by_last[last] = seq_id
             self.pool.drop(away.table)
-        return [SwapIn(source, target) for source, target in copied.items()]
+        self._actions += [SwapIn(source, target) for source, target in copied.items()]
 
     def forget(self, seq_id: int) -> None:
         """Drop a sequence that will not return."""
@@ -83,3 +91,8 @@ class CpuBlocks:
         self.pool.check_integrity(away.table for away in self.swapped.values())
         if sum(self.slots()) != self.pool.num_units * self.block_size:
             raise IntegrityError(f"slots of {self.pool.num_units} CPU blocks of {self.block_size}: {self.slots()}")
+
+
+def _distinct(residents: Seq[Resident]) -> int:
+    """Blocks that these hold, each counted once."""
+    return len({block for resident in residents for block in resident.table})

@@ -16,9 +16,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kvarena.allocators.actions import Action, CopyRow
+from kvarena.allocators.forking import Forking
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.memory.pending_copies import DueCopies, row_copies
-from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
+from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.ledger import Extent, Ledger, resident_bytes
 from kvarena.allocators.usage import Usage
@@ -35,6 +36,14 @@ class FasterTransformerConfig:
     max_padded_tokens: int = 2040  # longest prompt + longest output of a batch; a lone request may pass it
 
 
+class _OneBatch(Forking):
+    """Gangs of one padded batch."""
+
+    def keep_prefix(self, prefix_id: int, tokens: int) -> None:
+        """Raises UserError: a batch ends as a whole, so that nothing outlives it."""
+        raise UserError(f"allocator={self._policy.name} keeps no prefixes: a batch is given back as a whole")
+
+
 @allocator(FasterTransformerConfig())
 class FasterTransformerPolicy(Policy):
     """Rows of one padded batch, which lie one after the other from the start of the pool."""
@@ -43,6 +52,7 @@ class FasterTransformerPolicy(Policy):
     memory_layout = Layout.CONTIGUOUS
     pads = True
     row_tokens = 1  # tokens from one row index to the next: rows overlap
+    sharing: Forking
 
     def __init__(
         self,
@@ -65,6 +75,7 @@ class FasterTransformerPolicy(Policy):
         self._books = Ledger(self._bytes_of)
         self._due = DueCopies(self._copies)
         self._actions: list[Action] = []
+        self.sharing = _OneBatch(self, self._fork)
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -78,15 +89,17 @@ class FasterTransformerPolicy(Policy):
         """Tokens of every row of the batch."""
         return self._prompt + self._output
 
-    def fits_pool(self, seq: Sequence) -> bool:
-        """Whether it fits the context and, as a batch of one, the pool."""
-        return seq.final_tokens <= self.max_tokens and self._bytes_of(seq.final_tokens) <= self.pool_bytes
+    def refusal(self, admission: Admission) -> str:
+        """A gang must fit the context and, as a batch of its own, the pool."""
+        gang = admission.gang
+        longest = max(seq.prompt_tokens for seq in gang) + max(seq.output_tokens for seq in gang)
+        fits = len(gang) <= self._batch_size and len(gang) * self._bytes_of(longest) <= self.pool_bytes
+        return "" if fits and longest <= self.max_tokens else self._never_fits(admission)
 
-    def can_admit(self, seq: Sequence, tokens: int) -> bool:
-        """Whether the batch is open, has a row left, and would be neither too wide nor too large."""
-        if not self._open or len(self._rows) == self._batch_size or tokens > seq.final_tokens:
-            return False
-        return self._has_room([seq])
+    def can_admit(self, admission: Admission) -> bool:
+        """Whether the batch is open, has rows left, and would be neither too wide nor too large."""
+        gang = admission.gang
+        return self._open and all(admission.tokens <= seq.final_tokens for seq in gang) and self._has_room(gang)
 
     def _has_room(self, seqs: Seq[Sequence]) -> bool:
         """Whether the batch would be neither too wide nor too large with these rows."""
@@ -96,44 +109,31 @@ class FasterTransformerPolicy(Policy):
         narrow = not self._rows or width <= self._max_padded_tokens
         return narrow and rows <= self._batch_size and rows * self._bytes_of(width) <= self.pool_bytes
 
-    def admit(self, seq: Sequence, tokens: int) -> bool:
-        """Add a row to the batch; all rows become as wide as this one needs."""
+    def admit(self, admission: Admission) -> int | None:
+        """Add rows to the batch; all rows become as wide as these need."""
+        return self.sharing.admit(admission, self._add_row) if self.can_admit(admission) else None
+
+    def _add_row(self, seq: Sequence, tokens: int) -> None:
         if seq.seq_id in self._books.extents:
             raise ValueError(f"sequence {seq.seq_id} is resident already")
-        if not self.can_admit(seq, tokens):
-            return False
         self._prompt = max(self._prompt, seq.prompt_tokens)
         self._output = max(self._output, seq.output_tokens)
         self._books.widen(self.width)
         self._rows[seq.seq_id] = len(self._rows)
         self._lengths[seq.seq_id] = tokens
         self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, seq.final_tokens, self.width))
-        return True
 
-    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
-        """Whether the group fits the context, and as a batch of its own the pool. No prefix is kept."""
-        longest = max(seq.prompt_tokens for seq in seqs) + max(seq.output_tokens for seq in seqs)
-        return longest <= self.max_tokens and (
-            len(seqs) <= self._batch_size and len(seqs) * self._bytes_of(longest) <= self.pool_bytes
-        )
-
-    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
-        """Whether the batch is open, and takes a row for each member."""
-        return self._open and all(tokens <= seq.final_tokens for seq in seqs) and self._has_room(seqs)
-
-    def fork(self, parent_id: int, child: Sequence) -> bool:
+    def _fork(self, parent_id: int, child: Sequence) -> bool:
         """Copy a row: to a further row of an open batch, to the row of somebody who has left a closed one."""
         if parent_id not in self._lengths:
             raise NotResidentError(parent_id)
         tokens = self._lengths[parent_id]
-        if not (self.admit(child, tokens) if self._open else self._inherit_row(child, tokens)):
+        if self._open and self.can_admit(Admission([child], tokens)):
+            self._add_row(child, tokens)
+        elif self._open or not self._inherit_row(child, tokens):
             return False
         self._due.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
-
-    def register_prefix(self, prefix_id: int, tokens: int) -> bool:
-        """Raises UserError: a batch ends as a whole, so that nothing outlives it."""
-        raise UserError(f"allocator={self.name} keeps no prefixes: a batch is given back as a whole")
 
     def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
         if seq.seq_id in self._lengths:
@@ -155,13 +155,9 @@ class FasterTransformerPolicy(Policy):
         """Tokens left in the row, which never gets wider once it has grown."""
         return self.width - self._lengths[seq_id]
 
-    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Whether the row is wide enough."""
-        return tokens <= self.tokens_until_growth(seq_id)
-
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the row. From now on nobody joins the batch."""
-        if not self.can_grow(seq_id, tokens):
+        if tokens > self.tokens_until_growth(seq_id):
             return False
         self._open = False  # from here on it is known where rows begin
         self._due.pay([seq_id], self._actions)

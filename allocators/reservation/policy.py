@@ -17,10 +17,11 @@ from typing import Generic
 
 from kvarena.allocators.actions import Action
 from kvarena.allocators.arena import Arena, Place
-from kvarena.allocators.holding import Holding, Units
+from kvarena.allocators.forking import Forking
+from kvarena.allocators.holding import Holding, Holdings, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.memory.pending_copies import DueCopies, row_copies
-from kvarena.allocators.policy import IntegrityError, NotResidentError, Policy, Sequence
+from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.reservation.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.errors import UserError
@@ -28,6 +29,8 @@ from kvarena.errors import UserError
 
 class ReservingPolicy(Policy, Generic[Place]):
     """Admission takes a run of units from an arena; growth only fills it; release gives it back."""
+
+    sharing: Forking
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._books = Ledger(bytes_of)
         self._due = DueCopies(self._copies)
         self._actions: list[Action] = []
+        self.sharing = Forking(self, self._fork)
 
     @abstractmethod
     def _bound(self, seq: Sequence) -> int:
@@ -78,40 +82,40 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Units that cover the bound."""
         return -(-self._bound(seq) // self._unit_tokens)
 
-    def fits_pool(self, seq: Sequence) -> bool:
-        """Whether the sequence fits its reservation, and the reservation an empty pool."""
-        return seq.final_tokens <= self.max_tokens and self._units(seq) <= self._arena.max_units
+    def refusal(self, admission: Admission) -> str:
+        """Each must fit its reservation, and all reservations an otherwise empty pool, beside those of the prefixes."""
+        gang, kept = admission.gang, self.sharing.prefixes.values()
+        fits = all(seq.final_tokens <= self._bound(seq) and self._units(seq) <= self._arena.max_units for seq in gang)
+        if fits and len(gang) + len(kept) > 1:
+            fits = self._holds(self._make_arena(self._arena.num_units), [*kept, *gang])
+        return "" if fits else self._never_fits(admission)
 
-    def can_admit(self, seq: Sequence, tokens: int) -> bool:
-        """Whether the whole reservation can be placed now."""
+    def can_admit(self, admission: Admission) -> bool:
+        """Whether a reservation for each member can be placed now, all of them side by side."""
+        gang, tokens = admission.gang, admission.tokens
+        if len(gang) == 1:
+            return self._can_reserve(gang[0], tokens)
+        fits = all(tokens <= self._units(seq) * self._unit_tokens for seq in gang)
+        return fits and self._holds(self._arena, gang)
+
+    def admit(self, admission: Admission) -> int | None:
+        """Reserve for the whole life of each member, and give it the first `tokens` positions."""
+        return self.sharing.admit(admission, self._reserve) if self.can_admit(admission) else None
+
+    def _can_reserve(self, seq: Sequence, tokens: int) -> bool:
         units = self._units(seq)
         return tokens <= units * self._unit_tokens and self._arena.fits(units)
 
-    def admit(self, seq: Sequence, tokens: int) -> bool:
-        """Reserve for the sequence's whole life, and give it the first `tokens` positions."""
+    def _reserve(self, seq: Sequence, tokens: int) -> bool:
         if seq.seq_id in self._places:
             raise ValueError(f"sequence {seq.seq_id} is resident already")
-        if not self.can_admit(seq, tokens):
+        if not self._can_reserve(seq, tokens):
             return False
         units = self._units(seq)
         self._places[seq.seq_id] = self._arena.take(units)
         extent = Extent(tokens, seq.final_tokens, self._bound(seq), units * self._unit_tokens)
         self._books.add(seq.seq_id, extent)
         return True
-
-    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
-        """Whether a reservation for each member fits an otherwise empty pool, beside those of the prefixes."""
-        if len(seqs) == 1 and not kept:
-            return self.fits_pool(seqs[0])
-        fits = all(map(self.fits_pool, seqs))
-        return fits and self._holds(self._make_arena(self._arena.num_units), [*kept, *seqs])
-
-    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
-        """Whether a reservation for each member can be placed now, all of them side by side."""
-        if len(seqs) == 1:
-            return self.can_admit(seqs[0], tokens)
-        fits = all(tokens <= self._units(seq) * self._unit_tokens for seq in seqs)
-        return fits and self._holds(self._arena, seqs)
 
     def _holds(self, arena: Arena[Place], seqs: Seq[Sequence]) -> bool:
         """Whether all reservations can be placed: tried, and given back in reverse, which leaves no trace."""
@@ -124,12 +128,12 @@ class ReservingPolicy(Policy, Generic[Place]):
             arena.give(place)
         return len(places) == len(seqs)
 
-    def fork(self, parent_id: int, child: Sequence) -> bool:
+    def _fork(self, parent_id: int, child: Sequence) -> bool:
         """Reserve for the child's whole life; what the parent holds is copied. False where nothing can be placed."""
         if parent_id not in self._places:
             raise NotResidentError(parent_id)
         tokens = self._books.extents[parent_id].length
-        if not self.admit(child, tokens):
+        if not self._reserve(child, tokens):
             return False
         self._due.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
@@ -138,10 +142,6 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Tokens left in the reservation, which never gets another unit."""
         extent = self._books.extents[seq_id]
         return extent.capacity - extent.length
-
-    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Whether the reservation has room."""
-        return tokens <= self.tokens_until_growth(seq_id)
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the reservation."""
@@ -154,6 +154,7 @@ class ReservingPolicy(Policy, Generic[Place]):
             raise NotResidentError(seq_id)
         self._due.leave(seq_id, self._actions)
         self._actions = self._due.without_copies_to(self._targets(seq_id), self._actions)
+        self.sharing.prefixes.pop(seq_id, None)
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
 
@@ -165,13 +166,12 @@ class ReservingPolicy(Policy, Generic[Place]):
         """Positions that the sequence has been given."""
         return self._books.extents[seq_id].length
 
-    @property
-    def units(self) -> Units:
-        """What the arena gives out."""
-        return Units("unit", self._arena.num_units, float(self._unit_tokens))
+    def holdings(self, seqs: Iterable[Sequence]) -> Holdings:
+        """Units of the arena: a run of them for each sequence, or a list."""
+        units = Units("unit", self._arena.num_units, float(self._unit_tokens))
+        return Holdings(units, {seq.seq_id: self._holding(seq) for seq in seqs})
 
-    def holding(self, seq: Sequence) -> Holding:
-        """A run of units, or a list of them: what was reserved on admission."""
+    def _holding(self, seq: Sequence) -> Holding:
         place, extent = self._places[seq.seq_id], self._books.extents[seq.seq_id]
         units = tuple(place) if isinstance(place, list) else tuple(range(place[0], place[0] + place[1]))
         leaves = extent_usage(extent.length, extent.final, extent.bound, extent.capacity, extent.capacity)

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.usage import Usage
 
 MAX_TOKENS = 64  # of a sequence, in every program
@@ -70,7 +70,7 @@ def check_policy(
 
 def books(policy: Policy, lengths: dict[int, int]) -> tuple[object, ...]:
     """What a refusal must not change."""
-    return policy.usage(), policy.free_units, {seq_id: policy.length(seq_id) for seq_id in lengths}
+    return policy.usage(), {seq_id: policy.length(seq_id) for seq_id in lengths}
 
 
 def added(left: Usage, right: Usage) -> Usage:
@@ -105,15 +105,16 @@ class Residents(RuleBasedStateMachine):
         """A sequence comes, or returns to be recomputed; where it is refused, nothing has changed."""
         seq = Sequence(self.next_id, prompt, output)
         tokens = min(prompt + computed, seq.final_tokens)  # a recomputed request returns with its output
-        before, expected = books(self.policy, self.lengths), self.policy.can_admit(seq, tokens)
-        admitted = self.policy.admit(seq, tokens)
-        assert admitted == expected
-        if admitted:
+        asked = Admission([seq], tokens)
+        before, expected = books(self.policy, self.lengths), self.policy.can_admit(asked)
+        found = self.policy.admit(asked)
+        assert found == (0 if expected else None)
+        if expected:
             self.seqs[seq.seq_id], self.lengths[seq.seq_id] = seq, tokens
             self.next_id += 1
         else:
             assert books(self.policy, self.lengths) == before
-            assert self.lengths or self.swapped or not self.policy.fits_pool(seq)
+            assert self.lengths or self.swapped or self.policy.refusal(asked)
 
     @precondition(lambda self: self.lengths)
     @rule(index=st.integers(0, 9), tokens=st.integers(1, 30))
@@ -121,10 +122,8 @@ class Residents(RuleBasedStateMachine):
         """A sequence grows by many positions at once, or nothing has changed."""
         seq_id = self.pick(index)
         assume(self.lengths[seq_id] + tokens <= MAX_TOKENS)
-        before, expected = books(self.policy, self.lengths), self.policy.can_grow(seq_id, tokens)
-        grown = self.policy.grow(seq_id, tokens)
-        assert grown == expected
-        if grown:
+        before = books(self.policy, self.lengths)
+        if self.policy.grow(seq_id, tokens):
             self.lengths[seq_id] += tokens
         else:
             assert books(self.policy, self.lengths) == before
@@ -144,14 +143,16 @@ class Residents(RuleBasedStateMachine):
     @precondition(lambda self: self.lengths)
     @rule()
     def grow_each(self) -> None:
-        """One position each, in order, up to the first that finds no memory: as asking one by one, a unit free."""
+        """One position each, in order, up to the first that finds no memory, as asking one by one; or up to the first
+        that finds nothing free, whether it needs it or not.
+        """
         ids = [seq_id for seq_id, length in self.lengths.items() if length < MAX_TOKENS]
         walked = copy.deepcopy(self.policy)
-        grown = 0
-        while grown < len(ids) and walked.free_units != 0 and walked.grow(ids[grown]):
-            grown += 1
-        assert self.policy.grow_each(ids) == grown
+        grown = self.policy.grow_each(ids)
+        assert all(walked.grow(seq_id) for seq_id in ids[:grown])
         assert books(self.policy, self.lengths) == books(walked, self.lengths)
+        usage = walked.usage()
+        assert grown == len(ids) or usage.free + usage.cached == 0 or not walked.grow(ids[grown])
         for seq_id in ids[:grown]:
             self.lengths[seq_id] += 1
 
@@ -182,9 +183,8 @@ class Residents(RuleBasedStateMachine):
             return
         walked, total = copy.deepcopy(self.policy), Usage()
         for _ in range(steps):
-            assert all(walked.grow(seq_id) for seq_id in ids)
+            assert walked.grow_each(ids) == len(ids)
             assert not walked.drain()
-            assert walked.free_units != 0
             total = added(total, walked.usage())
         walked.check_integrity()
         assert self.policy.advance(ids, steps) == total
@@ -198,18 +198,19 @@ class Residents(RuleBasedStateMachine):
         """A copy of a resident sequence comes."""
         parent = self.pick(index)
         child = Sequence(self.next_id, self.lengths[parent], min(output, MAX_TOKENS - self.lengths[parent]))
-        assert self.policy.fork(parent, child)
+        assert self.policy.sharing is not None
+        assert self.policy.sharing.fork(parent, child)
         self.seqs[self.next_id], self.lengths[self.next_id] = child, self.lengths[parent]
         self.parents |= {parent, self.next_id}
         self.next_id += 1
 
-    @precondition(lambda self: self.policy.can_swap and self.lengths)
+    @precondition(lambda self: self.policy.swapping and self.lengths)
     @rule(index=st.integers(0, 9))
     def swap_out(self, index: int) -> None:
         """A sequence leaves for the CPU pool, if there is room."""
-        seq_id = self.pick(index)
-        if self.policy.can_swap_out(seq_id):
-            self.policy.swap_out(seq_id)
+        seq_id, pool = self.pick(index), self.policy.swapping
+        if pool and pool.can_swap_out([seq_id]):
+            pool.swap_out([seq_id])
             self.swapped[seq_id] = self.lengths[seq_id]
             self.lengths.pop(seq_id)
 
@@ -217,14 +218,14 @@ class Residents(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9), abort=st.booleans())
     def swap_in(self, index: int, abort: bool) -> None:
         """It comes back and can grow, or ends there."""
-        seq_id = list(self.swapped)[index % len(self.swapped)]
+        seq_id, pool = list(self.swapped)[index % len(self.swapped)], self.policy.swapping
         if abort:
             self.policy.release(seq_id)
             del self.swapped[seq_id], self.seqs[seq_id]
-        elif self.policy.can_swap_in(seq_id):
-            self.policy.swap_in(seq_id)
+        elif pool and pool.can_swap_in([seq_id]):
+            pool.swap_in([seq_id])
             self.lengths[seq_id] = self.swapped.pop(seq_id)
-            assert self.policy.can_grow(seq_id)
+            assert copy.deepcopy(self.policy).grow(seq_id)
 
     @rule()
     def act(self) -> None:
@@ -262,5 +263,5 @@ class Residents(RuleBasedStateMachine):
         self.policy.check_integrity()
         usage = self.policy.usage()
         assert usage.free + usage.retained + usage.remainder == self.policy.pool_bytes
-        largest = Sequence(-1, 40, 24)
-        assert self.policy.can_admit(largest, 40) == self.policy.fits_pool(largest)
+        largest = Admission([Sequence(-1, 40, 24)], 40)
+        assert self.policy.can_admit(largest) == (not self.policy.refusal(largest))

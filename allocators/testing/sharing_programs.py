@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvarena.allocators.memory.store import Store
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy, Sequence, Sharing
 from kvarena.kernels.layout import Layout
 
 Choose = Callable[[int], int]  # a number from 0 up to, not including
@@ -47,6 +47,12 @@ class Programs:
     next_id: int = 0
     next_tag: int = 0
 
+    @property
+    def sharing(self) -> Sharing:
+        """What the policy does with several sequences at once."""
+        assert self.policy.sharing is not None
+        return self.policy.sharing
+
     def play(self, choose: Choose, length: int) -> None:
         """Do so many operations, then end everything; nothing is left in the pool."""
         operations = (
@@ -62,7 +68,7 @@ class Programs:
         self.groups, self.swapped = [], []
         self.step(choose)
         assert self.policy.usage().live == 0
-        assert self.policy.shared_bytes == 0
+        assert self.sharing.shared_bytes == 0
 
     # ---- operations --------------------------------------------------------------------------------------------
 
@@ -70,12 +76,12 @@ class Programs:
         """A group of one to four comes."""
         prompt, output = 1 + choose(LONGEST_PROMPT), choose(LONGEST_OUTPUT)
         members = [self.next_id + i for i in range(1 + choose(MOST_MEMBERS))]
-        seqs = [Sequence(seq_id, prompt, output) for seq_id in members]
-        expected, before = self.policy.can_admit_group(seqs, prompt), self.policy.usage()
-        assert self.policy.admit_group(seqs, prompt) == expected
+        asked = Admission([Sequence(seq_id, prompt, output) for seq_id in members], prompt)
+        expected, before = self.policy.can_admit(asked), self.policy.usage()
+        assert self.policy.admit(asked) == (0 if expected else None)
         if not expected:
             assert self.policy.usage() == before
-            assert self.groups or self.swapped or not self.policy.group_fits_pool(seqs)
+            assert self.groups or self.swapped or self.policy.refusal(asked)
             return
         self.next_id += len(members)
         self.groups.append(Group(prompt, output, members))
@@ -90,7 +96,7 @@ class Programs:
         if group is None or len(self.tags[group.members[0]]) >= group.prompt + group.output:
             return
         before = self.policy.usage()
-        if not self.policy.grow_group(group.members):
+        if not self.sharing.grow_gang(group.members):
             assert self.policy.usage() == before
             return
         for seq_id in group.members:
@@ -118,7 +124,7 @@ class Programs:
     def fork(self, parent: int, group: Group) -> bool:
         """One more member, a copy of another."""
         child, before = Sequence(self.next_id, group.prompt, group.output), self.policy.usage()
-        if not self.policy.fork(parent, child):
+        if not self.sharing.fork(parent, child):
             assert self.policy.usage() == before
             return False
         self.next_id += 1
@@ -135,7 +141,7 @@ class Programs:
         parents = [group.members[choose(len(group.members))] for _ in group.members]
         pairs = zip(parents, group.members, strict=True)
         moves = [(parent, Sequence(seat, group.prompt, group.output)) for parent, seat in pairs if seat not in parents]
-        assert self.policy.reseat(moves)
+        assert self.sharing.reseat(moves)
         for parent, child in moves:
             self.tags[child.seq_id] = self.tags[parent].copy()
             self.owed.add(child.seq_id)
@@ -154,18 +160,18 @@ class Programs:
         if group is None or self.unwritten.keys() & set(group.members):
             return
         self.groups.remove(group)
-        if self.policy.can_swap and self.policy.can_swap_out_group(group.members):
-            self.policy.swap_out_group(group.members)
+        if (pool := self.policy.swapping) and pool.can_swap_out(group.members):
+            pool.swap_out(group.members)
             self.swapped.append(group)
         else:
             self.end(group.members)
 
     def return_(self, choose: Choose) -> None:
         """A group comes back from the CPU pool, if it fits."""
-        if self.swapped:
+        if self.swapped and (pool := self.policy.swapping):
             group = self.swapped[choose(len(self.swapped))]
-            if self.policy.can_swap_in_group(group.members):
-                self.policy.swap_in_group(group.members)
+            if pool.can_swap_in(group.members):
+                pool.swap_in(group.members)
                 self.swapped.remove(group)
                 self.groups.append(group)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.errors import UserError
@@ -58,7 +58,7 @@ class VAttention:
     def alloc_reqid(self) -> int:
         """A request id, which is a row of the tensors. Raises ValueError when all B are in use."""
         seq = Sequence(self._next_seq_id, prompt_tokens=0, output_tokens=0)
-        if not self._policy.admit(seq, tokens=0):
+        if self._policy.admit(Admission([seq], tokens=0)) is None:
             raise ValueError(f"all {self._policy.max_rows} request ids are in use")
         self._next_seq_id += 1
         reqid = self._policy.row(seq.seq_id)

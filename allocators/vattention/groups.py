@@ -6,12 +6,13 @@ paper names aliasing as something that virtual memory allows (section 8.1); it d
 not do it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from kvarena.allocators.actions import Action, CopyRow
+from kvarena.allocators.forking import forked_again, resident_prefix
 from kvarena.allocators.memory.pending_copies import DueCopies
-from kvarena.allocators.policy import NotResidentError, Policy, Sequence
+from kvarena.allocators.policy import Admission, NotResidentError, Policy, Sequence
 from kvarena.allocators.vattention.aliasing import SharedRows
 from kvarena.allocators.vattention.page_groups import RowGeometry
 from kvarena.allocators.vattention.row import Row
@@ -35,48 +36,87 @@ class RowGroups(Policy):
 
     def __init__(self) -> None:
         self._due = DueCopies(self._copies)
+        self._prefixes: dict[int, Sequence] = {}  # that are kept, by id
+        self.sharing = self
 
-    def group_fits_pool(self, seqs: Seq[Sequence], kept: Seq[Sequence] = (), prefix: int | None = None) -> bool:
-        """Whether there are rows, and page-groups beside the watermark, for the members at their ends. They surely
-        share what lies wholly below their prompt, and below the end of their prefix.
+    def refusal(self, admission: Admission) -> str:
+        """There must be rows, and page-groups beside the watermark, for the members at their ends, so that they may
+        return after any preemption. They surely share what lies wholly below their prompt, and below the end of their
+        prefix.
         """
-        if len(seqs) + len(kept) > self.max_rows or max(seq.final_tokens for seq in seqs) > self.max_tokens:
-            return False
-        shared = self._shared_below(min(seq.prompt_tokens for seq in seqs))
-        needed = shared + sum(self._rows.page_groups_for(seq.final_tokens) - shared for seq in seqs)
-        for each in kept:
-            in_common = self._shared_below(each.prompt_tokens) if each.seq_id == prefix else 0
-            needed += self._rows.page_groups_for(each.prompt_tokens) - in_common
-        return needed + self._watermark <= self._rows.total
+        gang, page_groups_for = admission.gang, self._rows.page_groups_for
+        shared = self._shared_below(min([seq.prompt_tokens for seq in gang]))
+        needed = shared + sum([page_groups_for(seq.final_tokens) - shared for seq in gang])
+        for prefix_id, prefix in self._prefixes.items():
+            in_common = self._shared_below(prefix.prompt_tokens) if prefix_id == admission.prefix else 0
+            needed += page_groups_for(prefix.prompt_tokens) - in_common
+        have_rows = len(gang) + len(self._prefixes) <= self.max_rows
+        in_context = max([seq.final_tokens for seq in gang]) <= self.max_tokens
+        fits = have_rows and in_context and needed + self._watermark <= self._rows.total
+        return "" if fits else self._never_fits(admission)
 
     def _shared_below(self, tokens: int) -> int:
         """Page-groups that a fork of a sequence of so many tokens shares with it."""
         return self._rows.page_groups_for(tokens) - self._rows.page_groups_to_fork(tokens)
 
-    def can_admit_group(self, seqs: Seq[Sequence], tokens: int, prefix: int | None = None) -> bool:
-        """Whether a row is idle for each member, and page-groups for one, and for what the others have of their own."""
-        rows = self._rows
+    def can_admit(self, admission: Admission) -> bool:
+        """Whether a row is idle for each member, and page-groups for one, and for what the others have of their own.
+
+        Those that come back need them for their own positions too, and the next.
+        """
+        gang, tokens, own, _, _ = admission
         if tokens > self.max_tokens:
             return False
-        needed = rows.page_groups_for(tokens) + (len(seqs) - 1) * rows.page_groups_to_fork(tokens)
-        if prefix is not None:
-            length = self._resident(prefix)
-            if length > tokens:
-                raise ValueError(f"a prefix of {length} tokens in a prompt of {tokens}")
-            needed -= self._shared_below(length)
-        return self._fits(needed + self._watermark, len(seqs))
+        needed = self._rows.page_groups_for(tokens)
+        if own:
+            shared = self._shared_below(tokens)
+            needed = shared + len(gang) * (self._rows.page_groups_for(tokens + own + 1) - shared)
+        elif len(gang) > 1:
+            needed += (len(gang) - 1) * self._rows.page_groups_to_fork(tokens)
+        return self._fits(needed - self._already_there(admission) + self._watermark, len(gang))
 
-    def can_readmit_group(self, seqs: Seq[Sequence], tokens: int, own: int, prefix: int | None = None) -> bool:
-        """Whether rows are idle, and page-groups suffice for the prompt, shared below its end, and for each member's
-        own positions and the next.
-        """
-        rows = self._rows
-        shared = self._shared_below(tokens)
-        held = 0 if prefix is None else self._shared_below(self._resident(prefix))
-        needed = shared + len(seqs) * (rows.page_groups_for(tokens + own + 1) - shared) - held
-        return self._fits(needed + self._watermark, len(seqs))
+    def _already_there(self, admission: Admission) -> int:
+        """Page-groups that an admission need not take."""
+        if admission.prefix is None:
+            return 0
+        length = self._resident(admission.prefix)
+        if length > admission.tokens:
+            raise ValueError(f"a prefix of {length} tokens in a prompt of {admission.tokens}")
+        return self._shared_below(length)
 
-    def grow_group(self, seq_ids: Seq[int]) -> bool:
+    def admit(self, admission: Admission) -> int | None:
+        """Give the first member an idle row and map what it lacks, or begin with what is found; fork the others."""
+        if not self.can_admit(admission):
+            return None
+        first, *others = admission.gang
+        held = self._begin(first, admission)
+        if held:
+            self.grow(first.seq_id, admission.tokens - held)
+        else:
+            self._occupy(first, admission.tokens)
+        self.keep(first.seq_id, admission.names)
+        for seq in others:
+            self.fork(first.seq_id, seq)
+        return held
+
+    def _begin(self, first: Sequence, admission: Admission) -> int:
+        """Let a sequence begin with its prefix, if it has one. Returns the tokens that this holds."""
+        if admission.prefix is None:
+            return 0
+        self.fork(admission.prefix, first)
+        return self._rows.live[first.seq_id].length
+
+    def _occupy(self, seq: Sequence, tokens: int) -> None:
+        """Give a sequence an idle row with room for `tokens`."""
+
+    def keep(self, seq_id: int, names: Seq[Hashable]) -> None:
+        """Let what a sequence holds be found."""
+
+    def keep_prefix(self, prefix_id: int, tokens: int) -> None:
+        """Admit a prefix, and remember it."""
+        self._prefixes[prefix_id] = resident_prefix(self, prefix_id, tokens)
+
+    def grow_gang(self, seq_ids: Seq[int]) -> bool:
         """One position for each, if the page-groups that all of them need suffice."""
         rows = [self._rows.live[seq_id] for seq_id in seq_ids]
         if any([row.length >= self.max_tokens for row in rows]):
@@ -109,12 +149,12 @@ class RowGroups(Policy):
 
         With `copy_beams` they are written over instead, if nobody else has them.
         """
-        return super().reseat([move for move in moves if not self._reseat_in_row(*move)])
+        return forked_again(self, self.fork, [move for move in moves if not self._reseat_in_row(*move)])
 
     def _reseat_in_row(self, parent_id: int, child: Sequence) -> bool:
         length, rows = self._resident(parent_id), self._rows
         parent, row = rows.live[parent_id], rows.live[child.seq_id]
-        if (row.length, row.final) != (length, child.final_tokens) or self.cache_unit_tokens is not None:
+        if (row.length, row.final) != (length, child.final_tokens) or self.cache is not None:
             return False
         self._leave(child.seq_id)
         if not (self.copy_beams and rows.owns_alone(row, length, rows.in_place(row, parent, length))):

@@ -12,11 +12,12 @@ Under pressure memory is taken back in this order: page-groups of idle rows, pag
 length does not need, the slot. Only then is a request refused.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import gcd
 
-from kvarena.allocators.holding import Holding, Units
+from kvarena.allocators.holding import Holding, Holdings, Units
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Action, Sequence
 from kvarena.allocators.registry import allocator
@@ -25,7 +26,7 @@ from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage, extent_usage
 from kvarena.allocators.vattention.growth import Held, RowGrowth
 from kvarena.allocators.vattention.kept_rows import RestingRows
-from kvarena.allocators.vattention.page_groups import checked_page_group, row_geometries
+from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.vattention.prefix_cache import CachedRows
 from kvarena.allocators.vattention.row import Row
 from kvarena.allocators.vattention.rows import expect
@@ -93,7 +94,7 @@ class VAttentionPolicy(CachedRows):
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.page_group_bytes = checked_page_group(page_group)
-        self.prefix_cache = prefix_cache
+        self.cache = self if prefix_cache and not kv_layout.has_windows else None
         self.copy_beams = copy_beams
         self.tensor_slicing = tensor_slicing
         self.overlap = overlap
@@ -130,35 +131,16 @@ class VAttentionPolicy(CachedRows):
 
     # ---- sequences ---------------------------------------------------------------------------------------------
 
-    def fits_pool(self, seq: Sequence) -> bool:
-        """Whether all its page-groups fit beside the watermark, so that it may return after any preemption."""
-        if seq.final_tokens > self.max_tokens:
-            return False
-        return self._rows.page_groups_for(seq.final_tokens) + self._watermark <= self._rows.total
-
-    def can_admit(self, seq: Sequence, tokens: int) -> bool:
-        """Whether a row is idle, and enough page-groups are free or can be taken back."""
-        needed = self._rows.page_groups_for(tokens) + self._watermark
-        return tokens <= self.max_tokens and self._fits(needed, rows=1)
-
-    def admit(self, seq: Sequence, tokens: int) -> bool:
+    def _occupy(self, seq: Sequence, tokens: int) -> None:
         """Give the sequence an idle row and map what it lacks. With 0 tokens, a length not yet known, the fullest."""
         if seq.seq_id in self._rows.live:
             raise ValueError(f"sequence {seq.seq_id} is resident already")
-        if not self.can_admit(seq, tokens):
-            return False
         self._make_room(self._rows.page_groups_for(tokens), rows=1)
         self._rows.make_idle(self._actions)
         row = self._rows.occupy(seq.seq_id, tokens, seq.final_tokens)
         self._rows.extend(row, tokens, self._actions)
         self._live_bytes += self._bytes_of(tokens)
         self._looked_ahead = False
-        return True
-
-    def can_grow(self, seq_id: int, tokens: int = 1) -> bool:
-        """Whether the page-groups that the length needs are mapped, free, or can be taken back."""
-        row = self._rows.live[seq_id]
-        return self._can_lengthen(row, row.length + tokens)
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Lengthen the sequence, mapping what it needs that was not mapped ahead."""
@@ -180,6 +162,7 @@ class VAttentionPolicy(CachedRows):
 
     def release(self, seq_id: int) -> None:
         """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
+        self._prefixes.pop(seq_id, None)
         row = self._vacate(seq_id)
         if row is not None:
             self._give_back(row, self._actions)
@@ -269,26 +252,22 @@ class VAttentionPolicy(CachedRows):
         """Slabs of the pool, for a model with one layer group."""
         return self._rows.num_slabs
 
-    @property
-    def units(self) -> Units | None:
-        """Slabs, for a model with one layer group."""
+    def holdings(self, seqs: Iterable[Sequence]) -> Holdings | None:
+        """The slabs of their rows, those that they share too; and those of rows without a request: deferred, or
+        pre-mapped. For a model with one layer group.
+        """
         if len(self.geometries) > 1:
             return None
-        [geometry] = self.geometries
-        return Units("page-group in every tensor", self.num_slabs, geometry.page_group / geometry.token_stride)
-
-    def holding(self, seq: Sequence) -> Holding:
-        """The slabs of its row; those that it shares too."""
         [g] = self.geometries
+        units = Units("page-group in every tensor", self.num_slabs, g.page_group / g.token_stride)
+        return Holdings(units, {seq.seq_id: self._holding(seq, g) for seq in seqs}, self._rows.idle_slabs())
+
+    def _holding(self, seq: Sequence, g: RowGeometry) -> Holding:
         row = self._rows.live[seq.seq_id]
         [slabs] = row.slabs
         final, end = g.resident_bytes(seq.final_tokens), g.slabs_for(seq.final_tokens) * g.page_group
         leaves = extent_usage(g.resident_bytes(row.length), final, final, end, len(slabs) * g.page_group)
         return Holding(row.length, tuple(slabs), tuple(g.num_tensors * leaf for leaf in leaves))
-
-    def idle_units(self) -> tuple[int, ...]:
-        """Slabs mapped in rows without a request: deferred, or pre-mapped."""
-        return self._rows.idle_slabs()
 
     @property
     def mapped_bytes(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from itertools import takewhile
 from math import lcm
 
-from kvarena.allocators.policy import Action, Sequence
+from kvarena.allocators.policy import Action, Admission, Sequence
 from kvarena.allocators.vattention.groups import RowGroups
 from kvarena.allocators.vattention.kept_rows import RestingRows
 from kvarena.allocators.vattention.row import Row
@@ -26,7 +26,6 @@ _FIRST_KEPT = -(1 << 40)  # ids of kept rows go down from here: nobody's
 class CachedRows(RowGroups):
     """What VAttentionPolicy keeps of sequences that have gone."""
 
-    prefix_cache: bool
     _rows: RestingRows
 
     def __init__(self) -> None:
@@ -41,47 +40,31 @@ class CachedRows(RowGroups):
         """Tokens of a unit of the cache."""
         return lcm(*(lcm(g.page_group, g.token_stride) // g.token_stride for g in self.geometries))
 
-    @property
-    def cache_unit_tokens(self) -> int | None:
-        """`unit_tokens`, where rows are kept."""
-        return self.unit_tokens if self.prefix_cache and not self.kv_layout.has_windows else None
-
     # ---- finding -----------------------------------------------------------------------------------------------
 
-    def cached_tokens(self, names: Seq[Hashable], tokens: int) -> int:
+    def found_tokens(self, names: Seq[Hashable], tokens: int) -> int:
         """Leading tokens, at most all but one, in page-groups that can be found."""
         return self._found(names, tokens) * self.unit_tokens
 
-    def can_admit_cached(self, seqs: Seq[Sequence], tokens: int, names: Seq[Hashable]) -> bool:
-        """Whether there are rows, and page-groups for what no resident sequence holds already."""
-        if tokens > self.max_tokens:
-            return False
-        units = self._found(names, tokens)
-        needed = self._rows.page_groups_for(tokens) + (len(seqs) - 1) * self._rows.page_groups_to_fork(tokens)
-        if units:  # what is found costs nothing where it stays, and what it takes up where only a kept row has it
-            holder = self._holder(names, units, len(seqs))
-            needed -= self._rows.needed_by_others(self._row_of(holder), units * self.unit_tokens)
-        return self._fits(needed + self._watermark, len(seqs))
+    def _already_there(self, admission: Admission) -> int:
+        """What is found costs nothing where it stays, and what it takes up where only a kept row has it."""
+        units = 0 if admission.own else self._found(admission.names, admission.tokens)
+        if not units:
+            return super()._already_there(admission)
+        holder = self._holder(admission.names, units)
+        return self._rows.needed_by_others(self._row_of(holder), units * self.unit_tokens)
 
-    def admit_cached(self, seqs: Seq[Sequence], tokens: int, names: Seq[Hashable]) -> int | None:
-        """Take over the row that is found, or map what it holds; the rest can be found from now on."""
-        if not self.can_admit_cached(seqs, tokens, names):
-            return None
-        first, *others = seqs
-        units = self._found(names, tokens)
-        if units:
-            self._begin(first, units, self._holder(names, units, len(seqs)))
-            self.grow(first.seq_id, tokens - units * self.unit_tokens)
-        else:
-            self.admit(first, tokens)
-        self.cache_blocks(first.seq_id, names)
-        for seq in others:
-            self.fork(first.seq_id, seq)
+    def _begin(self, first: Sequence, admission: Admission) -> int:
+        """Take over the row that is found, or map what it holds."""
+        units = self._found(admission.names, admission.tokens)
+        if not units:
+            return super()._begin(first, admission)
+        self._begin_with(first, units, self._holder(admission.names, units))
         return units * self.unit_tokens
 
-    def cache_blocks(self, seq_id: int, names: Seq[Hashable]) -> None:
+    def keep(self, seq_id: int, names: Seq[Hashable]) -> None:
         """Let the sequence's whole units be found, as far as there are names."""
-        if self.prefix_cache and not self.kv_layout.has_windows:
+        if self.cache is not None and names:
             known = len(self._names.get(seq_id, ()))
             self._know(seq_id, names[known : self._resident(seq_id) // self.unit_tokens])
 
@@ -90,7 +73,7 @@ class CachedRows(RowGroups):
         most = min(len(names), (tokens - 1) // self.unit_tokens) if self._holders else 0
         return sum(takewhile(bool, map(self._holders.__contains__, names[:most])))
 
-    def _holder(self, names: Seq[Hashable], units: int, rows: int) -> int:
+    def _holder(self, names: Seq[Hashable], units: int) -> int:
         """Whose row to begin with: a kept one that holds no more, if there is any."""
         holders = self._holders[names[units - 1]]
         return next((i for i in holders if i in self._kept and len(self._names[i]) == units), next(iter(holders)))
@@ -99,7 +82,7 @@ class CachedRows(RowGroups):
         """The row of a sequence that is resident, or kept."""
         return self._rows.resting[holder] if holder in self._kept else self._rows.live[holder]
 
-    def _begin(self, seq: Sequence, units: int, holder: int) -> None:
+    def _begin_with(self, seq: Sequence, units: int, holder: int) -> None:
         """Let a sequence begin with what the holder's first units hold."""
         if holder in self._kept and len(self._names[holder]) == units:
             self._take_over(seq, units, holder)

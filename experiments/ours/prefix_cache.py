@@ -112,7 +112,7 @@ def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float |
     all_prompts = 1.05 * (int(trace.prompt_tokens.sum()) + ROUNDING_TOKENS) * run.model.shard().kv_layout().token_bytes
     pool_bytes = round(all_prompts if capacity_gb is None else capacity_gb * 1e9)
     policy = Serving(run, cached, pool_bytes=pool_bytes, context=int(trace.prompt_tokens.max())).policy
-    if policy.cache_unit_tokens is None:
+    if policy.cache is None:
         raise UserError(f"systems: {system.name} keeps no prefixes of {run.model.name}, whose layers see a window")
     return policy
 
@@ -124,7 +124,7 @@ def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
         policy = _policy(run, trace, system, capacity_gb)
         hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
         found = {"hit_tokens": hits.hit_tokens, "ratio": hits.ratio, "kept_gb": hits.cached_bytes / 1e9}
-        unit = {"unit_tokens": policy.cache_unit_tokens, "refused": hits.refused}
+        unit = {"unit_tokens": hits.unit_tokens, "refused": hits.refused}
         rows.append({"system": system.name, "capacity_gb": capacity_gb, **unit, **found})
     return {"hits": pd.DataFrame(rows).astype({"capacity_gb": float})}
 

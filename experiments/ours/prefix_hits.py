@@ -10,7 +10,7 @@ that size, not what a server's load leaves of it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvarena.allocators.policy import Policy
+from kvarena.allocators.policy import Admission, Policy
 from kvarena.allocators.policy import Sequence as Served
 from kvarena.harness.seeded import Ints
 
@@ -19,6 +19,7 @@ from kvarena.harness.seeded import Ints
 class Hits:
     """Sums over a trace."""
 
+    unit_tokens: int
     hit_tokens: int
     prompt_tokens: int
     cached_bytes: int  # that can be found at the end: all that is distinct, where the pool holds it
@@ -32,9 +33,11 @@ class Hits:
 
 def count_hits(policy: Policy, ids: Sequence[Ints], prompt_tokens: Ints, block_tokens: int) -> Hits:
     """Serve prompts in order from an allocator with a prefix cache; `ids` are of blocks of the trace."""
-    found = refused = 0
-    for seq_id, (names, tokens) in enumerate(_named(policy, ids, prompt_tokens, block_tokens)):
-        hit = policy.admit_cached([Served(seq_id, tokens, 0)], tokens, names)
+    if policy.cache is None:
+        raise ValueError(f"{policy.name} keeps nothing")
+    found, refused, unit = 0, 0, policy.cache.unit_tokens
+    for seq_id, (names, tokens) in enumerate(_named(unit, ids, prompt_tokens, block_tokens)):
+        hit = policy.admit(Admission([Served(seq_id, tokens, 0)], tokens, names=names))
         policy.drain()
         policy.look_ahead()
         if hit is None:
@@ -42,16 +45,11 @@ def count_hits(policy: Policy, ids: Sequence[Ints], prompt_tokens: Ints, block_t
         else:
             found += hit
             policy.release(seq_id)
-    return Hits(found, int(prompt_tokens.sum()), policy.usage().cached, refused)
+    return Hits(unit, found, int(prompt_tokens.sum()), policy.usage().cached, refused)
 
 
-def _named(
-    policy: Policy, ids: Sequence[Ints], prompt_tokens: Ints, block_tokens: int
-) -> Iterator[tuple[list[int], int]]:
+def _named(unit: int, ids: Sequence[Ints], prompt_tokens: Ints, block_tokens: int) -> Iterator[tuple[list[int], int]]:
     """Names of each prompt's units, and its tokens."""
-    unit = policy.cache_unit_tokens
-    if unit is None:
-        raise ValueError(f"{policy.name} keeps nothing")
     for mine, tokens in zip(ids, prompt_tokens.tolist(), strict=True):
         blocks = mine.tolist()
         yield [blocks[((j + 1) * unit - 1) // block_tokens] * 2**24 + j for j in range(tokens // unit)], tokens

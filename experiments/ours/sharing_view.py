@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from kvarena.allocators.actions import Action, CopyBlock, CopyRow, Map, Unmap
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.experiments.kit import plots
 
@@ -76,6 +76,8 @@ class _Rows:
 
 
 def _play(policy: Policy, units_of: Callable[[int], Iterable[int]], reader: _Blocks | _Rows) -> Iterator[Moment]:
+    sharing = policy.sharing
+    assert sharing is not None
     seqs = [Sequence(i, 7, 9) for i in range(len(NAMES))]
     ids = [seq.seq_id for seq in seqs]
 
@@ -84,16 +86,16 @@ def _play(policy: Policy, units_of: Callable[[int], Iterable[int]], reader: _Blo
         policy.check_integrity()
         return Moment(title, {NAMES[i]: tuple(units_of(i)) for i in resident}, copies)
 
-    policy.admit_group(seqs, 7)
+    policy.admit(Admission(seqs, 7))
     yield moment("prompt of 7 tokens, admitted for A, B and C")
-    policy.grow_group(ids)
+    sharing.grow_gang(ids)
     yield moment("each writes its first token: copied first")
-    policy.grow_group(ids)
+    sharing.grow_gang(ids)
     yield moment("the next: a second unit of its own for each")
     policy.release(2)
-    policy.fork(0, Sequence(2, 7, 9))
+    sharing.fork(0, Sequence(2, 7, 9))
     yield moment("C dies; its place goes on from A (fork)")
-    policy.grow_group(ids)
+    sharing.grow_gang(ids)
     yield moment("each writes again: A and C must part")
     for seq_id in ids:
         policy.release(seq_id)

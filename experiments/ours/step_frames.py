@@ -57,6 +57,8 @@ class Film:
 
 
 def _frame(plan: StepPlan, scheduler: Scheduler) -> Frame:
+    held = scheduler.policy.holdings(scheduler.running)
+    assert held is not None  # as at the start
     return Frame(
         decodes=tuple(r.seq_id for r in plan.decodes),
         prefills=tuple((chunk.request.seq_id, chunk.tokens) for chunk in plan.prefills),
@@ -65,8 +67,8 @@ def _frame(plan: StepPlan, scheduler: Scheduler) -> Frame:
         swapped_in=tuple(r.seq_id for r in plan.swapped_in),
         actions=tuple(plan.actions),
         ahead=tuple(plan.ahead),
-        holdings={r.seq_id: scheduler.policy.holding(r) for r in scheduler.running},
-        idle_units=scheduler.policy.idle_units(),
+        holdings=held.of,
+        idle_units=held.idle,
     )
 
 
@@ -77,8 +79,7 @@ def film(run: Run[object], system: System, workload: Workload) -> Film:
     """
     serving, frames = Serving(run, system), list[Frame]()
     policy, scheduler = serving.policy, serving.scheduler
-    units = policy.units
-    if units is None:
+    if (nothing := policy.holdings([])) is None:
         raise UserError(
             f"allocator {policy.name}: its memory cannot be told apart by request, so there is no picture of it"
         )
@@ -88,7 +89,7 @@ def film(run: Run[object], system: System, workload: Workload) -> Film:
 
     done = Engine(scheduler, serving.executor, jump=False, watch=keep).run(requests_of(workload))
     return Film(
-        system=label_of(run, system), unit_name=units.name, unit_tokens=units.tokens, num_units=units.num_units,
-        pool_bytes=policy.pool_bytes, prices=serving.prices, requests=done.requests, frames=frames,
-        steps=done.steps.to_frame(),
+        system=label_of(run, system), unit_name=nothing.units.name, unit_tokens=nothing.units.tokens,
+        num_units=nothing.units.num_units, pool_bytes=policy.pool_bytes, prices=serving.prices,
+        requests=done.requests, frames=frames, steps=done.steps.to_frame(),
     )  # fmt: skip

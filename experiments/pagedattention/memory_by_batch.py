@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.harness.engine.serving import Serving
@@ -107,7 +107,7 @@ def attached_bytes(run: Run[object], system: System, longest: int) -> Ints:
     Raises UserError where the pool does not hold one.
     """
     policy = Serving(run, system).policy
-    if not policy.admit(Sequence(0, 1, run.context - 1), 1):
+    if policy.admit(Admission([Sequence(0, 1, run.context - 1)], 1)) is None:
         raise UserError(f"params.pool_bytes: {policy.name} cannot hold one sequence")
     attached = [0, _attached(policy.usage())]
     for _ in range(longest - 1):

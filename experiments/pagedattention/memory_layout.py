@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.reservation.contiguous import ContiguousPolicy
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
@@ -167,7 +167,8 @@ def _never_used(request: Reservation) -> int:
     slot = attention_layout(num_layers=1, num_kv_heads=1, head_size=1)
     pool = request.max_tokens * slot.token_bytes
     policy = ContiguousPolicy(slot, pool, max_tokens=request.max_tokens, estimate="max")
-    if not policy.admit(Sequence(0, request.prompt_tokens, request.output_tokens), request.prompt_tokens):
+    seq = Sequence(0, request.prompt_tokens, request.output_tokens)
+    if policy.admit(Admission([seq], seq.prompt_tokens)) is None:
         raise UserError(f"params.reservations: {request.name} is longer than its {request.max_tokens} tokens")
     return policy.usage().over_estimate // slot.token_bytes
 

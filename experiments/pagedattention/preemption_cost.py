@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kvarena.allocators.policy import Action, Policy, Sequence
+from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.errors import UserError
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.timed_call import wait_for
@@ -58,15 +58,15 @@ def scattered(run: Run[object], system: System, lengths: list[int], model: Model
     policy = serving.policy
     _shuffle_free_blocks(policy, random.Random(run.model.seed))
     for seq_id, tokens in enumerate(lengths):
-        admitted = policy.admit(Sequence(seq_id, tokens, output_tokens=1), tokens)
-        assert admitted, "the pool was made for them"
+        admitted = policy.admit(Admission([Sequence(seq_id, tokens, output_tokens=1)], tokens))
+        assert admitted is not None, "the pool was made for them"
     return serving
 
 
 def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
     """Take every block for a sequence of its own and give them back in random order: the free list is that order."""
     holders: list[int] = []
-    while policy.admit(Sequence(len(holders), 1, output_tokens=1), 1):
+    while policy.admit(Admission([Sequence(len(holders), 1, output_tokens=1)], 1)) is not None:
         holders.append(len(holders))
     order.shuffle(holders)
     for seq_id in holders:
@@ -75,9 +75,10 @@ def _shuffle_free_blocks(policy: Policy, order: random.Random) -> None:
 
 def _swaps(policy: Policy, seq_id: int) -> Iterator[list[Action]]:
     """Actions that swap a sequence out, then those that bring it back."""
-    policy.swap_out(seq_id)
+    assert policy.swapping is not None  # there is a CPU pool
+    policy.swapping.swap_out([seq_id])
     yield policy.drain()
-    policy.swap_in(seq_id)
+    policy.swapping.swap_in([seq_id])
     yield policy.drain()
 
 
@@ -128,7 +129,9 @@ class PreemptionBench:
         return self._store.layer(self._executor.model.config.num_layers - 1).k
 
     def _blocks(self, request: Request) -> torch.Tensor:
-        return torch.tensor(self._policy.holding(request).units, device=self._device)
+        held = self._policy.holdings([request])
+        assert held is not None  # blocks
+        return torch.tensor(held.of[request.seq_id].units, device=self._device)
 
     def _contents(self, request: Request) -> torch.Tensor:
         """K of the request in the last layer, position by position: [tokens, H, D]."""

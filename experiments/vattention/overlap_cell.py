@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.experiments.vattention.decode_cell import check_steps, resident
@@ -112,7 +112,7 @@ def _prime(way: Way, params: Params, rows: int) -> Callable[[Policy], None]:
     def inherit(policy: Policy) -> None:
         if way is Way.PREMAPPED:
             for i in range(rows):
-                policy.admit(Sequence(i, params.max_tokens, 0), params.max_tokens)
+                policy.admit(Admission([Sequence(i, params.max_tokens, 0)], params.max_tokens))
             for i in range(rows):
                 policy.release(i)
 

@@ -19,7 +19,7 @@ from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 
 from kvarena.allocators.memory.store import Store
-from kvarena.allocators.policy import Policy
+from kvarena.allocators.policy import Admission, Policy
 from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
@@ -127,7 +127,7 @@ def _prompts_admitted(run: Run[Params], pair: Pair) -> Iterator[Serving]:
     params = run.params
     with Serving(run, kernel_over(_allocator(run, pair), pair.kernel), context=params.max_tokens) as serving:
         for i, tokens in enumerate(params.prompts):
-            if not serving.policy.admit(Request(i, tokens, 1), tokens):
+            if serving.policy.admit(Admission([Request(i, tokens, 1)], tokens)) is None:
                 raise UserError(f"params.pool_bytes={params.pool_bytes}: {pair.allocator} has no room for the prompts")
         yield serving
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvarena.allocators.policy import Policy
+from kvarena.allocators.policy import Admission, Policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.same_logits import check_same_logits
 from kvarena.harness.engine.serving import Serving
@@ -57,7 +57,7 @@ def _priced(run: Run[Params], system: System, tokens: int) -> dict[str, Any]:
 
 
 def _take(policy: Policy, seq_id: int, tokens: int) -> None:
-    if not policy.admit(Request(seq_id, tokens, 1), tokens):
+    if policy.admit(Admission([Request(seq_id, tokens, 1)], tokens)) is None:
         raise UserError(f"{policy.name}: a prompt of {tokens} tokens does not fit the pool; see params.contexts")
 
 

@@ -90,7 +90,7 @@ class Engine:
             stretch = self._stretch(self._modelled, gap_ps)
         plan, time, usage = stretch or self._single(start_ps)
         self._watch(plan)
-        shared_bytes = scheduler.policy.shared_bytes * plan.steps if scheduler.may_share else 0
+        shared_bytes = scheduler.shared_bytes * plan.steps
         clock.pass_step(time)
         end_ps = clock.now_ps
         self._log.add(start_ps, end_ps, plan, time, scheduler.num_waiting, usage, shared_bytes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
-from kvarena.allocators.policy import Action, Policy, Sequence
+from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.allocators.sizes import format_bytes
 from kvarena.errors import UserError
 
@@ -14,7 +14,7 @@ def make_resident(policy: Policy, seqs: Seq[Sequence]) -> list[Action]:
     actions to perform before it. Raises UserError where the pool does not hold all of them.
     """
     for count, seq in enumerate(seqs):
-        if not policy.admit(seq, seq.prompt_tokens):
+        if policy.admit(Admission([seq], seq.prompt_tokens)) is None:
             needed = sum(policy.kv_layout.resident_bytes(seq.prompt_tokens) for seq in seqs)
             raise UserError(
                 f"a batch of {len(seqs)} does not fit {policy.name}'s pool of {format_bytes(policy.pool_bytes)}: the "

@@ -1,7 +1,7 @@
 """What an allocator's actions cost on a modelled device: copies of blocks and rows, swaps over PCIe, driver calls.
 
-Prices follow from the sizes that a policy states (`sequence_policy.py`), whoever wrote it. An action that it has stated
-no size for has no price, and whoever takes it is told so.
+Prices follow from the sizes that a policy states (`allocators/policy.py`), whoever wrote it. An action that it has
+stated no size for has no price, and whoever takes it is told so.
 """
 
 from kvarena.allocators.policy import Policy
@@ -16,9 +16,9 @@ _PS_PER_US = PS_PER_S // 10**6
 
 def action_prices(device: DeviceConfig, policy: Policy) -> ActionPrices:
     """Prices of the actions that `policy` can decide. Raises UserError where the device lacks a number for one."""
-    swaps = policy.can_swap
+    swaps = policy.swapping is not None
     return ActionPrices(
-        copy_block_ps=None if policy.block_bytes is None else _copy_block_ps(device, policy.block_bytes),
+        copy_block_ps=_copy_block_ps(device, policy) if policy.block_size else None,
         swap_out_ps=_over_pcie_ps(device, policy, "out") if swaps else None,
         swap_in_ps=_over_pcie_ps(device, policy, "in") if swaps else None,
         map_ps=_driver_ps(device, policy, "map_us"),
@@ -27,9 +27,16 @@ def action_prices(device: DeviceConfig, policy: Policy) -> ActionPrices:
     )
 
 
-def _copy_block_ps(device: DeviceConfig, block_bytes: int) -> int:
+def _block_bytes(policy: Policy) -> int:
+    """Bytes of a block over all tensors. Raises UserError for a policy that states no block."""
+    if policy.block_size is None:
+        raise UserError(f"allocator {policy.name} swaps blocks and does not say how large they are: set its block_size")
+    return policy.block_size * policy.kv_layout.token_bytes
+
+
+def _copy_block_ps(device: DeviceConfig, policy: Policy) -> int:
     """A copied block is read and written in device memory."""
-    return round(2 * block_bytes / (device.need("bandwidth_gb_per_s") * 1e9) * PS_PER_S)
+    return round(2 * _block_bytes(policy) / (device.need("bandwidth_gb_per_s") * 1e9) * PS_PER_S)
 
 
 def _copy_row_fs(device: DeviceConfig, policy: Policy) -> tuple[int, ...]:
@@ -40,11 +47,9 @@ def _copy_row_fs(device: DeviceConfig, policy: Policy) -> tuple[int, ...]:
 
 
 def _over_pcie_ps(device: DeviceConfig, policy: Policy, way: str) -> int:
-    """A swapped block crosses PCIe, one call for each tensor. Raises UserError for a policy that states no block."""
-    if policy.block_bytes is None:
-        raise UserError(f"allocator {policy.name} swaps blocks and does not say how large they are: set its block_size")
+    """A swapped block crosses PCIe, one call for each tensor."""
     copies = sum(group.num_tensors for group in policy.kv_layout.groups)
-    moving_s = policy.block_bytes / (device.need(f"copy_{way}_gb_per_s") * 1e9)
+    moving_s = _block_bytes(policy) / (device.need(f"copy_{way}_gb_per_s") * 1e9)
     return round(moving_s * PS_PER_S + copies * device.need(f"copy_{way}_us") * _PS_PER_US)
 
 

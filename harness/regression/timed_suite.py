@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvarena.allocators.memory.store import Store
+    from kvarena.allocators.policy import Policy
     from kvarena.kernels.view import BatchView
 
 Body = Callable[[], object]
@@ -23,7 +24,7 @@ def paged_block_by_block() -> Body:
     """PagedPolicy: 32 blocks taken one by one and freed, reference counts included."""
     from kvarena.allocators.kv_layout import attention_layout
     from kvarena.allocators.paged.policy import PagedPolicy
-    from kvarena.allocators.policy import Sequence
+    from kvarena.allocators.policy import Admission, Sequence
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
     policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
@@ -31,7 +32,7 @@ def paged_block_by_block() -> Body:
 
     def body() -> None:
         for _ in range(30):
-            policy.admit(seq, BLOCK)
+            policy.admit(Admission([seq], BLOCK))
             for _ in range(31):
                 policy.grow(0, BLOCK)
             policy.release(0)
@@ -59,16 +60,15 @@ def vattention_batch_step() -> Body:
     return _decode_steps(policy, batch=32, steps=64)
 
 
-def _decode_steps(policy: object, batch: int, steps: int) -> Body:
-    from kvarena.allocators.policy import Policy, Sequence
+def _decode_steps(policy: "Policy", batch: int, steps: int) -> Body:
+    from kvarena.allocators.policy import Admission, Sequence
 
-    assert isinstance(policy, Policy)
     seqs = [Sequence(i, 100 + 3 * i, steps) for i in range(batch)]
     ids = [seq.seq_id for seq in seqs]
 
     def body() -> None:
         for seq in seqs:
-            assert policy.admit(seq, seq.prompt_tokens)
+            assert policy.admit(Admission([seq], seq.prompt_tokens)) is not None
         policy.drain()
         policy.look_ahead()
         for _ in range(steps):
@@ -207,7 +207,7 @@ def _served(allocator: str, batch: int, tokens: int) -> "tuple[Store, BatchView]
     import torch
 
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.policy import Sequence
+    from kvarena.allocators.policy import Admission, Sequence
     from kvarena.allocators.registry import config_class, make_policy
     from kvarena.allocators.stores import make_store
     from kvarena.kernels.threads import set_compute_threads
@@ -217,7 +217,7 @@ def _served(allocator: str, batch: int, tokens: int) -> "tuple[Store, BatchView]
     config = config_class(allocator)(name=allocator)
     policy = make_policy(config, layout, (batch + 1) * tokens * layout.token_bytes, tokens)
     for seq_id in range(batch):
-        assert policy.admit(Sequence(seq_id, tokens, 0), tokens)
+        assert policy.admit(Admission([Sequence(seq_id, tokens, 0)], tokens)) is not None
     store = make_store(policy, LAYERS, 4, 64, torch.float32)
     return store, store.view(range(batch), [tokens] * batch, [1] * batch)
 

@@ -6,6 +6,7 @@ A unit's name is the source of its last token and its place: so equal names mean
 
 from collections.abc import Hashable
 
+from kvarena.allocators.policy import PrefixCache
 from kvarena.harness.requests.prompt import source_at
 from kvarena.harness.requests.request import Request
 
@@ -32,3 +33,25 @@ class PromptNames:
     def forget(self, request: Request) -> None:
         """Let go of the names of a request that has ended."""
         self._names.pop(request.request_id, None)
+
+
+class CachedPrompts:
+    """What a policy's prefix cache holds of requests."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache
+        self._names = PromptNames(cache.unit_tokens)
+        self.forget = self._names.forget
+
+    def found_tokens(self, request: Request) -> int:
+        """Leading tokens of a request that waits which would be found now."""
+        tokens = request.admission_tokens
+        return self._cache.found_tokens(self._names.of(request, tokens), tokens)
+
+    def found_names(self, request: Request) -> list[Hashable]:
+        """Names of these tokens."""
+        return self._names.of(request, self.found_tokens(request))
+
+    def keep(self, request: Request, tokens: int) -> None:
+        """Let the first tokens of a resident request be found."""
+        self._cache.keep(request.seq_id, self._names.of(request, tokens))

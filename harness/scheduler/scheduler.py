@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy
 from kvarena.errors import UserError
 from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.requests.prompt import answer_source
-from kvarena.harness.requests.prompt_names import PromptNames
+from kvarena.harness.requests.prompt_names import CachedPrompts
 from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 
@@ -42,9 +42,9 @@ class Scheduler(ABC):
         self.finished: list[Request] = []  # by the step just completed
         self.groups: list[Group] = []  # that run
         self.resumed_gaps_ps: list[int] = []  # between two tokens with a preemption in between
-        self._prefixes: list[Prefix] = []  # resident, in order of registration
-        unit_tokens = policy.cache_unit_tokens
-        self._names = None if unit_tokens is None else PromptNames(unit_tokens)  # of a prefix cache, where there is one
+        self._prefixes: list[Prefix] = []  # that are kept
+        self._sharing = policy.sharing
+        self._cached = CachedPrompts(policy.cache) if policy.cache else None
         self._now_ps = 0  # start of the step being scheduled
 
     @abstractmethod
@@ -58,21 +58,10 @@ class Scheduler(ABC):
                 f"request {request.seq_id}: prompt {request.prompt_tokens} + output {request.output_tokens} tokens "
                 f"exceed the context of {self.max_tokens}"
             )
-        gang = request.gang
-        if not self._fits_pool(gang):
-            times = f"{len(gang)} x " if len(gang) > 1 else ""
-            return (
-                f"request {request.seq_id}: {times}{request.final_tokens} tokens can never fit {self.policy.name}'s "
-                f"pool of {self.policy.pool_bytes} bytes"
-            )
-        return ""
-
-    def _fits_pool(self, gang: list[Request]) -> bool:
-        """Whether it could run alone, beside the prefixes that are kept."""
-        if len(gang) == 1 and not self._prefixes:
-            return self.policy.fits_pool(gang[0])
-        kept = [Sequence(prefix.prefix_id, prefix.tokens, 0) for prefix in self._prefixes]
-        return self.policy.group_fits_pool(gang, kept, self._shared_prefix(gang[0]))
+        if request.group is not None and self._sharing is None:
+            raise UserError(f"allocator={self.policy.name} serves no requests of several sequences")
+        refusal = self.policy.refusal(Admission(request.gang, request.prompt_tokens, prefix=self._kept(request)))
+        return f"request {request.seq_id}: {refusal}" if refusal else ""
 
     def submit(self, request: Request) -> None:
         """Put an arriving request at the end of the line, or refuse it; nobody behind it waits for a refused one.
@@ -133,63 +122,48 @@ class Scheduler(ABC):
         """
         if prefix.tokens > self.max_tokens:
             raise UserError(f"a prefix of {prefix.tokens} tokens exceeds the context of {self.max_tokens}")
-        if not self.policy.register_prefix(prefix.prefix_id, prefix.tokens):
-            raise UserError(f"a prefix of {prefix.tokens} tokens finds no room beside what {self.policy.name} holds")
+        if self._sharing is None:
+            raise UserError(f"allocator={self.policy.name} keeps no prefixes")
+        self._sharing.keep_prefix(prefix.prefix_id, prefix.tokens)
         self._prefixes.append(prefix)
 
-    def _shared_prefix(self, head: Request) -> int | None:
+    def _kept(self, head: Request) -> int | None:
+        """The prefix of a request, where it is kept."""
         return head.prefix.prefix_id if head.prefix is not None and head.prefix in self._prefixes else None
 
     def _prefix_tokens(self, head: Request) -> int:
         """Leading tokens of a request that its prefix holds already: they are never fed."""
-        if not self._prefixes:
-            return 0
         return head.prefix.tokens if head.prefix is not None and head.prefix in self._prefixes else 0
 
     def _held(self, head: Request) -> int:
         """Leading tokens of a request that it would not feed if it were admitted now."""
-        if self._names is None or self._shared_prefix(head) is not None:
+        if self._cached is None or self._kept(head) is not None:
             return self._prefix_tokens(head)
-        tokens = head.admission_tokens
-        return self.policy.cached_tokens(self._names.of(head, tokens), tokens)
+        return self._cached.found_tokens(head)
+
+    def _admission(self, head: Request, tokens: int) -> Admission:
+        """What a request asks for: its first tokens, for all of its gang, and later what a preempted group had."""
+        own = 0 if head.group is None else head.generated
+        prefix = self._kept(head) if self._prefixes else None
+        names = self._cached.found_names(head) if self._cached and prefix is None else ()
+        return Admission(head.gang, tokens, own, prefix, names)
 
     def _can_take(self, head: Request, tokens: int) -> bool:
         """Whether `_take` would succeed now."""
-        if head.group is None and not self._prefixes and self._names is None:
-            return self.policy.can_admit(head, tokens)
-        prefix = self._shared_prefix(head)
-        if not self._may_return(head, tokens, prefix):
-            return False
-        if self._names is None or prefix is not None:
-            return self.policy.can_admit_group(head.gang, tokens, prefix)
-        return self.policy.can_admit_cached(head.gang, tokens, self._names.of(head, self._held(head)))
-
-    def _may_return(self, head: Request, tokens: int, prefix: int | None) -> bool:
-        """Whether a preempted group finds room for its members' own tokens too; else it would be preempted again."""
-        own = head.generated if head.group is not None else 0
-        return not own or self.policy.can_readmit_group(head.gang, tokens, own, prefix)
+        return self.policy.can_admit(self._admission(head, tokens))
 
     def _take(self, head: Request, tokens: int, plan: StepPlan) -> bool:
         """Take memory for the first tokens of a request: for all of its gang, or for none.
 
         It has computed then what its prefix holds, or what is found in the cache.
         """
-        if head.group is None and not self._prefixes and self._names is None:
-            return self.policy.admit(head, tokens)
-        prefix = self._shared_prefix(head)
-        if not self._may_return(head, tokens, prefix):
-            return False
-        held = self._held(head)
-        if self._names is None or prefix is not None:
-            admitted = self.policy.admit_group(head.gang, tokens, prefix)
-        else:
-            admitted = self.policy.admit_cached(head.gang, tokens, self._names.of(head, held)) is not None
-        if admitted and held:
+        held = self.policy.admit(self._admission(head, tokens))
+        if held:
             for member in head.gang:
                 member.computed = held
                 member.reused_tokens += held
             plan.reused_tokens += held
-        return admitted
+        return held is not None
 
     def _prefill(self, plan: StepPlan, request: Request, tokens: int) -> None:
         """Plan a request's next tokens. What they fill can be found from now on.
@@ -198,14 +172,14 @@ class Scheduler(ABC):
         """
         chunk = PrefillChunk(request, request.computed, tokens)
         plan.prefills.append(chunk)
-        if self._names is not None:
+        if self._cached:
             for reader in chunk.readers:
                 self._keep(reader, chunk.start + tokens)
 
     def _keep(self, request: Request, tokens: int) -> None:
         """Let the first tokens of a request be found."""
-        if self._names is not None and self._shared_prefix(request) is None:
-            self.policy.cache_blocks(request.seq_id, self._names.of(request, tokens))
+        if self._cached and self._kept(request) is None:
+            self._cached.keep(request, tokens)
 
     def _pop_latest(self, requests: list[Request] | deque[Request]) -> list[Request]:
         """Take the latest arrival from those that run, with all its gang."""
@@ -282,11 +256,11 @@ class Scheduler(ABC):
         for request in done:
             request.finish_ps = now_ps
             request.state = RequestState.FINISHED
-            if self._names is not None and answer_source(request) is not None:
+            if self._cached and answer_source(request) is not None:
                 self._keep(request, request.computed)
             self.policy.release(request.seq_id)
-            if self._names is not None:
-                self._names.forget(request)
+            if self._cached:
+                self._cached.forget(request)
         if done:
             self.running = [r for r in self.running if r.finish_ps is None]
             self.groups = [group for group in self.groups if group.first.finish_ps is None]
@@ -297,9 +271,11 @@ class Scheduler(ABC):
         return max([len(group.members) for group in self.groups]) if self.groups else 1
 
     @property
-    def may_share(self) -> bool:
-        """Whether sequences that run may share memory."""
-        return bool(self.groups or self._prefixes or self._names)
+    def shared_bytes(self) -> int:
+        """What sharing saves now, where sequences that run may share memory."""
+        if self._sharing is None or not (self.groups or self._prefixes or self._cached):
+            return 0
+        return self._sharing.shared_bytes
 
     @property
     def ranks_beams(self) -> bool:
@@ -319,5 +295,5 @@ class Scheduler(ABC):
             moves = [
                 (beams[parent].seq_id, beams[seat]) for seat, parent in enumerate(survivors(group)) if parent != seat
             ]
-            if moves and not self.policy.reseat(moves):
+            if moves and not (self._sharing and self._sharing.reseat(moves)):
                 raise RuntimeError(f"{self.policy.name} has no room for a beam where one has just died")

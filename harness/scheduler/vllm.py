@@ -36,7 +36,8 @@ class VllmScheduler(ContinuousScheduler):
         super().__init__(policy, config, max_tokens)
         if config.preemption not in PREEMPTIONS:
             raise UserError(f"scheduler.preemption={config.preemption}: is none of {', '.join(PREEMPTIONS)}")
-        if config.preemption == "swap" and not policy.can_swap:
+        self._cpu_pool = policy.swapping
+        if config.preemption == "swap" and self._cpu_pool is None:
             raise UserError(
                 f"scheduler.preemption=swap: {policy.name} has no CPU pool (allocator.swap_bytes > 0 gives one)"
             )
@@ -58,12 +59,15 @@ class VllmScheduler(ContinuousScheduler):
         """Whether the next in line fits: swapped requests come before waiting ones."""
         if self._behind is not None:
             return True
-        return self._may_swap_in() if self.swapped else super().may_change_batch()
+        return bool(self._fits_back()) if self.swapped else super().may_change_batch()
 
-    def _may_swap_in(self) -> bool:
-        gang = self.swapped[0].gang
-        has_room = len(self.running) + len(gang) <= self.max_seqs
-        return has_room and self.policy.can_swap_in_group([member.seq_id for member in gang])
+    def _fits_back(self) -> list[int]:
+        """Sequences of the gang that comes back next, if they fit now."""
+        if self._cpu_pool is None or not self.swapped:
+            return []
+        seq_ids = [member.seq_id for member in self.swapped[0].gang]
+        has_room = len(self.running) + len(seq_ids) <= self.max_seqs
+        return seq_ids if has_room and self._cpu_pool.can_swap_in(seq_ids) else []
 
     def _longest_prefill(self, request: Request) -> int:
         """A victim is recomputed with all its output but the last token; a group's outputs may be cut."""
@@ -90,11 +94,11 @@ class VllmScheduler(ContinuousScheduler):
 
     def _grow(self, requests: list[Request]) -> int:
         """Give each of these its next position, gang by gang. Returns how many have got it."""
-        if not self.groups or (self.policy.free_units or 0) >= len(requests):
+        if not self.groups or self._sharing is None:
             return self.policy.grow_each([r.seq_id for r in requests])
         grown = 0
         for gang in split_gangs(requests):
-            if not self.policy.grow_group([r.seq_id for r in gang]):
+            if not self._sharing.grow_gang([r.seq_id for r in gang]):
                 break
             grown += len(gang)
         return grown
@@ -106,11 +110,11 @@ class VllmScheduler(ContinuousScheduler):
             return
         gang = self._pop_latest(self.running)
         seq_ids = [victim.seq_id for victim in gang]
-        swaps = len(gang) >= self._swaps_from and self.policy.can_swap
-        if not (swaps and self.policy.can_swap_out_group(seq_ids)):
+        pool = self._cpu_pool if len(gang) >= self._swaps_from else None
+        if pool is None or not pool.can_swap_out(seq_ids):
             self._evict(gang, plan)
             return
-        self.policy.swap_out_group(seq_ids)
+        pool.swap_out(seq_ids)
         for victim in gang:
             victim.state = RequestState.SWAPPED
             self._pause(victim)
@@ -120,10 +124,9 @@ class VllmScheduler(ContinuousScheduler):
 
     def _swap_in(self, plan: StepPlan) -> None:
         """Bring back whoever fits, in order of arrival; they decode at once."""
-        while self.swapped and self._may_swap_in():
+        while self._cpu_pool and (seq_ids := self._fits_back()):
             first = self.swapped.popleft()
-            seq_ids = [member.seq_id for member in first.gang]
-            self.policy.swap_in_group(seq_ids)
+            self._cpu_pool.swap_in(seq_ids)
             self.policy.grow_each(seq_ids)
             self._join(first)
             plan.swapped_in += first.gang

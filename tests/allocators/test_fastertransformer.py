@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
 from kvarena.errors import UserError
 
@@ -16,7 +16,10 @@ def policy_of(batch_size=5, pool_tokens=15_744, **options):
 
 
 def admit_all(policy, lengths):
-    return [policy.admit(Sequence(i, prompt, output), prompt) for i, (prompt, output) in enumerate(lengths)]
+    return [
+        policy.admit(Admission([Sequence(i, prompt, output)], prompt)) is not None
+        for i, (prompt, output) in enumerate(lengths)
+    ]
 
 
 def test_rows_are_as_wide_as_longest_prompt_plus_longest_output():
@@ -64,9 +67,9 @@ def test_nobody_joins_a_batch_that_runs():
     policy = policy_of()
     admit_all(policy, [(10, 5)])
     policy.grow(0)
-    assert not policy.can_admit(Sequence(9, 10, 5), 10)
+    assert not policy.can_admit(Admission([Sequence(9, 10, 5)], 10))
     policy.release(0)
-    assert policy.admit(Sequence(9, 10, 5), 10)
+    assert policy.admit(Admission([Sequence(9, 10, 5)], 10)) is not None
 
 
 def test_a_batch_is_given_back_as_a_whole():
@@ -75,7 +78,7 @@ def test_a_batch_is_given_back_as_a_whole():
     policy.release(0)
     usage = policy.usage()
     assert usage.deferred == usage.retained == 15 * TOKEN
-    assert not policy.can_admit(Sequence(9, 10, 5), 10)
+    assert not policy.can_admit(Admission([Sequence(9, 10, 5)], 10))
     with pytest.raises(KeyError):
         policy.row(0)
     policy.check_integrity()
@@ -96,7 +99,7 @@ def test_who_joins(lengths, joined):
     policy = policy_of()
     admitted = 0
     for i, (prompt, output) in enumerate(lengths):
-        if not policy.admit(Sequence(i, prompt, output), prompt):
+        if policy.admit(Admission([Sequence(i, prompt, output)], prompt)) is None:
             break
         admitted += 1
     assert admitted == joined
@@ -106,8 +109,8 @@ def test_the_pool_bounds_the_padded_batch():
     policy = policy_of(pool_tokens=1000)
     assert admit_all(policy, [(100, 100), (100, 100), (300, 100)]) == [True, True, False]  # 3 x 400
     assert policy.width == 200
-    assert policy.fits_pool(Sequence(9, 500, 500))
-    assert not policy.fits_pool(Sequence(9, 500, 501))
+    assert not policy.refusal(Admission([Sequence(9, 500, 500)], 0))
+    assert policy.refusal(Admission([Sequence(9, 500, 501)], 0))
 
 
 def test_bad_batch_size():

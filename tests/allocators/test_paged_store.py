@@ -10,7 +10,7 @@ from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.paged.block_copies import batches
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.paged.store import BlockTable, PagedStore
-from kvarena.allocators.policy import CopyBlock, Map, Sequence, SwapIn, SwapOut
+from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence, SwapIn, SwapOut
 from kvarena.allocators.sizes import KB
 
 LAYERS, HEADS, SIZE, BLOCK = 2, 2, 8, 4
@@ -66,7 +66,7 @@ def test_steady_decode_writes_only_new_blocks():
     policy, store = make()
     lengths = {0: 14, 1: 6, 2: 7}
     for seq_id, length in lengths.items():
-        assert policy.admit(Sequence(seq_id, length, 20), length)
+        assert policy.admit(Admission([Sequence(seq_id, length, 20)], length)) is not None
 
     def table_of_next_step() -> list[list[int]]:
         assert all(policy.grow(seq_id) for seq_id in lengths)
@@ -127,15 +127,15 @@ def test_only_copies_can_be_batched():
 def test_a_sequence_comes_back_from_the_cpu_pool_as_it_went():
     policy, store = make()
     before = fill(store)
-    assert policy.admit(Sequence(0, 10, 20), 10)
+    assert policy.admit(Admission([Sequence(0, 10, 20)], 10)) is not None
     went = list(policy.block_table(0))
-    policy.swap_out(0)
-    assert policy.admit(Sequence(1, 12, 0), 12)  # takes the same blocks
+    policy.swapping.swap_out([0])
+    assert policy.admit(Admission([Sequence(1, 12, 0)], 12)) is not None  # takes the same blocks
     store.apply(policy.drain())
     for n in range(LAYERS):
         store.layer(n).k[went] = 0
         store.layer(n).v[went] = 0
-    policy.swap_in(0)
+    policy.swapping.swap_in([0])
     store.apply(policy.drain())
     assert set(policy.block_table(0)).isdisjoint(policy.block_table(1))
     assert torch.equal(contents(store)[:, policy.block_table(0)], before[:, went])
@@ -145,8 +145,8 @@ def test_a_sequence_comes_back_from_the_cpu_pool_as_it_went():
 def test_forks_copy_the_shared_last_block():
     policy, store = make()
     before = fill(store)
-    assert policy.admit(Sequence(0, 6, 10), 6)
-    policy.fork(0, Sequence(1, 6, 10))
+    assert policy.admit(Admission([Sequence(0, 6, 10)], 6)) is not None
+    policy.sharing.fork(0, Sequence(1, 6, 10))
     assert policy.grow(1)
     assert store.view([0, 1], [6, 7], [1, 1]).block_table.tolist() == [policy.block_table(0), policy.block_table(1)]
     store.apply(policy.drain())

@@ -68,7 +68,7 @@ def test_a_policy_that_leaks_is_caught() -> None:
 def test_a_policy_that_breaks_its_word_is_caught() -> None:
     def make(kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> Policy:
         policy = make_policy(config_class("paged")(block_size=4), kv_layout, pool_bytes, max_tokens)
-        policy.can_grow = lambda seq_id, tokens=1: True  # type: ignore[method-assign]
+        policy.can_admit = lambda admission: True  # type: ignore[method-assign]
         return policy
 
     with pytest.raises(AssertionError):

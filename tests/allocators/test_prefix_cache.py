@@ -8,7 +8,7 @@ from kvarena.allocators.actions import Map
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.paged.prefix_cache import CachedBlockPool, block_names
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
@@ -26,7 +26,7 @@ def cached(num_blocks=8, block_size=4):
 
 def admit(policy, seq_id, tokens, output=4):
     """Admit a prompt of these token ids; returns how many were found."""
-    return policy.admit_cached([Sequence(seq_id, len(tokens), output)], len(tokens), block_names(tokens, 4))
+    return policy.admit(Admission([Sequence(seq_id, len(tokens), output)], len(tokens), names=block_names(tokens, 4)))
 
 
 def test_equal_names_are_equal_prefixes():
@@ -45,7 +45,7 @@ def test_a_prompt_finds_the_full_blocks_of_another_and_shares_them():
     assert policy.block_table(0)[:2] == policy.block_table(1)[:2]
     assert policy.block_table(0)[2] != policy.block_table(1)[2]
     assert policy.usage().live == (8 + 2 + 2) * TOKEN
-    assert policy.shared_bytes == 8 * TOKEN
+    assert policy.sharing.shared_bytes == 8 * TOKEN
     policy.check_integrity()
 
 
@@ -53,8 +53,8 @@ def test_the_last_token_is_never_found():
     """Its logits are wanted: of 8 tokens in 2 blocks one block is used (vLLM V1: at most n - 1)."""
     policy = cached()
     admit(policy, 0, list(range(8)))
-    assert policy.cached_tokens(block_names(list(range(8)), 4), 8) == 4
-    assert policy.cached_tokens(block_names(list(range(9)), 4), 9) == 8
+    assert policy.cache.found_tokens(block_names(list(range(8)), 4), 8) == 4
+    assert policy.cache.found_tokens(block_names(list(range(9)), 4), 9) == 8
     assert admit(policy, 1, list(range(8))) == 4
 
 
@@ -71,7 +71,7 @@ def test_what_was_freed_is_found_until_its_memory_is_needed():
     policy.check_integrity()
     assert admit(policy, 2, [100 + i for i in range(32)]) == 0  # takes every block
     policy.release(2)
-    assert policy.cached_tokens(block_names(list(range(10)), 4), 10) == 0
+    assert policy.cache.found_tokens(block_names(list(range(10)), 4), 10) == 0
     policy.check_integrity()
 
 
@@ -83,8 +83,8 @@ def test_the_least_recently_used_goes_first_and_of_a_sequence_its_end():
         policy.release(seq_id)
     admit(policy, 2, list(range(200, 212)))  # 2 blocks were never used, so one name goes
     names = {first: block_names(list(range(first, first + 13)), 4) for first in (0, 50)}
-    assert policy.cached_tokens(names[0], 13) == 8
-    assert policy.cached_tokens(names[50], 13) == 12
+    assert policy.cache.found_tokens(names[0], 13) == 8
+    assert policy.cache.found_tokens(names[50], 13) == 12
 
 
 def test_what_is_found_is_not_taken_for_the_rest():
@@ -101,8 +101,8 @@ def test_a_refusal_changes_nothing():
     policy = cached(num_blocks=3)
     admit(policy, 0, list(range(8)))
     names, before = block_names(list(range(16)), 4), policy.usage()
-    assert not policy.can_admit_cached([Sequence(1, 16, 0)], 16, names)
-    assert policy.admit_cached([Sequence(1, 16, 0)], 16, names) is None
+    assert not policy.can_admit(Admission([Sequence(1, 16, 0)], 16, names=names))
+    assert policy.admit(Admission([Sequence(1, 16, 0)], 16, names=names)) is None
     assert policy.usage() == before
     policy.check_integrity()
 
@@ -112,17 +112,17 @@ def test_blocks_that_were_filled_since_are_found_once_named():
     policy, tokens = cached(), list(range(9))
     admit(policy, 0, tokens[:6])
     assert policy.grow(0, 3)
-    policy.cache_blocks(0, block_names(tokens, 4))
+    policy.cache.keep(0, block_names(tokens, 4))
     policy.release(0)
     assert admit(policy, 1, [*tokens, 77]) == 8
 
 
 def test_a_pool_without_a_cache_finds_nothing():
     policy = PagedPolicy(LAYOUT, 8 * 4 * TOKEN, max_tokens=64, block_size=4)
-    assert policy.admit_cached([Sequence(0, 8, 0)], 8, block_names(list(range(8)), 4)) == 0
-    policy.cache_blocks(0, block_names(list(range(8)), 4))
-    assert policy.admit_cached([Sequence(1, 8, 0)], 8, block_names(list(range(8)), 4)) == 0
-    assert policy.usage().cached == policy.shared_bytes == 0
+    assert policy.admit(Admission([Sequence(0, 8, 0)], 8, names=block_names(list(range(8)), 4))) == 0
+    assert policy.cache is None
+    assert policy.admit(Admission([Sequence(1, 8, 0)], 8, names=block_names(list(range(8)), 4))) == 0
+    assert policy.usage().cached == policy.sharing.shared_bytes == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,7 +177,7 @@ def rows_of(slabs=40, **options):
 
 def admit_row(policy, seq_id, tokens, output=9):
     names = block_names(tokens, UNIT)
-    found = policy.admit_cached([Sequence(seq_id, len(tokens), output)], len(tokens), names)
+    found = policy.admit(Admission([Sequence(seq_id, len(tokens), output)], len(tokens), names=names))
     policy.check_integrity()
     return found
 
@@ -213,8 +213,8 @@ def test_a_prompt_that_branches_off_maps_what_it_shares():
     maps = [(action.ordinal, action.slab) for action in policy.drain() if isinstance(action, Map)]
     assert maps[:2] == [(0, 0), (1, 1)]
     assert policy.usage().cached == 2 * 64 * KB  # the third unit, which nobody else holds
-    assert policy.shared_bytes == 2 * 2 * 64 * KB
-    assert policy.cached_tokens(block_names(list(range(100)), UNIT), 100) == 96  # still there
+    assert policy.sharing.shared_bytes == 2 * 2 * 64 * KB
+    assert policy.cache.found_tokens(block_names(list(range(100)), UNIT), 100) == 96  # still there
     assert admit_row(policy, 2, list(range(100))) == 96
 
 
@@ -222,7 +222,7 @@ def test_a_prompt_finds_what_a_running_sequence_holds():
     policy = rows_of()
     admit_row(policy, 0, list(range(70)))
     assert admit_row(policy, 1, list(range(70))) == 64
-    assert policy.shared_bytes == 2 * 2 * 64 * KB
+    assert policy.sharing.shared_bytes == 2 * 2 * 64 * KB
     policy.release(0)  # what it held is held by 1: nothing is kept
     policy.check_integrity()
     assert policy.usage().cached == 0
@@ -234,19 +234,19 @@ def test_kept_rows_go_when_memory_is_needed_the_oldest_first():
         admit_row(policy, seq_id, list(range(first, first + 64)))
         policy.release(seq_id)
     assert admit_row(policy, 2, list(range(1000, 1096))) == 0  # three of six; two are free
-    assert policy.cached_tokens(block_names(list(range(65)), UNIT), 65) == 0
-    assert policy.cached_tokens(block_names(list(range(500, 565)), UNIT), 65) == 64
+    assert policy.cache.found_tokens(block_names(list(range(65)), UNIT), 65) == 0
+    assert policy.cache.found_tokens(block_names(list(range(500, 565)), UNIT), 65) == 64
     assert policy.grow(2, 64)  # takes what the other has
     policy.check_integrity()
-    assert policy.cached_tokens(block_names(list(range(500, 565)), UNIT), 65) == 0
+    assert policy.cache.found_tokens(block_names(list(range(500, 565)), UNIT), 65) == 0
 
 
 def test_kept_rows_go_when_rows_are_needed():
     policy = rows_of(max_rows=1)
     admit_row(policy, 0, list(range(70)))
     policy.release(0)
-    assert policy.can_admit(Sequence(1, 10, 4), 10)
-    assert policy.admit(Sequence(1, 10, 4), 10)
+    assert policy.can_admit(Admission([Sequence(1, 10, 4)], 10))
+    assert policy.admit(Admission([Sequence(1, 10, 4)], 10)) is not None
     policy.check_integrity()
 
 
@@ -275,7 +275,7 @@ def test_random_programs_of_rows(switches, operations):
     for seq_id, (family, length, agree, grow, releases) in enumerate(operations):
         tokens = [1000 * family + i + (500 if i >= agree else 0) for i in range(length)]
         before = policy.usage()
-        found = policy.admit_cached([Sequence(seq_id, length, 40)], length, block_names(tokens, unit))
+        found = policy.admit(Admission([Sequence(seq_id, length, 40)], length, names=block_names(tokens, unit)))
         policy.check_integrity()
         if found is None:
             assert policy.usage() == before
@@ -284,9 +284,8 @@ def test_random_programs_of_rows(switches, operations):
             assert found == 0 or any(tokens[:found] == other[:found] for other in served)
             served.append(tokens)
             resident.append(seq_id)
-            can, before = policy.can_grow(seq_id, grow), policy.length(seq_id)
-            assert policy.grow(seq_id, grow) == can
-            assert policy.length(seq_id) == before + grow * can
+            grown = grow * policy.grow(seq_id, grow)
+            assert policy.length(seq_id) == length + grown
         policy.drain()
         policy.look_ahead()
         policy.check_integrity()
@@ -331,8 +330,8 @@ def test_room_for_the_next_token_is_made_beside_this_step():
     assert policy.drain() == []
     ahead = policy.look_ahead()  # 64 tokens: the row is full
     assert [action.ordinal for action in ahead if isinstance(action, Map)] == [2]
-    assert policy.cached_tokens(block_names(list(range(65)), UNIT), 65) == 0, "the oldest went"
-    assert policy.cached_tokens(block_names(list(range(1000, 1033)), UNIT), 33) == 32
+    assert policy.cache.found_tokens(block_names(list(range(65)), UNIT), 65) == 0, "the oldest went"
+    assert policy.cache.found_tokens(block_names(list(range(1000, 1033)), UNIT), 33) == 32
     policy.grow(2)
     assert policy.drain() == []
     policy.check_integrity()
@@ -365,13 +364,14 @@ def test_what_is_found_is_what_was_written(name, operations):
         ids = [programs.next_id + i for i in range(members)]
         tokens = [1000 * family + i + (500 if i >= agree else 0) for i in range(length)]
         names, seqs = block_names(tokens, unit), [Sequence(i, length, 20) for i in ids]
-        expected, before = policy.can_admit_cached(seqs, length, names), policy.usage()
-        found = policy.admit_cached(seqs, length, names)
+        asked = Admission(seqs, length, names=names)
+        expected, before = policy.can_admit(asked), policy.usage()
+        found = policy.admit(asked)
         assert (found is not None) == expected
         policy.check_integrity()
         if found is None:
             assert policy.usage() == before
-            assert resident or not policy.group_fits_pool(seqs)
+            assert resident or policy.refusal(asked)
         else:
             assert found < length
             programs.next_id += members
@@ -380,7 +380,7 @@ def test_what_is_found_is_what_was_written(name, operations):
             resident.append(ids)
             programs.step(min)
             programs.check(ids[0])
-            if policy.grow_group(ids):
+            if policy.sharing.grow_gang(ids):
                 for i in ids:
                     programs.unwritten[i] = length
                     programs.tags[i] += programs.new_tags(1)

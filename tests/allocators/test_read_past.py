@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.registry import config_class
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
@@ -41,7 +41,7 @@ def test_what_a_kernel_touches_is_there_at_every_length():
     """Real reads of real memory: past what is mapped they would end this process."""
     policy = policy_of(read_past=PAST)
     store = make_store(policy, 2, 2, 64, "float32")
-    assert policy.admit(Sequence(0, 70, 600), 70)
+    assert policy.admit(Admission([Sequence(0, 70, 600)], 70)) is not None
     for _ in range(70, 545):
         store.apply(policy.drain())
         length, cache = policy.length(0), store.layer(1)
@@ -56,7 +56,7 @@ def test_what_a_kernel_touches_is_there_at_every_length():
 def test_page_groups_for_a_length(length, groups):
     policy, plain = policy_of(read_past=PAST, eager_allocation=False), policy_of(eager_allocation=False)
     for one in (policy, plain):
-        assert one.admit(Sequence(0, length - 1, 1), length)
+        assert one.admit(Admission([Sequence(0, length - 1, 1)], length)) is not None
     assert policy.mapped_bytes == groups * 4 * 64 * KB
     assert plain.mapped_bytes == 4 * 64 * KB
     assert policy.usage().live == plain.usage().live

@@ -3,9 +3,10 @@
 import pytest
 
 from kvarena.allocators.actions import CopyBlock, CopyRow, Map, Unmap
+from kvarena.allocators.forking import forked_again
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 
@@ -23,7 +24,7 @@ def drained(policy):
 def beams(policy, count=3, length=150):
     """Beams of one prompt that have parted: each has grown to `length` by itself."""
     seqs = [Sequence(i, PROMPT, 100) for i in range(count)]
-    assert policy.admit_group(seqs, PROMPT)
+    assert policy.admit(Admission(seqs, PROMPT)) is not None
     drained(policy)
     for seq in seqs:
         assert policy.grow(seq.seq_id, length - PROMPT)
@@ -40,7 +41,7 @@ def test_a_child_whose_row_maps_all_that_it_shares_stays_there(copy_beams):
     policy = rows(copy_beams=copy_beams)
     seqs = beams(policy, length=100)  # they differ in the second page-group, which is not full
     row = policy.row(1)
-    assert policy.reseat([(0, seqs[1])])
+    assert policy.sharing.reseat([(0, seqs[1])])
     assert policy.row(1) == row
     assert policy.grow_each([0, 1, 2]) == 3
     assert policy.drain() == [CopyRow(0, policy.row(0), row, 64 * KB, 100 * KB)]
@@ -50,13 +51,13 @@ def test_a_child_whose_row_maps_all_that_it_shares_stays_there(copy_beams):
 def test_page_groups_in_the_way_are_replaced_by_the_parents():
     policy = rows()
     seqs = beams(policy)  # the second page-group of each is full, and its own
-    before = policy.shared_bytes
-    assert policy.reseat([(0, seqs[1])])
+    before = policy.sharing.shared_bytes
+    assert policy.sharing.reseat([(0, seqs[1])])
     policy.grow_each([0, 1, 2])
     actions = policy.drain()
     assert [type(action) for action in actions] == [Unmap, Map, CopyRow]
     assert (actions[-1].start, actions[-1].stop) == (128 * KB, 150 * KB)
-    assert policy.shared_bytes == before + 4 * 64 * KB
+    assert policy.sharing.shared_bytes == before + 4 * 64 * KB
     policy.check_integrity()
 
 
@@ -64,7 +65,7 @@ def test_page_groups_in_the_way_are_written_over_where_beams_are_copied():
     policy = rows(copy_beams=True)
     seqs = beams(policy)
     before, row = policy.usage(), policy.row(1)
-    assert policy.reseat([(0, seqs[1])])
+    assert policy.sharing.reseat([(0, seqs[1])])
     assert policy.usage() == before
     policy.grow_each([0, 1, 2])
     assert policy.drain() == [CopyRow(0, policy.row(0), row, 64 * KB, 150 * KB)]
@@ -74,16 +75,16 @@ def test_page_groups_in_the_way_are_written_over_where_beams_are_copied():
 def test_page_groups_of_others_are_never_written_over():
     policy = rows()
     seqs = beams(policy)
-    policy.reseat([(0, seqs[1])])  # 0 and 1 share their second page-group now
+    policy.sharing.reseat([(0, seqs[1])])  # 0 and 1 share their second page-group now
     policy.grow_each([0, 1, 2])
     drained(policy)
     policy.copy_beams = True
-    shared = policy.shared_bytes
-    assert policy.reseat([(2, seqs[1])])
+    shared = policy.sharing.shared_bytes
+    assert policy.sharing.reseat([(2, seqs[1])])
     policy.grow_each([0, 1, 2])
     actions = policy.drain()
     assert Map in map(type, actions)
-    assert policy.shared_bytes == shared  # 1 and 2 share theirs
+    assert policy.sharing.shared_bytes == shared  # 1 and 2 share theirs
     assert all(not isinstance(a, CopyRow) or a.start == 128 * KB for a in actions)
     policy.check_integrity()
 
@@ -97,7 +98,7 @@ def test_blocks_of_the_dead_are_free_and_the_last_of_the_living_is_copied():
     seqs = beams(policy, length=100)
     prompt = policy.block_table(0)[: PROMPT // 16]
     free = policy.free_units
-    assert policy.reseat([(0, seqs[1]), (0, seqs[2])])
+    assert policy.sharing.reseat([(0, seqs[1]), (0, seqs[2])])
     assert policy.block_table(0) == policy.block_table(1) == policy.block_table(2)
     assert policy.block_table(1)[: len(prompt)] == prompt
     assert policy.free_units == free + 2 * 3  # their last three of seven blocks
@@ -114,8 +115,8 @@ def test_reseating_is_releasing_and_forking():
     for policy in (moved, forked):
         seqs = beams(policy)
     moves = [(2, seqs[0]), (2, seqs[1])]
-    assert moved.reseat(moves)
-    assert Policy.reseat(forked, moves)
+    assert moved.sharing.reseat(moves)
+    assert forked_again(forked, forked.sharing.fork, moves)
     assert moved.usage() == forked.usage()
     assert moved.shared_bytes == forked.shared_bytes
     assert moved.grow_each([0, 1, 2]) == forked.grow_each([0, 1, 2]) == 3

@@ -5,7 +5,7 @@ import torch
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
-from kvarena.allocators.policy import CopyBlock, Map, Sequence
+from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence
 from kvarena.allocators.reservation.contiguous import ContiguousPolicy
 from kvarena.allocators.reservation.orca import OrcaPolicy
 from kvarena.allocators.reservation.static import StaticPolicy
@@ -35,8 +35,8 @@ def test_rows_of_a_buddy_allocator_begin_at_any_block():
     k = store.layer(0).k
     assert k.shape == (8, 64, HEADS, SIZE)
     assert k.stride() == (16 * SIZE, SIZE, SIZE, 1)
-    assert policy.admit(Sequence(0, 10, 4), 10)
-    assert policy.admit(Sequence(1, 20, 12), 20)
+    assert policy.admit(Admission([Sequence(0, 10, 4)], 10)) is not None
+    assert policy.admit(Admission([Sequence(1, 20, 12)], 20)) is not None
     k[policy.row(0), :10], k[policy.row(1), :32] = 1, 2
     assert k[policy.row(0), :10].eq(1).all()
     low, high = sorted((policy.row(0), policy.row(1)))

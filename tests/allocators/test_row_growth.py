@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.actions import Action, Map
 from kvarena.allocators.kv_layout import attention_layout, latent_layout
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention.policy import VAttentionPolicy
@@ -77,7 +77,7 @@ def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
     policy = VAttentionPolicy(layout, pool_bytes, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB", **switches)
     finals = {}
     for seq_id, (prompt, output) in enumerate(program["lengths"]):
-        if policy.admit(Sequence(seq_id, prompt, output), prompt):
+        if policy.admit(Admission([Sequence(seq_id, prompt, output)], prompt)) is not None:
             finals[seq_id] = prompt + output
     settled(policy)
     for seq_id in program["leave"]:
@@ -99,7 +99,7 @@ def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
 def test_a_stretch_ends_where_a_step_would_map_too_much():
     policy = VAttentionPolicy(LAYOUTS[0], 400 * 64 * KB, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB")
     for seq_id, prompt in enumerate((1, 3, 4)):  # the first two are full after an odd step, the third after an even one
-        policy.admit(Sequence(seq_id, prompt, 100), prompt)
+        policy.admit(Admission([Sequence(seq_id, prompt, 100)], prompt))
     settled(policy)
     assert policy.quiet_steps([0, 1, 2], 100, 2) == 100
     assert policy.quiet_steps([0, 1, 2], 100, 1) == 0
@@ -111,7 +111,7 @@ def test_a_stretch_ends_where_memory_does():
         LAYOUTS[0], 20 * 64 * KB, max_tokens=MAX_TOKENS, max_rows=2, page_group="64KB", watermark=0.0,
         eager_allocation=False,
     )  # fmt: skip
-    assert policy.admit(Sequence(0, 1, 60), 1)
+    assert policy.admit(Admission([Sequence(0, 1, 60)], 1)) is not None
     settled(policy)
     assert policy.quiet_steps([0], 60, 9) == 18  # 10 slabs hold 20 tokens, the one ahead included
     policy.advance([0], 18)

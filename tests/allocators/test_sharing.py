@@ -13,7 +13,7 @@ from sharing_cases import CASES, HEADS, LAYERS, MAX_TOKENS, SIZE, blocks_of, mak
 from kvarena.allocators.actions import CopyBlock, CopyRow
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.block_pool import BlockPool
-from kvarena.allocators.policy import IntegrityError, NotResidentError, Sequence
+from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Sequence
 from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
@@ -108,14 +108,14 @@ def test_a_prefix_is_the_beginning_of_every_prompt_that_names_it(name, options):
         pytest.skip("a padded batch is given back as a whole, prefix and all")
     policy, store = make(name, options, 3000 * KB)
     programs = Programs(policy, store, LAYERS)
-    assert policy.register_prefix(-1, 37)
+    policy.sharing.keep_prefix(-1, 37)
     programs.tags[-1] = programs.new_tags(37)
     programs.unwritten[-1] = 0
     programs.step(min)
     free = policy.usage().free
     for seq_id in (0, 1):
-        assert policy.can_admit_group([Sequence(seq_id, 45, 9)], 45, -1)
-        assert policy.admit_group([Sequence(seq_id, 45, 9)], 45, -1)
+        assert policy.can_admit(Admission([Sequence(seq_id, 45, 9)], 45, prefix=-1))
+        assert policy.admit(Admission([Sequence(seq_id, 45, 9)], 45, prefix=-1)) is not None
         programs.tags[seq_id] = programs.tags[-1] + programs.new_tags(8)
         programs.unwritten[seq_id] = 37
     programs.step(min)
@@ -123,7 +123,7 @@ def test_a_prefix_is_the_beginning_of_every_prompt_that_names_it(name, options):
         programs.check(seq_id)
     policy.check_integrity()
     if name in ("paged", "vattention") and options.get("tensor_slicing", name == "paged"):
-        assert policy.shared_bytes > 0
+        assert policy.sharing.shared_bytes > 0
     programs.end([0, 1])
     programs.step(min)
     programs.check(-1)
@@ -136,16 +136,16 @@ def test_a_prefix_is_the_beginning_of_every_prompt_that_names_it(name, options):
 def test_a_prefix_longer_than_the_pool_or_the_context():
     for policy in (blocks_of(num_blocks=8), rows_of(slabs=2)):
         with pytest.raises(UserError, match="prefix of 500 tokens does not fit"):
-            policy.register_prefix(-1, 500)
+            policy.sharing.keep_prefix(-1, 500)
         with pytest.raises(UserError, match="prefix of 0 tokens"):
-            policy.register_prefix(-1, 0)
+            policy.sharing.keep_prefix(-1, 0)
 
 
 def test_a_prefix_longer_than_the_prompt():
     for policy in (blocks_of(), rows_of()):
-        assert policy.register_prefix(-1, 20)
+        policy.sharing.keep_prefix(-1, 20)
         with pytest.raises(ValueError, match="prefix of 20 tokens in a prompt of 10"):
-            policy.admit_group([Sequence(0, 10, 4)], 10, -1)
+            policy.admit(Admission([Sequence(0, 10, 4)], 10, prefix=-1))
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------
@@ -154,16 +154,16 @@ def test_a_prefix_longer_than_the_prompt():
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_freeing_twice_and_forking_what_has_ended(name, options):
     policy, store = make(name, options, 1200 * KB)
-    assert policy.admit(Sequence(3, 10, 4), 10)
+    assert policy.admit(Admission([Sequence(3, 10, 4)], 10)) is not None
     policy.release(3)
     with pytest.raises(NotResidentError, match="sequence 3 is not resident: it was released"):
         policy.release(3)
     with pytest.raises(NotResidentError, match="sequence 3 is not resident: it was released"):
-        policy.fork(3, Sequence(4, 10, 4))
-    assert policy.admit(Sequence(3, 10, 4), 10)
-    assert policy.admit(Sequence(4, 10, 4), 10)
+        policy.sharing.fork(3, Sequence(4, 10, 4))
+    assert policy.admit(Admission([Sequence(3, 10, 4)], 10)) is not None
+    assert policy.admit(Admission([Sequence(4, 10, 4)], 10)) is not None
     with pytest.raises(ValueError, match="sequence 4 is resident already"):
-        policy.fork(3, Sequence(4, 10, 4))
+        policy.sharing.fork(3, Sequence(4, 10, 4))
     policy.check_integrity()
     store.close()
 
@@ -174,10 +174,10 @@ def test_freeing_twice_and_forking_what_has_ended(name, options):
 @pytest.mark.parametrize("name", [name for name in allocator_names() if name not in ("paged", "vattention")])
 def test_reserved_members_get_the_prompt_once_it_is_written(name):
     policy, store = make(name, {}, 1200 * KB)
-    assert policy.admit_group([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)
+    assert policy.admit(Admission([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)) is not None
     assert policy.drain() == []  # the prompt is being written
     assert policy.quiet_steps([0, 1], 4) == 0
-    assert policy.grow_group([0, 1])
+    assert policy.sharing.grow_gang([0, 1])
     copies = policy.drain()
     kind = CopyBlock if name == "paged_reserved" else CopyRow
     assert copies
@@ -191,7 +191,7 @@ def test_reserved_members_get_the_prompt_once_it_is_written(name):
 
 def test_what_a_member_is_owed_is_copied_before_the_first_goes():
     policy, store = make("orca_oracle", {}, 1200 * KB)
-    policy.admit_group([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)
+    policy.admit(Admission([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10))
     row = policy.row(0)
     policy.release(0)
     assert policy.drain() == [CopyRow(0, row, policy.row(1), 0, 10 * KB)]
@@ -203,7 +203,7 @@ def test_what_a_member_is_owed_is_copied_before_the_first_goes():
 def test_a_group_that_goes_as_a_whole_copies_nothing():
     for name in ("orca_oracle", "paged_reserved", "static", "vattention"):
         policy, store = make(name, {}, 1200 * KB)
-        policy.admit_group([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)
+        policy.admit(Admission([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10))
         policy.drain()
         policy.release(0)
         policy.release(1)
@@ -215,12 +215,12 @@ def test_a_child_of_a_child_is_not_forgotten():
     """1 is owed 0's prompt, 2 is owed 1's; 1 goes, and its row with it, but not before 2 has got what it held."""
     policy, store = make("orca_oracle", {}, 1200 * KB)
     programs = Programs(policy, store, LAYERS)
-    policy.admit_group([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10)
+    policy.admit(Admission([Sequence(0, 10, 4), Sequence(1, 10, 4)], 10))
     tags = programs.new_tags(10)
     programs.tags |= {0: tags, 1: list(tags)}
     programs.unwritten[0] = 0
     programs.step(min)
-    assert policy.fork(1, Sequence(2, 10, 4))
+    assert policy.sharing.fork(1, Sequence(2, 10, 4))
     programs.tags[2] = list(tags)
     programs.end([1])
     programs.step(min)

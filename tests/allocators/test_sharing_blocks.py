@@ -5,7 +5,7 @@ from sharing_cases import blocks_of, make
 
 from kvarena.allocators.actions import CopyBlock, SwapIn, SwapOut
 from kvarena.allocators.paged.block_pool import BlockPool
-from kvarena.allocators.policy import IntegrityError, Sequence
+from kvarena.allocators.policy import Admission, IntegrityError, Sequence
 from kvarena.allocators.sizes import KB
 
 
@@ -23,15 +23,15 @@ def test_beam_search_of_fig_9():
     policy = blocks_of(num_blocks=13)
     policy._pool._free.sort(reverse=True)  # block 0 is taken first
     table = policy.block_table
-    assert policy.admit(Sequence(0, 4, 60), 4)  # block 0
-    assert policy.fork(0, Sequence(1, 4, 60))
+    assert policy.admit(Admission([Sequence(0, 4, 60)], 4)) is not None  # block 0
+    assert policy.sharing.fork(0, Sequence(1, 4, 60))
     assert policy.grow(1, 4)  # block 1
     assert policy.grow(0, 4)  # block 2
-    assert policy.fork(1, Sequence(3, 4, 60))
+    assert policy.sharing.fork(1, Sequence(3, 4, 60))
     assert policy.grow(1, 4)  # block 3
     assert policy.grow(3, 4)  # block 4
     assert policy.grow(0, 4)  # block 5
-    assert policy.fork(1, Sequence(2, 4, 60))
+    assert policy.sharing.fork(1, Sequence(2, 4, 60))
     assert policy.grow(1, 4)  # block 6
     assert policy.grow(2, 4)  # block 7
     assert policy.grow(3, 4)  # block 8
@@ -43,7 +43,7 @@ def test_beam_search_of_fig_9():
         policy.release(dead)
     assert held - set(table(1) + table(2)) == {2, 4, 5, 8}
     for parent, child in ((1, 4), (2, 5)):
-        assert policy.fork(parent, Sequence(child, 4, 60))
+        assert policy.sharing.fork(parent, Sequence(child, 4, 60))
     policy._pool._free.sort(reverse=True)
     policy._pool._free = [b for b in policy._pool._free if b < 9] + [12, 11, 10, 9]  # the figure takes new ones
     for candidate in (1, 4, 2, 5):
@@ -55,10 +55,10 @@ def test_beam_search_of_fig_9():
 
 def test_two_samples_of_fig_8_admitted_as_a_group():
     policy = blocks_of(num_blocks=8)
-    assert policy.admit_group([Sequence(1, 7, 2), Sequence(2, 7, 2)], 7)
+    assert policy.admit(Admission([Sequence(1, 7, 2), Sequence(2, 7, 2)], 7)) is not None
     assert policy.block_table(1) == policy.block_table(2)
     assert policy.free_units == 6
-    assert policy.grow_group([1, 2])
+    assert policy.sharing.grow_gang([1, 2])
     [copy] = policy.drain()
     assert isinstance(copy, CopyBlock)
     assert copy.target == policy.block_table(1)[1]  # the first to write copies
@@ -70,11 +70,11 @@ def test_two_samples_of_fig_8_admitted_as_a_group():
 def test_blocks_of_samples(samples):
     """Blocks of 4 tokens of 4 KB: those of the prompt once, then one for each."""
     policy, store = make("paged", {}, 1024 * KB)
-    assert policy.admit_group([Sequence(i, 10, 20) for i in range(samples)], 10)
-    assert policy.grow_group(range(samples))
+    assert policy.admit(Admission([Sequence(i, 10, 20) for i in range(samples)], 10)) is not None
+    assert policy.sharing.grow_gang(range(samples))
     held = policy.num_blocks - policy.free_units
     assert held == 2 + samples
-    assert policy.shared_bytes == (samples - 1) * 2 * 4 * 4 * KB
+    assert policy.sharing.shared_bytes == (samples - 1) * 2 * 4 * 4 * KB
     assert len(policy.drain()) == samples - 1
     assert store.physical().mapped_bytes == policy.pool_bytes  # resident from the start, whatever is held
     store.close()
@@ -83,16 +83,16 @@ def test_blocks_of_samples(samples):
 def test_a_group_crosses_to_the_cpu_pool_once():
     policy = blocks_of(num_blocks=16, swap_bytes=1 << 20)
     ids = [0, 1, 2]
-    assert policy.admit_group([Sequence(i, 10, 20) for i in ids], 10)
-    assert policy.grow_group(ids)
+    assert policy.admit(Admission([Sequence(i, 10, 20) for i in ids], 10)) is not None
+    assert policy.sharing.grow_gang(ids)
     policy.drain()
     tables = [list(policy.block_table(i)) for i in ids]
-    policy.swap_out_group(ids)
+    policy.swapping.swap_out(ids)
     out = policy.drain()
     assert [type(action) for action in out] == [SwapOut] * 5  # two shared blocks, one of each member
     assert policy.free_units == 16
-    assert policy.can_swap_in_group(ids)
-    policy.swap_in_group(ids)
+    assert policy.swapping.can_swap_in(ids)
+    policy.swapping.swap_in(ids)
     back = policy.drain()
     assert [type(action) for action in back] == [SwapIn] * 5
     moved = {a.source: b.target for a, b in zip(out, back, strict=True)}
@@ -102,13 +102,13 @@ def test_a_group_crosses_to_the_cpu_pool_once():
 
 def test_members_that_share_their_last_block_share_it_again():
     policy = blocks_of(num_blocks=8, swap_bytes=1 << 20)
-    policy.admit_group([Sequence(0, 6, 4), Sequence(1, 6, 4)], 6)
-    policy.swap_out_group([0, 1])
+    policy.admit(Admission([Sequence(0, 6, 4), Sequence(1, 6, 4)], 6))
+    policy.swapping.swap_out([0, 1])
     policy.check_integrity()
-    policy.swap_in_group([0, 1])
+    policy.swapping.swap_in([0, 1])
     assert policy.block_table(0) == policy.block_table(1)
     policy.check_integrity()
-    assert policy.grow_group([0, 1])
+    assert policy.sharing.grow_gang([0, 1])
     assert [type(a) for a in policy.drain()] == [SwapOut, SwapOut, SwapIn, SwapIn, CopyBlock]
 
 
@@ -119,7 +119,7 @@ def test_a_planted_double_free_is_found(monkeypatch):
 
     monkeypatch.setattr(BlockPool, "drop", drop_all)
     policy = blocks_of()
-    policy.admit_group([Sequence(0, 6, 4), Sequence(1, 6, 4)], 6)
+    policy.admit(Admission([Sequence(0, 6, 4), Sequence(1, 6, 4)], 6))
     policy.release(0)
     with pytest.raises(IntegrityError, match="free"):
         policy.check_integrity()
@@ -127,8 +127,8 @@ def test_a_planted_double_free_is_found(monkeypatch):
 
 def test_copies_of_a_step_are_one_call(monkeypatch):
     policy, store = make("paged", {}, 4096 * KB)
-    assert policy.admit_group([Sequence(i, 10, 4) for i in range(64)], 10)
-    assert policy.grow_group(range(64))
+    assert policy.admit(Admission([Sequence(i, 10, 4) for i in range(64)], 10)) is not None
+    assert policy.sharing.grow_gang(range(64))
     calls = []
     monkeypatch.setattr(store._copy, "_copy", calls.append)
     store.apply(policy.drain())

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvarena.allocators.kv_layout import attention_layout, latent_layout
 from kvarena.allocators.memory.store import Store
-from kvarena.allocators.policy import Policy, Sequence
+from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
@@ -81,7 +81,11 @@ def check(store: Store, view: BatchView, seq_ids: list[int]) -> None:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_sequences_keep_what_they_wrote_while_they_grow(name, options, dtype):
     policy, store = make(name, options, dtype)
-    ids = [seq_id for seq_id in range(3) if policy.admit(Sequence(seq_id, 20 + seq_id, 60), 20 + seq_id)]
+    ids = [
+        seq_id
+        for seq_id in range(3)
+        if policy.admit(Admission([Sequence(seq_id, 20 + seq_id, 60)], 20 + seq_id)) is not None
+    ]
     assert len(ids) > 1
     written = [0] * len(ids)
     for grow in (0, 1, 1, 17):
@@ -100,7 +104,7 @@ def test_sequences_keep_what_they_wrote_while_they_grow(name, options, dtype):
 def test_a_view_says_lengths_and_queries(name, options):
     policy, store = make(name, options)
     for seq_id in (0, 1):
-        assert policy.admit(Sequence(seq_id, 20, 10), 20)
+        assert policy.admit(Admission([Sequence(seq_id, 20, 10)], 20)) is not None
     store.apply(policy.drain())
     decode, chunk = store.view([1, 0], [20, 19], [1, 1]), store.view([0, 1], [12, 20], [5, 20])
     assert decode.is_decode
@@ -134,7 +138,7 @@ def test_physical_bytes_are_the_systems_from_the_start(name, options):
 def test_closing_twice_and_in_any_order(name, options):
     policy, store = make(name, options)
     layer = store.layer(LAYERS - 1)
-    assert policy.admit(Sequence(0, 20, 10), 20)
+    assert policy.admit(Admission([Sequence(0, 20, 10)], 20)) is not None
     store.apply(policy.drain())
     store.apply_in_background(policy.look_ahead())
     store.close()
@@ -168,7 +172,7 @@ class Churn(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, 150))
     def admit(self, prompt: int) -> None:
-        if self.policy.admit(Sequence(self.next_id, prompt, MAX_TOKENS - prompt), prompt):
+        if self.policy.admit(Admission([Sequence(self.next_id, prompt, MAX_TOKENS - prompt)], prompt)) is not None:
             self.ids.append(self.next_id)
             self.step(write_from={self.next_id: 0})
         self.next_id += 1

@@ -11,7 +11,7 @@ from test_stores import Churn, check, write
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.memory.store import Store
-from kvarena.allocators.policy import CopyBlock, Map, Policy, Sequence, SwapIn, SwapOut, Unmap
+from kvarena.allocators.policy import Admission, CopyBlock, Map, Policy, Sequence, SwapIn, SwapOut, Unmap
 from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import GB, KB, MB
 from kvarena.allocators.stores import make_store
@@ -45,7 +45,11 @@ def fake(monkeypatch):
 
 def serve(policy: Policy, store: Store) -> None:
     """Sequences grow; every position keeps what was written to it."""
-    ids = [seq_id for seq_id in range(3) if policy.admit(Sequence(seq_id, 20 + seq_id, 60), 20 + seq_id)]
+    ids = [
+        seq_id
+        for seq_id in range(3)
+        if policy.admit(Admission([Sequence(seq_id, 20 + seq_id, 60)], 20 + seq_id)) is not None
+    ]
     assert len(ids) > 1
     written = [0] * len(ids)
     for grow in (0, 1, 17):
@@ -79,7 +83,7 @@ def test_no_kernel_finds_what_new_memory_held(fake, name):
     """It would be weighed with 0 past a length, and 0 x NaN is NaN; the fake's new memory is NaN all over."""
     policy = policy_of(name, 4 * MB, **({"page_group": "64KB", "max_rows": 12} if name == "vattention" else {}))
     store = make_store(policy, LAYERS, HEADS, SIZE, "float32")
-    assert policy.admit(Sequence(0, 20, 60), 20)
+    assert policy.admit(Admission([Sequence(0, 20, 60)], 20)) is not None
     store.apply(policy.drain())
     for layer in range(LAYERS):
         cache, view = store.layer(layer), store.view([0], [20], [1])
@@ -145,7 +149,7 @@ def virtual(fake: FakeCuda, slabs: int = 16, **switches) -> tuple[VAttentionPoli
 
 def test_a_prompt_is_one_access_call_per_tensor(fake):
     policy, store = virtual(fake)
-    assert policy.admit(Sequence(0, 150, 0), 150)  # 1 KB a token: 3 page-groups in each tensor
+    assert policy.admit(Admission([Sequence(0, 150, 0)], 150)) is not None  # 1 KB a token: 3 page-groups in each tensor
     store.apply(policy.drain())
     assert fake.names == ["cuMemMap", "cuMemMap", "cuMemMap", "cuMemSetAccess"] * TENSORS
     assert store.driver_calls().critical == len(fake.calls)
@@ -154,7 +158,7 @@ def test_a_prompt_is_one_access_call_per_tensor(fake):
 
 def test_the_background_enters_the_context_and_maps_beside_the_step(fake):
     policy, store = virtual(fake, overlap=True)
-    assert policy.admit(Sequence(0, 64, 60), 64)  # full: the next token needs a page-group
+    assert policy.admit(Admission([Sequence(0, 64, 60)], 64)) is not None  # full: the next token needs a page-group
     store.apply(policy.drain())
     fake.calls.clear()
     store.apply_in_background(policy.look_ahead())

@@ -4,7 +4,7 @@ import pytest
 from vattention_by_hand import ALL_OFF, LAYOUT, SLAB, TOKENS, admit, counts, policy_of
 
 from kvarena.allocators.kv_layout import attention_layout, sliding_layout
-from kvarena.allocators.policy import IntegrityError, Map, Sequence
+from kvarena.allocators.policy import Admission, IntegrityError, Map, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
@@ -16,7 +16,7 @@ from kvarena.errors import UserError
 
 def test_a_prompt_takes_the_page_groups_it_needs_as_one_ascending_run():
     policy = policy_of()
-    assert policy.admit(Sequence(7, 130, 20), 130)
+    assert policy.admit(Admission([Sequence(7, 130, 20)], 130)) is not None
     row = policy.row(7)
     assert policy.drain() == [Map(0, row, 0, 0), Map(0, row, 1, 1), Map(0, row, 2, 2)]
     assert policy.drain() == []
@@ -45,7 +45,7 @@ def test_refusals_change_nothing():
     assert not policy.grow(0, 2 * TOKENS)
     assert policy.usage() == usage
     assert admit(policy, 1, 1)
-    assert not policy.can_admit(Sequence(2, 1, 1), 0)  # no row is left
+    assert not policy.can_admit(Admission([Sequence(2, 1, 1)], 0))  # no row is left
     assert not policy.grow(1)
     assert not policy.grow(0, 2000)  # past the row's end
     policy.check_integrity()
@@ -53,16 +53,16 @@ def test_refusals_change_nothing():
 
 def test_what_can_never_fit():
     policy = policy_of(slabs=8, watermark=0.25)
-    assert policy.fits_pool(Sequence(0, 6 * TOKENS, 0))
-    assert not policy.fits_pool(Sequence(0, 6 * TOKENS, 1))  # it could not come back, with the watermark free
-    assert not policy_of(slabs=100).fits_pool(Sequence(0, 1000, 25))  # longer than a row
+    assert not policy.refusal(Admission([Sequence(0, 6 * TOKENS, 0)], 0))
+    assert policy.refusal(Admission([Sequence(0, 6 * TOKENS, 1)], 0))  # it could not come back, with the watermark free
+    assert policy_of(slabs=100).refusal(Admission([Sequence(0, 1000, 25)], 0))  # longer than a row
 
 
 def test_the_watermark_binds_admission_only():
     policy = policy_of(slabs=8, watermark=0.25)
     assert admit(policy, 0, 5, 8)
-    assert not policy.can_admit(Sequence(1, 2 * TOKENS, 0), 2 * TOKENS)
-    assert policy.can_admit(Sequence(1, TOKENS, 0), TOKENS)
+    assert not policy.can_admit(Admission([Sequence(1, 2 * TOKENS, 0)], 2 * TOKENS))
+    assert policy.can_admit(Admission([Sequence(1, TOKENS, 0)], TOKENS))
     assert policy.grow(0, 3 * TOKENS)
 
 
@@ -169,8 +169,8 @@ def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
     plain = VAttentionPolicy(layout, 8 * 1024 * KB, **options)
     sliced = VAttentionPolicy(layout, 8 * 1024 * KB, **options, tensor_slicing=True)
     seq = Sequence(0, 9, 0)
-    assert plain.admit(seq, 9)
-    assert sliced.admit(seq, 9)
+    assert plain.admit(Admission([seq], 9)) is not None
+    assert sliced.admit(Admission([seq], 9)) is not None
     assert (plain.num_slabs, sliced.num_slabs) == (8, 64)
     assert plain.mapped_bytes == 16 * 64 * KB  # one page-group in each tensor, for 64 tokens
     assert sliced.mapped_bytes == 2 * 2 * 64 * KB  # two page-groups of 8 tokens in two tensors
@@ -189,7 +189,9 @@ def test_every_leaf():
     admit(policy, 8, 1)
     policy.release(9)
     policy.release(8)
-    policy.admit(Sequence(0, 2 * TOKENS + 10, TOKENS + 12), 2 * TOKENS + 10)  # ends after 3 slabs and 22 tokens
+    policy.admit(
+        Admission([Sequence(0, 2 * TOKENS + 10, TOKENS + 12)], 2 * TOKENS + 10)
+    )  # ends after 3 slabs and 22 tokens
     policy.drain()
     byte = SLAB // TOKENS
     assert policy.usage() == Usage(
@@ -215,7 +217,7 @@ def test_what_is_mapped_ahead_is_reserved_below_the_final_length_and_surplus_abo
 
 def test_quiet_steps_leave_nothing_to_do_in_the_background():
     policy = policy_of(overlap=True, eager_allocation=True)
-    assert policy.admit(Sequence(0, 4, 200), 4)
+    assert policy.admit(Admission([Sequence(0, 4, 200)], 4)) is not None
     assert policy.quiet_steps([0], 100) == 0  # its mappings wait to be performed
     policy.drain()
     assert policy.quiet_steps([0], 100) == 0  # and no slot is ready
@@ -237,7 +239,7 @@ def test_quiet_steps_leave_nothing_to_do_in_the_background():
 def test_a_window_fills_its_ring_and_no_more():
     layout = sliding_layout(1, 1, 100, 4, 128, "float16")  # a full layer, and one that sees 100 positions
     policy = VAttentionPolicy(layout, 64 * SLAB, **ALL_OFF, page_group="64KB", max_tokens=1024, max_rows=2)
-    policy.admit(Sequence(0, 50, 900), 50)
+    policy.admit(Admission([Sequence(0, 50, 900)], 50))
     assert policy.grow(0, 850)
     mapped = [a.group for a in policy.drain()]
     assert (mapped.count(0), mapped.count(1)) == (15, 2)

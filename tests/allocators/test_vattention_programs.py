@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvarena.allocators.kv_layout import attention_layout, latent_layout, sliding_layout
-from kvarena.allocators.policy import Action, Map, Sequence
+from kvarena.allocators.policy import Action, Admission, Map, Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 
@@ -57,7 +57,7 @@ class Programs(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, 300), output=st.integers(0, 300))
     def admit(self, prompt: int, output: int) -> None:
-        if self.policy.admit(Sequence(self.next_id, prompt, output), prompt):
+        if self.policy.admit(Admission([Sequence(self.next_id, prompt, output)], prompt)) is not None:
             self.ids.append(self.next_id)
         self.next_id += 1
 

@@ -8,7 +8,7 @@ import torch
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
-from kvarena.allocators.policy import CopyBlock, Map, Sequence, Unmap
+from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vattention import cores
 from kvarena.allocators.vattention.policy import VAttentionPolicy
@@ -44,7 +44,7 @@ def test_steady_decode_maps_nothing_on_the_critical_path_with_overlap(overlap):
     policy, store = make(overlap=overlap, eager_allocation=False)
     ids = [0, 1]
     for seq_id in ids:
-        assert policy.admit(Sequence(seq_id, 100 + seq_id, 400), 100 + seq_id)
+        assert policy.admit(Admission([Sequence(seq_id, 100 + seq_id, 400)], 100 + seq_id)) is not None
     step(policy, store, ids)
     start = store.driver_calls()
     for _ in range(3 * TOKENS):
@@ -60,7 +60,7 @@ def test_steady_decode_maps_nothing_on_the_critical_path_with_overlap(overlap):
 
 def test_a_prompt_is_one_call_per_tensor():
     policy, store = make(eager_allocation=False)
-    policy.admit(Sequence(0, 5 * TOKENS, 0), 5 * TOKENS)
+    policy.admit(Admission([Sequence(0, 5 * TOKENS, 0)], 5 * TOKENS))
     store.apply(policy.drain())
     assert store.driver_calls().critical == TENSORS
     assert store.driver.calls["map"].calls == TENSORS
@@ -114,7 +114,7 @@ def test_a_row_begins_at_a_page_group():
     assert k.shape == (6, 1000, HEADS, SIZE)
     assert [stride * 2 for stride in k.stride()] == [8 * 64 * KB, 512, 256, 2]
     assert policy.virtual_bytes == TENSORS * 6 * 8 * 64 * KB
-    policy.admit(Sequence(0, 1000, 0), 1000)
+    policy.admit(Admission([Sequence(0, 1000, 0)], 1000))
     store.apply(policy.drain())
     k[policy.row(0)] = 1
     assert k[policy.row(0)].sum(dtype=torch.float32) == 1000 * HEADS * SIZE
@@ -125,7 +125,7 @@ def test_sliced_layers_are_slices_of_one_tensor():
     policy, store = make(tensor_slicing=True)
     k_all, v_all = store.tensors
     assert k_all.shape == v_all.shape == (6, 1000, LAYERS, HEADS, SIZE)
-    policy.admit(Sequence(0, 50, 0), 50)
+    policy.admit(Admission([Sequence(0, 50, 0)], 50))
     store.apply(policy.drain())
     row = policy.row(0)
     for n in range(LAYERS):
@@ -167,7 +167,7 @@ def test_a_slab_is_mapped_in_every_tensor_or_in_none():
 @pytest.mark.usefixtures("failing_fourth_map")
 def test_an_error_in_the_background_surfaces_at_the_next_wait_once():
     policy, store = make()
-    assert policy.admit(Sequence(0, 10, 0), 10)
+    assert policy.admit(Admission([Sequence(0, 10, 0)], 10)) is not None
     store.apply_in_background(policy.drain())
     with pytest.raises(DriverError, match="Permission denied"):
         store.view([0], [10], [1])

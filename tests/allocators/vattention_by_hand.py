@@ -4,7 +4,7 @@ One layer, K and V: a slab is two page-groups. 64 KB hold 64 tokens of 1 KB.
 """
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.policy import Map, Sequence, Unmap
+from kvarena.allocators.policy import Admission, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 
@@ -28,7 +28,10 @@ def policy_of(slabs: int = 8, rows: int = 4, **switches) -> VAttentionPolicy:
 def admit(policy: VAttentionPolicy, seq_id: int, slabs: int, final_slabs: int | None = None) -> bool:
     """Admit a sequence that fills so many slabs; in the end it will fill `final_slabs`."""
     prompt = slabs * TOKENS
-    return policy.admit(Sequence(seq_id, prompt, (final_slabs or slabs) * TOKENS - prompt), prompt)
+    return (
+        policy.admit(Admission([Sequence(seq_id, prompt, (final_slabs or slabs) * TOKENS - prompt)], prompt))
+        is not None
+    )
 
 
 def counts(actions) -> tuple[int, int]:

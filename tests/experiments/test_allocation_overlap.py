@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kvarena.allocators.policy import Admission
 from kvarena.allocators.registry import make_policy
 from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
@@ -52,7 +53,7 @@ def test_premapped_rows_never_grow() -> None:
     _prime(Way.PREMAPPED, run.params, rows=2)(policy)
     policy.drain()
     for i in range(2):
-        assert policy.admit(Request(i, 500, 100), 500)
+        assert policy.admit(Admission([Request(i, 500, 100)], 500)) is not None
         assert policy.tokens_until_growth(i) == 100
     assert policy.drain() == []
 

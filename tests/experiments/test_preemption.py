@@ -84,7 +84,7 @@ def test_a_victims_blocks_lie_scattered() -> None:
     tables = [policy.block_table(i) for i in range(2)]
     assert [len(table) for table in tables] == [10, 10]
     assert any(b - a != 1 for table in tables for a, b in pairwise(table))
-    assert policy.can_swap_out(0)
+    assert policy.swapping.can_swap_out([0])
 
 
 def test_a_swap_that_loses_bytes_is_noticed_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,7 @@ from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 
-STATED = ("block_size", "geometries")  # what a policy says of itself, and what follows from it
-FROM_STATED = ("block_bytes",)
+STATED = ("block_size", "geometries", "sharing", "cache", "swapping")  # what a policy says of itself
 
 
 def delegate(name, member):
@@ -22,7 +21,7 @@ def newcomer(inner_class, *extras):
     members = {
         name: delegate(name, member)
         for name, member in inspect.getmembers(Policy)
-        if not name.startswith("_") and name not in (*STATED, *FROM_STATED)
+        if not name.startswith("_") and name not in STATED
         and (callable(member) or isinstance(member, property))
     }  # fmt: skip
 

@@ -80,6 +80,6 @@ def test_waiting_counts_whom_a_step_leaves_in_line():
 
 def test_a_loop_that_cannot_go_on_says_so():
     loop = engine(10)
-    loop.scheduler.policy.fits_pool = lambda seq: True
+    loop.scheduler.policy.refusal = lambda admission: ""
     with pytest.raises(RuntimeError, match="nobody runs, and Request"):
         loop.run([Request(0, 50, 2)])

@@ -150,7 +150,7 @@ def test_a_group_is_swapped_and_comes_back_sharing():
     assert ids(plan.decodes) == [1, 2]
     assert sum(isinstance(a, SwapIn) for a in plan.actions) == 3
     assert scheduler.resumed_gaps_ps == [1, 1]
-    assert scheduler.policy.shared_bytes == 0, "and left"
+    assert scheduler.policy.sharing.shared_bytes == 0, "and left"
     assert {r.state for r in second} == {RequestState.FINISHED}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.policy import Sequence
+from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 from kvarena.errors import UserError
@@ -95,12 +95,22 @@ def test_whoever_is_accepted_ends(case, scheduler, tokens, kept, shapes):
     policy.check_integrity()
 
 
+def fits(policy, kept, gang, prefix=None):
+    """Whether a gang could run to its end beside these prefixes, and they be kept."""
+    try:
+        for each in kept:
+            policy.sharing.keep_prefix(each.seq_id, each.prompt_tokens)
+    except UserError:
+        return False
+    return not policy.refusal(Admission(gang, gang[0].prompt_tokens, prefix=prefix))
+
+
 def materialised(policy, kept, gang, prefix, length):
     """An ample pool that holds the prefixes and a gang whose members have drifted apart, up to a length."""
     for each in kept:
-        assert policy.register_prefix(each.seq_id, each.prompt_tokens)
+        policy.sharing.keep_prefix(each.seq_id, each.prompt_tokens)
     policy.drain()
-    assert policy.admit_group(gang, gang[0].prompt_tokens, prefix)
+    assert policy.admit(Admission(gang, gang[0].prompt_tokens, prefix=prefix)) is not None
     policy.drain()
     for seq in gang:
         assert policy.grow(seq.seq_id, length - gang[0].prompt_tokens)
@@ -127,8 +137,8 @@ def test_blocks_are_counted_exactly(kept, shape, named, block_size):
     needed = used.num_blocks - used.free_units + n
     if output == 1 and n > 1:
         needed += (n - 1) * (prompt % block_size > 0)  # they have yet to part
-    assert pool(needed).group_fits_pool(gang, prefixes, prefix)
-    assert not pool(needed - 1).group_fits_pool(gang, prefixes, prefix)
+    assert fits(pool(needed), prefixes, gang, prefix)
+    assert not fits(pool(needed - 1), prefixes, gang, prefix)
 
 
 @settings(max_examples=100)
@@ -148,25 +158,25 @@ def test_page_groups_are_counted_exactly(kept, shape, named, sliced):
     usage = materialised(pool(2000), prefixes, gang, prefix, prompt + output).usage()
     needed = (usage.live + usage.reserved + usage.rounding) // size
     tensors = pool(2000).geometries[0].num_tensors
-    assert pool(needed).group_fits_pool(gang, prefixes, prefix)
-    assert not pool(max(tensors, needed - tensors)).group_fits_pool(gang, prefixes, prefix)
-    assert not pool(2000, rows=n + len(kept) - 1).group_fits_pool(gang, prefixes, prefix)
+    assert fits(pool(needed), prefixes, gang, prefix)
+    assert not fits(pool(max(tensors, needed - tensors)), prefixes, gang, prefix)
+    assert not fits(pool(2000, rows=n + len(kept) - 1), prefixes, gang, prefix)
 
 
 def test_six_samples_of_a_prompt_share_it_beside_a_short_prefix():
     """400 tokens are 25 full blocks once, and 6 x 1 beside them; taken for a member, the prefix would unshare them."""
     policy = PagedPolicy(LAYOUT, 64 * 16 * LAYOUT.token_bytes, max_tokens=2048, watermark=0)
     gang = [Sequence(i, 400, 16) for i in range(6)]
-    kept = [Sequence(-1, 16, 0)]
-    assert policy.group_fits_pool(gang, kept, -1)
-    assert policy.group_fits_pool(gang, kept)
+    policy.sharing.keep_prefix(-1, 16)
+    assert not policy.refusal(Admission(gang, 400, prefix=-1))
+    assert not policy.refusal(Admission(gang, 400))
 
 
 def test_a_request_that_does_not_share_the_prefix_must_fit_beside_it():
     policy = PagedPolicy(LAYOUT, 20 * 4 * LAYOUT.token_bytes, max_tokens=MAX_TOKENS, block_size=4, watermark=0)
-    kept = [Sequence(-1, 40, 0)]
-    assert policy.group_fits_pool([Sequence(0, 44, 8)], kept, -1)
-    assert not policy.group_fits_pool([Sequence(0, 44, 8)], kept)
+    policy.sharing.keep_prefix(-1, 40)
+    assert not policy.refusal(Admission([Sequence(0, 44, 8)], 44, prefix=-1))
+    assert policy.refusal(Admission([Sequence(0, 44, 8)], 44))
 
 
 def test_a_policy_that_keeps_no_prefixes_says_so():

@@ -6,7 +6,7 @@ from newcomers import NewcomerBlocks, NewcomerRows
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.paged.store import PagedStore
-from kvarena.allocators.policy import CopyBlock, CopyRow, Map, Sequence, SwapIn, SwapOut, Unmap
+from kvarena.allocators.policy import Admission, CopyBlock, CopyRow, Map, Sequence, SwapIn, SwapOut, Unmap
 from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention.policy import VAttentionPolicy
@@ -43,8 +43,8 @@ def test_a_newcomer_pays_what_ours_pays(ours, newcomers, options):
 
 def test_a_fork_of_a_newcomer_is_not_copied_for_nothing():
     policy = NewcomerBlocks(LAYOUT, POOL, **BLOCKS)
-    assert policy.admit(Sequence(0, 5, 9), 5)
-    assert policy.fork(0, Sequence(1, 5, 9))
+    assert policy.admit(Admission([Sequence(0, 5, 9)], 5)) is not None
+    assert policy.sharing.fork(0, Sequence(1, 5, 9))
     assert policy.grow_each([0, 1]) == 2
     actions = policy.drain()
     assert [type(action) for action in actions] == [CopyBlock]
@@ -96,7 +96,7 @@ def test_a_newcomer_serves_a_model(newcomers, options):
 def test_a_newcomer_shows_what_its_sequences_hold(ours, newcomers, options):
     seq, shown = Sequence(0, 20, 9), []
     for policy in (ours(LAYOUT, POOL, **options), newcomers(LAYOUT, POOL, **options)):
-        assert policy.admit(seq, 20)
-        shown.append((policy.units, policy.holding(seq), policy.idle_units()))
+        assert policy.admit(Admission([seq], 20)) is not None
+        shown.append(policy.holdings([seq]))
     assert shown[0] == shown[1]
-    assert shown[0][1].leaves[0] == 20 * LAYOUT.token_bytes
+    assert shown[0].of[0].leaves[0] == 20 * LAYOUT.token_bytes

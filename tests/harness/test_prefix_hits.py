@@ -81,7 +81,7 @@ def test_the_allocators_caches_find_all_of_it(mooncake):
     of_blocks = hits(blocks(250_000, 256), ids, prompts, 512)
     assert of_blocks.hit_tokens == lru_hits(ids, prompts, 512, 256)
     large = rows(64_000_000, page_group="2MB", tensor_slicing=True)
-    assert large.cache_unit_tokens == 512
+    assert large.cache.unit_tokens == 512
     of_rows = hits(large, ids, prompts, 512)
     assert of_rows.hit_tokens == lru_hits(ids, prompts, 512, 512)
     assert of_blocks.refused == of_rows.refused == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.policy import Admission
 from kvarena.allocators.stores import make_store
 from kvarena.harness.measured import torch_executor
 from kvarena.harness.measured.timed_call import wait_for
@@ -49,16 +50,16 @@ def test_a_step_waits_around_its_copies_and_for_nothing_else(monkeypatch):
         return seen
 
     first, second = Request(0, 6, 20), Request(1, 6, 20)
-    assert policy.admit(first, 6)
+    assert policy.admit(Admission([first], 6)) is not None
     assert run(prefills=[PrefillChunk(first, 0, 6)]) == ["apply"]
     first.computed = second.computed = 6
     assert decode(first) == ["apply"]
     second.computed = 7
     executor.tokens[1] = list(executor.known(first))
-    assert policy.fork(0, second)
+    assert policy.sharing.fork(0, second)
     assert decode(first, second) == ["wait", "apply", "wait"], "the shared block is copied"
     assert decode(first, second) == ["apply"]
-    policy.swap_out(1)
-    policy.swap_in(1)
+    policy.swapping.swap_out([1])
+    policy.swapping.swap_in([1])
     assert decode(first, second) == ["wait", "apply", "wait"], "blocks went to the host and back"
     store.close()
