@@ -81,6 +81,13 @@ def test_of_two_names_for_one_system_the_first_earns_the_published_one() -> None
     assert [is_earned(names_of(run, s)) for s in range(2)] == [True, False]
 
 
+def test_no_paper_had_cuda_graphs() -> None:
+    run = compose_run(WASTE)
+    graphs = replace(run, clock="measured", engine=replace(run.engine, cuda_graphs=True))
+    assert "engine.cuda_graphs" in differences(graphs, "fig2", PANEL)
+    assert "engine.cuda_graphs" not in differences(replace(run, clock="measured"), "fig2", PANEL)
+
+
 def test_another_seed_is_another_point() -> None:
     run = compose_run(WASTE)
     assert not is_earned(named(seeded(run, 1), run.systems[0], "fig2"))
@@ -102,8 +109,9 @@ def test_an_engine_is_refused_where_it_was_not_fitted() -> None:
     for other in (replace(run.device, name="h200"), replace(run.device, name="a100-80gb")):
         with pytest.raises(UserError, match="lean"):
             _ = Serving(replace(run, device=other), run.systems[0]).step_model
-    with pytest.raises(UserError, match="lean"):
-        _ = Serving(replace(run, model=replace(run.model, num_layers=39)), run.systems[0]).step_model
+    for change in ({"num_layers": 39}, {"tp": 2}):
+        with pytest.raises(UserError, match="lean"):
+            _ = Serving(replace(run, model=replace(run.model, **change)), run.systems[0]).step_model
 
 
 @pytest.mark.parametrize(

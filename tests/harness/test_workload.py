@@ -101,10 +101,13 @@ def test_recorded_stamps_are_kept(data_file):
 
 def test_recorded_stamps_come_in_order(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n3,1,1\n1,2,1\n1,3,1\n0.5,4,1\n")
+    same = [*range(2, 60)]  # of one stamp, they keep the file's order
+    path.write_text(
+        "arrival_s,prompt_tokens,output_tokens\n3,1,1\n" + "".join(f"1,{n},1\n" for n in same) + "0.5,99,1\n"
+    )
     workload = make_workload(TraceConfig(path=str(path)), ArrivalConfig(process="recorded"))
-    assert workload.prompt_tokens.tolist() == [4, 2, 3, 1]
-    assert workload.arrival_s.tolist() == [0.5, 1, 1, 3]
+    assert workload.prompt_tokens.tolist() == [99, *same, 1]
+    assert workload.arrival_s.tolist() == [0.5, *[1] * len(same), 3]
 
 
 def test_hash_ids_follow_their_requests(data_file):
