@@ -14,8 +14,8 @@ OURS = {"paper": "kvarena", "figure": "fig13a", "panel": "opt-13b own.csv", "sys
 
 def rows_of(names: dict[str, str], **more: object) -> pd.DataFrame:
     base = {"setup": "opt-13b sharegpt, 1 x a100-40gb", "label": "paged/vllm2023", "allocator": "paged", "x": 2.0,
-            "quantity": "mean_batched_requests", "value": 30.0, "clock": "modelled", "evidence": "predicted"}  # fmt: skip
-    return pd.DataFrame([{**base, **names, **more}])
+            "quantity": "mean_batched_requests", "clock": "modelled", "evidence": "predicted"}  # fmt: skip
+    return pd.DataFrame([{"value": 30.0, **base, **names, **more}])
 
 
 def titled(rows: pd.DataFrame) -> str:
