@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kvarena.allocators.options import unit_option
 from kvarena.allocators.usage import Usage, paper_vllm_rollup
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
@@ -49,7 +50,7 @@ def check_block_sizes(sizes: Sequence[int]) -> None:
 
 def has_blocks(system: System) -> bool:
     """Whether a block size means anything to the system."""
-    return hasattr(system.allocator, "block_size")
+    return unit_option(system.allocator) == "block_size"
 
 
 def variants(system: System, block_sizes: Sequence[int]) -> Iterator[tuple[int | None, System]]:

@@ -1,8 +1,9 @@
 """A kernel over an allocator's memory, with nothing scheduled: what experiments compare that measure kernels alone."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
+from kvarena.allocators.options import with_options
 from kvarena.allocators.registry import preset
 from kvarena.harness.config import load, typed
 from kvarena.harness.model.config import ModelConfig
@@ -25,8 +26,7 @@ def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> Syst
 
 def allocator_named(name: str, **wanted: object) -> Any:
     """An allocator's options, with those of `wanted` that it has."""
-    filed = preset(name)
-    return replace(filed, **{key: value for key, value in wanted.items() if hasattr(filed, key)})
+    return with_options(preset(name), **wanted)
 
 
 def unread_of_model(run: Run[object], *read: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from functools import cached_property
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kvarena.allocators.options import option, with_options
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import Replayer, workload_of
@@ -61,11 +62,10 @@ def with_cache(system: System, requests: int, on: bool = True) -> System:
     Rows of virtual tensors are addresses only: there are as many as requests, so that memory alone limits what is kept.
     """
     allocator = system.allocator
-    if not hasattr(allocator, "prefix_cache"):
+    if option(allocator, "prefix_cache") is None:
         raise UserError(f"systems: {system.name} keeps no prefixes; allocators paged and vattention do")
-    if hasattr(allocator, "max_rows"):
-        allocator = replace(allocator, max_rows=max(allocator.max_rows, requests + 1))
-    return replace(system, allocator=replace(allocator, prefix_cache=on))
+    rows = max(option(allocator, "max_rows", 0), requests + 1)
+    return replace(system, allocator=with_options(allocator, max_rows=rows, prefix_cache=on))
 
 
 def _served(run: Run[Params]) -> Run[Params]:

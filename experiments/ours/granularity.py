@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.allocators.options import option, unit_option
 from kvarena.allocators.usage import paper_vllm_rollup
 from kvarena.allocators.vattention.page_groups import checked_page_group, row_geometries
 from kvarena.errors import UserError
@@ -90,11 +91,10 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
 
 def _units_of(system: System) -> str | None:
     """The key of `params` that has the system's units; None where it has none to change."""
-    if hasattr(system.allocator, "block_size"):
-        return "block_sizes"
-    if hasattr(system.allocator, "page_group"):
-        return "sliced_page_groups" if getattr(system.allocator, "tensor_slicing", False) else "page_groups"
-    return None
+    unit = unit_option(system.allocator)
+    if unit is None:
+        return None
+    return f"sliced_{unit}s" if option(system.allocator, "tensor_slicing") else f"{unit}s"
 
 
 def _variants(run: Run[Params]) -> Iterator[tuple[System, float]]:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import pandas as pd
 import torch
 
+from kvarena.allocators.options import with_options
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.vmm.fragments import scattered_pages_held
@@ -86,7 +87,7 @@ def resident(
 
     A watermark is for those who wait, and nobody does: a pool that holds the batch is enough.
     """
-    system = replace(system, allocator=_without_watermark(system.allocator))
+    system = replace(system, allocator=with_options(system.allocator, watermark=0.0))
     with ExitStack() as stack:
         context = run.params.max_tokens
         serving = stack.enter_context(Serving(run, system, pool_bytes=pool_bytes, context=context, model=model))
@@ -94,10 +95,6 @@ def resident(
         batch = FixedBatch(serving, prompts, run.params.steps)
         stack.pop_all()  # it is the batch's to close
     return batch
-
-
-def _without_watermark(allocator: Any) -> Any:
-    return replace(allocator, watermark=0.0) if hasattr(allocator, "watermark") else allocator
 
 
 def check_steps(run: Run[Decoded], batches: dict[str, FixedBatch]) -> None:

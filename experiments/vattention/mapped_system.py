@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from kvarena.allocators.options import unit_option
 from kvarena.errors import UserError
 from kvarena.harness.run.run import P, Run
 from kvarena.harness.run.systems import System
@@ -9,7 +10,7 @@ from kvarena.harness.run.systems import System
 
 def the_system(run: Run[object]) -> System:
     """The run's only system. Raises UserError where there are others, or it maps nothing."""
-    if len(run.systems) != 1 or not hasattr(run.systems[0].allocator, "page_group"):
+    if len(run.systems) != 1 or unit_option(run.systems[0].allocator) != "page_group":
         raise UserError(
             f"systems={[s.name for s in run.systems]}: {run.experiment} takes one system with allocator vattention, "
             "and changes how it maps"

@@ -12,6 +12,7 @@ from functools import partial
 
 import pandas as pd
 
+from kvarena.allocators.options import unit_option
 from kvarena.errors import UserError
 from kvarena.experiments.kit.panels import Panel, bars, drawn, ratio
 from kvarena.experiments.kit.published_models import by_model, of_model, unread_models
@@ -50,7 +51,7 @@ def unread(run: Run[Params]) -> dict[str, str]:
                  for each in ("kernels", *_FIG14)}  # fmt: skip
     elif not run.params.kernels:
         keys |= {f"params.{each}": "params.kernels names none" for each in _FIG14}
-    have = {name for s in run.systems for name in ("page_group", "block_size") if hasattr(s.allocator, name)}
+    have = {unit_option(s.allocator) for s in run.systems} - {None}
     if have == {"page_group"}:
         keys["params.block_sizes"] = "no system of this run has blocks"
     if have == {"block_size"}:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from kvarena.allocators.options import option
 from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.errors import UserError
 from kvarena.harness.model import ModelConfig
@@ -37,4 +38,5 @@ def fitting_pairs(model: ModelConfig, device: str) -> list[str]:
 
 
 def _block_size(system: System) -> int | None:
-    return getattr(system.allocator, "block_size", None)
+    size: int | None = option(system.allocator, "block_size")
+    return size

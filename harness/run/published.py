@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvarena.allocators.options import with_options
 from kvarena.harness.config import changed, load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import load_preset
@@ -272,8 +273,7 @@ def _is_system(run: "Run[object]", system: System | None, panel: Ran, file: str 
         return False
     scheduler = system.scheduler if panel.scheduler is None else _filed("scheduler", panel.scheduler)
     published = as_filed(file, scheduler)
-    fields = {name: value for name, value in panel.allocator.items() if hasattr(published.allocator, name)}
-    published = replace(published, allocator=replace(published.allocator, **fields))
+    published = replace(published, allocator=with_options(published.allocator, **panel.allocator))
     if run.clock == "measured":
         published = with_room_to_read(published)
     return alike(system, published)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kvarena.allocators.options import option
 from kvarena.allocators.registry import memory_layout, preset
 from kvarena.kernels.registry import kernel_spec
 
@@ -94,6 +95,6 @@ def alike(one: System, other: System) -> bool:
 
 def with_room_to_read(system: System) -> System:
     """Keep as many tokens mapped past a row's end as its kernel may touch, unless the user says how many."""
-    if getattr(system.allocator, "read_past", 0) is not None:
+    if option(system.allocator, "read_past", 0) is not None:
         return system
     return replace(system, allocator=replace(system.allocator, read_past=kernel_spec(system.kernel.name).reads_past))

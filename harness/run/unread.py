@@ -7,6 +7,7 @@ fitted step no efficiency. tests/experiments/test_every_key.py tries every key o
 
 from collections.abc import Iterator, Mapping
 
+from kvarena.allocators.options import option
 from kvarena.errors import UserError
 from kvarena.harness.run.run import Run
 from kvarena.harness.scheduler.registry import config_class
@@ -190,7 +191,7 @@ def _device(run: Run[object]) -> Unread:
         for key in _MODELLED:
             yield f"device.{key}", "this machine is what it is; clock=modelled has device models"
         return
-    sizes = {str(getattr(s.allocator, "page_group", None)) for s in run.systems}
+    sizes = {str(option(s.allocator, "page_group")) for s in run.systems}
     if sizes <= {"None"}:
         for key in ("map_us", "unmap_us"):
             yield f"device.{key}", "no system of this run maps page-groups"
@@ -228,7 +229,7 @@ def _may_copy(run: Run[object]) -> bool:
 
 
 def _may_swap(run: Run[object]) -> bool:
-    return "swapping" in run.reads or any(getattr(s.allocator, "swap_bytes", 0) not in (0, "0") for s in run.systems)
+    return "swapping" in run.reads or any(option(s.allocator, "swap_bytes", 0) not in (0, "0") for s in run.systems)
 
 
 def _scheduler(run: Run[object]) -> Unread:
