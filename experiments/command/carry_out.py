@@ -58,7 +58,7 @@ def measure(run: Run[object], recorder: Recorder) -> Measured:
 
 def summary_of(run: Run[object], frames: Frames) -> pd.DataFrame:
     """The experiment's summary, and under it the accounts of its traces: of these alone, whatever serves them."""
-    summary = registry.get(run.experiment).summarize(run, frames)
+    summary = frame(registry.get(run.experiment).summarize(run, frames))
     if TRACES not in frames:
         return summary
     alone = replace(run, reads=())

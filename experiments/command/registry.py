@@ -1,6 +1,6 @@
 """Experiments by name: the file conf/experiment/<name>.yaml, and the module that runs it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from kvarena.errors import UserError
 from kvarena.harness.config import names
 from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.run.run import Run, resolve
 from kvarena.harness.run.unread import check_read
 
@@ -37,7 +38,7 @@ class Experiment(Protocol[Q]):
     def measure(self, run: Run[Q], recorder: Recorder) -> Measured:
         """Measure every cell. Raises UserError for what cannot be measured."""
 
-    def summarize(self, run: Run[Q], frames: Frames) -> pd.DataFrame:
+    def summarize(self, run: Run[Q], frames: Frames) -> Iterable[SummaryRow]:
         """The rows of `summary.csv`, from the frames alone: a finished run's make the same again."""
 
     def draw(self, summary: pd.DataFrame) -> Figure:

@@ -15,15 +15,15 @@ from matplotlib.axes import Axes
 from kvarena.allocators.options import unit_option
 from kvarena.allocators.usage import Usage, paper_vllm_rollup
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.panels import Panel, curves, title
+from kvarena.experiments.kit.quantities import Quantity, columns
 from kvarena.experiments.kit.replay import Replayer, Served
 from kvarena.harness.record.metrics import summarize
-from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import Evidence
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
+LATENCY = "normalized_latency"
 CLAIMED_FROM = 16  # tokens: below, what smaller blocks cost is mostly the attention kernel's time
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # x of PagedAttention's Figs 18b and 19
 
@@ -83,9 +83,10 @@ def measures(served: Served) -> dict[str, float]:
     return summarize(served.requests, steps, served.resumed_gaps_ps) | ours
 
 
-def estimate(run: Run[object], samples: pd.Series) -> Estimate | float:
-    """The median over measured rounds; a modelled replay has one value, and no spread."""
-    return median_interval(samples) if run.clock == "measured" else float(samples.iloc[0])
+def quantities(size: int | None, figure: str) -> list[Quantity]:
+    """Of a system with blocks of one size; of one without blocks, which has one point and no x."""
+    suffix, known = ("_vs_block_size", figure) if size else ("", None)
+    return [Quantity(f"{LATENCY}{suffix}", "s/token", "normalized_latency_s", known), *columns(OURS, suffix)]
 
 
 def assumed(block_size: int | None) -> str:
@@ -94,26 +95,13 @@ def assumed(block_size: int | None) -> str:
     return "attention reads blocks of any size equally fast" if small else ""
 
 
-def block_axis(axis: Axes, sizes: pd.Series) -> None:
-    """A logarithmic axis of block sizes."""
-    plots.batch_axis(axis, sorted(sizes.unique()))
-    axis.set_xlabel("block size, tokens")
-
-
-def lines_across(axis: Axes, rows: pd.DataFrame) -> None:
-    """Systems without blocks: a line across the figure each."""
-    shown = plots.shown_names(rows)
-    for number, (label, allocator, value) in enumerate(zip(rows.label, rows.allocator, rows.value, strict=True)):
-        axis.axhline(value, color=plots.colour_of(allocator), ls=plots.DASHES[1 + number % 3], lw=1, label=shown[label])
-
-
-def hollow(axis: Axes, rows: pd.DataFrame) -> None:
-    """Mark points that are not claimed: they leave out what small blocks cost the kernel."""
-    unclaimed = rows[rows.evidence == Evidence.CONDITIONAL]
+def latency_panel(axis: Axes, rows: pd.DataFrame) -> None:
+    """Points that are not claimed are hollow: they leave out what small blocks cost the kernel."""
+    curves(axis, rows)
+    unclaimed = rows[rows.evidence == "conditional"]
     axis.plot(unclaimed.x, unclaimed.value, "o", mfc="white", mec="black", ms=5, ls="none", zorder=3)
+    title(axis, rows, "", "hollow: the kernel's cost left out" if len(unclaimed) else "")
 
 
-def where(rows: pd.DataFrame) -> str:
-    """What a title says of its rows: what ran, by which clock, and what hollow points are."""
-    note = "\nhollow: the kernel's cost left out" if (rows.evidence == Evidence.CONDITIONAL).any() else ""
-    return f"{rows.setup.iloc[0]}; {rows.clock.iloc[0]}{note}"
+BY_SIZE = Panel(latency_panel, f"{LATENCY}(_vs_block_size)?", "normalized latency, s/token", "block size, tokens",
+                doubling=True)  # fmt: skip

@@ -8,7 +8,6 @@
 For PagedAttention's Figs 14, 16 and 17, whose published points are withheld: the search tells where to look.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -16,31 +15,31 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.replay import Served
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, curves, drawn
+from kvarena.experiments.kit.quantities import Quantity, columns, rows
+from kvarena.experiments.kit.replay import Served, workload_of
 from kvarena.harness.record.capacity import capacity, crossing
 from kvarena.harness.record.metrics import summarize
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Recorder
-from kvarena.harness.record.summary import Names, SummaryRow, frame, published_values, row
-from kvarena.harness.run.published import OURS as OURS_PAPER
+from kvarena.harness.record.summary import Names, SummaryRow, row
+from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import named
-from kvarena.harness.run.run import Run
+from kvarena.harness.run.run import P, Run
 from kvarena.harness.run.systems import System
+from kvarena.harness.trace.config import TraceConfig
 
 LATENCY = "normalized_latency_vs_rate"
 CROSSING = "rate_at_0.5_s_per_token"
 LIMIT_S = 0.5  # s/token: the usual reading of the paper's "similar latency"
 BRACKET = "bracket"  # kind of the two points that a crossing is made of; other points are of kind `point`
 
-ServeAt = Callable[[float], Served]  # requests/s -> what happened
-Panel = TypeVar("Panel")
+Shown = TypeVar("Shown")
 
 
-def chosen_panels(panels: dict[str, Panel], only: list[str] | None) -> dict[str, Panel]:
+def chosen_panels(panels: dict[str, Shown], only: list[str] | None) -> dict[str, Shown]:
     """The panels to run, by figure. Raises UserError for one that is not there, and for none."""
     for figure in only or ():
         if figure not in panels:
@@ -99,23 +98,29 @@ class Line(NamedTuple):
     system: System
     figure: str | None  # the figure or panel that it is drawn for
     detail: str  # what ran, beside model, trace and devices
-    serve_at: ServeAt
+    serve: Callable[[Workload], Served]
     guess: float  # requests/s where the search begins
     point: Mapping[str, Any] = {}  # what the figure states of its points beside what the run says
     assuming: str = ""  # what a modelled line rests on
+    trace: TraceConfig | None = None  # that is served, where it is not quite the run's
 
-    def names(self, *, ours: bool = False, x: float | None = None) -> Names:
-        """Columns that name a row of this line: of a published quantity, or of one of `ours`."""
-        figure, point = (None, {}) if ours or self.figure not in self.run.published else (self.figure, self.point)
-        return named(self.run, self.system, figure, detail=self.detail, x=x, assuming=self.assuming, **point)
+    def serve_at(self, rate: float) -> Served:
+        """What happens at so many requests/s."""
+        return self.serve(workload_of(self.run, self.trace, rate=rate))
+
+    def names(self, figure: str | None = None, *, counted: bool = False, x: float | None = None) -> Names:
+        """Columns that name a row of this line: of a published quantity where a figure is given, else of our own."""
+        known = figure if figure in self.run.published else None
+        return named(self.run, self.system, known, detail=self.detail, x=x, assuming=self.assuming, counted=counted,
+                     **self.point)  # fmt: skip
 
 
 # Our own quantities at every point, and their units; docs/metrics.md has the formulas.
-OURS = {
+OURS = columns({
     "ttft_p50_s": "s", "ttft_p99_s": "s", "tpot_p50_s": "s", "tpot_p99_s": "s", "queueing_p99_s": "s",
     "rate_asked_per_s": "req/s", "rate_reached_per_s": "req/s", "output_tokens_per_s": "tok/s",
     "mean_batched_sequences": "sequences", "preemptions": "count", "refused": "count", "finished": "count",
-}  # fmt: skip
+}, "_vs_rate")  # fmt: skip
 
 
 def measure_lines(run: Run[Curves], recorder: Recorder, lines: Sequence[Line]) -> Frames:
@@ -125,20 +130,17 @@ def measure_lines(run: Run[Curves], recorder: Recorder, lines: Sequence[Line]) -
     """
     _refuse_twins(lines)
     first = {line.key: line for line in reversed(lines)}
-    points = []
-    with Progress(run.experiment, len(first)) as progress:
-        for key in dict.fromkeys(line.key for line in lines):
-            progress.stage(key)
-            cell = recorder.cell(key, partial(_measure, run.params, first[key]))
-            points.append(cell["points"].assign(line=key, system=first[key].system.name))
-            progress.advance()
-    return {"points": pd.concat(points, ignore_index=True)}
+    cells = [
+        Cell(key, partial(_measure, run.params, first[key]), {"line": key, "system": first[key].system.name})
+        for key in dict.fromkeys(line.key for line in lines)
+    ]
+    return run_cells(run.experiment, recorder, cells)
 
 
 def _refuse_twins(lines: Sequence[Line]) -> None:
     told: dict[tuple[str, str], str] = {}
     for line in lines:
-        names = line.names(ours=True)
+        names = line.names()
         other = told.setdefault((names["setup"], names["label"]), line.key)
         if other != line.key:
             raise UserError(f"params: {other} and {line.key} are one and the same curve, of {names['setup']}")
@@ -189,98 +191,40 @@ def crossing_of(points: pd.DataFrame) -> float | None:
     return crossing(low, high, LIMIT_S)
 
 
-def summarize_lines(lines: Iterable[Line], frames: Frames) -> pd.DataFrame:
-    """The summary of the points that `measure_lines` gave."""
+def summarize_lines(lines_of: Callable[[Run[P]], Iterable[Line]], run: Run[P], frames: Frames) -> Iterator[SummaryRow]:
+    """Every point and crossing of every line, of the points that `measure_lines` gave."""
     points = frames["points"]
-    return frame(row for line in lines for row in _rows(line, points[points.line == line.key]))
+    for line in lines_of(run):
+        yield from _rows(line, points[points.line == line.key])
 
 
 def _rows(line: Line, points: pd.DataFrame) -> Iterator[SummaryRow]:
     """The paper's two quantities, and our own."""
     at_limit = crossing_of(points)
     if at_limit is not None:
-        yield row(at_limit, quantity=CROSSING, unit="req/s", **line.names())
-    for _, point in points.iterrows():
-        rate = float(point.rate)
-        yield row(float(point.normalized_latency_s), quantity=LATENCY, unit="s/token", **line.names(x=rate))
-        ours = line.names(ours=True, x=rate)
-        for name, unit in OURS.items():
-            if pd.notna(point[name]):
-                yield row(float(point[name]), quantity=f"{name}_vs_rate", unit=unit, **ours)
+        yield row(at_limit, quantity=CROSSING, unit="req/s", **line.names(line.figure))
+    quantities = [Quantity(LATENCY, "s/token", "normalized_latency_s", line.figure), *OURS]
+    for _, point in points.groupby(points.index, sort=False):
+        yield from rows(quantities, point, partial(line.names, x=float(point.rate.iloc[0])))
 
 
-def draw_curves(summary: pd.DataFrame, columns: int = 3) -> Figure:
-    """An axis for each setup of the summary's, a line per system; its legend says where it crosses."""
-    setups = list(dict.fromkeys(summary[summary.quantity == LATENCY].setup))
-    columns = min(columns, len(setups))
-    figure, axes = plots.canvas(-(-len(setups) // columns), columns, width=4.8, height=4.8)
-    for axis, setup in zip(axes, setups, strict=False):
-        _panel_axis(axis, summary[summary.setup == setup])
-    return plots.tidy(figure)
+def crossing_curves(axis: Axes, ours: pd.DataFrame) -> None:
+    """The curves of one setup; the legend says where each crosses the limit.
 
-
-class Style(NamedTuple):
-    """Of one line."""
-
-    colour: str
-    dash: str
-    marker: str
-
-
-def styles_of(rows: pd.DataFrame) -> dict[str, Style]:
-    """label -> its line: the allocator's colour; lines of one colour differ in dashes, then in markers."""
-    seen, styles = Counter[str](), {}
-    for label, allocator in rows.drop_duplicates("label")[["label", "allocator"]].itertuples(index=False):
-        colour = plots.colour_of(allocator)
-        marker, dash = divmod(seen[colour], len(plots.DASHES))
-        styles[label] = Style(colour, plots.DASHES[dash], ".x+"[marker % 3])
-        seen[colour] += 1
-    return styles
-
-
-def headed(rows: pd.DataFrame) -> str:
-    """Two lines for a title: the published panel where a row stands for it, and what ran: clock and evidence."""
-    earned = rows[rows.paper != OURS_PAPER]
-    ran = f"{rows.setup.iloc[0]}: {', '.join(dict.fromkeys([rows.clock.iloc[0], *rows.evidence]))}"
-    if earned.empty:
-        return ran
-    return f"PagedAttention Fig {earned.figure.iloc[0].removeprefix('fig')}, {earned.panel.iloc[0]}\n{ran}"
-
-
-def published_beside(rows: pd.DataFrame) -> pd.DataFrame:
-    """The published values of the systems that rows of one label stand for; empty where they are ours."""
-    theirs = published_values("pagedattention")
-    keys = rows[rows.paper != OURS_PAPER][["figure", "panel", "system"]].drop_duplicates()
-    return theirs.merge(keys, on=["figure", "panel", "system"])
-
-
-def _panel_axis(axis: Axes, ours: pd.DataFrame) -> None:
-    """The axis ends at 1 s/token, as the paper's do, or sooner where no curve comes near."""
-    curves = ours[ours.quantity == LATENCY]
-    crossings = ours[ours.quantity == CROSSING].set_index("label").value
-    shown, circled = plots.shown_names(curves), False
-    for label, (colour, dash, marker) in styles_of(curves).items():
-        rows = curves[curves.label == label].sort_values("x")
-        at = f": {crossings[label]:.3g}/s" if label in crossings else ""
-        axis.plot(rows.x, rows.value, dash, color=colour, lw=1.3, marker=marker, ms=4, label=f"{shown[label]}{at}")
-        theirs = published_beside(rows)
-        axis.plot(*_points(theirs), "o", mfc="none", color=colour, ms=6)
-        circled |= bool(len(theirs))
-    top_s = min(1.0, 1.1 * float(curves.value.max()))
+    The axis ends at 1 s/token, as the paper's do, or sooner where no curve comes near.
+    """
+    latencies, crossings = ours[ours.quantity == LATENCY], ours[ours.quantity == CROSSING].set_index("label").value
+    curves(axis, latencies, {str(label): f": {at:.3g}/s" for label, at in crossings.items()})
+    top_s = min(1.0, 1.1 * float(latencies.value.max()))
     if top_s > LIMIT_S:
         axis.axhline(LIMIT_S, color="#BBBBBB", lw=0.8, zorder=0)
-    axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
-    axis.set_title(f"{headed(curves)}{'; circles: published' if circled else ''}", fontsize=8)
     axis.set_xlim(0, None)
     axis.set_ylim(0, top_s)
-    heading = "reaches 0.5 s/token at" if len(crossings) else None
     axis.legend(  # below: steep curves leave no room inside
-        fontsize=6.5, frameon=False, title=heading, title_fontsize=6.5,
+        fontsize=6.5, frameon=False, title="reaches 0.5 s/token at" if len(crossings) else None, title_fontsize=6.5,
         loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
     )  # fmt: skip
 
 
-def _points(theirs: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """Published points of a curve, and its crossing of the limit."""
-    curve, at_limit = (theirs[theirs.quantity == q] for q in (LATENCY, CROSSING))
-    return [*curve.x, *at_limit.value], [*curve.value, *[LIMIT_S] * len(at_limit)]
+CURVES = Panel(crossing_curves, f"{LATENCY}|{CROSSING}", "normalized latency, s/token", "request rate, req/s")
+draw_curves = partial(drawn, panels=[CURVES], width=4.8, height=4.8)

@@ -8,6 +8,8 @@ from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.legend import shown_names
 from kvarena.harness.run.published import OURS
 
+# Where all are of one allocator: its own colour would tell nothing.
+SEVERAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 # vAttention's figures have several systems of one allocator, told apart by colour; elsewhere an allocator's is its own.
 PAPER = "vattention"
 PAPER_COLOURS = {
@@ -34,8 +36,9 @@ def looks(rows: pd.DataFrame) -> dict[str, Look]:
     first = preferring_earned(rows).assign(own=lambda r: r.paper == OURS).sort_values("own", kind="stable")
     first = first.drop_duplicates("label")
     names, colours, found = shown_names(first), plots.colours_of(rows.allocator), dict[str, Look]()
-    for each in first.to_dict("records"):
-        colour = colours[each["allocator"]]
+    alike = first.allocator.nunique() == 1 < len(first)
+    for place, each in enumerate(first.to_dict("records")):
+        colour = SEVERAL[place % len(SEVERAL)] if alike else colours[each["allocator"]]
         if each["paper"] == PAPER:
             colour = PAPER_COLOURS.get(each["system"], colour)
         number = sum(look.colour == colour for look in found.values()) + (each["own"] and not first.own.all())

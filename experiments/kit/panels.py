@@ -16,20 +16,22 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from kvarena.experiments.kit.looks import Look, looks, preferring_earned
-from kvarena.experiments.kit.plots import LEAF_COLOURS, canvas, tidy
+from kvarena.experiments.kit.plots import LEAF_COLOURS, canvas
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record.summary import read_published
 from kvarena.harness.run.published import OURS
 
 PAPERS = {"pagedattention": "PagedAttention", "vattention": "vAttention"}
+FEW = 3  # names that stand side by side; more of them are turned
 GREY = "#BBBBBB"  # of published bars
 PALER = ("#0072B2", "#56B4E9", "#A6D5F0", "#D5ECF8")  # of kinds side by side
 
 
 class Panel(NamedTuple):
-    """Some quantities, drawn once for each setup."""
+    """Some quantities, drawn once for each setup, or for all of them together."""
 
     shape: Callable[[Axes, pd.DataFrame], None]
     quantity: str  # regular expression of their names
@@ -38,13 +40,17 @@ class Panel(NamedTuple):
     what: str = ""  # heads it where it stands for nothing published
     doubling: bool = False  # x is drawn in powers of two
     legend: bool = True
+    by_setup: bool = True
 
     def of(self, summary: pd.DataFrame) -> list[pd.DataFrame]:
         """Its rows, setup by setup."""
-        return by_setup(summary[summary.quantity.str.fullmatch(self.quantity)])
+        rows = summary[summary.quantity.str.fullmatch(self.quantity)]
+        if self.by_setup or rows.empty:
+            return [each for _, each in rows.groupby("setup", sort=False)]
+        return [rows]
 
     def draw(self, axis: Axes, rows: pd.DataFrame) -> None:
-        """Draw the rows of one setup."""
+        """Draw some of its rows."""
         self.shape(axis, rows)
         axis.set_ylabel(self.y)
         if self.x:
@@ -57,20 +63,35 @@ class Panel(NamedTuple):
             axis.legend(fontsize=7, frameon=False)
 
 
-def drawn(summary: pd.DataFrame, panels: Sequence[Panel], width: float = 5, height: float = 3.6) -> Figure:
-    """A figure of all panels: in a row, or, where there are several setups, with a column for each."""
+def drawn(
+    summary: pd.DataFrame, panels: Sequence[Panel], width: float = 5, height: float = 3.6, one_legend: bool = False
+) -> Figure:
+    """A figure of all panels; several panels of several setups have a column for each setup.
+
+    one_legend: below, in place of those in the panels.
+    """
     parts = [(panel, rows) for panel in panels for rows in panel.of(summary)]
-    setups = max((len(panel.of(summary)) for panel in panels), default=1)
-    columns = min(setups if setups > 1 and len(parts) > 4 else max(1, len(parts)), 4)
-    figure, axes = canvas(max(1, -(-len(parts) // columns)), columns, width, height)
+    setups, count = max((len(panel.of(summary)) for panel in panels), default=1), max(1, len(parts))
+    columns = setups if 1 < setups < count and count % setups == 0 else -(-count // -(-count // 4))  # four at most
+    figure, axes = canvas(-(-count // columns), columns, width, height)
     for axis, (panel, rows) in zip(axes, parts, strict=False):
         panel.draw(axis, rows)
-    return tidy(figure)
+    for axis in axes[len(parts) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    if one_legend:
+        _legend_below(figure)
+    return figure
 
 
-def by_setup(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of each setup."""
-    return [each for _, each in rows.groupby("setup", sort=False)]
+def _legend_below(figure: Figure) -> None:
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    handles = {label: each for axis in axes for each, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = max(1, round(figure.get_figwidth() / 2.5))
+    inches = 0.1 + 0.2 * -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + inches)
+    figure.tight_layout(rect=(0, inches / figure.get_figheight(), 1, 1))
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower center", ncols=columns)
 
 
 def curves(axis: Axes, rows: pd.DataFrame, more: Mapping[str, str] | None = None) -> None:
@@ -88,7 +109,8 @@ def curves(axis: Axes, rows: pd.DataFrame, more: Mapping[str, str] | None = None
         axis.plot(rings.x, rings.value, look.marker, ms=7, mfc="none", color=look.colour)
     if len(theirs):
         axis.plot([], [], "o", mfc="none", color="black", ls="none", label="published")
-    axis.set_ylim(0, None)
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(0, None)
 
 
 def ratio(axis: Axes, rows: pd.DataFrame) -> None:
@@ -127,7 +149,8 @@ def bars(axis: Axes, rows: pd.DataFrame, plain: str = "ours") -> None:
 def name_bars(axis: Axes, shown: Mapping[str, Look]) -> None:
     """What the bars of each label are called."""
     names = [look.name for look in shown.values()]
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    rotation, ha = (30, "right") if len(names) > FEW else (0, "center")
+    axis.set_xticks(range(len(names)), names, fontsize=8, rotation=rotation, ha=ha)
 
 
 def _places(shown: Iterable[str], pieces: Sequence[pd.DataFrame], number: int, width: float) -> dict[str, float]:
@@ -161,7 +184,8 @@ def stacked(axis: Axes, rows: pd.DataFrame, colours: Mapping[str, str] | None = 
     handles = [axis.bar(0, 0, color=c, label=kind.replace("_", " ")) for kind, c in colours.items() if kind in seen]
     if len(theirs):
         handles.append(axis.bar(0, 0, color="black", alpha=0.3, label="paler: published"))
-    axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34), ncols=3)
+    below = -0.34 if len(shown) > FEW else -0.14
+    axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, below), ncols=3)
     name_bars(axis, shown)
 
 
@@ -212,8 +236,10 @@ def _published() -> pd.DataFrame:
 
 
 def doubling(axis: Axes, xs: pd.Series) -> None:
-    """A logarithmic axis whose ticks are powers of two."""
+    """A logarithmic axis whose ticks are powers of two; as it is where nothing has an x."""
+    if xs.isna().all():
+        return
     powers = [2**n for n in range(40) if xs.min() <= 2**n <= xs.max()]
     axis.set_xscale("log", base=2)
     axis.set_xticks(powers, [f"{p // 1024}K" if p >= 1024 else str(p) for p in powers])
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(NullLocator())

@@ -1,6 +1,6 @@
 """What an experiment says of its samples, as data: each quantity is one line, and gives one row of `summary.csv`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import pandas as pd
@@ -19,6 +19,11 @@ class Quantity(NamedTuple):
     of: str | Callable[[pd.DataFrame], Taken]  # the column that has it, or what is made of the columns
     figure: str | None = None  # that has it, in one of the papers; None: it is ours
     counted: bool = False  # arithmetic or a count
+
+
+def columns(units: Mapping[str, str], suffix: str = "") -> list[Quantity]:
+    """A quantity for each column, called as it is, and the suffix; `units` by column."""
+    return [Quantity(f"{name}{suffix}", unit, name) for name, unit in units.items()]
 
 
 class Naming(Protocol):

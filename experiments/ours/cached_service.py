@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from kvarena.allocators.options import option, with_options
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.panels import title
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.harness.record.metrics import reused_share, summarize
 from kvarena.harness.record.record import Frames
@@ -132,15 +133,11 @@ def draw(axis: Axes, summary: pd.DataFrame) -> None:
     axis.set_yscale("log")
     axis.set_xlim(-0.6, len(served) - 0.4)
     axis.set_xticks(range(len(served)), [name.replace("/", "\n") for name in served.label], fontsize=8)
-    axis.set_ylabel("time to first token, s")
     axis.margins(y=0.12)
     axis.set_ylim(axis.get_ylim()[0] / 1.5, None)  # room for the legend
     first_of_each = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axis.legend(first_of_each.values(), first_of_each.keys(), fontsize=7, frameon=False, ncols=3, loc="lower center")
-    if len(served):
-        first = served.iloc[0]
-        axis.set_title(f"{first.setup}: served at {first.x:.3g} req/s, {first.clock}\n"
-                       "above: tokens prefilled", fontsize=9)  # fmt: skip
+    title(axis, summary, f"served at {served.x.iloc[0]:.3g} req/s; above: tokens prefilled")
 
 
 def _short(tokens: float) -> str:

@@ -24,7 +24,7 @@ from kvarena.harness.modelled.engine_fit import misfit
 from kvarena.harness.modelled.step_model import StepLoad
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import Evidence, Names, SummaryRow, frame, row
+from kvarena.harness.record.summary import Evidence, Names, SummaryRow, row
 from kvarena.harness.run.published import named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import distinct
@@ -115,12 +115,8 @@ def _rms_errors(loads: pd.DataFrame) -> dict[str, float]:
     return {"fitted": float(errors[loads.fitted].mean() ** 0.5), "held_out": float(errors[~loads.fitted].mean() ** 0.5)}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Every load and every replay, measured and modelled, and the constants between them."""
-    return frame(_summary(run, frames))
-
-
-def _summary(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     name, constants, loads = run.params.name, frames["constants"].iloc[0], frames["loads"]
     modelled = _modelled(run, DeviceConfig(name, "modelled"), EngineConfig(name, overlaps_host=False))
     by_load, by_model = without_trace(run), without_trace(modelled)

@@ -10,40 +10,37 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.allocators.options import option, unit_option
 from kvarena.allocators.usage import paper_vllm_rollup
 from kvarena.allocators.vattention.page_groups import checked_page_group, row_geometries
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, curves, drawn
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import Average, averages, shares, usage_of, window
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "granularity"
 HEADLINE = "mean_batched_requests_vs_tokens_per_unit"
 READS = reads()
 ASSUMED = (
     "A step takes as long whatever the unit: what kernels lose with small blocks is not in the engine's constants."
 )
-QUANTITIES = {
-    "batch": ("mean_batched_requests", "requests"),
-    "partly_filled": ("share_of_kv_memory:last_block_waste", "%"),
-    "units_per_step": ("units_per_step", "count"),  # mapped and unmapped; blocks need no action
-    "stall_share": ("stall_share_of_time", "%"),
-    "tokens_per_s": ("output_tokens_per_s", "tok/s"),
-}
+QUANTITIES = [
+    Quantity(HEADLINE, "requests", "batch"),
+    Quantity("share_of_kv_memory_vs_tokens_per_unit:last_block_waste", "%", "partly_filled"),
+    Quantity("units_per_step_vs_tokens_per_unit", "count", "units_per_step"),  # mapped, unmapped; blocks need no action
+    Quantity("stall_share_of_time_vs_tokens_per_unit", "%", "stall_share"),
+    Quantity("output_tokens_per_s_vs_tokens_per_unit", "tok/s", "tokens_per_s"),
+]
 
 
 @dataclass
@@ -75,18 +72,14 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve one overloaded trace with every unit of every system."""
     seeds = seeds_of(run)
     variants = list(_variants(run))
-    replayer, cells = Replayer(run), []
-    with Progress(NAME, len(variants) * len(seeds)) as progress:
-        for seed in seeds:
-            workload = workload_of(run, seed=seed)
-            for system, tokens in variants:
-                progress.stage(f"seed {seed}, {system.name}, {tokens:g} tokens")
-                measure = partial(_cell, run, replayer, system, workload)
-                cell = recorder.cell(f"{seed}-{system.name}-{tokens:g}", measure)
-                cells.append(cell["points"].assign(tokens=tokens, seed=seed))
-                progress.advance()
-    points = pd.concat(cells, ignore_index=True)
-    return Measured({"points": points}, {"workload": workload.provenance, "seeds": seeds, "assumed": ASSUMED})
+    replayer, workloads = Replayer(run), {seed: workload_of(run, seed=seed) for seed in seeds}
+    cells = [
+        Cell(f"{seed}-{system.name}-{tokens:g}", partial(_cell, run, replayer, system, workload),
+             {"tokens": tokens, "seed": seed})
+        for seed, workload in workloads.items() for system, tokens in variants
+    ]  # fmt: skip
+    notes = {"workload": workloads[seeds[-1]].provenance, "seeds": seeds, "assumed": ASSUMED}
+    return Measured(run_cells(run.experiment, recorder, cells), notes)
 
 
 def _units_of(system: System) -> str | None:
@@ -117,56 +110,35 @@ def _variants(run: Run[Params]) -> Iterator[tuple[System, float]]:
 
 
 def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Workload) -> Frames:
-    rows = window(replayer.serve(system, workload).steps, run.params.window_s)
-    means = averages(rows)
+    steps = window(replayer.serve(system, workload).steps, run.params.window_s)
+    means = averages(steps)
     mean = means[means.average == Average.OVER_ITERATIONS].iloc[0]
     point = {
         "system": system.name,
         "batch": mean.batch,
         "partly_filled": shares(paper_vllm_rollup(usage_of(mean)))["last_block_waste"],
-        "units_per_step": (rows.actions + rows.ahead).sum() / rows.steps.sum(),
-        "stall_share": 100 * rows.stall_ps.sum() / rows.duration_ps.sum(),
-        "tokens_per_s": float((rows.output_tokens * rows.steps).sum()) / mean.seconds,
-        "preempted": int(rows.preempted.sum()),
+        "units_per_step": (steps.actions + steps.ahead).sum() / steps.steps.sum(),
+        "stall_share": 100 * steps.stall_ps.sum() / steps.duration_ps.sum(),
+        "tokens_per_s": float((steps.output_tokens * steps.steps).sum()) / mean.seconds,
+        "preempted": int(steps.preempted.sum()),
     }
     return {"points": pd.DataFrame([point])}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Every quantity of every unit, over the seeds."""
-    return frame(_summary(run, frames["points"]))
-
-
-def _summary(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
+    points = frames["points"]
     for system in run.systems:
         own = points[points.system == system.name]
         for tokens in sorted(own.tokens.unique().tolist()):
-            rows = own[own.tokens == tokens]
-            for column, (quantity, unit) in QUANTITIES.items():
-                name, _, kind = quantity.partition(":")
-                full = f"{name}_vs_tokens_per_unit" + (f":{kind}" if kind else "")
-                names = named(run, system, x=tokens, assuming=ASSUMED)
-                yield row(median_interval(rows[column]), quantity=full, unit=unit, **names)
+            names = partial(named, run, system, x=tokens, assuming=ASSUMED)
+            yield from rows(QUANTITIES, own[own.tokens == tokens], names)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Requests at once, memory in partly filled units, and driver calls, over tokens per unit."""
-    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
-    figure, axes = plots.canvas(1, 3, width=5)
-    for axis, quantity, label in zip(
-        axes,
-        (HEADLINE, "share_of_kv_memory_vs_tokens_per_unit:last_block_waste", "units_per_step_vs_tokens_per_unit"),
-        ("mean batched requests", "% of the pool in partly filled units", "driver calls per tensor and step"),
-        strict=True,
-    ):
-        _lines(axis, summary[summary.quantity == quantity])
-        axis.set(xlabel="tokens per unit", ylabel=label, ylim=(0, None))
-        axis.set_title(device, fontsize=9)
-    axes[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def _lines(axis: Axes, rows: pd.DataFrame) -> None:
-    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
-    axis.set_xscale("log", base=2)
+PANELS = [
+    Panel(curves, quantity.name, said, "tokens per unit", doubling=True)
+    for quantity, said in zip(QUANTITIES, (
+        "mean batched requests", "% of the pool in partly filled units", "driver calls per tensor and step",
+    ), strict=False)
+]  # fmt: skip
+draw = partial(drawn, panels=PANELS)

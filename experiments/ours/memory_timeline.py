@@ -24,7 +24,7 @@ from kvarena.experiments.ours.step_frames import Film, film
 from kvarena.experiments.ours.stepped_view import stepped_view
 from kvarena.experiments.ours.timeline import draw_timeline, timeline
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.published import named, setup
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -90,9 +90,10 @@ def _counts(film: Film) -> pd.DataFrame:
     return pd.DataFrame([counts])
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Shares of the pool, ends, the papers' counts, and what each request holds at some moments."""
-    return frame(r for system in run.systems for r in _summary(run, system, frames))
+    for system in run.systems:
+        yield from _summary(run, system, frames)
 
 
 def _summary(run: Run[Params], system: System, frames: Frames) -> Iterator[SummaryRow]:

@@ -12,19 +12,20 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.looks import looks
+from kvarena.experiments.kit.panels import Panel, curves, drawn
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.ours import cached_service
 from kvarena.experiments.ours.cached_service import Params
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.engine.serving import Serving
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.block_ids import block_ids
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -34,7 +35,6 @@ from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Trace
 
-NAME = "prefix_cache"
 HEADLINE = "hit_ratio_unlimited"
 READS = reads("caching")
 ROUNDING_TOKENS = 1 << 16  # beside all prompts, where there is no limit: for the last part of who is served
@@ -63,17 +63,10 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     run = replace(run, params=replace(run.params, context=_context(run, trace)))
     for system in run.systems:
         _policy(run, trace, system, None)  # refuses before it counts
-    hits = []
     service = cached_service.Service(run)
-    with Progress(NAME, len(run.systems) + 1) as progress:
-        for system in run.systems:
-            progress.stage(f"{system.name}: counting")
-            hits.append(recorder.cell(system.name, partial(_count, run, trace, system))["hits"])
-            progress.advance()
-        progress.stage("serving")
-        served = recorder.cell("served", service.cell)["served"]
-        progress.advance()
-    frames = {"hits": pd.concat(hits, ignore_index=True), "blocks": _blocks(run, trace), "served": served}
+    cells = [Cell(system.name, partial(_count, run, trace, system)) for system in run.systems]
+    frames = run_cells(run.experiment, recorder, [*cells, Cell("served", service.cell)])
+    frames["blocks"] = _blocks(run, trace)
     notes = {"trace": trace.provenance, "ways_of_counting": WAYS, "served": service.workload.provenance}
     return Measured(frames, notes)
 
@@ -140,11 +133,11 @@ def _blocks(run: Run[Params], trace: Trace) -> pd.DataFrame:
     return pd.DataFrame({"quantity": counts.keys(), "count": counts.values()})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Counts of the trace and of every cache, and what serving with one saves."""
-    return frame(
-        [*_trace_rows(run, frames["blocks"]), *_rows(run, frames["hits"]), *cached_service.rows(run, frames["served"])]
-    )
+    yield from _trace_rows(run, frames["blocks"])
+    yield from _rows(run, frames["hits"])
+    yield from cached_service.rows(run, frames["served"])
 
 
 def _trace_rows(run: Run[Params], blocks: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -152,64 +145,59 @@ def _trace_rows(run: Run[Params], blocks: pd.DataFrame) -> Iterator[SummaryRow]:
         yield row(count, quantity=quantity, unit="blocks", **named(run, label="trace", counted=True))
 
 
+UNLIMITED = (
+    Quantity(HEADLINE, "%", lambda cell: 100 * cell.ratio, counted=True),
+    Quantity("distinct_kv", "GB", "kept_gb", counted=True),
+    Quantity("tokens_per_unit", "tokens", "unit_tokens", counted=True),
+)
+BY_CAPACITY = (Quantity("hit_ratio_vs_capacity", "%", lambda cell: 100 * cell.ratio, counted=True),)
+
+
 def _rows(run: Run[Params], hits: pd.DataFrame) -> Iterator[SummaryRow]:
-    systems = {system.name: system for system in run.systems}
-    for cell in hits.to_dict("records"):
-        system, capacity = systems[cell["system"]], cell["capacity_gb"]
-        if not pd.isna(capacity):
-            names = named(run, system, x=capacity, counted=True)
-            yield row(100 * cell["ratio"], quantity="hit_ratio_vs_capacity", unit="%", **names)
-            continue
-        names = named(run, system, counted=True)
-        yield row(100 * cell["ratio"], quantity=HEADLINE, unit="%", **names)
-        yield row(cell["kept_gb"], quantity="distinct_kv", unit="GB", **names)
-        yield row(cell["unit_tokens"], quantity="tokens_per_unit", unit="tokens", **names)
+    for system in run.systems:
+        own = hits[hits.system == system.name]
+        yield from rows(UNLIMITED, own[own.capacity_gb.isna()], partial(named, run, system))
+        for capacity in own.capacity_gb.dropna().tolist():
+            yield from rows(BY_CAPACITY, own[own.capacity_gb == capacity], partial(named, run, system, x=capacity))
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Left, the share of tokens found by capacity, counted; right, what serving with the cache saves."""
-    figure, [counted, served] = plots.canvas(1, 2, width=6.2, height=4.2)
-    _draw_counts(counted, summary)
-    cached_service.draw(served, summary)
-    figure.tight_layout()
-    return figure
-
-
-def _draw_counts(axis: Axes, summary: pd.DataFrame) -> None:
-    rows = summary[summary.quantity == "hit_ratio_vs_capacity"]
+def _counts(axis: Axes, summary: pd.DataFrame) -> None:
+    """The share of tokens found by capacity; a line where it ends without a limit."""
+    found = summary[summary.quantity == "hit_ratio_vs_capacity"]
     unlimited = summary[summary.quantity == HEADLINE]
     tokens = summary[summary.quantity == "tokens_per_unit"].set_index("label").value
-    for number, (name, line) in enumerate(rows.groupby("label", sort=False)):
-        line = line.sort_values("x")
-        colour = plots.colour_of(line.allocator.iloc[0])
-        label = f"{name}: {tokens[name]:.4g} tokens in a unit"
-        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
-        axis.plot(line.x, line.value, dash, color=colour, marker=marker, ms=4, mfc="none", label=label)
+    curves(axis, found, {str(label): f": {value:.4g} tokens in a unit" for label, value in tokens.items()})
     if len(unlimited):
         top = float(unlimited.value.max())
         axis.set_ylim(0, 1.1 * top)
         axis.axhline(top, color="#999999", ls=":", lw=1)
         axis.annotate(f"without a limit: {top:.1f} %", (0.02, top), xycoords=("axes fraction", "data"),
                       va="bottom", fontsize=8)  # fmt: skip
-    axis.set(xscale="log", xlabel="K/V pool, GB", ylabel="prompt tokens found, %")
-    capacities = sorted(rows.x.unique())
+    capacities = sorted(found.x.unique())
+    axis.set_xscale("log")
     axis.set_xticks(capacities, [f"{capacity:g}" for capacity in capacities])
     axis.minorticks_off()
-    if len(rows):
-        axis.set_title(f"{rows.setup.iloc[0]}:\ncounted, no clock is read", fontsize=9)
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
-    if rows.label.nunique() > 1:
-        _draw_differences(axis.inset_axes((0.12, 0.48, 0.32, 0.26)), rows)
+    if len(found):
+        axis.legend(fontsize=7, frameon=False, loc="lower right")
+    if found.label.nunique() > 1:
+        _differences(axis.inset_axes((0.12, 0.48, 0.32, 0.26)), found)
 
 
-def _draw_differences(axis: Axes, rows: pd.DataFrame) -> None:
+def _differences(axis: Axes, found: pd.DataFrame) -> None:
     """The same curves less the first of them: they lie too close to tell apart."""
-    curves = rows.pivot_table(index="x", columns="label", values="value", sort=False).sort_index()
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = plots.colour_of(rows[rows.label == name].allocator.iloc[0])
-        dash, marker = plots.DASHES[number % len(plots.DASHES)], plots.MARKERS[number % len(plots.MARKERS)]
-        axis.plot(curve.index, curve - curves.iloc[:, 0], dash, color=colour, marker=marker, ms=3, mfc="none", lw=1)
+    by_label = found.pivot_table(index="x", columns="label", values="value", sort=False).sort_index()
+    for label, look in looks(found).items():
+        difference = by_label[label] - by_label.iloc[:, 0]
+        axis.plot(by_label.index, difference, look.dash, color=look.colour, marker=look.marker, ms=3, lw=1)
     axis.set(xscale="log", xticks=[])
     axis.minorticks_off()
-    axis.set_title(f"difference to {curves.columns[0]}, points", fontsize=7)
+    axis.set_title(f"difference to {by_label.columns[0]}, points", fontsize=7)
     axis.tick_params(labelsize=6)
+
+
+PANELS = (
+    Panel(_counts, f"hit_ratio_vs_capacity|{HEADLINE}|tokens_per_unit", "prompt tokens found, %", "K/V pool, GB",
+          what="counted: no clock is read"),
+    Panel(cached_service.draw, "(ttft_mean|ttft_p99|prefill_tokens):.*", "time to first token, s"),
+)  # fmt: skip
+draw = partial(drawn, panels=PANELS, width=6.2, height=4.2)

@@ -20,16 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, bars, drawn
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.harness.record.capacity import capacity, paired_ratio
 from kvarena.harness.record.metrics import latencies
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.record.time_averages import Average, averages, window
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.named_systems import stated
@@ -37,7 +37,6 @@ from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "waterfall"
 HEADLINE = "mean_batched_requests"
 READS = reads()
 MEASURES = {"batch": (HEADLINE, "requests"), "capacity": ("capacity", "req/s")}
@@ -79,17 +78,14 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve every seed with every system."""
     seeds = seeds_of(run)
     _check(run)
-    replayer, cells = Replayer(run), []
-    with Progress(NAME, len(seeds) * len(run.systems)) as progress:
-        for seed in seeds:
-            overload = workload_of(run, seed=seed)
-            for system in run.systems:
-                progress.stage(f"seed {seed}, {system.name}")
-                measure = partial(_cell, run, replayer, system, overload, seed)
-                cells.append(recorder.cell(f"{seed}-{system.name}", measure)["points"])
-                progress.advance()
-    points = pd.concat(cells, ignore_index=True)
-    return Measured({"points": points}, {"workload": overload.provenance, "seeds": seeds})
+    replayer, workloads = Replayer(run), {seed: workload_of(run, seed=seed) for seed in seeds}
+    cells = [
+        Cell(f"{seed}-{system.name}", partial(_cell, run, replayer, system, overload, seed))
+        for seed, overload in workloads.items()
+        for system in run.systems
+    ]
+    notes = {"workload": workloads[seeds[-1]].provenance, "seeds": seeds}
+    return Measured(run_cells(run.experiment, recorder, cells), notes)
 
 
 def _check(run: Run[Params]) -> None:
@@ -126,12 +122,9 @@ def _cell(run: Run[Params], replayer: Replayer, system: System, overload: Worklo
     return {"points": pd.DataFrame([point])}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Every system over the seeds, and what each step is worth, paired."""
-    return frame(_summary(run, frames["points"]))
-
-
-def _summary(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
+    points = frames["points"]
     systems = {system.name: system for system in run.systems}
     for measure, (quantity, unit) in MEASURES.items():
         if measure not in points:
@@ -148,34 +141,25 @@ def _summary(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """A bar for every system, and on it what it is worth over its origin."""
-    measures = [m for m, (quantity, _) in MEASURES.items() if quantity in set(summary.quantity)]
-    figure, axes = plots.canvas(1, len(measures), width=7, height=4.4)
-    device = f"{summary.setup.iloc[0]}; {summary.clock.iloc[0]}"
-    for axis, measure in zip(axes, measures, strict=True):
-        quantity, unit = MEASURES[measure]
-        ratios = summary[summary.quantity.str.startswith(f"{measure}_ratio:")]
-        _bars(axis, summary[summary.quantity == quantity], ratios)
-        axis.set(ylabel=f"{quantity.replace('_', ' ')}, {unit}", title=f"one change at a time\n{device}")
-    figure.tight_layout()
-    return figure
+    panels = [
+        Panel(
+            _worth,
+            f"{quantity}|{measure}_ratio:.*",
+            f"{quantity.replace('_', ' ')}, {unit}",
+            what="one change at a time",
+        )
+        for measure, (quantity, unit) in MEASURES.items()
+    ]
+    return drawn(summary, panels, width=7, height=4.4)
 
 
-def _bars(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
-    for x, bar in enumerate(rows.to_dict("records")):
-        value = top = bar["value"]
-        axis.bar(x, value, 0.7, color=plots.colour_of(bar["allocator"]))
-        if bar["n"] > 5:
-            top = bar["ci_high"]
-            axis.errorbar(x, value, [[value - bar["ci_low"]], [bar["ci_high"] - value]], color="black", capsize=3)
-        steps = ratios[ratios.label == bar["label"]]
+def _worth(axis: Axes, rows: pd.DataFrame) -> None:
+    ratios = rows.quantity.str.contains("_ratio:")
+    bars(axis, rows[~ratios])
+    for number, (_, bar) in enumerate(rows[~ratios].iterrows()):
+        steps = rows[ratios & (rows.label == bar.label)]
         names = steps.quantity.str.split(":").str[1].str.replace(", ", "\n").str.replace(" over ", "\nover ")
         worth = [f"{name}\nx {ratio:.2f}" for name, ratio in zip(names, steps.value, strict=True)]
-        axis.text(x, top, f"{value:.3g}\n\n" + "\n".join(worth), ha="center", va="bottom", fontsize=7)
-    axis.set_ylim(0, 1.6 * rows.value.max())  # room for what is said above the bars
-    axis.set_xticks(
-        range(len(rows)),
-        [label.rpartition("/")[0] or label for label in rows.label],
-        rotation=30,
-        ha="right",
-        fontsize=8,
-    )
+        top = bar.value if pd.isna(bar.ci_high) else bar.ci_high
+        axis.annotate("\n".join(worth), (number, top), (0, 14), textcoords="offset points", ha="center", fontsize=7)
+    axis.set_ylim(0, 1.5 * rows[~ratios].value.max())  # room for what is said above the bars

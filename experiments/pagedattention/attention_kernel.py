@@ -12,19 +12,17 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
-from kvarena.experiments.kit.block_sweep import block_axis, check_block_sizes
+from kvarena.experiments.kit.block_sweep import check_block_sizes
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.experiments.kit.panels import Panel, curves, drawn, ratio
 from kvarena.harness.measured.calibration import StreamingRead
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -33,7 +31,6 @@ from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
 
-NAME = "attention_kernel"
 HEADLINE = "attention_kernel_latency_vs_context"
 FIGURE = "fig18a"
 READS = {"measured": ("model", "device", "threads")}
@@ -82,26 +79,22 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     _check(params)
     lines, by_block = _lines(run), _lines_by_block(run)
     read = StreamingRead(torch.device(run.device.kind))
-    cells = [
-        (f"{batch}x{context}", lines, batch, context) for batch in params.batch_sizes for context in params.contexts
-    ]
-    largest = max(params.batch_sizes), max(params.contexts)
+    parts = [(lines, False, batch, context) for batch in params.batch_sizes for context in params.contexts]
     if by_block:
-        cells.append((f"{largest[0]}x{largest[1]}-by-block", by_block, *largest))
-    tables: list[pd.DataFrame] = []
-    with Progress(NAME, len(cells)) as progress:
-        for key, of_cell, batch, context in cells:
-            progress.stage(key)
-            cell = recorder.cell(key, partial(measure_lines, run, read, of_cell, batch, context))
-            tables.append(cell["samples"].assign(by_block=of_cell is by_block))
-            progress.advance()
-    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+        parts.append((by_block, True, max(params.batch_sizes), max(params.contexts)))
+    cells = [
+        Cell(f"{batch}x{context}{'-by-block' * sized}", partial(measure_lines, run, read, of_cell, batch, context),
+             {"by_block": sized})
+        for of_cell, sized, batch, context in parts
+    ]  # fmt: skip
+    return Measured(run_cells(run.experiment, recorder, cells))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Latency by context, over that of rows and of the device's memory; time by block size."""
     samples = frames["samples"]
-    return frame([*_context_rows(run, samples[~samples.by_block]), *_block_rows(run, samples[samples.by_block])])
+    yield from _context_rows(run, samples[~samples.by_block])
+    yield from _block_rows(run, samples[samples.by_block])
 
 
 def _check(params: Params) -> None:
@@ -235,61 +228,11 @@ def _block_rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]
                       **named(run, of_size.system, detail=detail, x=of_size.arrangement.block_size))  # fmt: skip
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Latency by context, with the published points of lines that stand for them; what scattered blocks cost."""
-    ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("pagedattention", figure=FIGURE)
-    title = "PagedAttention Fig 18a" if plots.stands_for(ours, FIGURE) else "attention by context"
-    setups = list(ours.groupby("setup", sort=False))
-    figure, axes = plots.canvas(2, -(-(len(setups) + 2) // 2), width=5.4)
-    for axis, (setup, rows) in zip(axes, setups, strict=False):
-        _latency(axis, rows)
-        _published(axis, rows, theirs)
-        axis.set(ylabel="one call, us", title=f"{title}\n{setup}; {rows.clock.iloc[0]}", ylim=(0, None))
-        axis.legend(fontsize=6, frameon=False)
-    above, below = axes[len(setups) : len(setups) + 2]
-    _ratios(above, summary[summary.quantity == "time_over_contiguous_vs_context"])
-    _block_sizes(below, summary[summary.quantity == "time_over_block_16_vs_block_size"])
-    return plots.tidy(figure)
-
-
-def _latency(axis: Axes, rows: pd.DataFrame) -> None:
-    plots.lines(axis, rows.assign(shown=rows.label.map(plots.shown_names(rows))), "shown")
-    _context_axis(axis, rows)
-
-
-def _published(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """The published points of each line that earned their name."""
-    for (panel, system), points in theirs.groupby(["panel", "system"], sort=False):
-        if ((rows.panel == panel) & (rows.system == system)).any():
-            axis.plot(
-                points.x, points.value, ":s", color=plots.PAPER_COLOURS["vLLM"], ms=4, label=f"{system}, published"
-            )
-
-
-def _ratios(axis: Axes, rows: pd.DataFrame) -> None:
-    for (label, setup), part in rows.groupby(["label", "setup"], sort=False):
-        axis.plot(part.x, part.value, "o-", ms=4, label=f"{label}; {setup}")
-        axis.fill_between(part.x, part.ci_low.astype(float), part.ci_high.astype(float), alpha=0.15, lw=0)
-    if len(rows):
-        axis.axhline(1, color="black", lw=0.8)
-        axis.set(ylabel="time over rows, same kernel", title=f"blocks of {USUAL_BLOCK} over rows")
-        _context_axis(axis, rows)
-        axis.legend(fontsize=6, frameon=False)
-
-
-def _context_axis(axis: Axes, rows: pd.DataFrame) -> None:
-    plots.batch_axis(axis, sorted(rows.x.unique()))
-    axis.set_xlabel("context, tokens")
-
-
-def _block_sizes(axis: Axes, rows: pd.DataFrame) -> None:
-    if rows.empty:
-        return
-    plots.lines(axis, rows, "label")
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set(
-        ylabel=f"time over blocks of {USUAL_BLOCK}", title=f"scattered blocks\n{rows.setup.iloc[0]}", ylim=(0, None)
-    )
-    block_axis(axis, rows.x)
-    axis.legend(fontsize=6, frameon=False)
+PANELS = (
+    Panel(curves, HEADLINE, "one call, us", "context, tokens", "attention by context", doubling=True),
+    Panel(ratio, "time_over_contiguous_vs_context", "time over rows, same kernel", "context, tokens",
+          f"blocks of {USUAL_BLOCK} over rows", doubling=True),
+    Panel(ratio, "time_over_block_16_vs_block_size", f"time over blocks of {USUAL_BLOCK}", "block size, tokens",
+          "scattered blocks", doubling=True),
+)  # fmt: skip
+draw = partial(drawn, panels=PANELS, width=5.4)

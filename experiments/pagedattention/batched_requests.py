@@ -22,7 +22,7 @@ from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, wo
 from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import Names, SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.record.time_averages import Average, averages, by_interval, check_window, window
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -142,15 +142,12 @@ def _cell(run: Run[Params], replayer: Replayer, system: System, load: Load, seed
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """The paper's row of every published bar, and ours of every load and system over the seeds."""
     means = frames["averages"]
-    return frame(
-        row
-        for load in run.params.loads
-        for system in load.systems_of(run)
-        for row in _rows(run, system, load, means[(means.load == load.key) & (means.system == system.name)])
-    )
+    for load in run.params.loads:
+        for system in load.systems_of(run):
+            yield from _rows(run, system, load, means[(means.load == load.key) & (means.system == system.name)])
 
 
 def _rows(run: Run[Params], system: System, load: Load, means: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -9,6 +9,7 @@ takes vLLM 2 % of its time at w=4, against 0.9 % under neutral survival; with fr
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -27,13 +28,12 @@ from kvarena.experiments.kit.latency_curve import (
 from kvarena.experiments.kit.replay import Replayer
 from kvarena.experiments.pagedattention.parallel_sampling import READS as OF_SAMPLING
 from kvarena.experiments.pagedattention.parallel_sampling import Params as SamplingParams
-from kvarena.experiments.pagedattention.parallel_sampling import notes, serving, with_rows
+from kvarena.experiments.pagedattention.parallel_sampling import notes, with_rows
 from kvarena.experiments.pagedattention.parallel_sampling import unread as unread_of_sampling
-from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.harness.record.record import Measured, Recorder
 from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.run.run import Run
 
-NAME = "beam_search"
 HEADLINE = CROSSING
 READS = {clock: (*words, "beams") for clock, words in OF_SAMPLING.items()}
 SURVIVAL = "neutral"  # of the rows that are compared
@@ -67,11 +67,6 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured(measure_lines(run, recorder, list(_lines(run))), {**notes(run), **ASSUMED})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
-    """Every point and crossing of every panel."""
-    return summarize_lines(_lines(run), frames)
-
-
 def _lines(run: Run[Params]) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
@@ -86,11 +81,14 @@ def _lines(run: Run[Params]) -> Iterator[Line]:
                         system=system,
                         figure=figure if compared else None,
                         detail=f"beam w={panel.n}" + ("" if compared else f"{EXTREME}{survival}"),
-                        serve_at=serving(run, replayer, system, decoding),
+                        serve=partial(replayer.serve, system, decoding=decoding),
                         guess=guess_of(panel.guess, system),
                         point={"w": panel.n},
                         assuming=ASSUMED["survival"],
                     )
+
+
+summarize = partial(summarize_lines, _lines)
 
 
 def draw(summary: pd.DataFrame) -> Figure:

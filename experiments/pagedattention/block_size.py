@@ -13,27 +13,28 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, drawn
+from kvarena.experiments.kit.quantities import rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.harness.config import load, names, typed
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.engine_config import EngineConfig
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "block_size"
 HEADLINE = "normalized_latency_vs_block_size"
 READS = reads()
 FIGURE = "fig18b"
+WASTE, BATCH = "last_block_waste", "mean_batched_requests"
 SAID = {
     "rates": "Alpaca's 30.1 req/s is that of the paper's artifact; no script of it has ShareGPT's, 2.0 is assumed",
     "kernel": "modelled: attention reads blocks of any size equally fast, but for params.kernel_cost; so rows below "
@@ -77,17 +78,10 @@ def unread(run: Run[Params]) -> dict[str, str]:
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every trace with every block size."""
     _check(run)
-    points: list[pd.DataFrame] = []
-    workloads: dict[str, object] = {}
-    with Progress(NAME, len(run.params.rates)) as progress:
-        for name, rate in run.params.rates.items():
-            progress.stage(f"{name}, {rate:g} req/s")
-            trace_run = _of_trace(run, name)
-            workloads[name] = example_of(trace_run).provenance
-            cell = recorder.cell(name, partial(_cell, trace_run))
-            points.append(cell["points"].assign(trace=name))
-            progress.advance()
-    return Measured({"points": pd.concat(points, ignore_index=True)}, {"workloads": workloads} | SAID)
+    runs = {name: _of_trace(run, name) for name in run.params.rates}
+    workloads = {name: example_of(of_trace).provenance for name, of_trace in runs.items()}
+    cells = [Cell(name, partial(_cell, of_trace), {"trace": name}) for name, of_trace in runs.items()]
+    return Measured(run_cells(run.experiment, recorder, cells), {"workloads": workloads} | SAID)
 
 
 def _of_trace(run: Run[Params], name: str) -> Run[Params]:
@@ -163,12 +157,9 @@ def _slowed(run: Run[Params], cost: float) -> Run[Params]:
     return replace(run, engine=replace(engine, fitted=fitted, attention=attention, kv_efficiency=kv_efficiency))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """A row for every block size and trace; one for each trace of a system without blocks."""
-    return frame(_summary(run, frames["points"]))
-
-
-def _summary(run: Run[Params], table: pd.DataFrame) -> Iterator[SummaryRow]:
+    table = frames["points"]
     for trace, system in itertools.product(run.params.rates, run.systems):
         rows = table[(table.trace == trace) & (table.system == system.name)]
         for size in run.params.block_sizes if blocks.has_blocks(system) else [None]:
@@ -176,56 +167,27 @@ def _summary(run: Run[Params], table: pd.DataFrame) -> Iterator[SummaryRow]:
 
 
 def _rows(run: Run[Params], system: System, size: int | None, samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    """One block size of one system; one without blocks has one point, and no x."""
-    suffix = "_vs_block_size" if size else ""
+    """One block size of one system."""
     cost = run.params.kernel_cost.get(size) if size else None
     assuming = blocks.assumed(size) if cost is None else f"attention takes {cost:g} times as long as with blocks of 16"
-    of = partial(named, run, system, x=size, detail=f"{run.arrival.rate:g} req/s", assuming=assuming)
-    latency = blocks.estimate(run, samples.normalized_latency_s)
-    names = of(FIGURE if size else None, kernel_cost=cost)
-    yield row(latency, quantity=f"normalized_latency{suffix}", unit="s/token", **names)
-    for name, unit in blocks.OURS.items():
-        if size or name != "last_block_waste":
-            yield row(blocks.estimate(run, samples[name]), quantity=f"{name}{suffix}", unit=unit, **of())
-
-
-def draw(summary: pd.DataFrame) -> Figure:
-    """Normalized latency, a panel per trace, and below it what the block size does to memory and to the batch."""
-    panels = list(dict.fromkeys(summary.setup))
-    figure, axes = plots.canvas(2, len(panels), width=5.2)
-    for number, panel in enumerate(panels):
-        rows = summary[summary.setup == panel]
-        _latency(axes[number], rows)
-        _memory(axes[len(panels) + number], rows)
-    figure.tight_layout()
-    return figure
-
-
-def _latency(axis: Axes, rows: pd.DataFrame) -> None:
-    ours = rows[rows.quantity == HEADLINE]
-    shown = plots.shown_names(pd.concat([ours, rows[rows.quantity == "normalized_latency"]]))
-    plots.lines(axis, ours.assign(shown=ours.label.map(shown)), "shown")
-    blocks.hollow(axis, ours)
-    blocks.lines_across(axis, rows[rows.quantity == "normalized_latency"])
-    title = "PagedAttention Fig 18b, whose values are in no source\n" if plots.stands_for(ours, FIGURE) else ""
-    axis.set(ylabel="normalized latency, s/token", ylim=(0, None))
-    axis.set_title(title + blocks.where(rows), fontsize=9)
-    blocks.block_axis(axis, ours.x)
-    axis.legend(fontsize=7, frameon=False)
+    names = partial(named, run, system, x=size, detail=f"{run.arrival.rate:g} req/s", assuming=assuming,
+                    kernel_cost=cost)  # fmt: skip
+    taken = [each for each in blocks.quantities(size, FIGURE) if size or each.of != WASTE]
+    yield from rows(taken, samples, names)
 
 
 def _memory(axis: Axes, rows: pd.DataFrame) -> None:
     """Both, of every system that has blocks."""
     right = axis.twinx()
-    shown = (
-        (axis, "last_block_waste", "s-", "contiguous", "last-block waste, % of held"),
-        (right, "mean_batched_requests", "^--", "paged", "requests in the mean batch"),
-    )
-    for side, name, style, colour, label in shown:
+    for side, name, style, colour in ((axis, WASTE, "s-", "contiguous"), (right, BATCH, "^--", "paged")):
         values = rows[rows.quantity == f"{name}_vs_block_size"]
         for _, line in values.sort_values("x").groupby("label", sort=False):
             side.plot(line.x, line.value, style, color=plots.COLOURS[colour], ms=4)
         side.set_ylim(0, None)
-        side.set_ylabel(label, color=plots.COLOURS[colour])
-    axis.set_title(f"{rows.setup.iloc[0]}: {rows.clock.iloc[0]}\nempty part of last blocks, and batch", fontsize=9)
-    blocks.block_axis(axis, rows.x.dropna())
+        side.yaxis.label.set_color(plots.COLOURS[colour])
+    right.set_ylabel("requests in the mean batch")
+
+
+MEMORY = Panel(_memory, f"({WASTE}|{BATCH})_vs_block_size", "last-block waste, % of held", "block size, tokens",
+               what="empty part of last blocks, and batch", doubling=True)  # fmt: skip
+draw = partial(drawn, panels=[blocks.BY_SIZE, MEMORY], width=5.2)

@@ -6,16 +6,14 @@ the one and 0.1 for the other. The run `as_artifact` repeats that and is compare
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-
-import pandas as pd
-from matplotlib.figure import Figure
+from functools import partial
+from typing import Any
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.latency_curve import (
     CROSSING,
     Curves,
     Line,
-    ServeAt,
     draw_curves,
     guess_of,
     measure_lines,
@@ -23,12 +21,11 @@ from kvarena.experiments.kit.latency_curve import (
     unread_rates,
 )
 from kvarena.experiments.kit.reads import reads
-from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
-from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.experiments.kit.replay import Replayer, example_of
+from kvarena.harness.record.record import Measured, Recorder
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "chatbot"
 HEADLINE = CROSSING
 COMPARED = "as_artifact"
 READS = reads()
@@ -57,11 +54,6 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured(measure_lines(run, recorder, list(_lines(run))), _notes(run))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
-    """Every point and crossing of every run."""
-    return summarize_lines(_lines(run), frames)
-
-
 def _lines(run: Run[Params]) -> Iterator[Line]:
     """Only `as_artifact` is the published figure's; the engine's constants come from Fig 12a."""
     replayer = Replayer(run)
@@ -74,9 +66,10 @@ def _lines(run: Run[Params]) -> Iterator[Line]:
                 system=system,
                 figure="fig17" if which == COMPARED else None,
                 detail=which,
-                serve_at=_serving(run, replayer, system, probability),
+                serve=partial(replayer.serve, system),
                 guess=guess_of(run.params.guess, system),
                 point={"new_conversation": values},
+                trace=replace(run.trace, new_conversation=probability),
             )
 
 
@@ -87,12 +80,7 @@ def _probability(which: str, values: dict[str, float], system: System) -> float:
     raise UserError(f"params.new_conversation.{which}: neither {system.scheduler.name} nor others")
 
 
-def _serving(run: Run[Params], replayer: Replayer, system: System, probability: float) -> ServeAt:
-    trace = replace(run.trace, new_conversation=probability)
-    return lambda rate: replayer.serve(system, workload_of(run, trace, rate=rate))
-
-
-def _notes(run: Run[Params]) -> dict[str, object]:
+def _notes(run: Run[Params]) -> dict[str, Any]:
     """The workload at one rate: others have as many of the same turns as arrive."""
     rates = run.params.rates or list(run.params.guess.values())
     workload = example_of(run, rate=rates[0])
@@ -100,6 +88,5 @@ def _notes(run: Run[Params]) -> dict[str, object]:
     return {"workload": {**workload.provenance, **{name: float(mean) for name, mean in means.items()}}}
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 17 as the artifact has it, and with one probability for all."""
-    return draw_curves(summary, columns=2)
+summarize = partial(summarize_lines, _lines)
+draw = draw_curves

@@ -15,7 +15,8 @@ from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.reservation.contiguous import ContiguousPolicy
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, curves, drawn, stacked
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.pagedattention import memory_by_batch
 from kvarena.experiments.pagedattention.memory_by_batch import GB, Batches
@@ -25,7 +26,7 @@ from kvarena.harness.model import ModelConfig, load_preset
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.kv_pool import GIB, kv_pool_bytes
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, beside_published, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, beside_published, published_values, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import OURS, as_ours, named, without_trace
 from kvarena.harness.run.run import Run
@@ -38,7 +39,7 @@ READS = {
     "measured": ("model", "trace", "arrival", "decoding", "engine", "device", "systems", "threads"),
 }
 LAYOUT = "13B on A100-40GB"  # as Fig 1 calls its left half
-PRINTED = {"table1": "parameter_size", "fig3": "never_used_slots"}  # figures of which numbers are printed
+PRINTED = ("parameter_size", "kv_cache_memory", "max_kv_slots", "never_used_slots")  # in Table 1, and in Fig 3
 FITTED = "Table 1 gave the devices' memory: 39.41 GiB follows from 984 and 605 blocks, 79.18 GiB from 60.1K slots."
 
 
@@ -101,14 +102,17 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
         _check(run.params)
         return Measured(_arithmetic(run) | memory_by_batch.frames(run, workload, run.params.batches), notes)
     replayer = Replayer(run)
-    turns = [(number, system) for number in range(run.params.rounds) for system in run.systems]
-    cells = [recorder.cell(f"{n}-{s.name}", partial(_cell, replayer, s, workload, n)) for n, s in turns]
-    return Measured({name: pd.concat([c[name] for c in cells], ignore_index=True) for name in cells[0]}, notes)
+    cells = [
+        Cell(f"{number}-{system.name}", partial(_cell, replayer, system, workload), {"round": number})
+        for number in range(run.params.rounds)
+        for system in run.systems
+    ]
+    return Measured(run_cells(run.experiment, recorder, cells), notes)
 
 
-def _cell(replayer: Replayer, system: System, workload: Workload, number: int) -> Frames:
+def _cell(replayer: Replayer, system: System, workload: Workload) -> Frames:
     served = replayer.serve(system, workload)
-    return {"requests": served.requests.assign(round=number), "steps": served.steps.assign(round=number)}
+    return {"requests": served.requests, "steps": served.steps}
 
 
 def _check(params: Params) -> None:
@@ -179,12 +183,15 @@ def _device_memory(run: Run[Params]) -> dict[str, object]:
     return {"parameters": weights, "kv_cache": pool, "there_is": round(run.device.need("memory_gib") * GIB)}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Rows of all panels; under the measured clock those of this machine."""
     if run.clock == "measured":
-        return frame(memory_by_batch.measured(run, frames["steps"]))
-    layout = _fig1_layout(run, frames["device_memory"].iloc[0])
-    return frame([*_fig3(run, frames), *_table1(run, frames), *layout, *memory_by_batch.modelled(run, frames)])
+        yield from memory_by_batch.measured(run, frames["steps"])
+        return
+    yield from _fig3(run, frames)
+    yield from _table1(run, frames)
+    yield from _fig1_layout(run, frames["device_memory"].iloc[0])
+    yield from memory_by_batch.modelled(run, frames)
 
 
 def _fig3(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
@@ -192,7 +199,7 @@ def _fig3(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     for name in lengths:
         table = frames["reservations"].set_index("request").slots
         names = named(without_trace(run), None, "fig3", key=name, label=name, counted=True, lengths=lengths)
-        yield row(table[name], quantity=PRINTED["fig3"], unit="tokens", **names)
+        yield row(table[name], quantity="never_used_slots", unit="tokens", **names)
 
 
 def _table1(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
@@ -204,7 +211,7 @@ def _table1(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
         slots = blocks * BLOCK_TOKENS
         names = named(here, None, "table1", key="server", label="server")
         counted = named(here, None, "table1", key="server", label="server", counted=True)
-        yield row(sizes["parameter_bytes"] / GB, quantity=PRINTED["table1"], unit="GB", **counted)
+        yield row(sizes["parameter_bytes"] / GB, quantity="parameter_size", unit="GB", **counted)
         # the paper prints 12 GB and means GiB
         yield row(slots * token_bytes / GIB, quantity="kv_cache_memory", unit="GiB", **names)
         yield row(slots, quantity="max_kv_slots", unit="tokens", **names)
@@ -226,47 +233,32 @@ def _fig1_layout(run: Run[Params], sizes: pd.Series) -> Iterator[SummaryRow]:
         yield row(100 * part_bytes / there_is, quantity=f"share_of_memory_there_is:{part}", unit="%", **names)
 
 
+BY_BATCH = (
+    Panel(curves, "memory_vs_batch", "memory, GB", "batch size"),
+    Panel(curves, "throughput_vs_batch", "tokens/s", "batch size"),
+)
+PARTS = {"parameters": "#0072B2", "kv_cache": "#009E73", "others": "#DDDDDD"}
+_BARS = partial(stacked, colours=PARTS)
+
+
 def draw(summary: pd.DataFrame) -> Figure:
     """Fig 1: the device's memory, then memory and throughput by batch size; Table 1 and Fig 3 as a table.
 
-    Of a measured run there are the middle two.
+    The device's memory is divided as Fig 1, left, does it where it is that device's, else of all there is. Of a
+    measured run there are the middle two.
     """
-    theirs = published_values("pagedattention")
-    by_batch = [
-        (summary[summary.quantity == quantity], label)
-        for quantity, label in (("memory_vs_batch", "memory, GB"), ("throughput_vs_batch", "tokens/s"))
-    ]
-    drawn = [(rows, label) for rows, label in by_batch if len(rows)]
-    modelled = "modelled" in set(summary.clock)
-    figure, axes = plots.canvas(1, len(drawn) + (2 if modelled else 0), width=5)
-    for axis, (rows, label) in zip(axes[1:-1] if modelled else axes, drawn, strict=True):
-        _by_batch(axis, rows, theirs)
-        axis.set_ylabel(label)
-    if modelled:
-        _shares(axes[0], summary, theirs)
-        _printed(axes[-1], summary, theirs)
-    figure.tight_layout()
-    return figure
+    earned = summary[summary.paper != OURS].quantity
+    shares = Panel(_BARS, "share_of_memory_there_is:.*", "% of the device's memory")
+    if earned.str.startswith("share_of_gpu_memory:").any():
+        shares = Panel(_BARS, "share_of_gpu_memory:.*", "% of 40 GB")
+    printed = Panel(_printed, "|".join(PRINTED), "", by_setup=False)
+    return drawn(summary, [shares, *BY_BATCH, printed])
 
 
-def _by_batch(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    plots.lines(axis, ours.assign(shown=ours.label.map(plots.shown_names(ours))), "shown")
-    earned = ours[ours.paper != OURS]
-    theirs = theirs[(theirs.figure == "fig1") & (theirs.quantity == ours.quantity.iloc[0])]
-    _dots(axis, theirs[theirs.system.isin(earned.system)])
-    title = "PagedAttention Fig 1, right\n" if plots.stands_for(ours, "fig1") else ""
-    axis.set(xlabel="batch size")
-    axis.set_title(f"{title}{ours.setup.iloc[0]}; {ours.clock.iloc[0]}", fontsize=9)
-    axis.legend(fontsize=7, frameon=False)
-
-
-def _printed(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
+def _printed(axis: Axes, rows: pd.DataFrame) -> None:
     """What Table 1 and Fig 3 print, beside the published number where it stands for it."""
     axis.set_axis_off()
-    printed = (PRINTED["table1"], "kv_cache_memory", "max_kv_slots", PRINTED["fig3"])
-    rows = beside_published(summary[summary.quantity.isin(printed)], theirs)
-    if rows.empty:
-        return
+    rows = beside_published(rows, published_values("pagedattention"))
     names = rows.setup.where(rows.label == "server", rows.label) + ": " + rows.quantity.str.replace("_", " ")
     cells = [
         [n, f"{v:,.5g} {u}", "-" if pd.isna(p) else f"{p:,g}"]
@@ -277,31 +269,5 @@ def _printed(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
     )
     table.auto_set_font_size(False)
     table.set_fontsize(7)
-    stands = plots.stands_for(summary, "table1") or plots.stands_for(summary, "fig3")
-    title = "PagedAttention Table 1 and Fig 3" if stands else "servers and reservations"
-    axis.set_title(f"{title}\n{rows.clock.iloc[0]}: arithmetic", fontsize=9)
-
-
-def _dots(axis: Axes, rows: pd.DataFrame) -> None:
-    for (name, values), marker in zip(rows.groupby("system", sort=False), "xo+", strict=False):
-        axis.plot(values.x, values.value, marker, color="black", ms=4, mfc="none", label=f"{name}, published")
-
-
-def _shares(axis: Axes, summary: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """The device's memory as bars: as Fig 1, left, divides it where it is that device's, else of all there is."""
-    stands = plots.stands_for(summary[summary.quantity.str.startswith("share_of_gpu_memory:")], "fig1")
-    quantity = "share_of_gpu_memory:" if stands else "share_of_memory_there_is:"
-    ours = summary[summary.quantity.str.startswith(quantity)]
-    bars = {"ours": (ours, "#0072B2")}
-    if stands:
-        bars["published"] = theirs[theirs.quantity.str.startswith(quantity)], "#BBBBBB"
-    for x, (rows, colour) in enumerate(bars.values()):
-        bottom = 0.0
-        for kind, value in zip(rows.quantity.str.split(":").str[1], rows["value"], strict=True):
-            axis.bar(x, value, 0.6, bottom, color=colour, edgecolor="black")
-            axis.text(x, bottom + value / 2, f"{kind.replace('_', ' ')}\n{value:.1f} %", ha="center", va="center")
-            bottom += value
-    axis.set_xticks(range(len(bars)), list(bars))
-    of, title = ("% of 40 GB", "PagedAttention Fig 1, left\n") if stands else ("% of the device's memory", "")
-    axis.set(ylabel=of, ylim=(0, 100))
-    axis.set_title(f"{title}{ours.setup.iloc[0]}; {ours.clock.iloc[0]}", fontsize=9)
+    title = "PagedAttention Table 1 and Fig 3" if (rows.paper != OURS).any() else "servers and reservations"
+    axis.set_title(f"{title}\n{rows.clock.iloc[0]}: arithmetic", fontsize=8)

@@ -21,7 +21,7 @@ from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import (
     Average,
     averages,
@@ -83,12 +83,9 @@ def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Worklo
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """The paper's row of every published bar, and ours of every system over the seeds."""
-    return frame(_rows(run, frames["averages"]))
-
-
-def _rows(run: Run[Params], means: pd.DataFrame) -> Iterator[SummaryRow]:
+    means = frames["averages"]
     for system in run.systems:
         for average, by_seed in means[means.system == system.name].groupby("average", sort=False):
             values = pd.DataFrame([_quantities(system, mean) for _, mean in by_seed.iterrows()], index=by_seed.seed)

@@ -6,16 +6,13 @@ sample's row; Orca reserves and writes a copy for each.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-
-import pandas as pd
-from matplotlib.figure import Figure
+from functools import partial
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.latency_curve import (
     CROSSING,
     Curves,
     Line,
-    ServeAt,
     chosen_panels,
     draw_curves,
     guess_of,
@@ -25,13 +22,12 @@ from kvarena.experiments.kit.latency_curve import (
     unread_rates,
 )
 from kvarena.experiments.kit.reads import reads
-from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
-from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.experiments.kit.replay import Replayer, example_of
+from kvarena.harness.record.record import Measured, Recorder
 from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "parallel_sampling"
 HEADLINE = CROSSING
 READS = reads("sharing", decoding=False)
 
@@ -76,11 +72,6 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured(measure_lines(run, recorder, list(_lines(run))), notes(run))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
-    """Every point and crossing of every panel."""
-    return summarize_lines(_lines(run), frames)
-
-
 def _lines(run: Run[Params]) -> Iterator[Line]:
     """The engine's constants come from Fig 12a, with one sequence a request."""
     replayer = Replayer(run)
@@ -93,10 +84,13 @@ def _lines(run: Run[Params]) -> Iterator[Line]:
                 system=system,
                 figure=figure,
                 detail=f"parallel n={panel.n}",
-                serve_at=serving(run, replayer, system, decoding),
+                serve=partial(replayer.serve, system, decoding=decoding),
                 guess=guess_of(panel.guess, system),
                 point={"n": panel.n},
             )
+
+
+summarize = partial(summarize_lines, _lines)
 
 
 def _has_rows(system: System) -> bool:
@@ -117,16 +111,9 @@ def with_rows(systems: Iterable[System], max_rows: int | None) -> Iterator[Syste
             yield replace(system, allocator=replace(system.allocator, max_rows=max_rows))
 
 
-def serving(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> ServeAt:
-    """Serves the run's workload at a rate, decoded in one way."""
-    return lambda rate: replayer.serve(system, workload_of(run, rate=rate), decoding)
-
-
 def notes(run: Run[Params]) -> dict[str, object]:
     """The workload at 1 request/s: others begin with the same requests."""
     return {"workload": example_of(run, rate=1.0 if run.clock == "modelled" else 8.0).provenance}
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 14 a to c."""
-    return draw_curves(summary)
+draw = draw_curves

@@ -10,26 +10,25 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, curves, drawn
+from kvarena.experiments.kit.quantities import rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention import preemption_cost as cost
 from kvarena.harness.model.build import build_model
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
-from kvarena.harness.run.published import OURS, as_ours, is_earned, named, without_trace
+from kvarena.harness.record.statistics import median_interval
+from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.run.published import is_earned, named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "preemption"
 HEADLINE = "overhead_vs_block_size"
 READS = reads("swapping")
-LATENCY = "normalized_latency_vs_block_size"
 RECOMPUTE, SWAP = WAYS = ("recompute", "swap")
 DRAWN = 0.9  # Fig 19a's script draws recomputation at 0.9 of what it measured
 AS_DRAWN = "recompute (as drawn, measured x0.9)"
@@ -73,14 +72,9 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     for sizes in (params.block_sizes, params.replay_block_sizes):
         blocks.check_block_sizes(sizes)
     paged = _paged(run)
-    with Progress(NAME, 2) as progress:
-        progress.stage(f"one request of {params.tokens} tokens")
-        costs = recorder.cell("cost", lambda: {"costs": _costs(run, paged)})["costs"]
-        progress.advance()
-        progress.stage(f"{run.trace.name}, {run.arrival}")
-        points = recorder.cell("replay", lambda: _replays(run))["points"]
-        progress.advance()
-    return Measured({"costs": costs, "points": points}, {"workload": example_of(run).provenance, **SAID})
+    cells = [Cell("cost", lambda: {"costs": _costs(run, paged)}), Cell("replay", lambda: _replays(run))]
+    frames = run_cells(run.experiment, recorder, cells)
+    return Measured(frames, {"workload": example_of(run).provenance, **SAID})
 
 
 def _paged(run: Run[Params]) -> System:
@@ -90,7 +84,7 @@ def _paged(run: Run[Params]) -> System:
             if run.params.tokens >= run.model.max_tokens or run.params.tokens < 1:
                 raise UserError(f"params.tokens={run.params.tokens}: from 1 to {run.model.max_tokens - 1} are possible")
             return system
-    raise UserError(f"systems: {NAME} needs one with allocator paged, whose blocks can be swapped")
+    raise UserError(f"systems: {run.experiment} needs one with allocator paged, whose blocks can be swapped")
 
 
 def _costs(run: Run[Params], paged: System) -> pd.DataFrame:
@@ -137,9 +131,10 @@ def preempting(system: System, way: str, swap_bytes: str) -> System:
     return replace(system, allocator=allocator, scheduler=replace(system.scheduler, preemption=way))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Both figures' rows."""
-    return frame([*_cost_rows(run, _paged(run), frames["costs"]), *_replay_rows(run, frames["points"])])
+    yield from _cost_rows(run, _paged(run), frames["costs"])
+    yield from _replay_rows(run, frames["points"])
 
 
 def _label(run: Run[Params], system: System, way: str) -> str:
@@ -155,70 +150,26 @@ def _cost_rows(run: Run[Params], paged: System, costs: pd.DataFrame) -> Iterator
         for what in map(str, samples):
             key, label = AS_DRAWN if what == RECOMPUTE else what, _label(run, paged, what)
             names = named(run, paged, "fig19a", key=key, label=label, detail=detail, x=size)
-            drawn = DRAWN if what == RECOMPUTE and is_earned(names) else 1
-            yield row(blocks.estimate(run, drawn * samples[what]), quantity=HEADLINE, unit="ms", **names)
-            yield row(blocks.estimate(run, samples[what]), quantity=f"cost_of_{what}", unit="ms", **as_ours(names))
+            drawn_as = DRAWN if what == RECOMPUTE and is_earned(names) else 1
+            yield row(median_interval(drawn_as * samples[what]), quantity=HEADLINE, unit="ms", **names)
+            ours = named(run, paged, label=label, detail=detail, x=size, fitted=names["evidence"] == "calibrated")
+            yield row(median_interval(samples[what]), quantity=f"cost_of_{what}", unit="ms", **ours)
 
 
 def _replay_rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
-    for (name, way), rows in points.groupby(["system", "way"], sort=False):
+    for (name, way), table in points.groupby(["system", "way"], sort=False):
         system = next(s for s in run.systems if s.name == name)
         label = _label(run, system, str(way)) if len(ways(system)) > 1 else None
         for size in run.params.replay_block_sizes if blocks.has_blocks(system) else [None]:
-            samples, suffix = (rows[rows.block_size == size], "_vs_block_size") if size else (rows, "")
-            figure = "fig19b" if size else None
-            of = partial(named, run, system, label=label, x=size, assuming=blocks.assumed(size))
-            names = of(figure, key=str(way))
-            yield row(blocks.estimate(run, samples.normalized_latency_s), quantity=f"normalized_latency{suffix}",
-                      unit="s/token", **names)  # fmt: skip
-            for quantity, unit in blocks.OURS.items():
-                yield row(blocks.estimate(run, samples[quantity]), quantity=f"{quantity}{suffix}", unit=unit,
-                          **of())  # fmt: skip
+            samples = table[table.block_size == size] if size else table
+            names = partial(named, run, system, key=str(way), label=label, x=size, assuming=blocks.assumed(size))
+            yield from rows(blocks.quantities(size, "fig19b"), samples, names)
 
 
-COLOURS = {"recompute": "#D55E00", "swap in+out": "#0072B2", "swap in": "#56B4E9", "swap out": "#009E73"}
+def _costs_panel(axis: Axes, ours: pd.DataFrame) -> None:
+    axis.set_yscale("log")
+    curves(axis, ours)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Left what one preemption costs, right what it does to the trace."""
-    figure, (left, right) = plots.canvas(1, 2, width=5.6, height=4.0)
-    _cost_axis(left, summary[summary.quantity == HEADLINE])
-    _replay_axis(right, summary)
-    figure.tight_layout()
-    return figure
-
-
-def _cost_axis(axis: Axes, ours: pd.DataFrame) -> None:
-    """Published points only of ways that stand for the figure's."""
-    theirs = published_values("pagedattention", figure="fig19a")
-    for label, rows in ours.groupby("label", sort=False):
-        colour = _colour(str(label))
-        points = theirs[theirs.system.isin(rows[rows.paper != OURS].system)]
-        axis.plot(rows.x, rows.value, "-", color=colour, label=plots.shown_names(rows)[str(label)])
-        axis.fill_between(rows.x, rows.ci_low.astype(float), rows.ci_high.astype(float), color=colour, alpha=0.15, lw=0)
-        axis.plot(points.x, points.value, "o", mfc="none", color=colour, ms=5)
-    title = "PagedAttention Fig 19a; circles: published\n" if plots.stands_for(ours, "fig19a") else ""
-    axis.set(ylabel="ms", yscale="log")
-    axis.set_title(title + blocks.where(ours), fontsize=9)
-    blocks.block_axis(axis, ours.x)
-    axis.legend(fontsize=7, frameon=False)
-
-
-def _colour(label: str) -> str:
-    """By what is done: the first of COLOURS that a label ends with, before its kernel."""
-    done = label.rpartition("/")[0].replace("-", " ")
-    return next((colour for what, colour in COLOURS.items() if done.endswith(what)), COLOURS["swap in+out"])
-
-
-def _replay_axis(axis: Axes, summary: pd.DataFrame) -> None:
-    ours = summary[summary.quantity == LATENCY]
-    for number, (label, rows) in enumerate(ours.groupby("label", sort=False)):
-        style = f"{plots.MARKERS[number // 2 % len(plots.MARKERS)]}-"
-        axis.plot(rows.x, rows.value, style, color=_colour(str(label)), ms=4, label=plots.shown_names(rows)[str(label)])
-    blocks.hollow(axis, ours)
-    blocks.lines_across(axis, summary[summary.quantity == "normalized_latency"])
-    title = "PagedAttention Fig 19b, whose values are in no source\n" if plots.stands_for(ours, "fig19b") else ""
-    axis.set(ylabel="normalized latency, s/token", ylim=(0, None))
-    axis.set_title(title + blocks.where(ours), fontsize=9)
-    blocks.block_axis(axis, ours.x)
-    axis.legend(fontsize=7, frameon=False)
+COSTS = Panel(_costs_panel, HEADLINE, "ms", "block size, tokens", doubling=True)
+draw = partial(drawn, panels=[COSTS, blocks.BY_SIZE], width=5.6, height=4.0)

@@ -12,9 +12,9 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.latency_curve import (
     BRACKET,
     CROSSING,
@@ -22,20 +22,19 @@ from kvarena.experiments.kit.latency_curve import (
     LIMIT_S,
     chosen_panels,
     crossing_of,
-    headed,
-    published_beside,
-    styles_of,
     unread_panels,
     unread_traces,
 )
 from kvarena.experiments.kit.latency_error import log_errors, rms
+from kvarena.experiments.kit.panels import Panel, curves, drawn, title
+from kvarena.experiments.kit.quantities import columns, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Served, example_of, workload_of
-from kvarena.experiments.kit.seeds import unread_seeds
+from kvarena.experiments.kit.seeds import seed_rows, unread_seeds
 from kvarena.experiments.pagedattention.serving_panels import (
     PADDED,
     Curve,
-    Panel,
+    LatencyPanel,
     Params,
     curves_of,
     out_of_sample,
@@ -44,15 +43,12 @@ from kvarena.experiments.pagedattention.serving_panels import (
 from kvarena.harness.record.capacity import capacity, crossing
 from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.metrics import summarize as metrics_of
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
-from kvarena.harness.run.published import OURS as OURS_PAPER
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.published import is_earned, named
 from kvarena.harness.run.run import Run
 
-NAME = "serving_latency"
 HEADLINE = LATENCY
 READS = reads()
 AROUND = (0.25, 0.5, 0.75, 0.9, 0.97, 1.03)  # of the crossing: where an unpublished curve is drawn
@@ -78,7 +74,7 @@ def unread(run: Run[Params]) -> dict[str, str]:
     return rules | unread_panels(params.panels, params.only) | _unread_of_systems(run, panels)
 
 
-def _unread_of_systems(run: Run[Params], panels: dict[str, Panel]) -> dict[str, str]:
+def _unread_of_systems(run: Run[Params], panels: dict[str, LatencyPanel]) -> dict[str, str]:
     """Keys for some systems alone."""
     params, rules = run.params, dict[str, str]()
     there = {system.name for system in run.systems}
@@ -112,19 +108,17 @@ def _runs(run: Run[Params]) -> dict[str, Run[Params]]:
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay every point of every curve, and again for every seed."""
     panels = chosen_panels(run.params.panels, run.params.only)
-    cells = [(curve, seed) for curve in curves_of(run, panels) for seed in curve.seeds]
-    tables = []
-    with Progress(NAME, len(cells)) as progress:
-        for curve, seed in cells:
-            progress.stage(f"{curve.key}, seed {seed}")
-            cell = recorder.cell(f"{curve.key}-{seed}", partial(_points, curve, seed))
-            tables.append(cell["points"].assign(curve=curve.key, seed=seed, engine=curve.run.engine.name))
-            progress.advance()
+    cells = [
+        Cell(f"{curve.key}-{seed}", partial(_points, curve, seed),
+             {"curve": curve.key, "seed": seed, "engine": curve.run.engine.name})
+        for curve in curves_of(run, panels) for seed in curve.seeds
+    ]  # fmt: skip
+    frames = run_cells(run.experiment, recorder, cells)
     workloads = {
         figure: example_of(own, seed=run.params.seeds[0], rate=1.0, duration_s=panels[figure].duration_s).provenance
         for figure, own in _runs(run).items()
     }
-    return Measured({"points": pd.concat(tables, ignore_index=True)}, {"workloads": workloads})
+    return Measured(frames, {"workloads": workloads})
 
 
 def _points(curve: Curve, seed: int) -> Frames:
@@ -166,22 +160,24 @@ def _metrics(served: Served) -> dict[str, float]:
 
 
 # Our own quantities at every point, and their units; docs/metrics.md has the formulas.
-OURS = {
+OURS = columns({
     "ttft_p50_s": "s", "ttft_p99_s": "s", "tpot_p50_s": "s", "tpot_p99_s": "s", "itl_p50_s": "s", "itl_p99_s": "s",
     "e2el_p50_s": "s", "e2el_p99_s": "s", "queueing_p50_s": "s", "queueing_p99_s": "s", "stall_mean_s": "s",
     "rate_asked_per_s": "req/s", "rate_reached_per_s": "req/s", "output_tokens_per_s": "tok/s",
     "mean_batched_requests": "requests", "preemptions": "count", "refused": "count", "finished": "count",
     "clock_events_per_step": "ratio",
-}  # fmt: skip
+}, "_vs_rate")  # fmt: skip
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """The paper's rows of seed 0, ours of every rate over the seeds, and how far the paper's points are missed."""
     points = frames["points"]
-    curves = list(curves_of(run, chosen_panels(run.params.panels, run.params.only)))
-    of_curve = [(curve, points[points.curve == curve.key]) for curve in curves]
-    rows = [row for curve, its in of_curve for row in (*_crossing_rows(curve, its), *_point_rows(curve, its))]
-    return frame([*rows, *_errors(run, of_curve)])
+    every = curves_of(run, chosen_panels(run.params.panels, run.params.only))
+    of_curve = [(curve, points[points.curve == curve.key]) for curve in every]
+    for curve, its in of_curve:
+        yield from _crossing_rows(curve, its)
+        yield from _point_rows(curve, its)
+    yield from _errors(run, of_curve)
 
 
 def _crossing_rows(curve: Curve, points: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -198,18 +194,12 @@ def _point_rows(curve: Curve, points: pd.DataFrame) -> Iterator[SummaryRow]:
     """A curve out of sample has its latency alone, under a name of its own beside the calibrated one."""
     for rate, by_seed in points[points.kind == "point"].groupby("rate", sort=False):
         x = float(rate)  # type: ignore[arg-type]
-        latency_s, fitted = by_seed.set_index("seed").normalized_latency_s, curve.was_fitted(x)
-        quantity = OUT_OF_SAMPLE if curve.out_of_sample else HEADLINE
-        yield row(median_interval(latency_s), quantity=quantity, unit="s/token", **curve.ours(fitted=fitted, x=x))
+        latency_s, ours = by_seed.set_index("seed").normalized_latency_s, curve.ours(fitted=curve.was_fitted(x), x=x)
         if curve.out_of_sample:
+            yield row(median_interval(latency_s), quantity=OUT_OF_SAMPLE, unit="s/token", **ours)
             continue
-        published = curve.published(0, x)
-        if 0 in latency_s.index and is_earned(published):
-            yield row(float(latency_s[0]), quantity=HEADLINE, unit="s/token", **published)
-        ours = curve.ours(x=x)
-        for name, unit in OURS.items():
-            if by_seed[name].notna().any():
-                yield row(median_interval(by_seed[name].dropna()), quantity=f"{name}_vs_rate", unit=unit, **ours)
+        yield from seed_rows(latency_s, ours, curve.published(0, x), quantity=HEADLINE, unit="s/token")
+        yield from rows(OURS, by_seed, partial(named, curve.run, curve.system, detail=curve.detail, x=x))
 
 
 def _errors(run: Run[Params], of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[SummaryRow]:
@@ -245,46 +235,18 @@ def _compared(of_curve: list[tuple[Curve, pd.DataFrame]]) -> Iterator[dict[str, 
                        "fitted": curve.was_fitted(x)}  # fmt: skip
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 12: an axis per panel, our curves as lines, the published points as circles."""
-    rows = summary[summary.quantity.isin([HEADLINE, OUT_OF_SAMPLE])]
-    setups = list(dict.fromkeys(rows.setup))
-    columns = min(3, len(setups))
-    down, legend_columns = -(-len(setups) // columns), min(4, 2 * columns)
-    key = (
-        0.2 * -(-rows.label[rows.quantity == HEADLINE].nunique() // legend_columns) / down
-    )  # height of the legend, in inches of each row
-    figure, axes = plots.canvas(down, columns, width=5, height=3.6 + key)
-    for axis, setup in zip(axes, setups, strict=False):
-        _panel_axis(axis, rows[rows.setup == setup])
-    plots.tidy(figure).tight_layout(rect=(0, key / (3.6 + key), 1, 1))
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower center", ncols=legend_columns)
-    return figure
-
-
-def _panel_axis(axis: Axes, rows: pd.DataFrame) -> None:
-    """The axis ends at 1 s/token, as the paper's does, or where the curves end."""
-    curves, others = rows[rows.quantity == HEADLINE], rows[rows.quantity == OUT_OF_SAMPLE]
-    shown = plots.shown_names(plots.preferring_earned(curves))
-    many, circled = curves.n.max() > 1, False
-    for label, (colour, dash, _) in styles_of(curves).items():
-        of_label = curves[curves.label == label].sort_values("x")
-        earned, ours = of_label[of_label.paper != OURS_PAPER], of_label[of_label.paper == OURS_PAPER]
-        axis.plot(ours.x, ours.value, dash, color=colour, lw=1.3, label=shown[label])
-        axis.fill_between(ours.x, ours.ci_low, ours.ci_high, color=colour, alpha=0.15, lw=0)
-        if many:
-            axis.plot(earned.x, earned.value, color=colour, lw=0.5)
-        theirs = published_beside(earned)
-        theirs = theirs[theirs.quantity == HEADLINE]
-        axis.plot(theirs.x, theirs.value, "o", mfc="none", color=colour, ms=5)
-        circled |= bool(len(theirs))
-    for allocator, points in others.groupby("allocator", sort=False):
+def latency_panel(axis: Axes, ours: pd.DataFrame) -> None:
+    """The curves of one setup; the axis ends at 1 s/token, as the paper's does, or where the curves end."""
+    drawn_through, crosses = ours[ours.quantity == HEADLINE], ours[ours.quantity == OUT_OF_SAMPLE]
+    curves(axis, drawn_through)
+    for allocator, points in crosses.groupby("allocator", sort=False):
         axis.plot(points.x, points.value, "x", color=plots.colour_of(str(allocator)), ms=4)
-    notes = ["circles: published"] if circled else []
-    notes += ["crosses: constants of the others' curves"] if len(others) else []
-    axis.set(xlabel="request rate, req/s", ylabel="normalized latency, s/token")
-    lines = "lines: median over seeds, with its 95 % interval; thin: seed 0" if many else ""
-    axis.set_title("\n".join(filter(None, (headed(curves), lines, "; ".join(notes)))), fontsize=8)
+    lines = "lines: median over seeds, with its 95 % interval; thin: seed 0" if drawn_through.n.max() > 1 else ""
+    title(axis, drawn_through, "", lines, "crosses: constants of the others' curves" if len(crosses) else "")
     axis.set_xlim(0, None)
-    axis.set_ylim(0, min(1.0, 1.1 * curves.value.max()))
+    axis.set_ylim(0, min(1.0, 1.1 * drawn_through.value.max()))
+
+
+CURVES = Panel(latency_panel, f"{HEADLINE}|{OUT_OF_SAMPLE}", "normalized latency, s/token", "request rate, req/s",
+               legend=False)  # fmt: skip
+draw = partial(drawn, panels=[CURVES], one_legend=True)

@@ -27,7 +27,7 @@ PADDED = "fastertransformer"  # the allocator and the scheduler whose batches pa
 
 
 @dataclass
-class Panel:
+class LatencyPanel:
     """One panel of the figure."""
 
     trace: str  # of conf/trace/
@@ -63,7 +63,7 @@ class OutOfSample:
 class Params:
     """`params.*` of conf/experiment/serving_latency.yaml; null there means: by the profile."""
 
-    panels: dict[str, Panel] = field(default_factory=dict)  # by figure: fig12a ...
+    panels: dict[str, LatencyPanel] = field(default_factory=dict)  # by figure: fig12a ...
     only: list[str] | None = None  # figures to run; null: all
     paths: dict[str, str | None] = field(default_factory=dict)  # trace -> file with its lengths; null: the table
     pool_bytes: int | None = None  # null: the pool the engine ran with
@@ -82,7 +82,7 @@ class Curve(NamedTuple):
     run: Run[Params]  # with the panel's model, device and trace
     replayer: Replayer  # of that run
     system: System
-    panel: Panel
+    panel: LatencyPanel
     detail: str  # tells the panel apart where another has the same model, trace and devices
     out_of_sample: bool = False
 
@@ -143,7 +143,7 @@ class Curve(NamedTuple):
         }
 
 
-def curves_of(run: Run[Params], panels: dict[str, Panel]) -> Iterator[Curve]:
+def curves_of(run: Run[Params], panels: dict[str, LatencyPanel]) -> Iterator[Curve]:
     """Every panel's curves, then those out of sample: at the same rates, with another engine."""
     runs = {figure: run_of_panel(run, panel) for figure, panel in panels.items()}
     alike = Counter(setup(own) for own in runs.values())
@@ -177,7 +177,7 @@ def out_of_sample(run: Run[Params], runs: dict[str, Run[Params]]) -> Iterator[tu
             )
 
 
-def run_of_panel(run: Run[Params], panel: Panel) -> Run[Params]:
+def run_of_panel(run: Run[Params], panel: LatencyPanel) -> Run[Params]:
     """The run with the panel's model, device and trace. Raises UserError for a device model under the wall clock."""
     if panel.model is not None:
         run = replace(run, model=load_preset(panel.model, tp=panel.tp))
@@ -195,7 +195,7 @@ def _engine(name: str) -> EngineConfig:
     return engine
 
 
-def _sized(system: System, panel: Panel) -> System:
+def _sized(system: System, panel: LatencyPanel) -> System:
     """FasterTransformer's batch is as large as memory allows: a number for each model and trace."""
     if panel.batch_size is None or system.allocator.name != PADDED:
         return system

@@ -7,16 +7,13 @@ the prefix is shared down to a whole number of blocks, and what is left of it be
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-
-import pandas as pd
-from matplotlib.figure import Figure
+from functools import partial
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.latency_curve import (
     CROSSING,
     Curves,
     Line,
-    ServeAt,
     chosen_panels,
     draw_curves,
     guess_of,
@@ -27,13 +24,12 @@ from kvarena.experiments.kit.latency_curve import (
     unread_traces,
 )
 from kvarena.experiments.kit.reads import reads
-from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
-from kvarena.harness.record.record import Frames, Measured, Recorder
+from kvarena.experiments.kit.replay import Replayer, example_of, trace_named
+from kvarena.harness.record.record import Measured, Recorder
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.run.run import Plain, Run
 from kvarena.harness.run.systems import System
 
-NAME = "shared_prefix"
 HEADLINE = CROSSING
 PREFIX_ID = -1  # requests' ids begin at 0
 NO_SHARING = ("orca", "fastertransformer")  # schedulers whose systems feed the prefix with every prompt
@@ -79,11 +75,6 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured(measure_lines(run, recorder, list(_lines(run))), notes)
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
-    """Every point and crossing of every panel."""
-    return summarize_lines(_lines(run), frames)
-
-
 def _panel_run(run: Run[Params], panel: Panel) -> Run[Params]:
     trace = trace_named(run, panel.trace)
     if run.trace.path is not None:  # every panel reads that file, each with its own number of examples
@@ -105,7 +96,7 @@ def _check_shared(panel: Panel, trace: Plain, figure: str) -> None:
 def _lines(run: Run[Params]) -> Iterator[Line]:
     replayer = Replayer(run)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
-        own = _panel_run(run, panel)
+        own, prefix = _panel_run(run, panel), Prefix(PREFIX_ID, panel.prefix_tokens)
         for system in run.systems:
             yield Line(
                 key=f"{figure} {system.name}",
@@ -113,18 +104,15 @@ def _lines(run: Run[Params]) -> Iterator[Line]:
                 system=system,
                 figure=figure,
                 detail=f"{panel.prefix_tokens} tokens shared",
-                serve_at=_serving(own, replayer, system, panel.prefix_tokens),
+                serve=partial(replayer.serve, system, prefix=prefix, share_prefix=_shares(system)),
                 guess=guess_of(panel.guess, system),
                 point={"prefix_tokens": panel.prefix_tokens},
             )
 
 
-def _serving(run: Run[Params], replayer: Replayer, system: System, prefix_tokens: int) -> ServeAt:
-    prefix = Prefix(PREFIX_ID, prefix_tokens)
-    share = system.scheduler.name not in NO_SHARING
-    return lambda rate: replayer.serve(system, workload_of(run, rate=rate), prefix=prefix, share_prefix=share)
+def _shares(system: System) -> bool:
+    return system.scheduler.name not in NO_SHARING
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Fig 16 a and b."""
-    return draw_curves(summary, columns=2)
+summarize = partial(summarize_lines, _lines)
+draw = draw_curves

@@ -19,23 +19,28 @@ from matplotlib.figure import Figure
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.latency_curve import headed, published_beside
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.looks import looks
+from kvarena.experiments.kit.panels import published_of, title
+from kvarena.experiments.kit.quantities import Quantity, columns, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.pagedattention.parallel_sampling import unread_of_sequences, with_rows
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import PS, check_window, window
 from kvarena.harness.requests.decoding import DecodingConfig
-from kvarena.harness.run.published import as_ours, named
+from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
-NAME = "sharing_savings"
 HEADLINE = "memory_saving_vs_n"
 READS = reads("sharing", "beams", decoding=False)
 FIGURE = "fig15"
+QUANTITIES = [
+    Quantity(HEADLINE, "%", "saving", FIGURE),
+    *columns({"logical_gb": "GB", "physical_gb": "GB", "batched_sequences": "sequences"}, "_vs_n"),
+]
 FEWER = 4  # share of the requests that is tried first
 SURVIVAL = "neutral"  # of the beams that are compared (harness/decoding/survival.py)
 ASSUMED = (
@@ -75,16 +80,14 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
         raise UserError(
             f"params.n={run.params.n}, params.survivals={run.params.survivals}: at least one n, and nothing twice"
         )
-    replayer, cells = Replayer(run), []
-    with Progress(NAME, len(ways) * len(run.systems)) as progress:
-        for system in with_rows(run.systems, run.params.max_rows):
-            for decoding in ways:
-                key = f"{system.name} {decoding.name} n={decoding.n} {decoding.survival}"
-                progress.stage(key)
-                cells.append(recorder.cell(key, partial(_cell, run, replayer, system, decoding))["savings"])
-                progress.advance()
+    replayer = Replayer(run)
+    cells = [
+        Cell(f"{system.name} {way.name} n={way.n} {way.survival}", partial(_cell, run, replayer, system, way))
+        for system in with_rows(run.systems, run.params.max_rows)
+        for way in ways
+    ]
     notes = {"workload": example_of(run).provenance, "survival": ASSUMED}
-    return Measured({"savings": pd.concat(cells, ignore_index=True)}, notes)
+    return Measured(run_cells(run.experiment, recorder, cells), notes)
 
 
 def _ways(run: Run[Params]) -> Iterator[DecodingConfig]:
@@ -140,21 +143,20 @@ def savings(steps: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """A row of the figure for each system, way and n, and the bytes behind it."""
-    return frame(row for _, cell in frames["savings"].iterrows() for row in _rows(run, cell))
+    for _, cell in frames["savings"].groupby(frames["savings"].index, sort=False):
+        yield from _rows(run, cell)
 
 
-def _rows(run: Run[Params], cell: pd.Series) -> Iterator[SummaryRow]:
+def _rows(run: Run[Params], cell: pd.DataFrame) -> Iterator[SummaryRow]:
     """Beams are compared under one survival model; the others stand beside it under their own names."""
-    system = next(system for system in run.systems if system.name == cell.system)
-    what = cell.decoding if cell.survival == SURVIVAL else f"{cell.decoding}{EXTREME}{cell.survival}"
-    of = partial(named, run, system, detail=what, x=float(cell.n), assuming=ASSUMED if cell.decoding == "beam" else "")
-    names = of(FIGURE, decoding=cell.decoding, survival=cell.survival)
-    yield row(cell.saving, quantity=HEADLINE, unit="%", **names)
-    ours = as_ours(names)
-    for name, unit in (("logical_gb", "GB"), ("physical_gb", "GB"), ("batched_sequences", "sequences")):
-        yield row(cell[name], quantity=f"{name}_vs_n", unit=unit, **ours)
+    way, survival, n = cell.decoding.iloc[0], cell.survival.iloc[0], float(cell.n.iloc[0])
+    system = next(system for system in run.systems if system.name == cell.system.iloc[0])
+    what = way if survival == SURVIVAL else f"{way}{EXTREME}{survival}"
+    names = partial(named, run, system, detail=what, x=n, assuming=ASSUMED if way == "beam" else "", decoding=way,
+                    survival=survival)  # fmt: skip
+    yield from rows(QUANTITIES, cell, names)
 
 
 def draw(summary: pd.DataFrame) -> Figure:
@@ -176,23 +178,21 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 def _bars(axis: Axes, ours: pd.DataFrame, band: pd.DataFrame) -> None:
     """A bar for each system and n in its allocator's colour, the second of an allocator paler than the first."""
-    shown, counts = plots.shown_names(ours), sorted(set(ours.x))
+    shown, counts, theirs = looks(ours), sorted(set(ours.x)), published_of(ours)
     width = 0.8 / len(shown)
     seen = Counter[str]()
-    for i, (label, name) in enumerate(shown.items()):
-        rows = ours[ours.label == label].sort_values("x")
-        at = [counts.index(x) + (i - (len(shown) - 1) / 2) * width for x in rows.x]
-        colour = plots.colour_of(rows.allocator.iloc[0])
-        axis.bar(at, rows.value, width, color=colour, alpha=0.65 ** seen[colour], label=name)
-        seen[colour] += 1
-        for x, place, value in zip(rows.x, at, rows.value, strict=True):
+    for i, (label, look) in enumerate(shown.items()):
+        place = {x: counts.index(x) + (i - (len(shown) - 1) / 2) * width for x in counts}
+        rows, rings = ours[ours.label == label], theirs[(theirs.label == label) & theirs.x.isin(counts)]
+        axis.bar(rows.x.map(place), rows.value, width, color=look.colour, alpha=0.65 ** seen[look.colour],
+                 label=look.name)  # fmt: skip
+        axis.plot(rings.x.map(place), rings.value, "o", mfc="none", color=look.colour)
+        seen[look.colour] += 1
+        for x, value in zip(rows.x, rows.value, strict=True):
             extremes = band[(band.label == label) & (band.x == x)].value
-            axis.annotate(f"{value:.3g}", (place, max([value, *extremes])), ha="center", va="bottom", fontsize=6)
+            axis.annotate(f"{value:.3g}", (place[x], max([value, *extremes])), ha="center", va="bottom", fontsize=6)
             if len(extremes):
-                axis.vlines(place, extremes.min(), extremes.max(), color="#000000", lw=1)
-        theirs = published_beside(rows)
-        theirs = theirs[(theirs.quantity == HEADLINE) & theirs.x.isin(counts)]
-        axis.plot([counts.index(x) for x in theirs.x], theirs.value, "o", mfc="none", color=colour)
+                axis.vlines(place[x], extremes.min(), extremes.max(), color="#000000", lw=1)
     axis.set_xticks(range(len(counts)), [f"{x:g}" for x in counts])
-    axis.set_title(headed(ours) + ("\nblack: between survivals one and all" if len(band) else ""), fontsize=8)
+    title(axis, ours, "", "black: between survivals one and all" if len(band) else "")
     axis.set(xlabel="samples, or width of the beam", ylabel="memory saved by sharing, %")

@@ -17,7 +17,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.replay import trace_named
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import Evidence, Names, SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import Evidence, Names, SummaryRow, published_values, row
 from kvarena.harness.run.published import OURS, is_earned, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import load_trace
@@ -122,12 +122,9 @@ def _histogram(run: Run[Params], config: TraceConfig, side: str, lengths: Ints) 
     return pd.DataFrame({"left": edges[:-1], "count": counts})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Means, percentiles and counts of every trace: exact from a file, calibrated from a table, which was fitted."""
-    return frame(_summary(run, frames["statistics"], frames["histograms"]))
-
-
-def _summary(run: Run[Params], statistics: pd.DataFrame, histograms: pd.DataFrame) -> Iterator[SummaryRow]:
+    statistics, histograms = frames["statistics"], frames["histograms"]
     for found in statistics.to_dict("records"):
         name, side = found["trace"], found["side"]
         here, bins = _of_trace(run, name), run.params.bins.get(name)

@@ -32,7 +32,7 @@ from kvarena.experiments.vattention.driver_calls import check_counts, page_group
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, published_values, row
 from kvarena.harness.run.published import OURS, named
 from kvarena.harness.run.run import Run
 
@@ -67,10 +67,11 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured({"samples": samples} | ({} if need.empty else {"decode_need": need}))
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """GB/s by page-group and way, and what decoding takes."""
-    need = need_rows(run, frames["decode_need"]) if "decode_need" in frames else ()
-    return frame([*_supply(run, frames["samples"]), *need])
+    yield from _supply(run, frames["samples"])
+    if "decode_need" in frames:
+        yield from need_rows(run, frames["decode_need"])
 
 
 def _measure(run: Run[Params], sizes: list[int], pool: int, progress: Progress) -> Frames:

@@ -34,7 +34,7 @@ from kvarena.experiments.vattention.overlap_replay import replayed
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import Names, SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 
@@ -108,12 +108,11 @@ def _cells(run: Run[Params]) -> Iterator[tuple[Run[Params], int, Callable[[], Fr
         yield run, number, partial(measured_batch, run, model, number)
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 12, the iterations one by one, the driver's calls, and what overlap hides."""
     calls = {one.model.name: table for one, table in by_model(run, frames["driver_calls"])}
-    return frame(
-        each for one, steps in by_model(run, frames["iterations"]) for each in _rows(one, steps, calls[one.model.name])
-    )
+    for one, steps in by_model(run, frames["iterations"]):
+        yield from _rows(one, steps, calls[one.model.name])
 
 
 def _rows(run: Run[Params], steps: pd.DataFrame, calls: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -29,7 +29,7 @@ from kvarena.experiments.vattention.random_blocks import DrawnBlocks
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, published_values, row
 from kvarena.harness.run.published import OURS, named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.arrangement import Arrangement
@@ -83,9 +83,24 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Time by block size over that of blocks of 16, the time itself, and the bytes that were touched."""
-    return frame(_rows(run, frames["samples"]))
+    samples = frames["samples"]
+    for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
+        by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
+        usual = by_size[USUAL_BLOCK].set_index("round").call_s
+        for size, part in by_size.items():
+            names = partial(
+                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}",
+                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)),
+            )  # fmt: skip
+            times = part.set_index("round").call_s
+            if size != USUAL_BLOCK:
+                yield row(median_interval(times / usual), quantity=HEADLINE, unit="ratio",
+                          **names(FIGURE, key=f"block {size}", tables=tables))  # fmt: skip
+            yield row(median_interval(1e6 * times), quantity="decode_kernel_time_vs_batch", unit="us", **names())
+            yield row(float(part.touched_bytes.iloc[0]), quantity="working_set_vs_batch", unit="bytes",
+                      **names(counted=True))  # fmt: skip
 
 
 def _lines(run: Run[Params]) -> list[Line]:
@@ -146,24 +161,6 @@ def _calls(run: Run[Params], equal: WorkingSet, line: Line, batch: int, device: 
         return drawn.calls(kernel), drawn.distinct_bytes
     arrangement = Arrangement(line.block_size, scattered=line.tables == "shuffled")
     return equal.calls(kernel, arrangement), equal.bytes_per_call * equal.num_batches
-
-
-def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
-        by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
-        usual = by_size[USUAL_BLOCK].set_index("round").call_s
-        for size, part in by_size.items():
-            names = partial(
-                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}",
-                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)),
-            )  # fmt: skip
-            times = part.set_index("round").call_s
-            if size != USUAL_BLOCK:
-                yield row(median_interval(times / usual), quantity=HEADLINE, unit="ratio",
-                          **names(FIGURE, key=f"block {size}", tables=tables))  # fmt: skip
-            yield row(median_interval(1e6 * times), quantity="decode_kernel_time_vs_batch", unit="us", **names())
-            yield row(float(part.touched_bytes.iloc[0]), quantity="working_set_vs_batch", unit="bytes",
-                      **names(counted=True))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -23,7 +23,7 @@ from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import Trace, TraceConfig, load_trace
 from kvarena.harness.trace.account import account_of
@@ -131,12 +131,13 @@ def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -
     return served.prompt_tokens.tolist(), notes
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 8 and Table 7, and what else is known of a step, by system and batch size; intervals are over rounds."""
     if run.clock == "modelled":
-        return frame(decode_modelled.rows(run, frames["points"]))
-    steps = frames["steps"]
-    return frame(itertools.chain(_rows(run, steps, frames["batches"]), _over_paged(run, steps)))
+        yield from decode_modelled.rows(run, frames["points"])
+        return
+    yield from _rows(run, frames["steps"], frames["batches"])
+    yield from _over_paged(run, frames["steps"])
 
 
 def _rows(run: Run[Params], steps: pd.DataFrame, batches: pd.DataFrame) -> Iterator[SummaryRow]:

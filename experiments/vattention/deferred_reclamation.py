@@ -36,7 +36,7 @@ from kvarena.harness.modelled.step_model import PS_PER_S
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import Names, SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
@@ -167,9 +167,10 @@ def system_in(way: Way, system: System) -> System:
     return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 13, and what mapping is of it, model by model."""
-    return frame(each for served, samples in by_model(run, frames["samples"]) for each in _rows(served, samples))
+    for served, samples in by_model(run, frames["samples"]):
+        yield from _rows(served, samples)
 
 
 def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:

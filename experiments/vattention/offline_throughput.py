@@ -20,24 +20,23 @@ from kvarena.experiments.kit.long_contexts import (
 )
 from kvarena.experiments.kit.panels import Panel, bars, drawn
 from kvarena.experiments.kit.published_models import by_model, model_columns
-from kvarena.experiments.kit.quantities import Quantity, rows
+from kvarena.experiments.kit.quantities import Quantity, columns, rows
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.harness.record.metrics import makespan_s
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import Average, averages
 from kvarena.harness.run.published import is_earned, named
 from kvarena.harness.run.run import Run
 
 HEADLINE = "offline_throughput"
 FIGURES = ("fig9", "fig11")  # on the A100 and on the H100
-OURS = [
-    Quantity(name, unit, name)
-    for name, unit in {
-        "makespan": "s", "mean_batched_requests": "requests", "output_tokens_per_s": "tok/s", "preemptions": "count",
-        "finished": "count", "allocator_stall_share": "%", "prefill_share": "%",
-    }.items()
-]  # fmt: skip
+OURS = columns({
+    "makespan": "s", "mean_batched_requests": "requests", "output_tokens_per_s": "tok/s", "preemptions": "count",
+    "finished": "count", "allocator_stall_share": "%", "prefill_share": "%",
+})  # fmt: skip
+
+
 Params = LongContexts
 unread = unread_of_long_contexts
 
@@ -73,16 +72,14 @@ def _totals(requests: pd.DataFrame, steps: pd.DataFrame) -> dict[str, object]:
     }
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 9 or 11, and what lies behind it, model by model."""
-    return frame(each for one, totals in by_model(run, frames["totals"]) for each in _rows(one, totals))
-
-
-def _rows(run: Run[object], totals: pd.DataFrame) -> Iterator[SummaryRow]:
-    for system in run.systems:
-        own, names = totals[totals.system == system.name], partial(named, run, system, assuming=assumed_lengths(run))
-        figure = next((each for each in FIGURES if is_earned(names(each))), FIGURES[0])
-        yield from rows([Quantity(HEADLINE, "req/min", HEADLINE, figure), *OURS], own, names)
+    for one, totals in by_model(run, frames["totals"]):
+        for system in run.systems:
+            names = partial(named, one, system, assuming=assumed_lengths(run))
+            figure = next((each for each in FIGURES if is_earned(names(each))), FIGURES[0])
+            quantities = [Quantity(HEADLINE, "req/min", HEADLINE, figure), *OURS]
+            yield from rows(quantities, totals[totals.system == system.name], names)
 
 
 draw = partial(drawn, panels=[Panel(bars, HEADLINE, "requests/min", what="offline throughput")], width=4.6)

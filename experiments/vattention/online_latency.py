@@ -34,7 +34,7 @@ from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.metrics import summarize as scalar_metrics
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import OURS, named
 from kvarena.harness.run.run import Run
@@ -131,15 +131,12 @@ def _metrics(served: Served) -> dict[str, float]:
     return quantiles | scalar_metrics(served.requests, served.steps, served.resumed_gaps_ps)
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 10, and what it hides, model by model."""
-    return frame(each for one, points in by_model(run, frames["points"]) for each in _rows(one, points))
-
-
-def _rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
-    for system in run.systems:
-        for point in points[points.system == system.name].to_dict("records"):
-            yield from _point(run, system, point)
+    for one, points in by_model(run, frames["points"]):
+        for system in run.systems:
+            for point in points[points.system == system.name].to_dict("records"):
+                yield from _point(one, system, point)
 
 
 def _point(run: Run[Params], system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:

@@ -26,7 +26,7 @@ from kvarena.experiments.vattention.page_group_tables import token_rows
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.layout import Layout
@@ -108,18 +108,17 @@ def _check(run: Run[Params]) -> None:
             raise UserError(f"params.kernels: {name}: {reason}")
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Tables 8 and 10, Fig 14 where kernels are real, and Fig 15."""
-    rows = list(token_rows(run))
+    yield from token_rows(run)
     units = page_group_batch.variants(run)
     for one, points in by_model(run, frames["points"]):
         of_unit = {v.key: points[(points.system == v.system.shown_allocator) & (points.kernel == v.system.kernel.name)]
                    for v in units}  # fmt: skip
         for variant in units:
-            rows += _batch_rows(one, variant, of_unit[variant.key], of_unit[units[0].key])
+            yield from _batch_rows(one, variant, of_unit[variant.key], of_unit[units[0].key])
     if "kernel_calls" in frames:
-        rows += _kernel_rows(run, frames["kernel_calls"])
-    return frame(rows)
+        yield from _kernel_rows(run, frames["kernel_calls"])
 
 
 def _batch_rows(run: Run[Params], variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -30,7 +30,7 @@ from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, frame, row
+from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -83,9 +83,24 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured({"pairs": cell, "releases": read_releases()})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """How every pair ended, the shares of kernels that run over memory on demand, and the months that paging took."""
-    return frame(_rows(run, frames["pairs"], frames["releases"]))
+    pairs, releases = frames["pairs"], frames["releases"]
+    codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
+    for each in pairs.itertuples():
+        names = partial(named, run, kernel_over(allocator_named(str(each.allocator)), str(each.kernel)), detail="pairs")
+        yield row(OUTCOMES.index(str(each.outcome)), quantity="outcome", unit=codes, **names())
+        yield row(float(bool(each.layout_fits)), quantity="layout_fits", unit="yes or no", **names(counted=True))
+    for allocator in ON_DEMAND:
+        ours = partial(named, run, label=allocator)
+        yield row(_share(_passing(pairs, allocator), _passing(pairs, "static")), quantity=HEADLINE, unit="%",
+                  **ours(figure=FIGURE, key=allocator, detail="kernels"))  # fmt: skip
+        fitting = _share(_fitting(pairs, allocator), _fitting(pairs, "static"))
+        yield row(fitting, quantity="share_of_contiguous_kernels_that_fit", unit="%",
+                  **ours(counted=True, detail="catalogue"))  # fmt: skip
+    for library, months in zip(releases.library, releases.lag_months, strict=True):
+        yield row(months, quantity="months_from_contiguous_to_paged", unit="months",
+                  **named(run, label=library, detail="lag", counted=True))  # fmt: skip
 
 
 def _check(params: Params) -> None:
@@ -170,24 +185,6 @@ def _allocator(run: Run[Params], pair: Pair) -> Any:
     if sizes is not None and USUAL_BLOCK not in sizes:
         wanted["block_size"] = min(sizes)
     return allocator_named(pair.allocator, **wanted)
-
-
-def _rows(run: Run[Params], pairs: pd.DataFrame, releases: pd.DataFrame) -> Iterator[SummaryRow]:
-    codes = ", ".join(f"{i} {name}" for i, name in enumerate(OUTCOMES))
-    for each in pairs.itertuples():
-        names = partial(named, run, kernel_over(allocator_named(str(each.allocator)), str(each.kernel)), detail="pairs")
-        yield row(OUTCOMES.index(str(each.outcome)), quantity="outcome", unit=codes, **names())
-        yield row(float(bool(each.layout_fits)), quantity="layout_fits", unit="yes or no", **names(counted=True))
-    for allocator in ON_DEMAND:
-        ours = partial(named, run, label=allocator)
-        yield row(_share(_passing(pairs, allocator), _passing(pairs, "static")), quantity=HEADLINE, unit="%",
-                  **ours(figure=FIGURE, key=allocator, detail="kernels"))  # fmt: skip
-        fitting = _share(_fitting(pairs, allocator), _fitting(pairs, "static"))
-        yield row(fitting, quantity="share_of_contiguous_kernels_that_fit", unit="%",
-                  **ours(counted=True, detail="catalogue"))  # fmt: skip
-    for library, months in zip(releases.library, releases.lag_months, strict=True):
-        yield row(months, quantity="months_from_contiguous_to_paged", unit="months",
-                  **named(run, label=library, detail="lag", counted=True))  # fmt: skip
 
 
 def _passing(pairs: pd.DataFrame, allocator: str) -> set[str]:

@@ -22,7 +22,7 @@ from kvarena.experiments.vattention.prefill_cell import Params, measured_cell, m
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import Names, SummaryRow, frame, row
+from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.run.named_systems import as_filed
 from kvarena.harness.run.published import is_earned, label_of, named
 from kvarena.harness.run.run import Run
@@ -66,10 +66,11 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured({"samples": of_model(run, samples)})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Figs 2 and 7 and Table 6, and what the allocator held up, model by model."""
-    pairs = by_model(run, frames["samples"])
-    return frame(itertools.chain.from_iterable((*_rows(one, table), *_ratios(one, table)) for one, table in pairs))
+    for one, samples in by_model(run, frames["samples"]):
+        yield from _rows(one, samples)
+        yield from _ratios(one, samples)
 
 
 def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -21,7 +21,7 @@ from kvarena.experiments.vattention.driver_calls import KINDS, SYSTEM_CALLS, che
 from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, frame, published_values, row
+from kvarena.harness.record.summary import SummaryRow, published_values, row
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 
@@ -69,9 +69,22 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     return Measured({"samples": pd.concat(tables, ignore_index=True)})
 
 
-def summarize(run: Run[Params], frames: Frames) -> pd.DataFrame:
+def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Every call by page-group, alone and beside kernels, and along the sweeps."""
-    return frame(_rows(run, frames["samples"]))
+    samples = frames["samples"]
+    calls, sizes = SYSTEM_CALLS[run.device.kind], page_groups_of(run.params.page_groups)
+    for size, kind in itertools.product(sizes, calls):
+        group = format_bytes(size)
+        names = partial(named, run, label=calls[kind], detail=group)
+        of_kind = samples[(samples.page_group == size) & (samples.kind == kind)]
+        alone, beside = (of_kind[of_kind.cell == cell].us for cell in ("calls", "beside-kernels"))
+        yield row(median_interval(alone), quantity=HEADLINE, unit="us",
+                  **names(figure=FIGURE, key=calls[kind], page_group=group))  # fmt: skip
+        yield row(median_interval(beside), quantity="api_latency_beside_kernels", unit="us", **names())
+    for cell, (quantity, _) in SWEEPS.items():
+        for (x, call), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
+            yield row(median_interval(rows.us), quantity=quantity, unit="us",
+                      **named(run, label=calls[str(call)], detail=format_bytes(sizes[0]), x=float(str(x))))  # fmt: skip
 
 
 def _cells(device: str, sizes: list[int], params: Params) -> dict[str, Callable[[], Frames]]:
@@ -89,22 +102,6 @@ def _cells(device: str, sizes: list[int], params: Params) -> dict[str, Callable[
             for name, (points, measure) in at.items()
         },
     }
-
-
-def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    calls, sizes = SYSTEM_CALLS[run.device.kind], page_groups_of(run.params.page_groups)
-    for size, kind in itertools.product(sizes, calls):
-        group = format_bytes(size)
-        names = partial(named, run, label=calls[kind], detail=group)
-        of_kind = samples[(samples.page_group == size) & (samples.kind == kind)]
-        alone, beside = (of_kind[of_kind.cell == cell].us for cell in ("calls", "beside-kernels"))
-        yield row(median_interval(alone), quantity=HEADLINE, unit="us",
-                  **names(figure=FIGURE, key=calls[kind], page_group=group))  # fmt: skip
-        yield row(median_interval(beside), quantity="api_latency_beside_kernels", unit="us", **names())
-    for cell, (quantity, _) in SWEEPS.items():
-        for (x, call), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
-            yield row(median_interval(rows.us), quantity=quantity, unit="us",
-                      **named(run, label=calls[str(call)], detail=format_bytes(sizes[0]), x=float(str(x))))  # fmt: skip
 
 
 def draw(summary: pd.DataFrame) -> Figure:

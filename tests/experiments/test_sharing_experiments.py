@@ -69,8 +69,8 @@ CURVES = {
 
 def earned(module: ModuleType, *overrides: str) -> pd.DataFrame:
     """Names of every line of a run that stands for a published one."""
-    run = compose_run(f"experiment={module.NAME}", "clock=modelled", *overrides)
-    names = pd.DataFrame([line.names() for line in module._lines(run)])
+    run = compose_run(f"experiment={module.__name__.rpartition('.')[2]}", "clock=modelled", *overrides)
+    names = pd.DataFrame([line.names(line.figure) for line in module._lines(run)])
     return names[names.paper == "pagedattention"]
 
 
@@ -135,7 +135,7 @@ def test_another_number_of_samples_or_order_of_conversations_is_ours() -> None:
 )
 def test_keys_that_nothing_reads_are_refused(module: ModuleType, overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        compose_run(f"experiment={module.NAME}", "clock=modelled", *overrides)
+        compose_run(f"experiment={module.__name__.rpartition('.')[2]}", "clock=modelled", *overrides)
 
 
 def test_the_figures_window_and_load_make_the_saving_the_papers() -> None:
