@@ -38,6 +38,6 @@ def test_a_film_is_priced() -> None:
 
 def test_throughput_by_batch_is_priced() -> None:
     run = compose_run("experiment=memory_layout", *SARATHI, "trace.num_requests=2", "trace.max_tokens=128")
-    rows = pd.DataFrame(modelled(run, frames(run, workload_of(run))))
+    rows = pd.DataFrame(modelled(run, frames(run, workload_of(run), run.params.batches)))
     assert (rows[rows.quantity == "throughput_vs_batch"].value > 0).all()
     assert len(rows[rows.quantity == "throughput_vs_batch"])
