@@ -76,21 +76,6 @@ def test_another_run_is_not_the_papers(override: str) -> None:
     assert names(*(["model=opt-13b"] if "model." in override else []), override) == []
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("arrival.duration_s=60", "each load of params.loads"),
-        ("arrival.seed=3", "params.seeds"),
-        ("trace=alpaca", "a load of params.loads"),
-        ("params.paths.wmt=x.csv", "no load"),
-    ],
-)
-def test_keys_that_nothing_reads_are_refused(override: str, said: str) -> None:
-    override = override.replace("params.paths.wmt", "+params.paths.wmt")
-    with pytest.raises(UserError, match=said):
-        compose_run("experiment=batched_requests", "clock=modelled", override)
-
-
 @pytest.mark.parametrize(("source", "within"), [("table", 0.1), ("file", 0.05)])
 def test_means_are_near_the_published(
     summary_of: Callable[..., pd.DataFrame], shared: Callable, source: str, within: float

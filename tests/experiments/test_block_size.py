@@ -155,13 +155,3 @@ def test_whatever_changes_the_figure_loses_its_name(override: str) -> None:
 def test_a_given_cost_is_not_the_figures_kernel() -> None:
     run = compose_run(*DEFAULTS)
     assert not is_earned(named(block_size._of_trace(run, "sharegpt"), run.systems[0], "fig18b", kernel_cost=2.0))
-
-
-@pytest.mark.parametrize(
-    "keys",
-    ["arrival.rate=3", "allocator=paged allocator.block_size=32", "params.rounds=3",
-     "params.rates={sharegpt:2} params.paths.alpaca=x"],
-)  # fmt: skip
-def test_keys_without_effect_are_refused(keys: str) -> None:
-    with pytest.raises(UserError, match="nothing reads it"):
-        compose_run(*DEFAULTS, *keys.split())

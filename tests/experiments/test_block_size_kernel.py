@@ -117,9 +117,3 @@ def test_fig_3_is_vllms_kernel_over_drawn_tables(monkeypatch: pytest.MonkeyPatch
         assert not is_earned(other)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert not is_earned(names(run))
-
-
-@pytest.mark.parametrize("key", ["systems=[paged]", "arrival.rate=3", "model.ffn_size=8", "engine.cuda_graphs=true"])
-def test_keys_that_no_kernel_reads_are_refused(key: str) -> None:
-    with pytest.raises(UserError, match="nothing reads it"):
-        compose_run(*SMALL, key)

@@ -155,7 +155,6 @@ def test_a_run_reports_fitted_and_held_out_apart_and_writes_the_models(finished:
         ("params.rounds=0", "at least 1"),
         ("systems=[orca-oracle]", "must be one with allocator paged"),
         ("model.num_layers=3", "another num_layers"),
-        ("engine.kv_efficiency=0.5", "nothing reads it"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, said: str, finished: Callable[..., Path]) -> None:

@@ -222,11 +222,6 @@ def test_need_that_is_modelled_otherwise_is_not_fig_4(change):
         (BANDWIDTH, "params.need_batches=[64,1]", "ascending"),
         (BANDWIDTH, "params.need_models=[yi-6b,yi-6b]", "named twice"),
         (BANDWIDTH, "params.need_device=h100", "was fitted on a100-80gb"),
-        (BANDWIDTH, "engine=lean", "params.need_engine=NAME"),
-        (BANDWIDTH, "model=yi-6b", "no use for model"),
-        (BANDWIDTH, "systems=[paged]", "no use for systems"),
-        (LATENCY, "arrival.rate=3", "no use for arrival"),
-        (LATENCY, "model=yi-6b", "no use for model"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_name(experiment, override, said, tmp_path):

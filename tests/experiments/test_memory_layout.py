@@ -80,8 +80,6 @@ def test_another_request_or_server_is_not_the_papers(summary_of: Callable[..., p
             "twice",
         ),
         (["params.throughput_batches=[0]"], "above 0"),
-        (["params.pool_bytes=1000000000"], "nothing reads it"),
-        (["arrival=poisson"], "nothing reads it"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides: list[str], said: str, finished: Callable) -> None:

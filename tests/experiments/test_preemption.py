@@ -170,11 +170,3 @@ def test_a_scheduler_without_a_choice_is_served_as_it_is() -> None:
     for system in run.systems:
         assert ways(system) == ("recompute",)
         assert preempting(system, "recompute", "20GB") == system
-
-
-@pytest.mark.parametrize(
-    "key", ["allocator=paged allocator.swap_bytes=1GB", "scheduler.preemption=swap", "params.rounds=3"]
-)
-def test_keys_without_effect_are_refused(key: str) -> None:
-    with pytest.raises(UserError, match="nothing reads it"):
-        compose_run("experiment=preemption", *key.split())

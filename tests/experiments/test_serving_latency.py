@@ -164,26 +164,6 @@ def test_another_device_is_ours_and_its_published_system_says_so(summary_of: Cal
     assert set(summary.label) == {"paged (as vLLM)"}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["model=llama-3-8b"], "model: .*every panel names its own"),
-        (["device=h200", "engine=lean"], "device: .*every panel names its own"),
-        (["trace.seed=1"], "params.seeds"),
-        (["arrival.rate=2"], r"arrival\.rate: .*rates"),
-        (["trace=alpaca"], "the panels name their traces"),
-        (["params.only=[fig12d]", "trace.filter=none"], "no panel of this run has trace=sharegpt"),
-        (["params.only=[fig12d]", "params.paths.sharegpt=x.csv"], "no panel of this run has that trace"),
-        (["allocator=fastertransformer", "allocator.batch_size=9"], "the panels set it"),
-        (["params.only=[fig12a]", "params.crossing=[]", "params.tolerance=0.1"], "no crossing is searched"),
-        (["systems=[vattention-2mb]", "params.crossing=[paged]"], "paged: not among the systems"),
-    ],
-)
-def test_keys_that_nothing_reads_are_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        compose_run("experiment=serving_latency", "clock=modelled", *overrides)
-
-
 def test_panels_of_one_setup_are_told_apart(summary_of: Callable[..., pd.DataFrame]) -> None:
     keys = "trace: sharegpt, model: opt-13b, device: a100-40gb, rates: {others: [1.0]}, duration_s"
     two = f"params.panels={{a: {{{keys}: 30}}, b: {{{keys}: 60}}}}"

@@ -9,7 +9,7 @@ import pytest
 from kvarena.allocators.usage import Usage
 from kvarena.errors import UserError
 from kvarena.experiments.command.compose import compose_run
-from kvarena.experiments.pagedattention import beam_search, chatbot, parallel_sampling, shared_prefix, sharing_savings
+from kvarena.experiments.pagedattention import beam_search, chatbot, parallel_sampling, shared_prefix
 from kvarena.experiments.pagedattention.sharing_savings import savings
 from kvarena.harness.run.published import differences
 
@@ -115,27 +115,6 @@ def test_another_number_of_samples_or_order_of_conversations_is_ours() -> None:
     assert earned(parallel_sampling, "params.panels={fig14a: {n: 3, guess: {others: 1}}}").empty
     assert earned(beam_search, "params.panels={fig14d: {n: 3, guess: {others: 1}}}").empty
     assert earned(chatbot, "params.new_conversation.as_artifact.orca=0.2").empty
-
-
-@pytest.mark.parametrize(
-    ("module", "overrides", "said"),
-    [
-        (parallel_sampling, ["decoding=beam"], "decoding"),
-        (parallel_sampling, ["trace.mix={n2: 1.0}"], "trace.mix"),
-        (parallel_sampling, ["arrival.rate=3"], "params.rates"),
-        (parallel_sampling, ["params.rates=[3]", "params.stride=2"], "params.stride"),
-        (beam_search, ["allocator=vattention", "allocator.max_rows=64"], "params.max_rows"),
-        (beam_search, ["systems=[orca-max]", "params.band=[paged]"], "paged: not among"),
-        (shared_prefix, ["trace=wmt16_5shot"], "the panels name their traces"),
-        (shared_prefix, ["params.only=[fig16b]", "trace.filter=fits_context"], "no panel of this run"),
-        (chatbot, ["trace.new_conversation=0.3"], "params.new_conversation"),
-        (sharing_savings, ["systems=[paged]", "params.max_rows=9"], "no system of this run has rows"),
-        (sharing_savings, ["decoding=parallel"], "decoding"),
-    ],
-)
-def test_keys_that_nothing_reads_are_refused(module: ModuleType, overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        compose_run(f"experiment={module.__name__.rpartition('.')[2]}", "clock=modelled", *overrides)
 
 
 def test_the_figures_window_and_load_make_the_saving_the_papers() -> None:
