@@ -27,16 +27,16 @@ class Forking:
 
         `begin` gives a sequence its first positions.
         """
-        first, *others = admission.gang
+        gang, tokens, _, prefix, _ = admission
         held = 0
-        if admission.prefix is None:
-            begin(first, admission.tokens)
+        if prefix is None:
+            begin(gang[0], tokens)
         else:
-            held = self._policy.length(admission.prefix)
-            self._fork(admission.prefix, first)
-            self._policy.grow(first.seq_id, admission.tokens - held)
-        for seq in others:
-            self._fork(first.seq_id, seq)
+            held = self._policy.length(prefix)
+            self._fork(prefix, gang[0])
+            self._policy.grow(gang[0].seq_id, tokens - held)
+        for seq in gang[1:]:
+            self._fork(gang[0].seq_id, seq)
         return held
 
     def grow_gang(self, seq_ids: Seq[int]) -> bool:

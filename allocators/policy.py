@@ -47,7 +47,7 @@ class Admission(NamedTuple):
     The prompt of a gang is written once, through its first member.
     """
 
-    gang: Seq[Sequence]  # of one request, whose prompt they share: all of them are admitted, or none
+    gang: Seq[Sequence]  # of one request, as long as one another: all of them are admitted, or none
     tokens: int  # first positions that each is given: a prompt's, or all that is to be computed again
     own: int = 0  # positions beyond them that each member of a preempted gang grows by in a later step
     prefix: int | None = None  # id of the kept prefix that holds the first positions

@@ -121,44 +121,46 @@ class PagedPolicy(Policy):
         these, since whoever was swapped out comes back with them as its own.
         """
         gang, size, blocks_for = admission.gang, self.block_size, self._tables.blocks_for
-        shared = min([seq.prompt_tokens for seq in gang]) // size
-        needed = shared + sum([blocks_for(seq.final_tokens - 1) - shared + 1 for seq in gang])
+        final, shared = gang[0].final_tokens, gang[0].prompt_tokens // size
+        needed = shared + len(gang) * (blocks_for(final - 1) - shared + 1)
         for prefix_id, prefix in self.sharing.prefixes.items():
             shares = prefix_id == admission.prefix and self.swapping is None
             needed += blocks_for(prefix.prompt_tokens) - (prefix.prompt_tokens // size if shares else 0)
-        longest = max([seq.final_tokens for seq in gang])
-        fits = longest <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
+        fits = final <= self.max_tokens and needed + self.watermark_blocks <= self.num_blocks
         return "" if fits else self._never_fits(admission)
 
     def can_admit(self, admission: Admission) -> bool:
-        """Whether blocks for one member, whose prompt the others share, are free beside the watermark."""
-        return self._blocks_to_admit(admission) + self.watermark_blocks <= self._pool.free_units
-
-    def _blocks_to_admit(self, admission: Admission) -> int:
-        """Blocks that it takes of the free ones.
+        """Whether blocks for one member, whose prompt the others share, are free beside the watermark.
 
         A gang that comes back needs those of its members' own tokens too, and one for each to grow into, as when it is
-        swapped in. A prefix's full blocks are there, and its last one, where it is not full, is copied (section 4.4).
+        swapped in.
         """
         gang, tokens, own, prefix, names = admission
         needed = self._tables.blocks_for(tokens)
         if own:
             shared = tokens // self.block_size
             needed = shared + len(gang) * (self._tables.blocks_for(tokens + own) - shared + 1)
+        if prefix is not None or names:
+            needed -= self._blocks_there(admission)
+        return needed + self.watermark_blocks <= self._pool.free_units
+
+    def _blocks_there(self, admission: Admission) -> int:
+        """Blocks that need not be taken: a prefix's full ones (its last one is copied, section 4.4), or found ones."""
+        _, tokens, own, prefix, names = admission
         if prefix is not None:
             if (held := self._tables.resident(prefix).length) > tokens:
                 raise ValueError(f"a prefix of {held} tokens in a prompt of {tokens}")
-            needed -= held // self.block_size
-        elif self.cache and names and not own:
-            found = self.cache.find(names, tokens)
-            needed += self._pool.free_of(found) - len(found)
-        return needed
+            return held // self.block_size
+        if self.cache is None or own:
+            return 0
+        found = self.cache.find(names, tokens)
+        return len(found) - self._pool.free_of(found)
 
     def admit(self, admission: Admission) -> int | None:
         """Give the first member blocks, those that are found among them, and let the others share them."""
         if not self.can_admit(admission):
             return None
-        if not (self.cache and admission.names):
+        if self.cache is None or not admission.names:
             return self.sharing.admit(admission, self._add)
         found = self.cache.find(admission.names, admission.tokens)
         self.sharing.admit(admission, lambda seq, tokens: self._add(seq, tokens, found))
@@ -166,18 +168,16 @@ class PagedPolicy(Policy):
         return len(found) * self.block_size
 
     def _add(self, seq: Sequence, tokens: int, found: Seq[int] = ()) -> None:
-        self._check_not_swapped(seq)
+        if self.swapping:
+            self.swapping.check_absent(seq.seq_id)
         self._tables.add(seq.seq_id, seq.final_tokens, tokens, found)
 
     def _fork(self, parent_id: int, child: Sequence) -> bool:
         """Let the child share every block of its parent, so that this never runs out."""
-        self._check_not_swapped(child)
+        if self.swapping:
+            self.swapping.check_absent(child.seq_id)
         self._tables.fork(parent_id, child.seq_id, child.final_tokens)
         return True
-
-    def _check_not_swapped(self, seq: Sequence) -> None:
-        if self.swapping and seq.seq_id in self.swapping.swapped:
-            raise ValueError(f"sequence {seq.seq_id} is swapped out")
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill the last block, then take new ones. A shared last block is copied first."""
@@ -248,6 +248,8 @@ class PagedPolicy(Policy):
 
     def drain(self) -> list[Action]:
         """Hand over the copies decided since the last call; they are to be made in this order."""
+        if not self._actions:
+            return []
         actions = self._actions.copy()
         self._actions.clear()
         return actions

@@ -13,12 +13,12 @@ class SharedBlocks(Forking):
     def __init__(self, policy: Policy, fork: Fork, tables: BlockTables) -> None:
         super().__init__(policy, fork)
         self._tables = tables
+        self._block_bytes = tables.block_size * policy.kv_layout.token_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Blocks that sequences hold together, counted beyond the first time."""
-        tables = self._tables
-        return tables.pool.num_extra * tables.block_size * self._policy.kv_layout.token_bytes
+        return self._tables.pool.num_extra * self._block_bytes
 
     def grow_gang(self, seq_ids: Seq[int]) -> bool:
         """One position for each, where as many blocks are free as there are sequences (vLLM's rule)."""

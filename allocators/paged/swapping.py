@@ -66,6 +66,11 @@ class CpuBlocks:
             self.pool.drop(away.table)
         self._actions += [SwapIn(source, target) for source, target in copied.items()]
 
+    def check_absent(self, seq_id: int) -> None:
+        """Raises ValueError for a sequence that is here."""
+        if seq_id in self.swapped:
+            raise ValueError(f"sequence {seq_id} is swapped out")
+
     def forget(self, seq_id: int) -> None:
         """Drop a sequence that will not return."""
         self.pool.drop(self.swapped.pop(seq_id).table)

@@ -91,21 +91,17 @@ class FasterTransformerPolicy(Policy):
 
     def refusal(self, admission: Admission) -> str:
         """A gang must fit the context and, as a batch of its own, the pool."""
-        gang = admission.gang
-        longest = max(seq.prompt_tokens for seq in gang) + max(seq.output_tokens for seq in gang)
-        fits = len(gang) <= self._batch_size and len(gang) * self._bytes_of(longest) <= self.pool_bytes
-        return "" if fits and longest <= self.max_tokens else self._never_fits(admission)
+        rows, tokens = len(admission.gang), admission.gang[0].final_tokens
+        fits = rows <= self._batch_size and rows * self._bytes_of(tokens) <= self.pool_bytes
+        return "" if fits and tokens <= self.max_tokens else self._never_fits(admission)
 
     def can_admit(self, admission: Admission) -> bool:
         """Whether the batch is open, has rows left, and would be neither too wide nor too large."""
-        gang = admission.gang
-        return self._open and all(admission.tokens <= seq.final_tokens for seq in gang) and self._has_room(gang)
-
-    def _has_room(self, seqs: Seq[Sequence]) -> bool:
-        """Whether the batch would be neither too wide nor too large with these rows."""
-        prompt = max(self._prompt, *(seq.prompt_tokens for seq in seqs))
-        width = prompt + max(self._output, *(seq.output_tokens for seq in seqs))
-        rows = len(self._rows) + len(seqs)
+        seq = admission.gang[0]
+        width = max(self._prompt, seq.prompt_tokens) + max(self._output, seq.output_tokens)
+        rows = len(self._rows) + len(admission.gang)
+        if not self._open or admission.tokens > seq.final_tokens:
+            return False
         narrow = not self._rows or width <= self._max_padded_tokens
         return narrow and rows <= self._batch_size and rows * self._bytes_of(width) <= self.pool_bytes
 

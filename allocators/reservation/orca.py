@@ -59,8 +59,8 @@ class OrcaPolicy(ReservingPolicy[Chunk]):
     def _bound(self, seq: Sequence) -> int:
         return self._bound_of(seq)
 
-    def _units(self, seq: Sequence) -> int:
-        return next_power_of_two(super()._units(seq))
+    def _units(self, tokens: int) -> int:
+        return next_power_of_two(super()._units(tokens))
 
     def row(self, seq_id: int) -> int:
         """First block of a sequence's chunk: its row is everything from there on."""

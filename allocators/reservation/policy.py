@@ -78,49 +78,45 @@ class ReservingPolicy(Policy, Generic[Place]):
         """How the first `tokens` positions of one sequence come to lie in the memory of another."""
         return row_copies(self.kv_layout, self.row(source_id), self.row(target_id), tokens)
 
-    def _units(self, seq: Sequence) -> int:
-        """Units that cover the bound."""
-        return -(-self._bound(seq) // self._unit_tokens)
+    def _units(self, tokens: int) -> int:
+        """Units that cover so many tokens."""
+        return -(-tokens // self._unit_tokens)
 
     def refusal(self, admission: Admission) -> str:
         """Each must fit its reservation, and all reservations an otherwise empty pool, beside those of the prefixes."""
-        gang, kept = admission.gang, self.sharing.prefixes.values()
-        fits = all(seq.final_tokens <= self._bound(seq) and self._units(seq) <= self._arena.max_units for seq in gang)
+        gang, kept = admission.gang, self.sharing.prefixes
+        bound = self._bound(gang[0])
+        fits = gang[0].final_tokens <= bound and self._units(bound) <= self._arena.max_units
         if fits and len(gang) + len(kept) > 1:
-            fits = self._holds(self._make_arena(self._arena.num_units), [*kept, *gang])
+            fits = self._holds(self._make_arena(self._arena.num_units), [*kept.values(), *gang])
         return "" if fits else self._never_fits(admission)
 
     def can_admit(self, admission: Admission) -> bool:
         """Whether a reservation for each member can be placed now, all of them side by side."""
-        gang, tokens = admission.gang, admission.tokens
-        if len(gang) == 1:
-            return self._can_reserve(gang[0], tokens)
-        fits = all(tokens <= self._units(seq) * self._unit_tokens for seq in gang)
-        return fits and self._holds(self._arena, gang)
+        gang = admission.gang
+        units = self._units(self._bound(gang[0]))
+        fits = admission.tokens <= units * self._unit_tokens and self._arena.fits(units)
+        return fits and (len(gang) == 1 or self._holds(self._arena, gang))
 
     def admit(self, admission: Admission) -> int | None:
         """Reserve for the whole life of each member, and give it the first `tokens` positions."""
         return self.sharing.admit(admission, self._reserve) if self.can_admit(admission) else None
 
-    def _can_reserve(self, seq: Sequence, tokens: int) -> bool:
-        units = self._units(seq)
-        return tokens <= units * self._unit_tokens and self._arena.fits(units)
-
     def _reserve(self, seq: Sequence, tokens: int) -> bool:
         if seq.seq_id in self._places:
             raise ValueError(f"sequence {seq.seq_id} is resident already")
-        if not self._can_reserve(seq, tokens):
+        bound = self._bound(seq)
+        units = self._units(bound)
+        if tokens > units * self._unit_tokens or not self._arena.fits(units):
             return False
-        units = self._units(seq)
         self._places[seq.seq_id] = self._arena.take(units)
-        extent = Extent(tokens, seq.final_tokens, self._bound(seq), units * self._unit_tokens)
-        self._books.add(seq.seq_id, extent)
+        self._books.add(seq.seq_id, Extent(tokens, seq.final_tokens, bound, units * self._unit_tokens))
         return True
 
     def _holds(self, arena: Arena[Place], seqs: Seq[Sequence]) -> bool:
         """Whether all reservations can be placed: tried, and given back in reverse, which leaves no trace."""
         places: list[Place] = []
-        for units in map(self._units, seqs):
+        for units in [self._units(self._bound(seq)) for seq in seqs]:
             if not arena.fits(units):
                 break
             places.append(arena.take(units))
@@ -211,8 +207,9 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def _strands(self, head: Sequence) -> bool:
         """Whether the head of the line is refused for shape alone."""
-        enough = self._bound(head) <= self._arena.free_units * self._unit_tokens
-        return enough and not self._arena.fits(self._units(head))
+        bound = self._bound(head)
+        enough = bound <= self._arena.free_units * self._unit_tokens
+        return enough and not self._arena.fits(self._units(bound))
 
     def check_integrity(self) -> None:
         """Recount arena, places and leaves."""

@@ -45,6 +45,7 @@ class Scheduler(ABC):
         self._prefixes: list[Prefix] = []  # that are kept
         self._sharing = policy.sharing
         self._cached = CachedPrompts(policy.cache) if policy.cache else None
+        self._reuses = self._cached is not None  # whether a request may be admitted with K/V that is there already
         self._now_ps = 0  # start of the step being scheduled
 
     @abstractmethod
@@ -60,7 +61,7 @@ class Scheduler(ABC):
             )
         if request.group is not None and self._sharing is None:
             raise UserError(f"allocator={self.policy.name} serves no requests of several sequences")
-        refusal = self.policy.refusal(Admission(request.gang, request.prompt_tokens, prefix=self._kept(request)))
+        refusal = self.policy.refusal(Admission(request.gang, request.prompt_tokens, 0, self._kept(request)))
         return f"request {request.seq_id}: {refusal}" if refusal else ""
 
     def submit(self, request: Request) -> None:
@@ -126,6 +127,7 @@ class Scheduler(ABC):
             raise UserError(f"allocator={self.policy.name} keeps no prefixes")
         self._sharing.keep_prefix(prefix.prefix_id, prefix.tokens)
         self._prefixes.append(prefix)
+        self._reuses = True
 
     def _kept(self, head: Request) -> int | None:
         """The prefix of a request, where it is kept."""
@@ -137,14 +139,18 @@ class Scheduler(ABC):
 
     def _held(self, head: Request) -> int:
         """Leading tokens of a request that it would not feed if it were admitted now."""
+        if not self._reuses:
+            return 0
         if self._cached is None or self._kept(head) is not None:
             return self._prefix_tokens(head)
         return self._cached.found_tokens(head)
 
     def _admission(self, head: Request, tokens: int) -> Admission:
         """What a request asks for: its first tokens, for all of its gang, and later what a preempted group had."""
+        if head.group is None and not self._reuses:
+            return Admission([head], tokens)
         own = 0 if head.group is None else head.generated
-        prefix = self._kept(head) if self._prefixes else None
+        prefix = self._kept(head)
         names = self._cached.found_names(head) if self._cached and prefix is None else ()
         return Admission(head.gang, tokens, own, prefix, names)
 
@@ -273,7 +279,7 @@ class Scheduler(ABC):
     @property
     def shared_bytes(self) -> int:
         """What sharing saves now, where sequences that run may share memory."""
-        if self._sharing is None or not (self.groups or self._prefixes or self._cached):
+        if self._sharing is None or not (self.groups or self._reuses):
             return 0
         return self._sharing.shared_bytes
 

@@ -94,8 +94,11 @@ class VllmScheduler(ContinuousScheduler):
 
     def _grow(self, requests: list[Request]) -> int:
         """Give each of these its next position, gang by gang. Returns how many have got it."""
+        seq_ids = [r.seq_id for r in requests]
         if not self.groups or self._sharing is None:
-            return self.policy.grow_each([r.seq_id for r in requests])
+            return self.policy.grow_each(seq_ids)
+        if self._sharing.grow_gang(seq_ids):  # as if they were one: nearly always there is memory for all
+            return len(seq_ids)
         grown = 0
         for gang in split_gangs(requests):
             if not self._sharing.grow_gang([r.seq_id for r in gang]):
