@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.command.compose import compose_run
 
 SHORT = ("arrival.duration_s=60", "params.window_s=[20,60]", "params.seeds=[0]", "params.page_groups=[2MB]")
 
@@ -32,26 +31,20 @@ def test_batch_falls_and_waste_rises_with_the_unit(summary_of: Callable[..., pd.
     assert set(summary.evidence) == {"conditional"}
 
 
-def test_a_system_without_units_is_refused(finished: Callable) -> None:
-    with pytest.raises(UserError, match="no unit"):
-        finished("granularity", *SHORT[:3], "systems=[contiguous]")
-
-
-def test_a_page_group_that_no_driver_has_is_refused(finished: Callable) -> None:
-    with pytest.raises(UserError, match="page_group"):
-        finished("granularity", *SHORT[:3], "params.page_groups=[1MB]", "systems=[vattention]")
-
-
 @pytest.mark.parametrize(
-    "override",
-    ["params.seeds=[-1]", "params.seeds=[0,0]", "params.block_sizes=[16,16]", "params.block_sizes=[]",
-     "allocator.block_size=8", "trace.seed=1"],
-)  # fmt: skip
-def test_units_and_seeds_that_cannot_be_are_refused(finished: Callable, override: str) -> None:
-    with pytest.raises(UserError):
-        finished("granularity", *SHORT[:2], "systems=[paged]", override)
-
-
-def test_units_of_systems_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="no system of this run has such units"):
-        compose_run("experiment=granularity", "systems=[paged]", "params.page_groups=[2MB]")
+    ("system", "override", "said"),
+    [
+        ("contiguous", "params.seeds=[0]", "contiguous"),
+        ("vattention", "params.page_groups=[1MB]", "page_group"),
+        ("paged", "params.page_groups=[2MB]", "params.page_groups"),
+        ("paged", "params.seeds=[-1]", "params.seeds"),
+        ("paged", "params.seeds=[0,0]", "params.seeds"),
+        ("paged", "params.block_sizes=[16,16]", "params.block_sizes"),
+        ("paged", "params.block_sizes=[]", "params.block_sizes"),
+        ("paged", "allocator.block_size=8", "allocator.block_size"),
+        ("paged", "trace.seed=1", "trace.seed"),
+    ],
+)
+def test_units_and_seeds_that_cannot_be_are_refused(finished: Callable, system: str, override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        finished("granularity", *SHORT[:2], f"systems=[{system}]", override)

@@ -145,11 +145,13 @@ def test_bad_input(fields, message):
         arrivals(100, **fields)
 
 
-def test_without_any_bound():
-    with pytest.raises(UserError, match="how many arrivals"):
-        arrivals(None, rate=1.0)
-
-
-def test_the_artifacts_seed_is_small():
-    with pytest.raises(UserError, match="takes 0 to 2"):
-        arrivals(None, 2**32, process="artifact", rate=1.0, duration_s=1.0)
+@pytest.mark.parametrize(
+    ("seed", "fields", "said"),
+    [
+        (0, {}, "arrival.duration_s or trace.num_requests"),
+        (2**32, {"process": "artifact", "duration_s": 1.0}, "arrival.seed=4294967296"),
+    ],
+)
+def test_no_bound_and_no_small_seed(seed, fields, said):
+    with pytest.raises(UserError, match=said):
+        arrivals(None, seed, rate=1.0, **fields)
