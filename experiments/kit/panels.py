@@ -3,6 +3,7 @@
     curves    value over x, a line for each label; across all of x where a label has none
     ratio     curves around 1
     bars      a bar for each label; one for each kind of the quantity (`name:kind`) side by side
+    grouped   bars of all setups together, one for each setup side by side
     stacked   a bar for each label, made of the kinds
 
 Beside rows over seeds there may be one of seed 0 alone, which has earned a published name: both are drawn.
@@ -58,7 +59,7 @@ class Panel(NamedTuple):
         if self.doubling:
             doubling(axis, rows.x)
         if not axis.get_title():
-            title(axis, rows, self.what)
+            title(axis, rows if self.by_setup else rows.assign(setup=rows.device), self.what)
         if self.legend and axis.get_legend() is None and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
 
@@ -142,6 +143,21 @@ def bars(axis: Axes, rows: pd.DataFrame, plain: str = "ours") -> None:
     if len(alone):
         at = alone.label.map(_places(shown, pieces, 0, width))
         axis.plot(at, alone.value, "x", color="black", ms=4, label="seed 0 alone")
+    name_bars(axis, shown)
+    axis.margins(y=0.12)
+
+
+def grouped(axis: Axes, rows: pd.DataFrame) -> None:
+    """Bars of each label, in a colour for each setup; a line across is published."""
+    shown, parts = looks(rows), [part for _, part in rows.groupby("setup", sort=False)]
+    width = 0.8 / len(parts)
+    for number, part in enumerate(parts):
+        places = {label: place + width * (number + 0.5) - 0.4 for place, label in enumerate(shown)}
+        theirs = published_of(part)
+        axis.bar(part.label.map(places), part.value, width, label=part.setup.iloc[0].partition(",")[0])
+        _values(axis, part.label.map(places), part)
+        for at, value in zip(theirs.label.map(places), theirs.value, strict=True):
+            axis.hlines(value, at - width / 2, at + width / 2, color="black", ls="--", label="published")
     name_bars(axis, shown)
     axis.margins(y=0.12)
 

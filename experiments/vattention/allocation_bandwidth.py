@@ -20,23 +20,20 @@ from statistics import median
 from time import perf_counter
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.allocators.sizes import GB, format_bytes, parse_bytes
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, curves, drawn, grouped
 from kvarena.experiments.vattention.decode_need import Params, decode_need, need_rows
 from kvarena.experiments.vattention.driver_calls import check_counts, page_groups_of
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, published_values, row
-from kvarena.harness.run.published import OURS, named
+from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 
-NAME = "allocation_bandwidth"
 HEADLINE = "allocation_bandwidth"
 FIGURE = "table9"
 READS = {"measured": ("device",)}
@@ -62,9 +59,8 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     if len(set(params.need_models)) < len(params.need_models):
         raise UserError(f"params.need_models={params.need_models}: one is named twice")
     need = decode_need(run)
-    with Progress(NAME, params.rounds + 1) as progress:
-        samples = recorder.cell("bandwidth", partial(_measure, run, sizes, pool, progress))["samples"]
-    return Measured({"samples": samples} | ({} if need.empty else {"decode_need": need}))
+    measured = run_cells(run.experiment, recorder, [Cell("bandwidth", partial(_measure, run, sizes, pool))])
+    return Measured(measured if need.empty else {**measured, "decode_need": need})
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
@@ -74,7 +70,7 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
         yield from need_rows(run, frames["decode_need"])
 
 
-def _measure(run: Run[Params], sizes: list[int], pool: int, progress: Progress) -> Frames:
+def _measure(run: Run[Params], sizes: list[int], pool: int) -> Frames:
     """Rounds over page-groups and ways; GB/s of each."""
     ways: dict[str, Callable[[_Pool], float]] = {
         ONE_BY_ONE: partial(_Pool.map_seconds, groups_a_call=1),
@@ -89,7 +85,6 @@ def _measure(run: Run[Params], sizes: list[int], pool: int, progress: Progress) 
                 rate = groups.bytes / GB / seconds(groups)
                 if number >= 0:  # the first round loads what loads once
                     samples.append({"round": number, "page_group": groups.bytes, "way": way, "gb_per_s": rate})
-            progress.advance()
     return {"samples": pd.DataFrame(samples)}
 
 
@@ -140,47 +135,8 @@ def _supply(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
                   **named(run, figure=FIGURE, key=group, label=group, detail=str(way), way=way))  # fmt: skip
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """What the driver gives, beside Table 9 where some of it stands for that; what decoding needs, beside Fig 4."""
-    theirs = published_values("vattention")
-    figure, axes = plots.canvas(1, 2, width=6)
-    _supplied(axes[0], summary[summary.quantity == HEADLINE], theirs[theirs.figure == FIGURE])
-    rates = summary[summary.quantity == "kv_allocation_rate_vs_batch"]
-    if len(rates):
-        _needed(axes[1], rates, theirs[theirs.quantity == "kv_allocation_rate_vs_batch"])
-    return plots.tidy(figure)
-
-
-def _supplied(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """One group per page-group, one bar per way; the published value is a line across the bar that stands for it."""
-    names, ways = list(dict.fromkeys(rows.label)), list(rows.groupby("setup", sort=False))
-    highest = rows.value.max()
-    for number, (setup, bars) in enumerate(ways):
-        places = [names.index(name) + 0.8 * (number + 0.5) / len(ways) - 0.4 for name in bars.label]
-        axis.bar(places, bars.value, 0.8 / len(ways), label=str(setup).split(",")[0])
-        for place, bar in zip(places, bars.itertuples(), strict=True):
-            points = theirs[(theirs.panel == bar.panel) & (theirs.system == bar.system)]
-            if bar.paper != OURS and len(points):
-                half, highest = 0.4 / len(ways), max(highest, points.value.max())
-                axis.hlines(points.value, place - half, place + half, color="black", label=f"{bar.system}, published")
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="GB/s (2^30 bytes)", xlabel="page-group", ylim=(0, 1.3 * highest))
-    title = "vAttention Table 9" if plots.stands_for(rows, FIGURE) else "page-groups that the driver allocates"
-    axis.set_title(f"{title}\n{rows.device.iloc[0]}, {rows.clock.iloc[0]}")
-    axis.legend(fontsize=7, frameon=False, ncols=2)
-
-
-def _needed(axis: Axes, rates: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """A line per model; the published points beside those that stand for them."""
-    highest = rates.value.max()
-    for number, (setup, line) in enumerate(rates.groupby("setup", sort=False)):
-        colour, first = f"C{number}", line.iloc[0]
-        axis.plot(line.x, line.value, "-", color=colour, label=f"{setup}, modelled")
-        if first.paper != OURS:
-            points = theirs[theirs.panel == first.panel]
-            axis.plot(points.x, points.value, "o", ms=4, color=colour, label=f"{first.panel}, published")
-            highest = max(highest, points.value.max())
-    title = "K/V that decoding needs" + (" (vAttention Fig 4)" if plots.stands_for(rates, "fig4") else "")
-    axis.set(xlabel="batch size", ylabel="MB/s (2^20 bytes)", ylim=(0, 1.5 * highest))
-    axis.set_title(f"{title}\nmodelled: engine {rates.kernel.iloc[0]} on {rates.device.iloc[0]}")
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+PANELS = (
+    Panel(grouped, HEADLINE, "GB/s (2^30 bytes)", what="page-groups that the driver allocates", by_setup=False),
+    Panel(curves, "kv_allocation_rate_vs_batch", "MB/s (2^20 bytes)", "batch size", "K/V that decoding needs"),
+)
+draw = partial(drawn, panels=PANELS)

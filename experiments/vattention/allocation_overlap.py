@@ -14,7 +14,7 @@ An event is an iteration before which sync maps; T is the median, over events, o
 one before it, beside which overlap maps. Differences are taken event by event, since the machine's speed wanders.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -24,21 +24,22 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.long_contexts import assumed_lengths
 from kvarena.experiments.kit.panels import published_of, title
-from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model, unread_models
+from kvarena.experiments.kit.quantities import Quantity, rows
+from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.experiments.vattention.overlap_cell import CHANGED, Params, Way, system_in
 from kvarena.experiments.vattention.overlap_cell import measure as measured_batch
 from kvarena.experiments.vattention.overlap_replay import replayed
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import Estimate, median_interval
 from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 
-NAME = "allocation_overlap"
 LATENCY = "decode_iteration_latency"
 HEADLINE = f"{LATENCY}_p99"
 MARKS = ("p50", "p99", "max")
@@ -70,16 +71,7 @@ def unread(run: Run[Params]) -> dict[str, str]:
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Decode in all three ways: a few rounds for real, or one replay of each model."""
     _check(run)
-    cells = list(_cells(run))
-    frames: list[Frames] = []
-    with Progress(NAME, len(cells)) as progress:
-        for one, number, cell in cells:
-            progress.stage(f"{one.model.name}, round {number}")
-            taken = recorder.cell(f"{one.model.name}-{number}", cell)
-            frames.append({name: of_model(one, table.assign(round=number)) for name, table in taken.items()})
-            progress.advance()
-    iterations, calls = (pd.concat([f[name] for f in frames], ignore_index=True) for name in ("steps", "calls"))
-    return Measured({"iterations": iterations, "driver_calls": calls})
+    return Measured(run_cells(run.experiment, recorder, list(_cells(run))))
 
 
 def _check(run: Run[Params]) -> None:
@@ -88,24 +80,23 @@ def _check(run: Run[Params]) -> None:
     counts = ["iterations", "max_batch", "max_tokens"]
     if run.clock == "measured":
         counts += ["prompt_tokens", "cohorts", "rounds"]
-    for key in counts:
-        if getattr(params, key) < 1:
-            raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
+    check_counts(params, *counts)
     if run.clock == "measured" and (longest := max(params.prompts()) + params.steps + 2) > params.max_tokens:
         raise UserError(f"params.max_tokens={params.max_tokens}: the longest sequence gets to {longest}")
 
 
-def _cells(run: Run[Params]) -> Iterator[tuple[Run[Params], int, Callable[[], Frames]]]:
-    """What is measured: the run, the round and how."""
+def _cells(run: Run[Params]) -> Iterator[Cell]:
+    """One replay of each model, or the rounds."""
     if run.clock == "modelled":
         for one in runs_by_model(run, run.params.gpus):
-            yield one, 0, partial(replayed, one)
+            yield Cell(f"{one.model.name}-0", partial(replayed, one), {"round": 0, **model_columns(one)})
         return
     from kvarena.harness.model.build import build_model
 
     model = build_model(run.model, run.device.kind)
     for number in range(run.params.rounds):
-        yield run, number, partial(measured_batch, run, model, number)
+        measure_round = partial(measured_batch, run, model, number)
+        yield Cell(f"{run.model.name}-{number}", measure_round, {"round": number, **model_columns(run)})
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
@@ -128,14 +119,10 @@ def _latency_rows(run: Run[Params], way: Way, own: pd.DataFrame) -> Iterator[Sum
     """Fig 12: percentiles and spikes of every round, and the iterations one by one: all rounds map in the same ones."""
     latencies, spike_ms = own.groupby("round").latency_ms, run.params.spike_ms
     spikes = latencies.apply(lambda ms: int((ms > ms.median() + spike_ms).sum()))
-    for quantity, samples, unit in (
-        ("decode_iteration_latency_p50", latencies.median(), "ms"),
-        ("decode_iteration_latency_p99", latencies.quantile(0.99), "ms"),
-        ("decode_iteration_latency_max", latencies.max(), "ms"),
-        (f"spikes_over_{spike_ms:g}ms_above_median", spikes, "count"),
-    ):
-        value = median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
-        yield row(value, quantity=quantity, unit=unit, **_names(run, way, FIGURE))
+    by_round = {"p50": latencies.median(), "p99": latencies.quantile(0.99), "max": latencies.max(), "spikes": spikes}
+    quantities = [Quantity(f"{LATENCY}_{mark}", "ms", mark, FIGURE) for mark in MARKS]
+    quantities.append(Quantity(f"spikes_over_{spike_ms:g}ms_above_median", "count", "spikes", FIGURE))
+    yield from rows(quantities, pd.DataFrame(by_round), partial(_names, run, way))
     for iteration, ms in own.groupby("iteration").latency_ms:
         names = _names(run, way, x=float(str(iteration)))
         yield row(median_interval(ms), quantity="decode_iteration_latency_vs_iteration", unit="ms", **names)
@@ -207,10 +194,10 @@ def draw(summary: pd.DataFrame) -> Figure:
     figure, axes = plots.canvas(len(setups), columns, width=4)
     for number, (setup, table) in enumerate(setups):
         line = axes[number * columns : (number + 1) * columns]
-        for axis, (way, rows) in zip(line, table.groupby("way", sort=False), strict=False):
-            axis.plot(rows.x, rows.value, lw=0.8, color=COLOURS[Way(str(way))])
+        for axis, (way, own) in zip(line, table.groupby("way", sort=False), strict=False):
+            axis.plot(own.x, own.value, lw=0.8, color=COLOURS[Way(str(way))])
             axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, 1.05 * table.value.max()))
-            title(axis, rows, str(way))
+            title(axis, own, str(way))
         ours = summary[(summary.setup == setup) & summary.quantity.isin([f"{LATENCY}_{mark}" for mark in MARKS])]
         _tails(line[-1], ours, published_of(ours))
     figure.tight_layout()

@@ -16,28 +16,25 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import USUAL_BLOCK, Call, WorkingSet, seconds_per_call
 from kvarena.experiments.kit.block_sweep import check_block_sizes
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.experiments.kit.panels import Panel, drawn, ratio
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.experiments.vattention.random_blocks import DrawnBlocks
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.statistics import median_interval
-from kvarena.harness.record.summary import SummaryRow, published_values, row
-from kvarena.harness.run.published import OURS, named
+from kvarena.harness.record.summary import SummaryRow
+from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.arrangement import Arrangement
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
 
-NAME = "block_size_kernel"
 HEADLINE = "decode_kernel_time_vs_batch_normalized_to_block16"
 FIGURE = "fig3"
 READS = {"measured": ("model", "device", "threads")}
@@ -72,35 +69,23 @@ def unread(run: Run[Params]) -> dict[str, str]:
 
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Measure every batch size."""
-    params: Params = run.params
     lines = _lines(run)
-    tables = []
-    with Progress(NAME, len(params.batch_sizes)) as progress:
-        for batch in params.batch_sizes:
-            progress.stage(f"batch {batch}")
-            tables.append(recorder.cell(f"{batch}", partial(_cell, run, lines, batch))["samples"])
-            progress.advance()
-    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+    cells = [Cell(f"{batch}", partial(_cell, run, lines, batch)) for batch in run.params.batch_sizes]
+    return Measured(run_cells(run.experiment, recorder, cells))
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Time by block size over that of blocks of 16, the time itself, and the bytes that were touched."""
-    samples = frames["samples"]
+    samples, paged = frames["samples"], allocator_named("paged")
     for (kernel, tables, batch), cell in samples.groupby(["kernel", "tables", "batch"], sort=False):
-        by_size = {int(part.block_size.iloc[0]): part for _, part in cell.groupby("block_size")}
-        usual = by_size[USUAL_BLOCK].set_index("round").call_s
-        for size, part in by_size.items():
+        usual = cell[cell.block_size == USUAL_BLOCK].set_index("round").call_s
+        for size, part in cell.groupby("block_size"):
+            key, own = f"block {size}", part.set_index("round")
             names = partial(
-                named, run, kernel_over(allocator_named("paged"), str(kernel)), label=f"block {size}/{kernel}",
-                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)),
+                named, run, kernel_over(paged, str(kernel)), key=key, label=f"{key}/{kernel}",
+                detail=f"{run.params.context} tokens, {tables}", x=float(str(batch)), tables=tables,
             )  # fmt: skip
-            times = part.set_index("round").call_s
-            if size != USUAL_BLOCK:
-                yield row(median_interval(times / usual), quantity=HEADLINE, unit="ratio",
-                          **names(FIGURE, key=f"block {size}", tables=tables))  # fmt: skip
-            yield row(median_interval(1e6 * times), quantity="decode_kernel_time_vs_batch", unit="us", **names())
-            yield row(float(part.touched_bytes.iloc[0]), quantity="working_set_vs_batch", unit="bytes",
-                      **names(counted=True))  # fmt: skip
+            yield from rows(QUANTITIES[size == USUAL_BLOCK :], own.assign(over_usual=own.call_s / usual), names)
 
 
 def _lines(run: Run[Params]) -> list[Line]:
@@ -163,33 +148,11 @@ def _calls(run: Run[Params], equal: WorkingSet, line: Line, batch: int, device: 
     return equal.calls(kernel, arrangement), equal.bytes_per_call * equal.num_batches
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Time over that of blocks of 16: a panel for each way the tables point, with published points it stands for."""
-    ours = summary[summary.quantity == HEADLINE]
-    theirs = published_values("vattention", figure=FIGURE)
-    setups = list(ours.groupby("setup", sort=False))
-    figure, axes = plots.canvas(1, len(setups), width=5)
-    limit = 1.1 * max(2.0, ours.value.max())
-    for axis, (setup, rows) in zip(axes, setups, strict=True):
-        title = "vAttention Fig 3" if plots.stands_for(rows, FIGURE) else "decode kernel by block size"
-        _lines_over_batch(axis, rows, theirs)
-        axis.set(ylabel=f"time over blocks of {USUAL_BLOCK}", ylim=(0, limit))
-        axis.set_title(f"{title}\n{setup}; {rows.clock.iloc[0]}", fontsize=9)
-        axis.legend(fontsize=7, frameon=False, loc="lower left")
-    figure.tight_layout()
-    return figure
-
-
-def _lines_over_batch(axis: Axes, rows: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    names = plots.shown_names(rows)
-    for number, (label, line) in enumerate(rows.groupby("label", sort=False)):
-        colour = f"C{number}"
-        axis.plot(line.x, line.value, marker=plots.MARKERS[number % len(plots.MARKERS)], ms=4, color=colour,
-                  label=names[str(label)])  # fmt: skip
-        axis.fill_between(line.x, line.ci_low.astype(float), line.ci_high.astype(float), color=colour, alpha=0.15, lw=0)
-        first = line.iloc[0]
-        if first.paper != OURS:
-            points = theirs[(theirs.panel == first.panel) & (theirs.system == first.system)]
-            axis.plot(points.x, points.value, "o:", ms=4, mfc="white", color=colour, label=f"{first.system}, published")
-    axis.axhline(1, color="black", lw=0.8)
-    plots.batch_axis(axis, sorted(rows.x.unique()))
+QUANTITIES = (
+    Quantity(HEADLINE, "ratio", "over_usual", FIGURE),  # but of blocks of 16 over themselves
+    Quantity("decode_kernel_time_vs_batch", "us", lambda own: 1e6 * own.call_s),
+    Quantity("working_set_vs_batch", "bytes", lambda own: float(own.touched_bytes.iloc[0]), counted=True),
+)
+PANELS = (Panel(ratio, HEADLINE, f"time over blocks of {USUAL_BLOCK}", "batch size", "decode kernel by block size",
+                doubling=True),)  # fmt: skip
+draw = partial(drawn, panels=PANELS)

@@ -20,7 +20,6 @@ from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.calibration import StreamingRead
 from kvarena.harness.measured.memory import available_bytes
 from kvarena.harness.model.contract import Model
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -37,7 +36,7 @@ class Decoded(Protocol):
         """Tokens that every sequence decodes."""
 
 
-def measure_cell(run: Run[Params], model: Model, read: StreamingRead, prompts: list[int], progress: Progress) -> Frames:
+def measure_cell(run: Run[Params], model: Model, read: StreamingRead, prompts: list[int]) -> Frames:
     """All systems at one batch size, interleaved."""
     params = run.params
     pool_bytes = _pool_bytes(run, len(prompts))
@@ -51,7 +50,7 @@ def measure_cell(run: Run[Params], model: Model, read: StreamingRead, prompts: l
             for batch in batches.values():
                 batch.step()
         before = read.gb_per_s()
-        steps = pd.DataFrame(_rounds(params, batches, progress))
+        steps = pd.DataFrame(_rounds(params, batches))
         after = read.gb_per_s()
         accounts = [_account(name, b, before, after) for name, b in batches.items()]
         return {"steps": steps, "requests": _requests(batches), "batches": pd.DataFrame(accounts)}
@@ -108,7 +107,7 @@ def check_steps(run: Run[Decoded], batches: dict[str, FixedBatch]) -> None:
         check_same_logits(logits, run.model.dtype, "a step")
 
 
-def _rounds(params: Params, batches: dict[str, FixedBatch], progress: Progress) -> Iterator[dict[str, object]]:
+def _rounds(params: Params, batches: dict[str, FixedBatch]) -> Iterator[dict[str, object]]:
     """Rounds of steps; each begins with another system, so that none always follows the same neighbour."""
     names = list(batches)
     for number in range(params.rounds):
@@ -118,7 +117,6 @@ def _rounds(params: Params, batches: dict[str, FixedBatch], progress: Progress) 
                 record: StepRecord = batches[name].step()
                 leaves = batches[name].leaves()
                 yield {"system": name, "round": number, "step": step, **record._asdict(), **leaves}
-        progress.advance(1)
 
 
 def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, object]:

@@ -8,19 +8,19 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
-from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.harness.engine.resident import make_resident
 from kvarena.harness.engine.serving import Serving, pool_bytes_of
 from kvarena.harness.modelled.step_model import PS_PER_S
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import Names, SummaryRow, row
+from kvarena.harness.record.summary import Names, SummaryRow
 from kvarena.harness.requests.request import Request, RequestState
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
@@ -47,31 +47,23 @@ class Params:
         return self.warmup_steps + self.check_steps + self.rounds * self.steps_per_round
 
 
-NAME = "decode_throughput"
 HEADLINE = "decode_throughput_vs_batch"
 TRACE = "trace"  # of `params.prompts`: those of the trace
 
 
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Every model, prompt length, system and batch size that fits the device."""
-    lengths = _lengths(run)
-    points: list[pd.DataFrame] = []
-    left_out: list[str] = []
-    runs = runs_by_model(run, run.params.models)
-    with Progress(NAME, len(runs) * len(lengths)) as progress:
-        for one, context in itertools.product(runs, lengths):
-            progress.stage(f"{one.model.name}, {context} tokens")
-            batches = [b for b in run.params.batch_sizes if _fits(one, b, context)]
-            left_out += [f"{one.model.name} at {b} x {context}" for b in run.params.batch_sizes if b not in batches]
-            if batches:
-                cell = recorder.cell(f"{one.model.name}-{context}", partial(_cell, one, batches, context))
-                points.append(of_model(one, cell["points"]))
-            progress.advance()
-    if not points:
-        raise UserError(
-            f"params.batch_sizes={run.params.batch_sizes}: none has room in the pool: {', '.join(left_out)}"
-        )
-    return Measured({"points": pd.concat(points, ignore_index=True)}, {"no_room_for": left_out})
+    lengths, sizes = _lengths(run), run.params.batch_sizes
+    cells, left_out = list[Cell](), list[str]()
+    for one, context in itertools.product(runs_by_model(run, run.params.models), lengths):
+        batches = [batch for batch in sizes if _fits(one, batch, context)]
+        left_out += [f"{one.model.name} at {batch} x {context}" for batch in sizes if batch not in batches]
+        if batches:
+            measure_cell = partial(_cell, one, batches, context)
+            cells.append(Cell(f"{one.model.name}-{context}", measure_cell, model_columns(one)))
+    if not cells:
+        raise UserError(f"params.batch_sizes={sizes}: none has room in the pool: {', '.join(left_out)}")
+    return Measured(run_cells(run.experiment, recorder, cells), {"no_room_for": left_out})
 
 
 def _lengths(run: Run[Params]) -> list[int]:
@@ -132,24 +124,23 @@ def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Req
     return requests
 
 
-def rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
+QUANTITIES = (
+    Quantity(HEADLINE, "tok/s", lambda point: point.batch / point.step_s, "fig8"),
+    Quantity("decode_attention_time_vs_batch", "ms", lambda point: 1e3 * point.attention_s, "table7"),
+    Quantity("step_time_vs_batch", "ms", lambda point: 1e3 * point.step_s),
+    Quantity("attention_share_of_step", "%", lambda point: 100 * point.attention_s / point.step_s),
+    Quantity("allocator_stall_vs_batch", "us", lambda point: 1e6 * point.stall_s),
+    Quantity("actions_per_step_vs_batch", "count", "actions"),
+)
+
+
+def point_rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
     """Fig 8 and Table 7; and what the allocator took of a step."""
     systems = {system.name: system for system in run.systems}
     for one, table in by_model(run, points):
-        for point in table.itertuples():
-            yield from _rows(one, systems[str(point.system)], point)
-
-
-def _rows(run: Run[Params], system: System, point: Any) -> Iterator[SummaryRow]:
-    for figure, quantity, value, unit in (
-        ("fig8", HEADLINE, point.batch / point.step_s, "tok/s"),
-        ("table7", "decode_attention_time_vs_batch", 1e3 * point.attention_s, "ms"),
-        (None, "step_time_vs_batch", 1e3 * point.step_s, "ms"),
-        (None, "attention_share_of_step", 100 * point.attention_s / point.step_s, "%"),
-        (None, "allocator_stall_vs_batch", 1e6 * point.stall_s, "us"),
-        (None, "actions_per_step_vs_batch", point.actions, "count"),
-    ):
-        yield row(value, quantity=quantity, unit=unit, **named_at(run, system, point.prompts, figure, x=point.batch))
+        for (name, prompts, batch), point in table.groupby(["system", "prompts", "batch"], sort=False):
+            names = partial(named_at, one, systems[str(name)], str(prompts), x=int(str(batch)))
+            yield from rows(QUANTITIES, point, names)
 
 
 def named_at(

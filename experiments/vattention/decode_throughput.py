@@ -5,10 +5,9 @@ kernels round alike, then decode in turn, round by round, so that whatever distu
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,13 +15,15 @@ from matplotlib.axes import Axes
 
 from kvarena.allocators.usage import LEAVES
 from kvarena.errors import UserError
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.panels import Panel, curves, drawn, stacked, title
-from kvarena.experiments.kit.published_models import of_model, unread_models
+from kvarena.experiments.kit.published_models import model_columns, unread_models
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.vattention import decode_modelled
-from kvarena.experiments.vattention.decode_modelled import HEADLINE, NAME, TRACE, Params, named_at
-from kvarena.harness.record.progress import Progress
+from kvarena.experiments.vattention.decode_modelled import HEADLINE, TRACE, Params, named_at
+from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import Trace, TraceConfig, load_trace
@@ -63,24 +64,18 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     from kvarena.harness.measured.calibration import StreamingRead
     from kvarena.harness.model.build import build_model
 
-    params: Params = run.params
     device = torch.device(run.device.kind)
     prompts, trace_notes = _prompts(run)
     model = build_model(run.model, device)
     with scattered_pages_held():
         read = StreamingRead(device)
-    cells: list[Frames] = []
-    with Progress(NAME, len(prompts) * len(params.batch_sizes) * params.rounds) as progress:
-        for kind, lengths in prompts.items():
-            what = "trace" if kind == TRACE else f"{kind} tokens"
-            for batch in params.batch_sizes:
-                progress.stage(f"{what}, batch {batch}")
-                key = f"{what}-{batch}".replace(" ", "-")
-                if recorder.has_cell(key):
-                    progress.advance(params.rounds)
-                cell = recorder.cell(key, partial(measure_cell, run, model, read, lengths[:batch], progress))
-                cells.append({name: table.assign(prompts=kind) for name, table in cell.items()})
-    frames = {name: of_model(run, pd.concat([cell[name] for cell in cells], ignore_index=True)) for name in cells[0]}
+    cells = [
+        Cell(f"{'trace' if kind == TRACE else f'{kind}-tokens'}-{batch}",
+             partial(measure_cell, run, model, read, lengths[:batch]), {"prompts": kind, **model_columns(run)})
+        for kind, lengths in prompts.items()
+        for batch in run.params.batch_sizes
+    ]  # fmt: skip
+    frames = run_cells(run.experiment, recorder, cells)
     return Measured(frames, {"trace": trace_notes, "calibration": frames["batches"].to_dict("records")})
 
 
@@ -91,9 +86,7 @@ def _check(params: Params) -> None:
         values = getattr(params, key)
         if not values or len(set(values)) < len(values):
             raise UserError(f"params.{key}={values}: name at least one, and none twice")
-    for key in ("rounds", "steps_per_round", "check_steps"):
-        if getattr(params, key) < 1:
-            raise UserError(f"params.{key}={getattr(params, key)}: at least 1 is needed")
+    check_counts(params, "rounds", "steps_per_round", "check_steps")
 
 
 def _prompts(run: Run[Params]) -> tuple[dict[str, list[int]], dict[str, object]]:
@@ -134,7 +127,7 @@ def _trace_prompts(config: TraceConfig, trace: Trace, largest: int, room: int) -
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 8 and Table 7, and what else is known of a step, by system and batch size; intervals are over rounds."""
     if run.clock == "modelled":
-        yield from decode_modelled.rows(run, frames["points"])
+        yield from decode_modelled.point_rows(run, frames["points"])
         return
     yield from _rows(run, frames["steps"], frames["batches"])
     yield from _over_paged(run, frames["steps"])
@@ -147,9 +140,8 @@ def _rows(run: Run[Params], steps: pd.DataFrame, batches: pd.DataFrame) -> Itera
             table[(table.prompts == kind) & (table.batch == batch) & (table.system == system.name)]
             for table in (steps, batches)
         )
-        for each in _quantities(run, here, account.iloc[0]):
-            names = named_at(run, system, kind, each.figure, x=batch, counted=each.counted)
-            yield row(each.value, quantity=each.name, unit=each.unit, **names)
+        names = partial(named_at, run, system, kind, x=batch)
+        yield from rows(_quantities(here), _by_round(run, here, account), names)
 
 
 def _over_paged(run: Run[Params], steps: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -165,49 +157,63 @@ def _over_paged(run: Run[Params], steps: pd.DataFrame) -> Iterator[SummaryRow]:
                 yield row(ratio, quantity="throughput_over_paged_vs_batch", unit="ratio", **names)
 
 
-class _Quantity(NamedTuple):
-    name: str
-    value: Estimate | float
-    unit: str
-    counted: bool = False
-    figure: str | None = None
+def _by_round(run: Run[Params], steps: pd.DataFrame, account: pd.DataFrame) -> pd.DataFrame:
+    """One system at one batch size: sums and `mean_`s over the steps of each round, and what is known of all rounds."""
+    rounds, known = steps.groupby("round"), account.iloc[0]
+    table = rounds.sum(numeric_only=True).join(rounds.mean(numeric_only=True).add_prefix("mean_"))
+    table = table.assign(**known.drop([name for name in known.index if name in steps]), steps=rounds.size())
+    read = max(known.read_gb_per_s_before, known.read_gb_per_s_after)  # what the machine reads at all
+    bandwidth = table.kv_tokens * run.model.kv_layout().token_bytes / table.attention_s / 1e9
+    return table.assign(kv_gb_per_s=bandwidth, read_gb_per_s=read, p99_step_s=steps.step_s.quantile(0.99))
 
 
-def _quantities(run: Run[Params], steps: pd.DataFrame, account: pd.Series) -> Iterator[_Quantity]:
-    """What is known of one system at one batch size."""
-    rounds = steps.groupby("round")
-    total = rounds["step_s"].sum()
-    attention = rounds["attention_s"].sum()
-    token_bytes = run.model.kv_layout().token_bytes
-    limit = max(account.read_gb_per_s_before, account.read_gb_per_s_after)
-    bandwidth = rounds["kv_tokens"].sum() * token_bytes / attention / 1e9
+def _first(column: str, factor: float = 1) -> Callable[[pd.DataFrame], float]:
+    """What is alike in all rounds."""
+    return lambda rounds: factor * float(rounds[column].iloc[0])
 
-    yield _Quantity(HEADLINE, median_interval(rounds["batch"].sum() / total), "tok/s", figure="fig8")
-    if steps["attention_s"].notna().all():  # a step replayed as a graph has no parts
-        attention_ms = median_interval(1e3 * rounds["attention_s"].mean())
-        yield _Quantity("decode_attention_time_vs_batch", attention_ms, "ms", figure="table7")
-        yield _Quantity("append_time_vs_batch", median_interval(1e3 * rounds["append_s"].mean()), "ms")
-        yield _Quantity("attention_share_of_step", median_interval(100 * attention / total), "%")
-        yield _Quantity("kv_read_bandwidth", median_interval(bandwidth), "GB/s")
-        yield _Quantity("kv_read_share_of_streaming_read", median_interval(100 * bandwidth / limit), "%")
-    yield _Quantity("step_time_vs_batch", median_interval(1e3 * rounds["step_s"].mean()), "ms")
-    yield _Quantity("step_time_p99_vs_batch", float(1e3 * steps["step_s"].quantile(0.99)), "ms")
-    yield _Quantity("streaming_read_before", float(account.read_gb_per_s_before), "GB/s")
-    yield _Quantity("streaming_read_after", float(account.read_gb_per_s_after), "GB/s")
-    overhead = rounds["schedule_s"].sum() + rounds["view_s"].sum()
-    yield _Quantity("scheduler_policy_view_share_of_step", median_interval(100 * overhead / total), "%")
-    yield _Quantity("actions_share_of_step", median_interval(100 * rounds["actions_s"].sum() / total), "%")
-    for count in ("growths", "actions", "ahead"):
-        yield _Quantity(f"{count}_in_window", float(steps[count].sum()), "count", counted=True)
-    for key in ("driver_critical", "driver_background"):
-        yield _Quantity(f"{key}_calls", float(account[key]), "count", counted=True)
-        yield _Quantity(f"{key}_time", 1e3 * float(account[f"{key}_s"]), "ms")
-    yield _Quantity("driver_waited", 1e3 * float(account.driver_waited_s), "ms")
-    for key in ("mapped_bytes", "pooled_bytes"):
-        yield _Quantity(key, float(account[key]), "bytes", counted=True)
-    for leaf in LEAVES:
-        share = 100 * steps[leaf].sum() / (len(steps) * account.pool_bytes)
-        yield _Quantity(f"share_of_kv_memory:{leaf}", float(share), "%", counted=True)
+
+def _total(column: str) -> Callable[[pd.DataFrame], float]:
+    """A count over all rounds."""
+    return lambda rounds: float(rounds[column].sum())
+
+
+def _share(leaf: str) -> Callable[[pd.DataFrame], float]:
+    """Percent of the pool's bytes, over all steps."""
+    return lambda rounds: float(100 * rounds[leaf].sum() / (rounds.steps.sum() * rounds.pool_bytes.iloc[0]))
+
+
+def _quantities(steps: pd.DataFrame) -> Iterator[Quantity]:
+    """What is known of one system at one batch size; a step replayed as a graph has no parts."""
+    yield Quantity(HEADLINE, "tok/s", lambda rounds: rounds.batch / rounds.step_s, "fig8")
+    yield from PARTS if steps.attention_s.notna().all() else ()
+    yield from WHOLE
+
+
+PARTS = (
+    Quantity("decode_attention_time_vs_batch", "ms", lambda rounds: 1e3 * rounds.mean_attention_s, "table7"),
+    Quantity("append_time_vs_batch", "ms", lambda rounds: 1e3 * rounds.mean_append_s),
+    Quantity("attention_share_of_step", "%", lambda rounds: 100 * rounds.attention_s / rounds.step_s),
+    Quantity("kv_read_bandwidth", "GB/s", "kv_gb_per_s"),
+    Quantity("kv_read_share_of_streaming_read", "%", lambda rounds: 100 * rounds.kv_gb_per_s / rounds.read_gb_per_s),
+)
+WHOLE = (
+    Quantity("step_time_vs_batch", "ms", lambda rounds: 1e3 * rounds.mean_step_s),
+    Quantity("step_time_p99_vs_batch", "ms", _first("p99_step_s", 1e3)),
+    Quantity("streaming_read_before", "GB/s", _first("read_gb_per_s_before")),
+    Quantity("streaming_read_after", "GB/s", _first("read_gb_per_s_after")),
+    Quantity("scheduler_policy_view_share_of_step", "%",
+             lambda rounds: 100 * (rounds.schedule_s + rounds.view_s) / rounds.step_s),
+    Quantity("actions_share_of_step", "%", lambda rounds: 100 * rounds.actions_s / rounds.step_s),
+    *(Quantity(f"{each}_in_window", "count", _total(each), counted=True) for each in ("growths", "actions", "ahead")),
+    Quantity("driver_critical_calls", "count", _first("driver_critical"), counted=True),
+    Quantity("driver_critical_time", "ms", _first("driver_critical_s", 1e3)),
+    Quantity("driver_background_calls", "count", _first("driver_background"), counted=True),
+    Quantity("driver_background_time", "ms", _first("driver_background_s", 1e3)),
+    Quantity("driver_waited", "ms", _first("driver_waited_s", 1e3)),
+    Quantity("mapped_bytes", "bytes", _first("mapped_bytes"), counted=True),
+    Quantity("pooled_bytes", "bytes", _first("pooled_bytes"), counted=True),
+    *(Quantity(f"share_of_kv_memory:{leaf}", "%", _share(leaf), counted=True) for leaf in LEAVES),
+)  # fmt: skip
 
 
 def _bandwidth(axis: Axes, rows: pd.DataFrame) -> None:

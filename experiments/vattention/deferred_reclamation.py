@@ -22,27 +22,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.allocators.reservation.static import StaticConfig
-from kvarena.experiments.kit import plots
-from kvarena.experiments.kit.panels import published_of, title
-from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.panels import Panel, bars, drawn
+from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model, unread_models
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.replay import Replayer
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.experiments.vattention.mapped_system import on_gpus, the_system
 from kvarena.harness.modelled.step_model import PS_PER_S
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.statistics import Estimate, median_interval
-from kvarena.harness.record.summary import Names, SummaryRow, row
+from kvarena.harness.record.summary import Names, SummaryRow
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-
-NAME = "deferred_reclamation"
 
 
 class Way(NamedTuple):
@@ -80,8 +75,6 @@ class Params:
 
 
 HEADLINE = "mapping_time_over_rest"
-
-
 FIGURE = "fig13"
 READS = {
     "modelled": ("model", "engine", "device", "systems"),
@@ -104,15 +97,9 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Time the second prefill in every way, model by model."""
     the_system(run)
     check_counts(run.params, "prompt_tokens", "output_tokens", *(["rounds"] if run.clock == "measured" else []))
-    runs = runs_by_model(run, run.params.gpus)
-    tables: list[pd.DataFrame] = []
-    with Progress(NAME, len(runs)) as progress:
-        for served in runs:
-            progress.stage(served.model.name)
-            cell = recorder.cell(served.model.name, partial(_measure, served))
-            tables.append(of_model(served, cell["samples"]))
-            progress.advance()
-    return Measured({"samples": pd.concat(tables, ignore_index=True)})
+    cells = [Cell(one.model.name, partial(_measure, one), model_columns(one))
+             for one in runs_by_model(run, run.params.gpus)]  # fmt: skip
+    return Measured(run_cells(run.experiment, recorder, cells))
 
 
 def _measure(run: Run[Params]) -> Frames:
@@ -176,19 +163,20 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
 def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     tokens = run.params.prompt_tokens
     size = f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+    quantities = [Quantity(f"prefill_time_{size}_prompt", "s", "prefill_s", FIGURE), *OURS]
     plain = samples[samples.way == PLAIN.name].set_index("round").prefill_s
     for way in WAYS:
-        own, of = samples[samples.way == way.name].set_index("round"), partial(_names, run, way)
-        yield row(_estimate(own.prefill_s), quantity=f"prefill_time_{size}_prompt", unit="s", **of(FIGURE))
-        yield row(_estimate(own.prefill_s / plain), quantity="prefill_time_over_no_vmm_calls", unit="ratio", **of())
-        yield row(_estimate(1e3 * own.mapping_s), quantity="mapping_time", unit="ms", **of())
-        rest = own.prefill_s - own.mapping_s
-        yield row(_estimate(100 * own.mapping_s / rest), quantity=HEADLINE, unit="%", **of())
-        yield row(float(own.slabs.iloc[0]), quantity="page_groups_per_tensor", unit="count", **of(counted=True))
+        own = samples[samples.way == way.name].set_index("round")
+        own = own.assign(over_plain=own.prefill_s / plain, rest_s=own.prefill_s - own.mapping_s)
+        yield from rows(quantities, own, partial(_names, run, way))
 
 
-def _estimate(samples: pd.Series) -> Estimate | float:
-    return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
+OURS = (
+    Quantity("prefill_time_over_no_vmm_calls", "ratio", "over_plain"),
+    Quantity("mapping_time", "ms", lambda own: 1e3 * own.mapping_s),
+    Quantity(HEADLINE, "%", lambda own: 100 * own.mapping_s / own.rest_s),
+    Quantity("page_groups_per_tensor", "count", lambda own: float(own.slabs.iloc[0]), counted=True),
+)
 
 
 def _names(run: Run[Params], way: Way, figure: str | None = None, counted: bool = False) -> Names:
@@ -198,27 +186,8 @@ def _names(run: Run[Params], way: Way, figure: str | None = None, counted: bool 
     return {**names, "allocator": system.allocator.name}
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """What mapping adds to a prefill, one panel for each model; diamonds are what the published times say."""
-    panels = list(summary[summary.quantity == HEADLINE].groupby("setup", sort=False))
-    figure, axes = plots.canvas(1, len(panels), width=5)
-    for axis, (setup, rows) in zip(axes, panels, strict=True):
-        times = summary[(summary.setup == setup) & summary.quantity.str.startswith("prefill_time_")]
-        _bars(axis, rows, published_of(times).set_index("system").value)
-        title(axis, times, "mapping in front of a prefill")
-    figure.tight_layout()
-    return figure
-
-
-def _bars(axis: Axes, rows: pd.DataFrame, theirs: pd.Series) -> None:
-    ways = list(rows.label.str.rpartition("/")[0])
-    places = range(len(ways))
-    spread = [(rows.value - rows.ci_low).fillna(0), (rows.ci_high - rows.value).fillna(0)]
-    axis.barh(places, rows.value, 0.7, xerr=spread, color=plots.COLOURS["vattention"], label="this run")
-    if PLAIN.name in theirs:
-        published = [100 * (theirs.get(way, np.nan) / theirs[PLAIN.name] - 1) for way in ways]
-        axis.plot(published, places, "kD", ms=5, label="published")
-    axis.set_yticks(places, ways, fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xlabel="mapping, % of the rest of the prefill", xlim=(0, None))
-    axis.legend(fontsize=7, frameon=False, loc="upper right")
+PANELS = (
+    Panel(bars, "prefill_time_.*_prompt", "prefill, s", what="prefill of a prompt"),
+    Panel(bars, HEADLINE, "mapping, % of the rest of the prefill", what="mapping in front of a prefill"),
+)
+draw = partial(drawn, panels=PANELS, width=6)

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.vmm.driver import Driver
 from kvarena.errors import UserError
@@ -31,7 +29,6 @@ SYSTEM_CALLS = {
         "free": "cuMemAddressFree",
     },
 }
-KINDS = tuple(SYSTEM_CALLS["cuda"])
 
 
 def timed_us(driver: Driver, call: Callable[[], object]) -> dict[str, float]:
@@ -68,6 +65,8 @@ def computing(device: str) -> Iterator[Callable[[], None]]:
 
     A CPU gets a thread that multiplies matrices, a GPU some milliseconds of kernels in its queue.
     """
+    import torch
+
     if device == "cuda":
         matrix = torch.randn(4096, 4096, device=device)
 

@@ -11,14 +11,12 @@ all steps longer, to show by how much.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.long_contexts import READS as READS
 from kvarena.experiments.kit.long_contexts import (
     LongContexts,
@@ -27,26 +25,31 @@ from kvarena.experiments.kit.long_contexts import (
     unread_of_long_contexts,
 )
 from kvarena.experiments.kit.looks import looks
-from kvarena.experiments.kit.panels import published_of, title
-from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model
+from kvarena.experiments.kit.panels import Panel, drawn, published_of
+from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.replay import Replayer, Served, example_of, workload_of
 from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.metrics import summarize as scalar_metrics
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.summary import SummaryRow, row
+from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import OURS, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace.arrival import UNDRAWN
 
-NAME = "online_latency"
 HEADLINE = "request_latency_p50_vs_qps"
 FIGURE = "fig10"
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 OTHERS = "others"  # models without rates of their own
-BELOW = {"ttft_p99_s": "ttft_p99", "itl_p99_s": "tbt_p99", "e2el_p50_s": "request_latency_p50"}
+LATENCIES = [Quantity(f"request_latency_{name}_vs_qps", "s", name, FIGURE) for name in QUANTILES]
+BELOW = {"ttft_p99": "ttft_p99_s", "tbt_p99": "itl_p99_s", "request_latency_p50": "e2el_p50_s"}
+OF_LOAD = {
+    "capacity": [Quantity("capacity", "req/s", "rate")],
+    "share": [Quantity(f"{name}_vs_share_of_capacity", "s", column) for name, column in BELOW.items()],
+    "rate": [*LATENCIES, Quantity("rate_reached_vs_qps", "req/s", "rate_reached_per_s")],
+}
 
 
 @dataclass
@@ -79,14 +82,9 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Serve every rate and every share of capacity with every system, model by model."""
     _check(run)
     runs = runs_of_long_contexts(run)
-    tables: list[pd.DataFrame] = []
-    with Progress(NAME, len(runs)) as progress:
-        for one in runs:
-            progress.stage(one.model.name)
-            tables.append(of_model(one, recorder.cell(one.model.name, partial(_cell, one))["points"]))
-            progress.advance()
+    cells = [Cell(one.model.name, partial(_cell, one), model_columns(one)) for one in runs]
     notes = {"workload": example_of(runs[0], rate=1.0).provenance}
-    return Measured({"points": pd.concat(tables, ignore_index=True)}, notes)
+    return Measured(run_cells(run.experiment, recorder, cells), notes)
 
 
 def _check(run: Run[Params]) -> None:
@@ -135,57 +133,32 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     """Fig 10, and what it hides, model by model."""
     for one, points in by_model(run, frames["points"]):
         for system in run.systems:
-            for point in points[points.system == system.name].to_dict("records"):
-                yield from _point(one, system, point)
+            own = points[points.system == system.name]
+            for number in range(len(own)):
+                yield from _point(one, system, own.iloc[[number]])
 
 
-def _point(run: Run[Params], system: System, point: dict[Any, Any]) -> Iterator[SummaryRow]:
-    """Fig 10's quantiles at a rate; or our own at a share of capacity, or where all steps are longer."""
-    of = partial(named, run, system, assuming=assumed_lengths(run))
-    rate, factor = point["rate"], point["factor"]
-    if point["load"] == "capacity":
-        yield row(rate, quantity="capacity", unit="req/s", **of())
-    elif point["load"] == "share":
-        for metric, quantity in BELOW.items():
-            yield row(point[metric], quantity=f"{quantity}_vs_share_of_capacity", unit="s", **of(x=factor))
-    elif factor == 1:
-        for name in QUANTILES:
-            yield row(point[name], quantity=f"request_latency_{name}_vs_qps", unit="s", **of(figure=FIGURE, x=rate))
-        yield row(point["rate_reached_per_s"], quantity="rate_reached_vs_qps", unit="req/s", **of(x=rate))
-    else:
-        longer = named(run, system, x=rate, assuming=f"all steps take {factor:g} times as long")
-        for name in QUANTILES:
-            quantity = f"request_latency_{name}_vs_qps:steps_{factor:g}x"
-            yield row(point[name], quantity=quantity, unit="s", **longer)
+def _point(run: Run[Params], system: System, point: pd.DataFrame) -> Iterator[SummaryRow]:
+    """What is said of one load; of a rate that was asked for also where all steps are longer."""
+    load, factor, rate = point.iloc[0][["load", "factor", "rate"]]
+    quantities, assuming = OF_LOAD[load], assumed_lengths(run)
+    if load == "rate" and factor != 1:
+        quantities = [each._replace(name=f"{each.name}:steps_{factor:g}x", figure=None) for each in LATENCIES]
+        assuming = f"all steps take {factor:g} times as long"
+    x = {"rate": rate, "share": factor}.get(load)
+    return rows(quantities, point, partial(named, run, system, x=x, assuming=assuming))
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Above, request latency at the rates asked for; below, P99 of TTFT and TBT under capacity; a column per model."""
-    panels = list(summary[summary.quantity == "capacity"].setup.unique())
-    rated = summary[summary.quantity.str.startswith("request_latency_") & summary.quantity.str.contains("_vs_qps")]
-    shared = summary[summary.quantity.str.endswith("_vs_share_of_capacity")]
-    rows = int(not rated.empty) + int(not shared.empty)
-    figure, axes = plots.canvas(rows, len(panels), width=5)
-    for number, setup in enumerate(panels):
-        ours = rated[rated.setup == setup]
-        if not ours.empty:
-            _quantiles(axes[number], ours, published_of(ours))
-        if not shared.empty:
-            capacity = summary[(summary.quantity == "capacity") & (summary.setup == setup)].set_index("label").value
-            _below(axes[number - len(panels)], shared[shared.setup == setup], capacity)
-    return plots.tidy(figure)
-
-
-def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+def _quantiles(axis: Axes, ours: pd.DataFrame) -> None:
     """Four quantiles of each system at each rate: rings published, lines ours; dotted where all steps are longer."""
-    styles = looks(ours)
+    styles, theirs = looks(ours), published_of(ours)
     for group, rate in enumerate(sorted(ours.x.unique())):
         for number, (label, look) in enumerate(styles.items()):
             place = group * (len(styles) + 1) + number
             here = ours[(ours.x == rate) & (ours.label == label)]
             stretched = here.quantity.str.contains(":")
-            for rows, offset, style in ((here[~stretched], 0.0, "-"), (here[stretched], 0.25, ":")):
-                axis.plot([place + offset] * len(rows), rows.value, style, marker="_", color=look.colour, ms=7)
+            for shown, offset, style in ((here[~stretched], 0.0, "-"), (here[stretched], 0.25, ":")):
+                axis.plot([place + offset] * len(shown), shown.value, style, marker="_", color=look.colour, ms=7)
             names = set(here.system[here.paper != OURS])
             dots = theirs[(theirs.x == rate) & theirs.system.isin(names)]
             axis.plot([place - 0.25] * len(dots), dots.value, "o", ms=4, mfc="none", color=look.colour)
@@ -197,19 +170,28 @@ def _quantiles(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
         group * (len(styles) + 1) + middle: f"{rate:g} req/s" for group, rate in enumerate(sorted(ours.x.unique()))
     }
     axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set(ylabel="s: p50, p90, p99, max", yscale="log")
-    title(axis, ours, "request latency; dotted: slower steps")
+    axis.set_yscale("log")
     axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
 
 
-def _below(axis: Axes, rows: pd.DataFrame, capacity: pd.Series) -> None:
-    for label, look in looks(rows).items():
+def _below(axis: Axes, rows: pd.DataFrame) -> None:
+    """TTFT solid, TBT dotted; nothing where no share of the capacity was asked for."""
+    capacity = rows[rows.quantity == "capacity"].set_index("label").value
+    for label, look in looks(rows).items() if len(rows) > len(capacity) else ():
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
             line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
             said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
             axis.plot(
                 100 * line.x, line.value, style, marker=look.marker, ms=4, mfc="none", color=look.colour, label=said
             )
-    axis.set(xlabel="% of the system's capacity", ylabel="s", yscale="log")
-    title(axis, rows, "P99 of TTFT (solid) and TBT (dotted)")
+    axis.set_yscale("log")
     axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+
+
+PANELS = (
+    Panel(_quantiles, "request_latency_.*_vs_qps.*", "s: p50, p90, p99, max",
+          what="request latency; dotted: slower steps"),
+    Panel(_below, "capacity|.*_vs_share_of_capacity", "s", "% of the system's capacity",
+          "P99 of TTFT (solid) and TBT (dotted)"),
+)  # fmt: skip
+draw = partial(drawn, panels=PANELS)

@@ -88,7 +88,7 @@ def measure(run: Run[Params], model: Model, number: int) -> Frames:
         before = {way: batch.store.driver_calls() for way, batch in batches.items()}
         steps = pd.DataFrame(_in_turn(batches, params.iterations))
         calls = [_calls(way, before[way], batch) for way, batch in batches.items()]
-        return {"steps": steps, "calls": pd.DataFrame(calls)}
+        return {"iterations": steps, "driver_calls": pd.DataFrame(calls)}
     finally:
         for batch in batches.values():
             batch.close()

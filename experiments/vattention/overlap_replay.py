@@ -32,7 +32,7 @@ def replayed(run: Run[Params]) -> Frames:
         tensors = geometry.num_tensors  # with tensor slicing one K and one V over all layers
         totals = {"critical": tensors * decoding.actions.sum(), "background": tensors * decoding.ahead.sum()}
         calls.append({"way": way.value, **totals})
-    return {"steps": pd.concat(steps, ignore_index=True), "calls": pd.DataFrame(calls)}
+    return {"iterations": pd.concat(steps, ignore_index=True), "driver_calls": pd.DataFrame(calls)}
 
 
 def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:

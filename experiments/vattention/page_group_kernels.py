@@ -93,7 +93,7 @@ def measure(
             sizes = page_groups[:: 1 if number % 2 else -1]
             for size, seconds in _round(model, kernel, point, sizes, torch.device(device)).items():
                 samples.append({**point._asdict(), "page_group": size, "round": number, "call_s": seconds})
-    return {"kernels": pd.DataFrame(samples)}
+    return {"kernel_calls": pd.DataFrame(samples)}
 
 
 def _round(

@@ -14,8 +14,10 @@ import pandas as pd
 
 from kvarena.allocators.options import unit_option
 from kvarena.errors import UserError
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.panels import Panel, bars, drawn, ratio
-from kvarena.experiments.kit.published_models import by_model, of_model, unread_models
+from kvarena.experiments.kit.published_models import by_model, model_columns, unread_models
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
 from kvarena.experiments.vattention import page_group_batch, page_group_kernels
@@ -23,7 +25,6 @@ from kvarena.experiments.vattention.driver_calls import check_counts, page_group
 from kvarena.experiments.vattention.page_group_batch import CHANGED, Params, Variant
 from kvarena.experiments.vattention.page_group_kernels import Point
 from kvarena.experiments.vattention.page_group_tables import token_rows
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, row
@@ -32,11 +33,8 @@ from kvarena.harness.run.run import Run
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.registry import fits, kernel_spec, missing
 
-NAME = "page_group_size"
 HEADLINE = "max_batch_vs_page_group"
 ASSUMED = "The trace's length and how its chats were cut are not published; 8192 tokens, and as long as the run says."
-
-
 READS = reads()
 _FIG14 = ("compared", "prefill_contexts", "decode_context", "decode_batches", "rounds")
 
@@ -63,31 +61,22 @@ def unread(run: Run[Params]) -> dict[str, str]:
 
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Time kernels where they are real, and replay."""
-    params: Params = run.params
     _check(run)
-    kernels = params.kernels if run.clock == "measured" else []
-    runs, units = page_group_batch.served(run), page_group_batch.variants(run)
-    points, calls = [], []
-    with Progress(NAME, len(kernels) + len(runs) * len(units)) as progress:
-        for kernel in kernels:
-            progress.stage(kernel)
-            sizes = page_groups_of(params.compared, "params.compared")
-            timed = partial(page_group_kernels.measure, run.model, kernel, params.points(), sizes, params.rounds,
-                            run.device.kind)  # fmt: skip
-            calls.append(recorder.cell(f"kernel-{kernel}", timed)["kernels"].assign(kernel=kernel))
-            progress.advance()
-        for one, variant in itertools.product(runs, units):
-            progress.stage(f"{one.model.name}, {variant.unit}")
-            for seed in seeds_of(run):
-                key = f"{one.model.name}-{variant.key}-{seed}"
-                points.append(
-                    of_model(one, recorder.cell(key, partial(page_group_batch.measure, one, variant, seed))["points"])
-                )
-            progress.advance()
-    frames = {"points": pd.concat(points, ignore_index=True)}
-    if calls:
-        frames["kernel_calls"] = pd.concat(calls, ignore_index=True)
-    return Measured(frames, {"assumed": ASSUMED})
+    replays = itertools.product(page_group_batch.served(run), page_group_batch.variants(run), seeds_of(run))
+    cells = [
+        Cell(f"{one.model.name}-{variant.key}-{seed}", partial(page_group_batch.measure, one, variant, seed),
+             model_columns(one))
+        for one, variant, seed in replays
+    ]  # fmt: skip
+    return Measured(run_cells(run.experiment, recorder, [*_kernel_cells(run), *cells]), {"assumed": ASSUMED})
+
+
+def _kernel_cells(run: Run[Params]) -> Iterator[Cell]:
+    params = run.params
+    for kernel in params.kernels if run.clock == "measured" else ():
+        sizes = page_groups_of(params.compared, "params.compared")
+        take = partial(page_group_kernels.measure, run.model, kernel, params.points(), sizes, params.rounds)
+        yield Cell(f"kernel-{kernel}", partial(take, run.device.kind), {"kernel": kernel})
 
 
 def _check(run: Run[Params]) -> None:
@@ -113,24 +102,24 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
     yield from token_rows(run)
     units = page_group_batch.variants(run)
     for one, points in by_model(run, frames["points"]):
-        of_unit = {v.key: points[(points.system == v.system.shown_allocator) & (points.kernel == v.system.kernel.name)]
-                   for v in units}  # fmt: skip
-        for variant in units:
-            yield from _batch_rows(one, variant, of_unit[variant.key], of_unit[units[0].key])
+        of_unit = [points[(points.system == v.system.shown_allocator) & (points.kernel == v.system.kernel.name)]
+                   for v in units]  # fmt: skip
+        for variant, own in zip(units, of_unit, strict=True):
+            yield from _batch_rows(one, variant, own, of_unit[0])
     if "kernel_calls" in frames:
         yield from _kernel_rows(run, frames["kernel_calls"])
 
 
 def _batch_rows(run: Run[Params], variant: Variant, points: pd.DataFrame, first: pd.DataFrame) -> Iterator[SummaryRow]:
     """The largest batch, and, seed by seed, over that of the first unit listed."""
+    quantities = (
+        Quantity(HEADLINE, "requests", "max_batch", "fig15"),
+        Quantity("mean_batch_while_waiting_vs_page_group", "requests", "mean_batch"),
+        Quantity(f"max_batch_over_{first.unit.iloc[0]}", "ratio", "over_first"),
+    )
+    own = points.assign(over_first=points.max_batch.to_numpy() / first.max_batch.to_numpy())
     label = label_of(run, variant.system)
-    names = named(run, variant.listed, "fig15", key=variant.unit, label=label, assuming=ASSUMED)
-    yield row(median_interval(points.max_batch), quantity=HEADLINE, unit="requests", **names)
-    ours = named(run, variant.listed, label=label, assuming=ASSUMED)
-    mean = median_interval(points.mean_batch)
-    yield row(mean, quantity="mean_batch_while_waiting_vs_page_group", unit="requests", **ours)
-    ratio = median_interval(points.max_batch.to_numpy() / first.max_batch.to_numpy())
-    yield row(ratio, quantity=f"max_batch_over_{first.unit.iloc[0]}", unit="ratio", **ours)
+    return rows(quantities, own, partial(named, run, variant.listed, key=variant.unit, label=label, assuming=ASSUMED))
 
 
 def _kernel_rows(run: Run[Params], calls: pd.DataFrame) -> Iterator[SummaryRow]:

@@ -24,11 +24,11 @@ from kvarena.allocators.registry import allocator_names, memory_layout
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import TOLERANCE
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.request import Request
@@ -39,7 +39,6 @@ from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.reference import reference_attention
 from kvarena.kernels.registry import fits, get_kernel, kernel_names, kernel_spec, missing
 
-NAME = "portability"
 HEADLINE = "share_of_contiguous_kernels_that_run"
 FIGURE = "table1"
 READS = {"measured": ("model", "device", "threads")}
@@ -75,12 +74,10 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Try every pair. Raises UserError where no kernel that reads rows runs here."""
     _check(run.params)
     pairs = [Pair(allocator, kernel) for allocator in allocator_names() for kernel in kernel_names()]
-    with Progress(NAME, 1) as progress:
-        cell = recorder.cell("pairs", lambda: _matrix(run, pairs))["pairs"]
-        progress.advance()
-    if not _passing(cell, "static"):
+    measured = run_cells(run.experiment, recorder, [Cell("pairs", lambda: _matrix(run, pairs))])
+    if not _passing(measured["pairs"], "static"):
         raise UserError(f"device={run.device_name}: no kernel that reads rows runs here; ./run.sh kernels says why")
-    return Measured({"pairs": cell, "releases": read_releases()})
+    return Measured({**measured, "releases": read_releases()})
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:

@@ -16,7 +16,6 @@ from kvarena.errors import UserError
 from kvarena.experiments.kit.same_logits import check_same_logits
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.step_model import PS_PER_S, StepLoad
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run
@@ -61,7 +60,7 @@ def _take(policy: Policy, seq_id: int, tokens: int) -> None:
         raise UserError(f"{policy.name}: a prompt of {tokens} tokens does not fit the pool; see params.contexts")
 
 
-def measured_cell(run: Run[Params], progress: Progress) -> Frames:
+def measured_cell(run: Run[Params]) -> Frames:
     """Rounds over lengths and systems; the first round warms up, and there every system's logits must agree."""
     from kvarena.harness.model.build import build_model
 
@@ -79,7 +78,6 @@ def measured_cell(run: Run[Params], progress: Progress) -> Frames:
                     check_same_logits(logits, run.model.dtype, f"a prompt of {tokens} tokens")
                 else:
                     samples += taken
-            progress.advance()
     return {"samples": pd.DataFrame(samples)}
 
 

@@ -15,20 +15,20 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.panels import Panel, curves, drawn, ratio
-from kvarena.experiments.kit.published_models import by_model, of_model, runs_by_model, unread_models
+from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model, unread_models
+from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.experiments.vattention.prefill_cell import Params, measured_cell, modelled_cell, shown
-from kvarena.harness.record.progress import Progress
 from kvarena.harness.record.record import Frames, Measured, Recorder
-from kvarena.harness.record.statistics import Estimate, median_interval
+from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import Names, SummaryRow, row
 from kvarena.harness.run.named_systems import as_filed
 from kvarena.harness.run.published import is_earned, label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System, with_room_to_read
 
-NAME = "prefill_throughput"
 HEADLINE = "prefill_throughput_vs_context"
 RATIO = "prefill_kernel_time_ratio_vs_context"
 READS = {
@@ -53,17 +53,12 @@ def unread(run: Run[Params]) -> dict[str, str]:
 
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Prefill every length with every system, model by model."""
-    if run.clock == "modelled":
-        check_counts(run.params, "contexts")
-        tables = [
-            of_model(one, recorder.cell(one.model.name, partial(modelled_cell, one))["samples"])
-            for one in runs_by_model(run, run.params.models)
-        ]
-        return Measured({"samples": pd.concat(tables, ignore_index=True)})
-    check_counts(run.params, "contexts", "rounds")
-    with Progress(NAME, run.params.rounds + 1) as progress:
-        samples = recorder.cell("prefill", partial(measured_cell, run, progress))["samples"]
-    return Measured({"samples": of_model(run, samples)})
+    modelled = run.clock == "modelled"
+    check_counts(run.params, "contexts", *([] if modelled else ["rounds"]))
+    runs = {one.model.name: one for one in runs_by_model(run, run.params.models)} if modelled else {"prefill": run}
+    take = modelled_cell if modelled else measured_cell
+    cells = [Cell(key, partial(take, one), model_columns(one)) for key, one in runs.items()]
+    return Measured(run_cells(run.experiment, recorder, cells))
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
@@ -76,21 +71,17 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
 def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
     for system in run.systems:
         for tokens, mine in shown(samples, system.name):
-            quantities: list[tuple[str | None, str, pd.Series, str]] = [
-                ("fig7", HEADLINE, tokens / mine.prefill_s, "tok/s"),
-                ("table6", "prefill_time_vs_context", mine.prefill_s, "s"),
-                ("table6", "prefill_attention_time_vs_context", mine.attention_s, "s"),
-                (None, "allocator_stall_vs_context", 1e3 * mine.mapping_s, "ms"),
-            ]
-            if "first_mapping_s" in mine:
-                quantities.append((None, "first_prompt_stall_vs_context", 1e3 * mine.first_mapping_s, "ms"))
-            for figure, quantity, values, unit in quantities:
-                names = named(run, system, figure, x=tokens)
-                yield row(_estimate(values), quantity=quantity, unit=unit, **names)
+            yield from rows(QUANTITIES, mine, partial(named, run, system, x=tokens))
 
 
-def _estimate(samples: pd.Series) -> Estimate | float:
-    return median_interval(samples) if len(samples) > 1 else float(samples.iloc[0])
+MEASURED = pd.Series(dtype=float)  # there is no first prompt apart
+QUANTITIES = (
+    Quantity(HEADLINE, "tok/s", lambda own: own.context / own.prefill_s, "fig7"),
+    Quantity("prefill_time_vs_context", "s", "prefill_s", "table6"),
+    Quantity("prefill_attention_time_vs_context", "s", "attention_s", "table6"),
+    Quantity("allocator_stall_vs_context", "ms", lambda own: 1e3 * own.mapping_s),
+    Quantity("first_prompt_stall_vs_context", "ms", lambda own: 1e3 * own.get("first_mapping_s", MEASURED)),
+)
 
 
 def _ratios(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
@@ -101,7 +92,7 @@ def _ratios(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
             names = _pair(run, over, under, tokens)
             if is_earned(names) or _one_kernel(over, under):
                 ratio = above.attention_s.to_numpy() / below[tokens].attention_s.to_numpy()
-                yield row(_estimate(pd.Series(ratio)), quantity=RATIO, unit="ratio", **names)
+                yield row(median_interval(ratio), quantity=RATIO, unit="ratio", **names)
 
 
 def _pair(run: Run[Params], over: System, under: System, tokens: int) -> Names:

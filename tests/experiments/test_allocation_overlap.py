@@ -103,8 +103,8 @@ def test_a_page_group_is_a_call_in_every_tensor(sliced: bool, tensors: int) -> N
     """K and V of 32 layers; with tensor slicing one K and one V over all of them."""
     run = compose_run(*MODELLED, "allocator=vattention", f"allocator.tensor_slicing={sliced}")
     cell = replayed(run)
-    actions = cell["steps"].groupby("way")[["actions", "ahead"]].sum()
-    calls = cell["calls"].set_index("way")
+    actions = cell["iterations"].groupby("way")[["actions", "ahead"]].sum()
+    calls = cell["driver_calls"].set_index("way")
     assert calls.critical["sync"] == tensors * actions.actions["sync"] > 0
     assert calls.background["overlapped"] == tensors * actions.ahead["overlapped"] > 0
 
