@@ -10,7 +10,6 @@ Beside rows over seeds there may be one of seed 0 alone, which has earned a publ
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from textwrap import fill
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ from matplotlib.ticker import NullLocator
 
 from kvarena.experiments.kit.looks import Look, looks, preferring_earned
 from kvarena.experiments.kit.plots import LEAF_COLOURS, canvas
-from kvarena.harness.paths import PUBLISHED
-from kvarena.harness.record.summary import read_published
+from kvarena.harness.record.summary import published
 from kvarena.harness.run.published import OURS
 
 PAPERS = {"pagedattention": "PagedAttention", "vattention": "vAttention"}
@@ -243,12 +241,7 @@ def published_of(rows: pd.DataFrame) -> pd.DataFrame:
     """The published points of the curves and bars that some of the rows stand for, each with their label."""
     point = ["paper", "figure", "panel", "system", "quantity"]
     earned = rows.loc[rows.paper != OURS, [*point, "label"]].drop_duplicates()
-    return _published().merge(earned, on=point)
-
-
-@cache
-def _published() -> pd.DataFrame:
-    return read_published(PUBLISHED)
+    return published().merge(earned, on=point)
 
 
 def doubling(axis: Axes, xs: pd.Series) -> None:

@@ -28,13 +28,6 @@ COLOURS = {
     "fastertransformer": "#666666",
 }
 NEWCOMERS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#661100")  # after Tol (2021)
-PAPER_COLOURS = {
-    "vLLM": "#56B4E9",
-    "FA2_Paged": "#0072B2",
-    "FI_Paged": "#CC79A7",
-    "FA2_vAttention": "#009E73",
-    "FI_vAttention": "#E69F00",
-}
 MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":", "-.")
 
@@ -69,12 +62,6 @@ def stands_for(rows: pd.DataFrame, figure: str) -> bool:
     return bool(((rows.figure == figure) & (rows.paper != OURS)).any())
 
 
-def preferring_earned(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each label, setup, quantity and x: that which earned a published name where there are two."""
-    order = rows.assign(own=rows.paper == OURS).sort_values("own", kind="stable")
-    return order.drop_duplicates(["label", "setup", "quantity", "x"]).sort_index().drop(columns="own")
-
-
 def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure of rows x columns panels, and its axes in reading order."""
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
@@ -91,24 +78,6 @@ def tidy(figure: Figure) -> Figure:
         axis.set_visible(axis.has_data())
     figure.tight_layout()
     return figure
-
-
-def lines(axis: Axes, table: pd.DataFrame, label: str = "system") -> None:
-    """Draw value over x, one line per system, with the 95 % interval as a band where there is one."""
-    kernels = list(dict.fromkeys(table["kernel"])) if "kernel" in table else []
-    colours = colours_of(map(str, table.get("allocator", [None])))
-    for number, (name, rows) in enumerate(table.groupby(label, sort=False)):
-        rows = rows.sort_values("x")
-        first = rows.iloc[0]
-        colour = PAPER_COLOURS.get(str(name)) or colours[str(first.get("allocator"))]
-        dash = DASHES[kernels.index(first["kernel"]) % len(DASHES)] if kernels else "-"
-        axis.plot(
-            rows["x"], rows["value"], dash, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, label=str(name)
-        )
-        if "ci_low" in rows:
-            axis.fill_between(
-                rows["x"], rows["ci_low"].astype(float), rows["ci_high"].astype(float), color=colour, alpha=0.15, lw=0
-            )
 
 
 def batch_axis(axis: Axes, batches: Sequence[float]) -> None:
@@ -130,13 +99,3 @@ LEAF_COLOURS = {
     "free": "#DDDDDD",
     "remainder": "#999999",
 }
-
-
-def stacked_bars(axis: Axes, table: pd.DataFrame, leaves: Sequence[str]) -> None:
-    """One bar per row of `table` (its index names it), stacked from the memory leaves that are its columns."""
-    bottom = [0.0] * len(table)
-    for leaf in leaves:
-        values = table[leaf].tolist()
-        axis.bar(range(len(table)), values, 0.75, bottom, color=LEAF_COLOURS[leaf], label=leaf.replace("_", " "))
-        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-    axis.set_xticks(range(len(table)), list(table.index), rotation=30, ha="right", fontsize=8)

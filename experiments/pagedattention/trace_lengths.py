@@ -11,10 +11,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.panels import Panel, drawn, published_of
 from kvarena.experiments.kit.replay import trace_named
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import Evidence, Names, SummaryRow, published_values, row
@@ -27,7 +26,6 @@ from kvarena.harness.trace.published_files import is_published
 from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Ints, Trace
 
-NAME = "trace_lengths"
 HEADLINE = "mean_length"
 READS = {"modelled": ("trace",), "measured": ("trace",)}
 FIGURE = "fig11"
@@ -149,28 +147,13 @@ def _as_published(left: float, names: Names) -> float:
     return read[0] if read else round(left, 3)
 
 
-def draw(summary: pd.DataFrame) -> Figure:
-    """Densities as Fig 11 draws them, and the published counts where the trace is the figure's."""
-    theirs = published_values("pagedattention", figure=FIGURE)
-    panels = list(dict.fromkeys(summary.setup))
-    figure, axes = plots.canvas(1, len(panels), width=6)
-    for axis, panel in zip(axes, panels, strict=True):
-        rows = summary[summary.setup == panel]
-        earned = rows[rows.paper != OURS]
-        _panel(axis, rows, theirs[theirs.panel.isin(earned.panel)])
-        title = f"PagedAttention Fig 11: {earned.panel.iloc[0]}" if len(earned) else panel
-        axis.set(title=f"{title}\n{_source(rows)}", xlabel="tokens", ylabel="density")
-        axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    return figure
-
-
 def _source(rows: pd.DataFrame) -> str:
     return "counted in the data" if set(rows.evidence) == {Evidence.EXACT} else "drawn from a length table"
 
 
-def _panel(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    longest = 0.0
+def _panel(axis: Axes, ours: pd.DataFrame) -> None:
+    """Densities as Fig 11 draws them, and the published counts where the trace is the figure's."""
+    longest, theirs, earned = 0.0, published_of(ours), ours[ours.paper != OURS]
     for system, colour in (("input", "#0072B2"), ("output", "#D55E00")):
         own = ours[ours.label == system]
         bins = own[own.quantity == COUNTS].sort_values("x")
@@ -187,3 +170,8 @@ def _panel(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
         for value in printed:
             axis.axvline(value, color=colour, lw=0.8, ls="--", label=f"{system}, published mean {value:.2f}")
     axis.set_xlim(0, longest)
+    title = f"PagedAttention Fig 11: {earned.panel.iloc[0]}" if len(earned) else ours.setup.iloc[0]
+    axis.set_title(f"{title}\n{_source(ours)}", fontsize=8)
+
+
+draw = partial(drawn, panels=[Panel(_panel, f"{COUNTS}|num_records|{HEADLINE}", "density", "tokens")], width=6)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -115,9 +116,15 @@ def read_published(folder: Path) -> pd.DataFrame:
     return table
 
 
+@cache
+def published() -> pd.DataFrame:
+    """What this project knows of both papers' values, as `read_published` gives it."""
+    return read_published(PUBLISHED)
+
+
 def published_values(paper: str, **chosen: str) -> pd.DataFrame:
     """What a paper published, as `read_published` gives it; `figure="fig8"` keeps the rows of that figure."""
-    table = read_published(PUBLISHED)
+    table = published()
     kept = table.paper == paper
     for column, value in chosen.items():
         kept &= table[column] == value

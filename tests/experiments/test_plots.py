@@ -5,7 +5,8 @@ import itertools
 import pandas as pd
 import pytest
 
-from kvarena.experiments.kit.plots import COLOURS, canvas, colour_of, colours_of, lines
+from kvarena.experiments.kit.looks import looks
+from kvarena.experiments.kit.plots import COLOURS, colour_of, colours_of
 
 NEW = [f"allocator-{number}" for number in range(40)]
 
@@ -26,11 +27,12 @@ def test_many_newcomers_have_as_many_colours_in_whatever_order_they_come() -> No
     assert colour_of("headroom") == colours_of(["headroom", "paged"])["headroom"]
 
 
-def test_lines_of_two_newcomers_are_told_apart_by_colour() -> None:
-    _, (axis,) = canvas(1, 1)
-    rows = [
-        {"system": f"{name}/numba", "allocator": name, "kernel": "numba", "x": 1.0, "value": 1.0}
-        for name in ("ab", "ba")
-    ]
-    lines(axis, pd.DataFrame(rows))
-    assert len({line.get_color() for line in axis.get_lines()}) == 2
+def test_no_two_lines_of_a_panel_look_alike() -> None:
+    names = [f"{name}/{kernel}" for name in ("ab", "ba", "paged") for kernel in ("numba", "sdpa")]
+    rows = [{"label": name, "allocator": name.partition("/")[0], "x": 1.0, "value": 1.0} for name in names]
+    for allocators in (["ab", "ba", "paged"], ["paged"]):
+        some = pd.DataFrame(rows).query("allocator in @allocators")
+        named = some.assign(system=some.label, paper="kvarena", setup="here", quantity="q")
+        found = looks(named)
+        assert len({(look.colour, look.dash) for look in found.values()}) == len(found) == 2 * len(allocators)
+        assert len({(look.colour, look.marker) for look in found.values()}) == len(found)
