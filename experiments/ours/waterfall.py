@@ -141,14 +141,10 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """A bar for every system, and on it what it is worth over its origin."""
+    said = {"batch": "mean batched requests", "capacity": "capacity, req/s"}
     panels = [
-        Panel(
-            _worth,
-            f"{quantity}|{measure}_ratio:.*",
-            f"{quantity.replace('_', ' ')}, {unit}",
-            what="one change at a time",
-        )
-        for measure, (quantity, unit) in MEASURES.items()
+        Panel(_worth, f"{MEASURES[measure][0]}|{measure}_ratio:.*", words, what="one change at a time")
+        for measure, words in said.items()
     ]
     return drawn(summary, panels, width=7, height=4.4)
 
