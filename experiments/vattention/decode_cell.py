@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Protocol
 
 import pandas as pd
 import torch
 
-from kvarena.allocators.options import with_options
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.vmm.fragments import scattered_pages_held
 from kvarena.errors import UserError
 from kvarena.experiments.kit.same_logits import check_same_logits
-from kvarena.experiments.vattention.decode_modelled import Params
+from kvarena.experiments.vattention.decode_modelled import Params, without_watermark
 from kvarena.harness.engine.fixed_batch import FixedBatch, StepRecord
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.measured.calibration import StreamingRead
@@ -82,14 +80,11 @@ def resident(
     pool_bytes: int,
     prime: Callable[[Policy], None] = lambda policy: None,
 ) -> FixedBatch:
-    """A system with its batch in memory; `prime` sees the empty policy first.
-
-    A watermark is for those who wait, and nobody does: a pool that holds the batch is enough.
-    """
-    system = replace(system, allocator=with_options(system.allocator, watermark=0.0))
+    """A system with its batch in memory; `prime` sees the empty policy first."""
     with ExitStack() as stack:
         context = run.params.max_tokens
-        serving = stack.enter_context(Serving(run, system, pool_bytes=pool_bytes, context=context, model=model))
+        bare = without_watermark(system)
+        serving = stack.enter_context(Serving(run, bare, pool_bytes=pool_bytes, context=context, model=model))
         prime(serving.policy)
         batch = FixedBatch(serving, prompts, run.params.steps)
         stack.pop_all()  # it is the batch's to close

@@ -11,6 +11,7 @@ from functools import partial
 
 import pandas as pd
 
+from kvarena.allocators.options import with_options
 from kvarena.allocators.policy import Policy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.cells import Cell, run_cells
@@ -93,7 +94,7 @@ def _cell(run: Run[Params], batches: list[int], context: int) -> Frames:
 def _decode(run: Run[Params], system: System, batch: int, context: int) -> dict[str, float]:
     """Mean times of a step, in seconds, over `params.steps` steps; driver calls, and what they held up."""
     steps = run.params.steps
-    serving = Serving(run, system, context=context + steps + 2)
+    serving = Serving(run, without_watermark(system), context=context + steps + 2)
     scheduler, executor = serving.scheduler, serving.executor
     scheduler.running = _residents(serving.policy, batch, context, steps)
     duration_ps = stall_ps = mapped = 0
@@ -112,6 +113,11 @@ def _decode(run: Run[Params], system: System, batch: int, context: int) -> dict[
         "attention_s": serving.step_model.context_ps * context_tokens / PS_PER_S,
         "actions": mapped / steps,
     }
+
+
+def without_watermark(system: System) -> System:
+    """A watermark is for those who wait, and nobody does: a pool that holds the batch is enough."""
+    return replace(system, allocator=with_options(system.allocator, watermark=0.0))
 
 
 def _residents(policy: Policy, batch: int, context: int, steps: int) -> list[Request]:

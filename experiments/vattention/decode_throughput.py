@@ -39,12 +39,12 @@ READS = {
 def unread(run: Run[Params]) -> dict[str, str]:
     """Keys that this run does not read, and what to write instead."""
     keys = unread_models(run, run.params.models)
+    keys["allocator.watermark"] = "the batch is resident from the start, and nobody waits for what would be left"
     if run.clock == "modelled":
         keys["device.unmap_us"] = "no sequence of a batch ends, so that nothing is unmapped"
         keys["scheduler.max_seqs"] = "params.batch_sizes=[...] are the batches, resident from the start"
         keys["params.max_tokens"] = "a row is as long as its sequence gets: params.prompts and the steps"
         return keys
-    keys["allocator.watermark"] = "the batch is resident from the start, and nobody waits for what would be left"
     if TRACE not in run.params.prompts:
         keys["trace"] = f"params.prompts={run.params.prompts} are no prompts of a trace; params.prompts=[trace] are"
     else:

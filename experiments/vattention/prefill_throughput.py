@@ -48,6 +48,8 @@ def unread(run: Run[Params]) -> dict[str, str]:
     keys = unread_models(run, run.params.models)
     if run.clock == "modelled":
         keys["params.rounds"] = "a device model says the same every time; clock=measured repeats"
+    else:
+        keys["engine.cuda_graphs"] = "a prompt is no step that only decodes, which is what a graph can hold"
     return keys
 
 

@@ -58,6 +58,7 @@ def test_every_model_of_a_figure_runs_and_a_named_one_runs_alone() -> None:
         ("clock=measured device=cpu params.models={tiny-llama:1}", "model=NAME"),
         ("clock=modelled params.max_tokens=20000", "params.prompts"),
         ("clock=modelled scheduler.max_seqs=64", "params.batch_sizes"),
+        ("clock=modelled allocator=paged allocator.watermark=0.5", "nobody waits"),
         ("clock=measured device=cpu params.prompts=['40'] trace.seed=3", "prompts of a trace"),
     ],
 )
@@ -69,7 +70,7 @@ def test_keys_of_what_is_not_run_are_refused(overrides: str, said: str) -> None:
 CHANGES = (
     "model.dtype=float32", "model.tp=4", "device=a100-40gb engine=lean", "device=h200 engine=lean", "engine=lean",
     "scheduler=sarathi", "params.pool_bytes=60000000000",
-    "allocator=paged allocator.watermark=0.02",
+    "allocator=paged allocator.block_size=32",
     "params.steps_per_round=40",
 )  # fmt: skip
 
