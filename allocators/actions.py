@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 
 class Map(NamedTuple):
-    """Map page-group `slab` (one page-group in every tensor of layer group `group`) as the `ordinal`-th of `row`."""
+    """Map page-group `page_group` of every tensor of layer group `group` as the `ordinal`-th of `row`."""
 
     group: int
     row: int
     ordinal: int
-    slab: int
+    page_group: int
 
 
 class Unmap(NamedTuple):
-    """Undo a `Map`; the slab is free again."""
+    """Undo a `Map`; it is free again, unless other rows map it too."""
 
     group: int
     row: int
     ordinal: int
-    slab: int
+    page_group: int
 
 
 class CopyBlock(NamedTuple):

@@ -50,25 +50,15 @@ class Forking:
 
     def reseat(self, moves: Seq[tuple[int, Sequence]]) -> bool:
         """Release the children, and fork them again."""
-        return forked_again(self._policy, self._fork, moves)
+        for _, child in moves:
+            self._policy.release(child.seq_id)
+        return all(self._fork(parent_id, child) for parent_id, child in moves)
 
     def keep_prefix(self, prefix_id: int, tokens: int) -> None:
-        """Admit a prefix, and remember it."""
-        self.prefixes[prefix_id] = resident_prefix(self._policy, prefix_id, tokens)
-
-
-def forked_again(policy: Policy, fork: Fork, moves: Seq[tuple[int, Sequence]]) -> bool:
-    """Release the children of (parent, child) each, and fork them again. Whether memory suffices."""
-    for _, child in moves:
-        policy.release(child.seq_id)
-    return all(fork(parent_id, child) for parent_id, child in moves)
-
-
-def resident_prefix(policy: Policy, prefix_id: int, tokens: int) -> Sequence:
-    """A prefix, admitted. Raises UserError where the pool has no room for it, beside those that are kept."""
-    prefix = Sequence(prefix_id, tokens, 0)
-    alone = Admission([prefix], tokens)
-    if tokens < 1 or policy.refusal(alone) or policy.admit(alone) is None:
-        pool = f"{policy.name}'s pool of {policy.pool_bytes} bytes"
-        raise UserError(f"a prefix of {tokens} tokens does not fit {pool}, or not beside what is kept there")
-    return prefix
+        """Admit a prefix, and remember it. Refused where the pool has no room for it, beside those that are kept."""
+        policy, prefix = self._policy, Sequence(prefix_id, tokens, 0)
+        alone = Admission([prefix], tokens)
+        if tokens < 1 or policy.refusal(alone) or policy.admit(alone) is None:
+            pool = f"{policy.name}'s pool of {policy.pool_bytes} bytes"
+            raise UserError(f"a prefix of {tokens} tokens does not fit {pool}, or not beside what is kept there")
+        self.prefixes[prefix_id] = prefix

@@ -6,7 +6,7 @@ OWNED = ("live", "reserved", "over_estimate", "rounding", "retained")  # leaves 
 
 
 class Units(NamedTuple):
-    """The units of a pool, all alike: blocks, rows of static memory, page-groups in every tensor (slabs)."""
+    """The units of a pool, all alike: blocks, rows of static memory, page-groups in every tensor."""
 
     name: str
     num_units: int

@@ -13,11 +13,12 @@ capabilities, at the end of this file: a policy has an object for each, or None.
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from kvarena.allocators.actions import Action, CopyBlock, CopyRow, Map, SwapIn, SwapOut, Unmap
 from kvarena.allocators.holding import Holdings
+from kvarena.allocators.integrity import IntegrityError
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention.page_groups import RowGeometry
@@ -34,11 +35,10 @@ class Sequence:
     seq_id: int
     prompt_tokens: int
     output_tokens: int
+    final_tokens: int = field(init=False)  # length at its end: prompt + true output
 
-    @property
-    def final_tokens(self) -> int:
-        """Length at its end: prompt + true output."""
-        return self.prompt_tokens + self.output_tokens
+    def __post_init__(self) -> None:
+        self.final_tokens = self.prompt_tokens + self.output_tokens
 
 
 class Admission(NamedTuple):
@@ -52,10 +52,6 @@ class Admission(NamedTuple):
     own: int = 0  # positions beyond them that each member of a preempted gang grows by in a later step
     prefix: int | None = None  # id of the kept prefix that holds the first positions
     names: Seq[Hashable] = ()  # of the prompt's leading units, as a prefix cache knows them
-
-
-class IntegrityError(AssertionError):
-    """A policy's books do not add up; the message shows the sum that fails. Always a bug of ours."""
 
 
 class NotResidentError(KeyError):

@@ -14,7 +14,7 @@ from kvarena.allocators.actions import Action, CopyBlock, CopyRow
 from kvarena.allocators.kv_layout import KVLayout
 
 
-class DueCopies:
+class PendingCopies:
     """Who owes whom how many positions. `copies(parent, child, tokens)` says how they are copied.
 
     Copies are appended to `actions`, the policy's list of what is to be done before this step's forward pass.
@@ -24,10 +24,7 @@ class DueCopies:
         self._copies = copies
         self._owed: dict[int, tuple[int, int]] = {}  # child -> parent, tokens
         self._children: dict[int, list[int]] = {}  # parent -> children it owes, and some that it owes no more
-        self._paid = False  # whether there are copies that have not been handed over
-
-    def __bool__(self) -> bool:
-        return bool(self._owed)
+        self.active = False  # whether anything is owed, or has been copied since actions were handed over
 
     def is_owed(self, seq_id: int) -> bool:
         """Whether the sequence does not hold its first positions yet."""
@@ -37,6 +34,7 @@ class DueCopies:
         """Note that the child needs the parent's first positions. What the parent is owed itself comes first."""
         self.pay([parent_id], actions)
         if tokens:
+            self.active = True
             self._owed[child_id] = (parent_id, tokens)
             self._children.setdefault(parent_id, []).append(child_id)
 
@@ -47,7 +45,6 @@ class DueCopies:
                 if child_id in self._owed:
                     parent_id, tokens = self._owed.pop(child_id)
                     actions += self._copies(parent_id, child_id, tokens)
-                    self._paid = True
             if not self._owed:
                 self._children.clear()
 
@@ -59,7 +56,7 @@ class DueCopies:
 
     def without_copies_to(self, targets: Iterable[int], actions: list[Action]) -> list[Action]:
         """These actions but for the copies into rows (or blocks) that nobody will read, in this step or later."""
-        if not self._paid:
+        if not self.active:
             return actions
         read = {action.source for action in actions if isinstance(action, CopyRow | CopyBlock)}
         gone = set(targets) - read
@@ -67,7 +64,7 @@ class DueCopies:
 
     def handed_over(self) -> None:
         """The actions so far are going to be performed."""
-        self._paid = False
+        self.active = bool(self._owed)
 
 
 def row_copies(kv_layout: KVLayout, source: int, target: int, tokens: int) -> Iterable[CopyRow]:

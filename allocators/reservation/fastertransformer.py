@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from kvarena.allocators.actions import Action, CopyRow
 from kvarena.allocators.forking import Forking
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.memory.pending_copies import DueCopies, row_copies
+from kvarena.allocators.memory.pending_copies import PendingCopies, row_copies
 from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.ledger import Extent, Ledger, resident_bytes
@@ -73,7 +73,7 @@ class FasterTransformerPolicy(Policy):
         self._max_padded_tokens = min(max_padded_tokens, max_tokens)  # a row is no longer than the model's context
         self._bytes_of = resident_bytes(kv_layout)
         self._books = Ledger(self._bytes_of)
-        self._due = DueCopies(self._copies)
+        self._pending = PendingCopies(self._copies)
         self._actions: list[Action] = []
         self.sharing = _OneBatch(self, self._fork)
         self._start_batch()
@@ -128,7 +128,7 @@ class FasterTransformerPolicy(Policy):
             self._add_row(child, tokens)
         elif self._open or not self._inherit_row(child, tokens):
             return False
-        self._due.owe(parent_id, child.seq_id, tokens, self._actions)
+        self._pending.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
 
     def _inherit_row(self, seq: Sequence, tokens: int) -> bool:
@@ -156,7 +156,7 @@ class FasterTransformerPolicy(Policy):
         if tokens > self.tokens_until_growth(seq_id):
             return False
         self._open = False  # from here on it is known where rows begin
-        self._due.pay([seq_id], self._actions)
+        self._pending.pay([seq_id], self._actions)
         extent = self._books.extents[seq_id]
         self._lengths[seq_id] += tokens
         self._books.grow(seq_id, min(self._lengths[seq_id], extent.final) - extent.length)
@@ -164,7 +164,7 @@ class FasterTransformerPolicy(Policy):
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """As of any policy, but only until a row reaches its final length, where it begins to be padding."""
-        if self._due or self._actions:
+        if self._pending.active or self._actions:
             return 0
         extents = map(self._books.extents.__getitem__, seq_ids)
         until_padding = [extent.final - extent.length for extent in extents if extent.length < extent.final]
@@ -175,8 +175,8 @@ class FasterTransformerPolicy(Policy):
         if seq_id not in self._lengths:
             raise NotResidentError(seq_id)
         self._open = False
-        self._due.leave(seq_id, self._actions)
-        self._actions = self._due.without_copies_to([self.row(seq_id)], self._actions)
+        self._pending.leave(seq_id, self._actions)
+        self._actions = self._pending.without_copies_to([self.row(seq_id)], self._actions)
         self._books.remove(seq_id)
         del self._lengths[seq_id]
         if not self._books.extents:
@@ -196,7 +196,7 @@ class FasterTransformerPolicy(Policy):
         """Hand over the copies of prompts that members of a group are owed. A step begins: rows must not move now."""
         self._open = not self._rows
         actions, self._actions = self._actions, []
-        self._due.handed_over()
+        self._pending.handed_over()
         return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:

@@ -20,7 +20,7 @@ from kvarena.allocators.arena import Arena, Place
 from kvarena.allocators.forking import Forking
 from kvarena.allocators.holding import Holding, Holdings, Units
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.memory.pending_copies import DueCopies, row_copies
+from kvarena.allocators.memory.pending_copies import PendingCopies, row_copies
 from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.reservation.ledger import Extent, Leaves, Ledger
 from kvarena.allocators.usage import Usage, extent_usage
@@ -62,7 +62,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         self._arena = make_arena(num_units)
         self._places: dict[int, Place] = {}
         self._books = Ledger(bytes_of)
-        self._due = DueCopies(self._copies)
+        self._pending = PendingCopies(self._copies)
         self._actions: list[Action] = []
         self.sharing = Forking(self, self._fork)
 
@@ -131,7 +131,7 @@ class ReservingPolicy(Policy, Generic[Place]):
         tokens = self._books.extents[parent_id].length
         if not self._reserve(child, tokens):
             return False
-        self._due.owe(parent_id, child.seq_id, tokens, self._actions)
+        self._pending.owe(parent_id, child.seq_id, tokens, self._actions)
         return True
 
     def tokens_until_growth(self, seq_id: int) -> int:
@@ -141,15 +141,15 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Fill `tokens` more positions of the reservation."""
-        self._due.pay([seq_id], self._actions)
+        self._pending.pay([seq_id], self._actions)
         return self._books.grow(seq_id, tokens)
 
     def release(self, seq_id: int) -> None:
         """Give the reservation back."""
         if seq_id not in self._places:
             raise NotResidentError(seq_id)
-        self._due.leave(seq_id, self._actions)
-        self._actions = self._due.without_copies_to(self._targets(seq_id), self._actions)
+        self._pending.leave(seq_id, self._actions)
+        self._actions = self._pending.without_copies_to(self._targets(seq_id), self._actions)
         self.sharing.prefixes.pop(seq_id, None)
         self._books.remove(seq_id)
         self._arena.give(self._places.pop(seq_id))
@@ -175,12 +175,12 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def grow_each(self, seq_ids: Seq[int]) -> int:
         """One position for each; there is room to the end of all that were admitted."""
-        self._due.pay(seq_ids, self._actions)
+        self._pending.pay(seq_ids, self._actions)
         return super().grow_each(seq_ids) if self.kv_layout.has_windows else self._books.grow_each(seq_ids)
 
     def quiet_steps(self, seq_ids: Seq[int], limit: int, ahead: int = 0, margin: int = 1) -> int:
         """All of them: whoever was admitted has room to its end."""
-        return 0 if self.kv_layout.has_windows or self._due or self._actions else limit
+        return 0 if self.kv_layout.has_windows or self._pending.active or self._actions else limit
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens; the sum of `usage(head)` over these steps."""
@@ -189,7 +189,7 @@ class ReservingPolicy(Policy, Generic[Place]):
     def drain(self) -> list[Action]:
         """Hand over the copies of prompts that members of a group are owed."""
         actions, self._actions = self._actions, []
-        self._due.handed_over()
+        self._pending.handed_over()
         return actions
 
     def usage(self, head: Sequence | None = None) -> Usage:

@@ -1,230 +1,211 @@
 """Rows that share page-groups: one physical page-group, mapped in several rows (an alias). No paper has it built.
 
-    parent   | s0 | s1 | s2..|           length in bytes: 2 page-groups and a part
-    child    | s0 | s1 | s3..|           s0, s1: the same memory; s3: its own, into which the part of s2 is copied
+    parent   | p0 | p1 | p2..|           length in bytes: 2 page-groups and a part
+    child    | p0 | p1 | p3..|           p0, p1: the same memory; p3: its own, into which the part of p2 is copied
 
-A page-group is shared only where it lies wholly below the length in bytes: it is never written again. A ring (sliding
-window) is overwritten, so that nothing of it is shared. So an alias is live in each of its rows, below every mark, and
-counting it once is one correction of the sums.
-
-Where a beam dies, a child of another follows in its row: only full page-groups that differ are mapped anew.
-
-    dead     | s0 | s4 | s5..|           s0 is in place, s1 is mapped instead of s4, s5 is written
-
-A row that is left while it shares keeps its mappings until `look_ahead`, although what it shared is not its own any
-more: a fork before that may find most of what it needs mapped.
+The paper names aliasing as something that virtual memory allows (section 8.1), and its artifact does not do it. A
+page-group is shared only where it lies wholly below the length in bytes: it is never written again. So it is live in
+each of its rows, below every mark, and counting it once is one correction of the sums.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import takewhile
 from operator import eq
 
-from kvarena.allocators.policy import Action, Map, Unmap
-from kvarena.allocators.vattention.page_groups import RowGeometry
-from kvarena.allocators.vattention.row import NOTHING, Marks, Row
-from kvarena.allocators.vattention.rows import VirtualRows, expect
+from kvarena.allocators.actions import Action, Map, Unmap
+from kvarena.allocators.integrity import expect
+from kvarena.allocators.vattention.reclamation import Reclamation
+from kvarena.allocators.vattention.rows import Row, Rows
 
 
-class SharedRows(VirtualRows):
-    """Virtual rows with forks."""
+class Owners:
+    """How many rows own each page-group of a layer group, and how many of these are only cached (`cached_rows.py`)."""
 
-    def __init__(
-        self, geometries: tuple[RowGeometry, ...], page_groups: int, num_rows: int, max_tokens: int, slot_groups: int
-    ) -> None:
-        """As of all rows."""
-        super().__init__(geometries, page_groups, num_rows, max_tokens, slot_groups)
-        # Rows that were left, by index; with each, how many leading slabs by layer group are not its own.
-        self._left: dict[int, tuple[Row, list[int]]] = {}
+    def __init__(self) -> None:
+        self._extra: dict[int, int] = {}  # page-group -> rows that own it beyond the first, where there are any
+        self._cached: dict[int, int] = {}  # page-group -> cached rows that own it, where there are any
+        self.num_cached = 0  # page-groups that only cached rows own
 
-    @property
-    def has_idle(self) -> bool:
-        """Whether any row is without a request."""
-        return bool(self._left) or super().has_idle
+    def share(self, page_group: int) -> None:
+        """Let one more row, which is not cached, own a page-group that somebody owns."""
+        self.num_cached -= self.is_cached(page_group)
+        self._extra[page_group] = self._extra.get(page_group, 0) + 1
 
-    @property
-    def num_idle(self) -> int:
-        """How many rows are without a request."""
-        return len(self._idle) + len(self._left)
+    def is_shared(self, page_group: int) -> bool:
+        """Whether several rows own it."""
+        return page_group in self._extra
+
+    def unshare(self, page_groups: Iterable[int]) -> int:
+        """Give up a part in the leading ones of a row's page-groups that others own too. Returns how many there are."""
+        shared = list(takewhile(self.is_shared, page_groups))
+        for page_group in shared:
+            self._extra[page_group] -= 1
+            if not self._extra[page_group]:
+                del self._extra[page_group]
+            self.num_cached += self.is_cached(page_group)
+        return len(shared)
+
+    def is_cached(self, page_group: int) -> bool:
+        """Whether only cached rows own it."""
+        return page_group in self._cached and self._cached[page_group] == 1 + self._extra.get(page_group, 0)
+
+    def cache(self, page_groups: Iterable[int]) -> None:
+        """One of the rows that own these is only cached from now on."""
+        for page_group in page_groups:
+            self._cached[page_group] = self._cached.get(page_group, 0) + 1
+            self.num_cached += self.is_cached(page_group)
+
+    def uncache(self, page_groups: Iterable[int]) -> None:
+        """One of the cached rows that own these is so no more."""
+        for page_group in page_groups:
+            self.num_cached -= self.is_cached(page_group)
+            self._cached[page_group] -= 1
+            if not self._cached[page_group]:
+                del self._cached[page_group]
+
+    def check_integrity(self, owned: Iterable[int], cached: Iterable[int]) -> None:
+        """Recount from what rows own, and what cached rows are kept for: a page-group as often as there is a row."""
+        owners, kept = Counter(owned), Counter(cached)
+        expect("page-groups in rows more than once", self._extra, {each: n - 1 for each, n in owners.items() if n > 1})
+        expect("page-groups in cached rows", self._cached, dict(kept))
+        expect("page-groups in cached rows alone", self.num_cached, sum(owners[each] == n for each, n in kept.items()))
+
+
+class Aliases:
+    """Rows that begin as others do."""
+
+    def __init__(self, rows: Rows, reclamation: Reclamation) -> None:
+        self.owners = [Owners() for _ in rows.geometries]
+        self._rows = rows
+        self._reclamation = reclamation
 
     def shareable(self, length: int) -> list[int]:
-        """Slabs by layer group that lie wholly below so many tokens."""
-        return [g.resident_bytes(length) // g.page_group if g.window is None else 0 for g in self.geometries]
+        """Page-groups of each tensor, by layer group, that a fork of a sequence of `length` tokens shares with it."""
+        return [g.full_page_groups(length) for g in self._rows.geometries]
 
-    def page_groups_to_fork(self, length: int) -> int:
+    def shared_below(self, length: int) -> int:
+        """`shareable`, over all tensors."""
+        return self._rows.over_tensors(self.shareable(length))
+
+    def own_of_fork(self, length: int) -> int:
         """Page-groups that a fork of a sequence of `length` tokens has for its own."""
-        return self.page_groups_for(length) - self._page_groups(self.shareable(length))
+        return self._rows.page_groups_for(length) - self.shared_below(length)
 
-    def fork(self, parent: Row, seq_id: int, length: int, final: int, actions: list[Action]) -> Row:
+    def in_place(self, row: Row, parent: Row, length: int) -> list[int]:
+        """Leading page-groups by layer group, wholly below `length` tokens, that a row maps as another does."""
+        return [
+            _common(mapped, wanted[:count])
+            for mapped, wanted, count in zip(row.page_groups, parent.page_groups, self.shareable(length), strict=True)
+        ]
+
+    def fork(self, parent: Row, seq_id: int, length: int, final: int, actions: list[Action]) -> None:
         """Give a copy of the parent's first `length` tokens a row: what can be shared is mapped again, for the rest
         there is room.
 
         The caller knows that a row is idle and memory suffices.
         """
         shared = self.shareable(length)
-        row = self._row_for(parent, length, shared)
+        row = self._row_for(parent, length)
         for group, count in enumerate(shared):
-            self._alias(row, group, parent.slabs[group][:count], actions)
-        self._left.pop(row.index, None)
-        self._count_aliases(self._page_groups(shared))
-        self._settle_in(row, seq_id, length, final)
-        self.extend(row, length, actions)
-        return row
+            self._alias(row, group, parent.page_groups[group][:count], actions)
+        row.foreign = ()
+        self._rows.occupy(row, seq_id, length, final)
+        self._rows.count_shared(self._rows.over_tensors(shared))
+        self._reclamation.extend(row, length, actions)
 
-    def in_place(self, row: Row, parent: Row, length: int) -> list[int]:
-        """Leading slabs by layer group, wholly below `length` tokens, that a row maps as another does."""
-        return self._in_place(row, parent, self.shareable(length))
-
-    def follow(self, row: Row, parent: Row, length: int, actions: list[Action]) -> None:
-        """Map whatever of `length` tokens can be shared as another live row does, in place of what the row has there.
-
-        Both have that length, so the row needs no more memory, and has as much mapped as before.
-        """
-        for group, (first, end) in enumerate(
-            zip(self.in_place(row, parent, length), self.shareable(length), strict=True)
-        ):
-            wanted, left = parent.slabs[group][first:end], row.slabs[group][first:end]
-            if not wanted:
-                continue
-            actions += [Unmap(group, row.index, first + i, slab) for i, slab in reversed(list(enumerate(left)))]
-            actions += [Map(group, row.index, first + i, slab) for i, slab in enumerate(wanted)]
-            row.slabs[group][first:end] = wanted
-            shared, tensors = self._unshare(group, left), self.geometries[group].num_tensors
-            for slab in reversed(left[shared:]):
-                self._slabs[group].give(slab)
-            for slab in wanted:
-                self._slabs[group].share(slab)
-            self.free += tensors * (len(left) - shared)
-            self._count_aliases(tensors * (len(wanted) - shared))
-
-    def owns_alone(self, row: Row, length: int, beyond: Seq[int]) -> bool:
-        """Whether no other row owns what a row maps of `length` tokens beyond so many slabs by layer group."""
-        wanted = zip(self._slabs, row.slabs, beyond, self.shareable(length), strict=True)
-        return not any([any(map(known.is_shared, slabs[first:count])) for known, slabs, first, count in wanted])
-
-    def _row_for(self, parent: Row, length: int, shared: list[int]) -> Row:
-        """The left row that maps most of what will be shared; else an idle one: the emptiest, where it must make way
+    def _row_for(self, parent: Row, length: int) -> Row:
+        """The stale row that maps most of what will be shared; else an idle one: the emptiest, where it must make way
         for what is shared.
         """
-        if self._left:
-            matches = {i: self._page_groups(self._in_place(row, parent, shared)) for i, (row, _) in self._left.items()}
-            best = max(matches, key=lambda index: (matches[index], -index))
-            if matches[best] or not len(self._idle):
-                return self._left[best][0]
-        row = next(iter(self._idle)) if any(shared) else self._idle.best_fit(self.page_groups_for(length))
-        self._take_idle(row)
+        stale, idle = self._reclamation.stale, self._reclamation.idle
+        in_place = {i: self._rows.over_tensors(self.in_place(row, parent, length)) for i, row in stale.items()}
+        best = max(in_place, key=lambda index: (in_place[index], -index), default=None)
+        if best is not None and (in_place[best] or not len(idle)):
+            row = stale[best]
+        elif any(self.shareable(length)):
+            row = next(iter(idle))
+        else:
+            row = idle.best_fit(self._rows.page_groups_for(length))
+        self._reclamation.take(row)
         return row
-
-    @staticmethod
-    def _in_place(row: Row, parent: Row, shared: list[int]) -> list[int]:
-        """Leading slabs by layer group that the row maps as the parent does."""
-        return [
-            _common(slabs, wanted[:count]) for slabs, wanted, count in zip(row.slabs, parent.slabs, shared, strict=True)
-        ]
 
     def _alias(self, row: Row, group: int, wanted: list[int], actions: list[Action]) -> None:
-        """Let a row begin with these slabs, which others own; what it had beyond them stays, if nothing must move."""
-        same = _common(row.slabs[group], wanted)
-        if same < max(len(wanted), self._foreign(row, group)):
-            self._unmap_down_to(same, row, group, actions)
-        for ordinal, slab in enumerate(wanted):
-            self._slabs[group].share(slab)
+        """Let a row begin with these page-groups, which others own; what it had beyond them stays, if nothing moves."""
+        mapped, foreign = row.page_groups[group], row.foreign[group] if row.foreign else 0
+        same = _common(mapped, wanted)
+        if same < max(len(wanted), foreign):
+            while len(mapped) > same:
+                self._rows.unmap_last(row, group, actions, foreign=foreign)
+        for ordinal, page_group in enumerate(wanted):
+            self.owners[group].share(page_group)
             if ordinal >= same:
-                row.slabs[group].append(slab)
-                row.mapped += self.geometries[group].num_tensors
-                actions.append(Map(group, row.index, ordinal, slab))
+                mapped.append(page_group)
+                row.mapped += self._rows.geometries[group].num_tensors
+                actions.append(Map(group, row.index, ordinal, page_group))
 
-    def vacate(self, seq_id: int) -> Row:
-        """Let the sequence's row go. If others own a part of it with it, the row is left to a fork or `clear_left`."""
-        row = self.live[seq_id]
-        foreign = [self._unshare(group, slabs) for group, slabs in enumerate(row.slabs)] if self.aliased else []
-        super().vacate(seq_id)
+    def leave(self, row: Row) -> None:
+        """Give up the row's part in what others own too, as its request ends; it stays mapped."""
+        foreign = [owners.unshare(mapped) for owners, mapped in zip(self.owners, row.page_groups, strict=True)]
         if any(foreign):
-            self._count_aliases(-self._page_groups(foreign))
-            self._idle.remove(row)
-            self._left[row.index] = (row, foreign)
-        return row
+            row.foreign = foreign
+            self._rows.count_shared(-self._rows.over_tensors(foreign))
 
-    def clear_left(self, actions: list[Action]) -> None:
-        """Unmap what is mapped in rows that were left; they are idle, and empty, from now on."""
-        for row, _ in list(self._left.values()):
-            for group in range(len(row.slabs)):
-                self._unmap_down_to(0, row, group, actions)
-            del self._left[row.index]
-            self._idle.add(row)
+    def give_up_past(self, row: Row, keep: Seq[int], actions: list[Action]) -> None:
+        """Unmap all but a row's first page-groups, `keep` by layer group; those that are shared stay the others'."""
+        for group, first in enumerate(keep):
+            mapped = row.page_groups[group]
+            if len(mapped) > first and self.owners[group].is_shared(mapped[first]):
+                shared = self.owners[group].unshare(mapped[first:])
+                self._rows.count_shared(-shared * self._rows.geometries[group].num_tensors)
+                while len(mapped) > first:
+                    self._rows.unmap_last(row, group, actions, foreign=first + shared)
 
-    def make_idle(self, actions: list[Action]) -> None:
-        """See to it that an idle row can be inherited, if there is any."""
-        if self._left and not len(self._idle):
-            self.clear_left(actions)
+    # ---- a row whose sequence becomes a copy of another of the same length -------------------------------------
 
-    def take_back_idle(self, wanted: int, actions: list[Action]) -> None:
-        """As of all rows; those that were left give back first."""
-        if self._left and self.free < wanted:
-            self.clear_left(actions)
-        super().take_back_idle(wanted, actions)
+    def _differ(self, row: Row, parent: Row) -> list[slice]:
+        """By layer group, where a row could share page-groups with another and does not."""
+        ends = zip(self.in_place(row, parent, row.length), self.shareable(row.length), strict=True)
+        return [slice(first, end) for first, end in ends]
 
-    def trim_idle(self, row: Row, wanted: int, actions: list[Action], keep: Seq[int] = ()) -> None:
-        """As of all rows; one that was left gives everything back."""
-        if row.index in self._left:
-            self.clear_left(actions)
-        else:
-            super().trim_idle(row, wanted, actions, keep)
+    def differ_alone(self, row: Row, parent: Row) -> bool:
+        """Whether no other row owns what the row has in place of what it could share."""
+        theirs = zip(self.owners, row.page_groups, self._differ(row, parent), strict=True)
+        return not any([any(map(owners.is_shared, mapped[differ])) for owners, mapped, differ in theirs])
 
-    def _unshare(self, group: int, slabs: list[int]) -> int:
-        """Give up what others own too: leading slabs. Returns how many."""
-        shared = list(takewhile(self._slabs[group].is_shared, slabs))
-        for slab in shared:
-            self._slabs[group].unshare(slab)
-        return len(shared)
+    def follow(self, row: Row, parent: Row, actions: list[Action]) -> None:
+        """Map whatever can be shared as the parent does, in place of what the row has there.
 
-    def _unmap_down_to(self, keep: int, row: Row, group: int, actions: list[Action]) -> None:
-        """Unmap a row's last slabs; those of its own are free again."""
-        slabs, tensors, foreign = row.slabs[group], self.geometries[group].num_tensors, self._foreign(row, group)
-        while len(slabs) > keep:
-            slab = slabs.pop()
-            row.mapped -= tensors
-            actions.append(Unmap(group, row.index, len(slabs), slab))
-            if len(slabs) >= foreign:
-                self._slabs[group].give(slab)
-                self.free += tensors
+        The row needs no more memory, and has as much mapped as before.
+        """
+        for group, differ in enumerate(self._differ(row, parent)):
+            wanted, left = parent.page_groups[group][differ], row.page_groups[group][differ]
+            if not wanted:
+                continue
+            places = range(differ.start, differ.stop)
+            actions += [Unmap(group, row.index, *each) for each in reversed(list(zip(places, left, strict=True)))]
+            actions += [Map(group, row.index, *each) for each in zip(places, wanted, strict=True)]
+            row.page_groups[group][differ] = wanted
+            shared, tensors = self.owners[group].unshare(left), self._rows.geometries[group].num_tensors
+            for page_group in reversed(left[shared:]):
+                self._rows.pools[group].give(page_group)
+            for page_group in wanted:
+                self.owners[group].share(page_group)
+            self._rows.free += tensors * (len(left) - shared)
+            self._rows.count_shared(tensors * (len(wanted) - shared))
+        self._rows.changed = True
 
-    def _foreign(self, row: Row, group: int) -> int:
-        """Leading slabs of a row that are mapped in it, but others'."""
-        return self._left[row.index][1][group] if row.index in self._left else 0
-
-    def _count_aliases(self, page_groups: int) -> None:
-        """Correct the sums for page-groups that one more live row owns (one less, if negative)."""
-        self.aliased += page_groups
-        size = page_groups * self.geometries[0].page_group
-        self.sums = self.sums.replaced(Marks(page_groups, page_groups, size, size), NOTHING)
-
-    # ---- recounting --------------------------------------------------------------------------------------------
-
-    def check_integrity(self) -> None:
-        """Recount, aliases included."""
-        super().check_integrity()
-        owners = sum(len(self._owned(row, g)) * self.geometries[g].num_tensors for g, row in self._by_group())
-        distinct = sum(
-            len({slab for row in self._rows for slab in self._owned(row, g)}) * geometry.num_tensors
-            for g, geometry in enumerate(self.geometries)
-        )
-        expect("page-groups owned by several rows, beyond the first", self.aliased, owners - distinct)
-
-    def _by_group(self) -> list[tuple[int, Row]]:
-        return [(group, row) for row in self._rows for group in range(len(row.slabs))]
-
-    def _owned(self, row: Row, group: int) -> list[int]:
-        return row.slabs[group][self._foreign(row, group) :]
-
-    def _is_left(self, row: Row) -> bool:
-        return row.index in self._left
-
-    def recounted_leaves(self) -> tuple[int, ...]:
-        """Row by row: an alias in one of its rows only, and nothing that a row was left with of others."""
-        live, *others, retained = super().recounted_leaves()
-        size = self.geometries[0].page_group
-        foreign = sum(self._page_groups(counts) for _, counts in self._left.values())
-        return (live - self.aliased * size, *others, retained - foreign * size)
+    def check_integrity(self, cached: Iterable[Row]) -> None:
+        """Recount owners. `cached` are the cached rows."""
+        kept = [(row, self.shareable(row.length)) for row in cached]
+        shared = []
+        for group, owners in enumerate(self.owners):
+            owned = [page_group for row in self._rows.all for page_group in row.owned(group)]
+            held = [page_group for row, counts in kept for page_group in row.page_groups[group][: counts[group]]]
+            owners.check_integrity(owned, held)
+            shared.append(len(owned) - len(set(owned)))
+        expect("page-groups owned by several rows", self._rows.shared, self._rows.over_tensors(shared))
 
 
 def _common(left: list[int], right: list[int]) -> int:

@@ -1,35 +1,33 @@
 """vAttention's allocator: a sequence is a row of virtual tensors, backed page-group by page-group as it grows.
 
-Section 5 of the paper draws rows and page-groups (`page_groups.py`), section 6 has the switches:
+Section 5 of the paper draws rows and page-groups (`rows.py`, `page_groups.py`), section 6 has the switches:
 
-    overlap                what the next iteration needs is mapped beside this one (6.1.1)
-    deferred_reclamation   a row keeps its page-groups when its request ends; the next one inherits them (6.1.2)
+    overlap                what the next iteration needs is mapped beside this one (6.1.1, `overlap.py`)
+    deferred_reclamation   a row keeps its page-groups when its request ends (6.1.2, `reclamation.py`)
     eager_allocation       one idle row, the slot, is kept ready with `eager_groups` in every tensor (6.1)
     reclaim_threshold      idle rows give back in the background while less than this share of the pool is free
     tensor_slicing         one K and one V tensor over all layers (8.2)
 
-Under pressure memory is taken back in this order: page-groups of idle rows, page-groups of live rows that their
-length does not need, the slot. Only then is a request refused.
+A request is refused only where nothing can be taken back any more.
 """
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from math import gcd
 
-from kvarena.allocators.holding import Holding, Holdings, Units
+from kvarena.allocators.holding import Holdings
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.policy import Action, Sequence
+from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.allocators.registry import allocator
-from kvarena.allocators.reservation.ledger import resident_bytes
-from kvarena.allocators.sizes import format_bytes
-from kvarena.allocators.usage import Usage, extent_usage
-from kvarena.allocators.vattention.growth import Held, RowGrowth
-from kvarena.allocators.vattention.kept_rows import RestingRows
-from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
-from kvarena.allocators.vattention.prefix_cache import CachedRows
-from kvarena.allocators.vattention.row import Row
-from kvarena.allocators.vattention.rows import expect
+from kvarena.allocators.usage import Usage
+from kvarena.allocators.vattention.aliasing import Aliases
+from kvarena.allocators.vattention.books import Books
+from kvarena.allocators.vattention.overlap import Overlap
+from kvarena.allocators.vattention.page_groups import checked_page_group, page_groups_of, row_geometries
+from kvarena.allocators.vattention.prefix_cache import RowCache
+from kvarena.allocators.vattention.reclamation import Reclamation
+from kvarena.allocators.vattention.rows import Rows
+from kvarena.allocators.vattention.sharing import SharedRows
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
 
@@ -54,11 +52,13 @@ class VAttentionConfig:
 
 
 @allocator(VAttentionConfig())
-class VAttentionPolicy(CachedRows):
+class VAttentionPolicy(Policy):
     """Sequences in rows. Every page-group serves any tensor, so nothing is ever stranded."""
 
     name = "vattention"
     memory_layout = Layout.CONTIGUOUS
+    sharing: SharedRows
+    cache: RowCache | None = None
 
     def __init__(
         self,
@@ -86,7 +86,6 @@ class VAttentionPolicy(CachedRows):
         for option, count in (("max_rows", max_rows), ("eager_groups", eager_groups)):
             if count < 1:
                 raise UserError(f"allocator.{option}: {count} is not at least 1")
-        super().__init__()
         if read_past is not None and read_past < 0:
             raise UserError(f"allocator.read_past: {read_past} is not at least 0, or null")
         self.kv_layout = kv_layout
@@ -94,78 +93,130 @@ class VAttentionPolicy(CachedRows):
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.page_group_bytes = checked_page_group(page_group)
-        self.cache = self if prefix_cache and not kv_layout.has_windows else None
-        self.copy_beams = copy_beams
         self.tensor_slicing = tensor_slicing
         self.overlap = overlap
-        self.deferred_reclamation = deferred_reclamation
-        self.eager_allocation = eager_allocation
         self.geometries = row_geometries(  # by layer group
             kv_layout, self.page_group_bytes, tensor_slicing, read_past or 0
         )
-
-        page_groups = self._page_groups_of_pool()
-        self._rows = RestingRows(self.geometries, page_groups, max_rows, max_tokens, eager_groups)
+        page_groups = page_groups_of(pool_bytes, self.geometries)
+        threshold, slot = int(reclaim_threshold * page_groups), eager_groups if eager_allocation else 0
         self._watermark = int(watermark * page_groups)
-        self._threshold = int(reclaim_threshold * page_groups)
-        self._actions: list[Action] = []
+        self._actions: list[Action] = []  # one list for good: what shares and caches adds to it
         self._ahead: list[Action] = []  # by `advance`, for `look_ahead` to hand over
-        self._looked_ahead = False  # nothing was mapped, taken or given back since
-        self._live_bytes = 0
-        self._bytes_of = resident_bytes(kv_layout)
-        self._token_bytes = kv_layout.token_bytes
-        self._growth = RowGrowth(self._rows, self._threshold)
+        self._rows = rows = Rows(self.geometries, page_groups, max_rows, max_tokens)
+        self._reclamation = taken_back = Reclamation(rows, deferred_reclamation, threshold, slot)
+        self._aliases = aliases = Aliases(rows, taken_back)
+        if prefix_cache and not kv_layout.has_windows:
+            self.cache = taken_back.cache = RowCache(rows, taken_back, aliases, self._actions)
+        self.sharing = SharedRows(self, rows, taken_back, aliases, self.cache, self._actions, copy_beams)
+        self._overlap = Overlap(rows, taken_back, threshold)
+        self._books = Books(rows, taken_back, self.cache, pool_bytes)
         self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
 
-    def _page_groups_of_pool(self) -> int:
-        """Page-groups that can be used: with one layer group, whole slabs."""
-        tensors = [g.num_tensors for g in self.geometries]
-        page_groups = self.pool_bytes // self.page_group_bytes // gcd(*tensors) * gcd(*tensors)
-        if page_groups < sum(tensors):
-            raise UserError(
-                f"allocator vattention: a pool of {self.pool_bytes} bytes does not hold one page-group of "
-                f"{format_bytes(self.page_group_bytes)} in each of {sum(tensors)} tensors; use a smaller "
-                "allocator.page_group, allocator.tensor_slicing=true, or a larger pool"
-            )
-        return page_groups
+    # ---- the life of a sequence --------------------------------------------------------------------------------
 
-    # ---- sequences ---------------------------------------------------------------------------------------------
+    def refusal(self, admission: Admission) -> str:
+        """There must be rows, and page-groups beside the watermark, for the members at their ends, so that they may
+        return after any preemption. They surely share what lies wholly below their prompt, and below the end of their
+        prefix.
+        """
+        gang, prefixes, page_groups_for = admission.gang, self.sharing.prefixes, self._rows.page_groups_for
+        final, shared = gang[0].final_tokens, self._aliases.shared_below(gang[0].prompt_tokens)
+        needed = shared + len(gang) * (page_groups_for(final) - shared)
+        for prefix_id, prefix in prefixes.items():
+            in_common = self._aliases.shared_below(prefix.prompt_tokens) if prefix_id == admission.prefix else 0
+            needed += page_groups_for(prefix.prompt_tokens) - in_common
+        have_rows = len(gang) + len(prefixes) <= self.max_rows
+        fits = have_rows and final <= self.max_tokens and needed + self._watermark <= self._rows.total
+        return "" if fits else self._never_fits(admission)
+
+    def can_admit(self, admission: Admission) -> bool:
+        """Whether a row is idle for each member, and enough page-groups are free or can be taken back."""
+        if admission.tokens > self.max_tokens:
+            return False
+        return self._reclamation.fits(self._page_groups_to_admit(admission) + self._watermark, len(admission.gang))
+
+    def _page_groups_to_admit(self, admission: Admission) -> int:
+        """Page-groups for one member, and for what the others have of their own, but for what is there already.
+
+        Members that come back need them for their own positions too, and the next.
+        """
+        gang, tokens, own, prefix, names = admission
+        needed = self._rows.page_groups_for(tokens)
+        if own:
+            shared = self._aliases.shared_below(tokens)
+            needed = shared + len(gang) * (self._rows.page_groups_for(tokens + own + 1) - shared)
+        elif len(gang) > 1:
+            needed += (len(gang) - 1) * self._aliases.own_of_fork(tokens)
+        if prefix is not None:
+            if (length := self._rows.resident(prefix).length) > tokens:
+                raise ValueError(f"a prefix of {length} tokens in a prompt of {tokens}")
+            needed -= self._aliases.shared_below(length)
+        elif names and not own and self.cache is not None:
+            needed -= self.cache.page_groups_there(names, tokens)
+        return needed
+
+    def admit(self, admission: Admission) -> int | None:
+        """Give the first member an idle row and map what it lacks, or begin with what is found; fork the others."""
+        if not self.can_admit(admission):
+            return None
+        gang, tokens, _, _, names = admission
+        held = self._begin(gang[0], admission)
+        if held:
+            self.grow(gang[0].seq_id, tokens - held)
+        else:
+            self._occupy(gang[0], tokens)
+        if names and self.cache is not None:
+            self.cache.keep(gang[0].seq_id, names)
+        for seq in gang[1:]:
+            self.sharing.fork(gang[0].seq_id, seq)
+        return held
+
+    def _begin(self, seq: Sequence, admission: Admission) -> int:
+        """Let a sequence begin with its prefix, or with what is found. Returns the tokens that this holds."""
+        if admission.prefix is not None:
+            self.sharing.fork(admission.prefix, seq)
+            return self.length(seq.seq_id)
+        if admission.names and self.cache is not None:
+            return self.cache.begin(seq, admission.names, admission.tokens)
+        return 0
 
     def _occupy(self, seq: Sequence, tokens: int) -> None:
-        """Give the sequence an idle row and map what it lacks. With 0 tokens, a length not yet known, the fullest."""
+        """Give a sequence an idle row and map what it lacks. With 0 tokens, a length not yet known, the fullest."""
         if seq.seq_id in self._rows.live:
             raise ValueError(f"sequence {seq.seq_id} is resident already")
-        self._make_room(self._rows.page_groups_for(tokens), rows=1)
-        self._rows.make_idle(self._actions)
-        row = self._rows.occupy(seq.seq_id, tokens, seq.final_tokens)
-        self._rows.extend(row, tokens, self._actions)
-        self._live_bytes += self._bytes_of(tokens)
-        self._looked_ahead = False
+        self._reclamation.make_room(self._rows.page_groups_for(tokens), 1, self._actions)
+        row = self._reclamation.inherit(tokens, self._actions)
+        self._rows.occupy(row, seq.seq_id, tokens, seq.final_tokens)
+        self._reclamation.extend(row, tokens, self._actions)
 
     def grow(self, seq_id: int, tokens: int = 1) -> bool:
         """Lengthen the sequence, mapping what it needs that was not mapped ahead."""
-        self._due.pay([seq_id], self._actions)
-        row = self._rows.live[seq_id]
+        self.sharing.pending.pay([seq_id], self._actions)
+        rows = self._rows
+        row = rows.live[seq_id]
         length = row.length + tokens
-        outgrows = length > row.capacity  # what is mapped
-        if outgrows:
-            if not self._can_lengthen(row, length):
-                return False
-            self._make_room(self._rows.page_groups_for(length) - row.marks.needed)
-        self._live_bytes += self._bytes_of(length) - self._bytes_of(row.length)
-        row.length = length
-        if length > row.enough_until or length > row.final:
-            self._rows.settle(row)
-        if outgrows and self._rows.extend(row, length, self._actions):
-            self._looked_ahead = False
+        if length <= row.capacity:  # what is mapped
+            rows.lengthen(row, length)
+            return True
+        more = rows.page_groups_for(length) - row.marks.needed
+        if length > self.max_tokens or not self._reclamation.fits(more):
+            return False
+        self._reclamation.make_room(more, 0, self._actions)
+        rows.lengthen(row, length)
+        self._reclamation.extend(row, length, self._actions)
         return True
 
     def release(self, seq_id: int) -> None:
-        """Let the row go idle. It keeps its page-groups, unless reclamation is not deferred."""
-        self._prefixes.pop(seq_id, None)
-        row = self._vacate(seq_id)
-        if row is not None:
-            self._give_back(row, self._actions)
+        """Let the row go idle; or keep it for what it holds."""
+        row, sharing = self._rows.resident(seq_id), self.sharing
+        sharing.prefixes.pop(seq_id, None)
+        is_written = not (sharing.pending.active and sharing.leave(row))
+        if self.cache is not None and self.cache.keep_row(row, is_written=is_written):
+            return
+        if self._rows.shared:
+            self._aliases.leave(row)
+        self._reclamation.put(row, self._actions)
 
     def length(self, seq_id: int) -> int:
         """Positions that the sequence has been given."""
@@ -174,6 +225,49 @@ class VAttentionPolicy(CachedRows):
     def row(self, seq_id: int) -> int:
         """Index of the sequence's row, the paper's request id: the same as long as it is resident."""
         return self._rows.live[seq_id].index
+
+    # ---- once a step -------------------------------------------------------------------------------------------
+
+    def grow_each(self, seq_ids: Seq[int]) -> int:
+        """One position for each, in order, up to the first that finds no memory."""
+        if self.kv_layout.has_windows:
+            return super().grow_each(seq_ids)
+        self.sharing.pending.pay(seq_ids, self._actions)
+        live, count, within = self._rows.live, 0, 0  # within what their lengths need already
+        for seq_id in seq_ids:
+            row = live[seq_id]
+            if row.length < row.enough_until and row.length < row.final:
+                row.length += 1
+                within += 1
+            elif not self.grow(seq_id):
+                break
+            count += 1
+        self._rows.live_bytes += within * self.kv_layout.token_bytes
+        return count
+
+    def drain(self) -> list[Action]:
+        """Hand over the page-groups to map and unmap before this step's forward pass."""
+        actions = self._actions.copy()
+        self._actions.clear()
+        self.sharing.pending.handed_over()
+        return actions
+
+    def look_ahead(self) -> list[Action]:
+        """Map what the next iteration will need, give back, keep the slot ready. To be called after `drain`.
+
+        Asked again with nothing changed in between, it plans nothing.
+        """
+        actions, self._ahead = self._ahead, []
+        self._reclamation.clear_stale(actions)
+        if self.cache is not None:
+            self.cache.cached.trim(actions)
+        if self.overlap:
+            self._overlap.map_ahead(actions)
+        self._reclamation.in_background(actions)
+        self._rows.changed = False
+        return actions
+
+    # ---- many steps at once ------------------------------------------------------------------------------------
 
     def tokens_until_growth(self, seq_id: int) -> int:
         """Tokens that still fit what is mapped in the row."""
@@ -184,90 +278,27 @@ class VAttentionPolicy(CachedRows):
         """Steps, `limit` at most. With overlap a row is extended in the step before it would overflow; where that
         must not be (`ahead` = 0), this step is not quiet.
         """
-        if self._actions or self._due or not self._looked_ahead:
+        if self._actions or self.sharing.pending.active or self._rows.changed:
             return 0
         if not (self._closed_form and ahead):
             return max(0, super().quiet_steps(seq_ids, limit + self.overlap) - self.overlap)
-        return self._growth.quiet_steps(seq_ids, limit, ahead)
+        return self._overlap.quiet_steps(seq_ids, limit, ahead)
 
     def advance(self, seq_ids: Seq[int], steps: int, head: Sequence | None = None) -> Usage:
         """Grow every sequence by `steps` tokens, mapped ahead; the sum of `usage()` over these steps."""
         if not self._closed_form:
             return super().advance(seq_ids, steps, head)
-        live, grown = self._live_bytes, len(seq_ids) * self._token_bytes  # in each step
-        self._live_bytes += grown * steps
-        held = self._growth.advance(seq_ids, steps, self._ahead)
-        return self._usage(steps * live + grown * (steps * (steps + 1) // 2), held, steps)
-
-    def grow_each(self, seq_ids: Seq[int]) -> int:
-        """One position for each, in order, up to the first that finds no memory."""
-        if self.kv_layout.has_windows:
-            return super().grow_each(seq_ids)
-        self._due.pay(seq_ids, self._actions)
-        live, count, within = self._rows.live, 0, 0  # within what their lengths need already
-        for seq_id in seq_ids:
-            row = live[seq_id]
-            if row.length < row.enough_until and row.length < row.final:
-                row.length += 1
-                within += 1
-            elif not self.grow(seq_id):
-                break
-            count += 1
-        self._live_bytes += within * self._token_bytes
-        return count
-
-    def _can_lengthen(self, row: Row, length: int) -> bool:
-        more = self._rows.page_groups_for(length) - row.marks.needed
-        return length <= self.max_tokens and self._fits(more)
-
-    # ---- driver calls ------------------------------------------------------------------------------------------
-
-    def drain(self) -> list[Action]:
-        """Hand over the page-groups to map and unmap before this step's forward pass."""
-        actions, self._actions = self._actions, []
-        self._due.handed_over()
-        return actions
-
-    def look_ahead(self) -> list[Action]:
-        """Map what the next iteration will need, give back, keep the slot ready. To be called after `drain`.
-
-        Asked again with nothing changed in between, it plans nothing.
-        """
-        actions, self._ahead = self._ahead, []
-        self._rows.clear_left(actions)
-        self._rows.trim_resting(actions)
-        if self.overlap:
-            self._make_room_ahead(actions)
-            self._rows.map_ahead(actions)
-        self._rows.take_back_idle(self._threshold, actions)
-        if self.eager_allocation:
-            self._rows.prepare_slot(self._rows.free - self._threshold, actions)
-        self._looked_ahead = True
-        return actions
+        live, grown = self._rows.live_bytes, len(seq_ids) * self.kv_layout.token_bytes  # in each step
+        self._rows.live_bytes += grown * steps
+        held = self._overlap.advance(seq_ids, steps, self._ahead)
+        return self._books.usage_of(steps * live + grown * (steps * (steps + 1) // 2), held, steps)
 
     # ---- the books ---------------------------------------------------------------------------------------------
 
     @property
-    def num_slabs(self) -> int:
-        """Slabs of the pool, for a model with one layer group."""
-        return self._rows.num_slabs
-
-    def holdings(self, seqs: Iterable[Sequence]) -> Holdings | None:
-        """The slabs of their rows, those that they share too; and those of rows without a request: deferred, or
-        pre-mapped. For a model with one layer group.
-        """
-        if len(self.geometries) > 1:
-            return None
-        [g] = self.geometries
-        units = Units("page-group in every tensor", self.num_slabs, g.page_group / g.token_stride)
-        return Holdings(units, {seq.seq_id: self._holding(seq, g) for seq in seqs}, self._rows.idle_slabs())
-
-    def _holding(self, seq: Sequence, g: RowGeometry) -> Holding:
-        row = self._rows.live[seq.seq_id]
-        [slabs] = row.slabs
-        final, end = g.resident_bytes(seq.final_tokens), g.slabs_for(seq.final_tokens) * g.page_group
-        leaves = extent_usage(g.resident_bytes(row.length), final, final, end, len(slabs) * g.page_group)
-        return Holding(row.length, tuple(slabs), tuple(g.num_tensors * leaf for leaf in leaves))
+    def page_groups_per_tensor(self) -> int:
+        """Page-groups of each tensor, for a model with one layer group."""
+        return self._rows.pools[0].size
 
     @property
     def mapped_bytes(self) -> int:
@@ -281,40 +312,17 @@ class VAttentionPolicy(CachedRows):
 
     def usage(self, head: Sequence | None = None) -> Usage:
         """Every byte in one leaf."""
-        sums = self._rows.sums
-        return self._usage(self._live_bytes, Held(*sums[1:], self._rows.deferred), 1)
+        return self._books.usage()
 
-    def _usage(self, live: int, held: Held, steps: int) -> Usage:
-        """Leaves, summed over steps. Nothing is promised, so nothing is over-estimated."""
-        size, rows = self.page_group_bytes, self._rows
-        mapped, covered, rounded, deferred = held
-        premapped = rows.premapped * steps
-        free = rows.total * steps - mapped - deferred - premapped
-        surplus = mapped * size - rounded
-        cached = self._cached_bytes * steps
-        return Usage(
-            live=live - cached,
-            cached=cached,
-            reserved=covered - live,
-            rounding=rounded - covered,
-            retained=(deferred + premapped) * size + surplus,
-            free=free * size,
-            remainder=(self.pool_bytes - rows.total * size) * steps,
-            deferred=deferred * size,
-            surplus=surplus,
-            premapped=premapped * size,
-        )
+    def holdings(self, seqs: Iterable[Sequence]) -> Holdings | None:
+        """The page-groups of their rows, for a model with one layer group."""
+        return self._books.holdings(seqs)
 
     def check_integrity(self) -> None:
-        """Recount page-groups, rows and leaves from the rows' slabs."""
+        """Recount page-groups, rows and leaves from what rows have."""
         self._rows.check_integrity()
-        self._check_cache()
-        usage = self.usage()
-        expect("live to retained", usage[:6], self._recounted())
-        expect("deferred + surplus + premapped", usage.deferred + usage.surplus + usage.premapped, usage.retained)
-        expect("leaves are none or more", min(usage) >= 0, True)
-        expect("sum of the leaves", usage.pool, self.pool_bytes)
-
-    def _recounted(self) -> tuple[int, ...]:
-        live, *others, retained = self._rows.recounted_leaves()
-        return (live - self._cached_bytes, self._cached_bytes, *others, retained)
+        self._reclamation.check_integrity()
+        self._aliases.check_integrity([] if self.cache is None else self.cache.cached.by_id.values())
+        if self.cache is not None:
+            self.cache.check_integrity()
+        self._books.check_integrity()

@@ -1,44 +1,42 @@
 """A prefix cache of page-groups, for vAttention: a row whose request has ended is kept for what it holds.
 
-    kept     | h0 | h1 | h2 |            whole units of the prompt, by name (`paged/prefix_cache.py`)
+    cached   | h0 | h1 | h2 |            whole units of the prompt, by name (`paged/prefix_cache.py`)
     next     | h0 | h1 | h2 |....|       a prompt that goes on from there takes the row over: nothing is mapped
     other    | h0 | h1 |....|            one that goes on from h1 maps h0 and h1 again (`aliasing.py`)
 
-A unit is the least number of tokens that fills whole page-groups. A kept row rests (`kept_rows.py`), and goes, the
-least recently used first, when a row or memory is needed. With a sliding window nothing is kept.
+A unit is the least number of tokens that fills whole page-groups. Cached rows (`cached_rows.py`) go, the least recently
+used first, when a row or memory is needed. With a sliding window nothing is kept.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from itertools import takewhile
 from math import lcm
 
-from kvarena.allocators.policy import Action, Admission, Sequence
-from kvarena.allocators.vattention.groups import RowGroups
-from kvarena.allocators.vattention.kept_rows import RestingRows
-from kvarena.allocators.vattention.row import Row
-from kvarena.allocators.vattention.rows import expect
+from kvarena.allocators.actions import Action
+from kvarena.allocators.integrity import expect
+from kvarena.allocators.policy import Sequence
+from kvarena.allocators.vattention.aliasing import Aliases
+from kvarena.allocators.vattention.cached_rows import CachedRows
+from kvarena.allocators.vattention.reclamation import Reclamation
+from kvarena.allocators.vattention.rows import Row, Rows
 
-_FIRST_KEPT = -(1 << 40)  # ids of kept rows go down from here: nobody's
+_FIRST_CACHED = -(1 << 40)  # ids of cached rows go down from here: nobody's
 
 
-class CachedRows(RowGroups):
-    """What VAttentionPolicy keeps of sequences that have gone."""
+class RowCache:
+    """What can be found in rows, live or cached. Actions are appended to the policy's."""
 
-    _rows: RestingRows
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: OrderedDict[int, None] = OrderedDict()  # ids of kept rows, the next to go first
-        self._names: dict[int, list[Hashable]] = {}  # by sequence, resident or kept: names of its leading units
-        self._holders: dict[Hashable, dict[int, None]] = {}  # by name: these sequences
-        self._next_kept = _FIRST_KEPT
-
-    @property
-    def unit_tokens(self) -> int:
-        """Tokens of a unit of the cache."""
-        return lcm(*(lcm(g.page_group, g.token_stride) // g.token_stride for g in self.geometries))
+    def __init__(self, rows: Rows, reclamation: Reclamation, aliases: Aliases, actions: list[Action]) -> None:
+        self.cached = CachedRows(rows, reclamation, aliases)
+        self.unit_tokens = lcm(*[lcm(g.page_group, g.token_stride) // g.token_stride for g in rows.geometries])
+        self._rows = rows
+        self._reclamation = reclamation
+        self._aliases = aliases
+        self._actions = actions
+        self._names: dict[int, list[Hashable]] = {}  # by sequence or cached row: names of its leading units
+        self._holders: dict[Hashable, dict[int, None]] = {}  # by name: these
+        self._next_id = _FIRST_CACHED
 
     # ---- finding -----------------------------------------------------------------------------------------------
 
@@ -46,147 +44,121 @@ class CachedRows(RowGroups):
         """Leading tokens, at most all but one, in page-groups that can be found."""
         return self._found(names, tokens) * self.unit_tokens
 
-    def _already_there(self, admission: Admission) -> int:
-        """What is found costs nothing where it stays, and what it takes up where only a kept row has it."""
-        units = 0 if admission.own else self._found(admission.names, admission.tokens)
-        if not units:
-            return super()._already_there(admission)
-        holder = self._holder(admission.names, units)
-        return self._rows.needed_by_others(self._row_of(holder), units * self.unit_tokens)
-
-    def _begin(self, first: Sequence, admission: Admission) -> int:
-        """Take over the row that is found, or map what it holds."""
-        units = self._found(admission.names, admission.tokens)
-        if not units:
-            return super()._begin(first, admission)
-        self._begin_with(first, units, self._holder(admission.names, units))
-        return units * self.unit_tokens
-
-    def keep(self, seq_id: int, names: Seq[Hashable]) -> None:
-        """Let the sequence's whole units be found, as far as there are names."""
-        if self.cache is not None and names:
-            known = len(self._names.get(seq_id, ()))
-            self._know(seq_id, names[known : self._resident(seq_id) // self.unit_tokens])
-
     def _found(self, names: Seq[Hashable], tokens: int) -> int:
         """Units of the longest prefix that somebody holds; the last token must be fed, for its logits."""
         most = min(len(names), (tokens - 1) // self.unit_tokens) if self._holders else 0
         return sum(takewhile(bool, map(self._holders.__contains__, names[:most])))
 
     def _holder(self, names: Seq[Hashable], units: int) -> int:
-        """Whose row to begin with: a kept one that holds no more, if there is any."""
+        """Whose row to begin with: a cached one that holds no more, if there is any."""
         holders = self._holders[names[units - 1]]
-        return next((i for i in holders if i in self._kept and len(self._names[i]) == units), next(iter(holders)))
+        return next(
+            (i for i in holders if i in self.cached.by_id and len(self._names[i]) == units), next(iter(holders))
+        )
 
     def _row_of(self, holder: int) -> Row:
-        """The row of a sequence that is resident, or kept."""
-        return self._rows.resting[holder] if holder in self._kept else self._rows.live[holder]
+        """The row of a sequence, or a cached one."""
+        return self.cached.by_id[holder] if holder in self.cached.by_id else self._rows.live[holder]
 
-    def _begin_with(self, seq: Sequence, units: int, holder: int) -> None:
-        """Let a sequence begin with what the holder's first units hold."""
-        if holder in self._kept and len(self._names[holder]) == units:
-            self._take_over(seq, units, holder)
-            return
+    def page_groups_there(self, names: Seq[Hashable], tokens: int) -> int:
+        """Page-groups that a prompt need not take: what is found costs nothing where it stays, and what it takes up
+        where only a cached row has it.
+        """
+        units = self._found(names, tokens)
+        if not units:
+            return 0
+        return self.cached.needed_by_others(self._row_of(self._holder(names, units)), units * self.unit_tokens)
+
+    def begin(self, seq: Sequence, names: Seq[Hashable], tokens: int) -> int:
+        """Take over the row that is found, or map what it holds. Returns the tokens that this gives."""
+        units = self._found(names, tokens)
         length = units * self.unit_tokens
-        own = self._rows.page_groups_to_fork(length)  # for what may be read past them
-        if holder in self._kept:
-            self._kept.move_to_end(holder)  # the last to make room
-        self._make_room(own, 1, but=holder)
-        if not super()._fits(own, 1):
-            self._take_over(seq, units, holder)
-            return
-        aliased = self._rows.aliased
-        self._rows.fork(self._row_of(holder), seq.seq_id, length, seq.final_tokens, self._actions)
-        self._live_bytes += self._bytes_of(length) - (self._rows.aliased - aliased) * self.page_group_bytes
-        self._looked_ahead = False
+        if units:
+            holder = self._holder(names, units)
+            if self._branches_off(holder, units):
+                self._aliases.fork(self._row_of(holder), seq.seq_id, length, seq.final_tokens, self._actions)
+            else:
+                self._forget(holder)
+                self.cached.take_over(holder, seq.seq_id, length, seq.final_tokens, self._actions)
+        return length
 
-    def _take_over(self, seq: Sequence, units: int, kept_id: int) -> None:
-        """Move into a kept row. What it holds beyond the units is given up."""
-        self._forget(kept_id)
-        del self._kept[kept_id]
-        rows, length = self._rows, units * self.unit_tokens
-        before, aliased = rows.resting[kept_id].length, rows.aliased
-        rows.take_over(kept_id, seq.seq_id, length, seq.final_tokens, self._actions)
-        given_up = (aliased - rows.aliased) * self.page_group_bytes  # of what others own too
-        self._live_bytes += self._bytes_of(length) - self._bytes_of(before) + given_up
-        self._looked_ahead = False
+    def _branches_off(self, holder: int, units: int) -> bool:
+        """Whether a prompt maps in its own row what a holder has, for which room is made; else it takes that row."""
+        if holder in self.cached.by_id:
+            if len(self._names[holder]) == units:
+                return False
+            self.cached.by_id.move_to_end(holder)  # the last to make room
+        own = self._aliases.own_of_fork(units * self.unit_tokens)  # for what may be read past them
+        self._reclamation.make_room(own, 1, self._actions, but=holder)
+        return self._reclamation.fits_beside_cache(own, 1)
 
     # ---- keeping -----------------------------------------------------------------------------------------------
 
-    def _vacate(self, seq_id: int) -> Row | None:
-        """As of every row; but it is kept, where it holds what no other does."""
-        names = self._names.get(seq_id, [])
-        self._forget(seq_id)
+    def keep(self, seq_id: int, names: Seq[Hashable]) -> None:
+        """Let the sequence's whole units be found, as far as there are names."""
+        known = len(self._names.get(seq_id, ()))
+        self._know(seq_id, names[known : self._rows.resident(seq_id).length // self.unit_tokens])
+
+    def name_as(self, parent_id: int, child_id: int) -> None:
+        """Let a fork be found by what its parent is found by."""
+        self._know(child_id, self._names.get(parent_id, []))
+
+    def keep_row(self, row: Row, *, is_written: bool) -> bool:
+        """Keep the row of a sequence that goes, if it holds what no other does, and all of it is written."""
+        assert row.seq_id is not None
+        names = self._names.get(row.seq_id, [])
+        self._forget(row.seq_id)
         length = len(names) * self.unit_tokens
         known_elsewhere = not names or names[-1] in self._holders
-        if known_elsewhere or self._due.is_owed(seq_id) or self._rows.shares_past(self._rows.live[seq_id], length):
-            return super()._vacate(seq_id)
-        self._leave(seq_id)
-        self._live_bytes += self._bytes_of(length) - self._bytes_of(self._resident(seq_id))
-        kept_id, self._next_kept = self._next_kept, self._next_kept - 1
-        self._rows.rest(seq_id, kept_id, length)
-        self._looked_ahead = False
-        self._kept[kept_id] = None
-        self._know(kept_id, names)
-        return None
+        if known_elsewhere or not is_written or self.cached.shares_past(row, length):
+            return False
+        cached_id, self._next_id = self._next_id, self._next_id - 1
+        self.cached.keep(row.seq_id, cached_id, length)
+        self._know(cached_id, names)
+        return True
 
-    def _know(self, seq_id: int, names: Seq[Hashable]) -> None:
-        """Note what a sequence holds behind what is known of it."""
+    def _know(self, holder: int, names: Seq[Hashable]) -> None:
+        """Note what a row holds behind what is known of it."""
         if names:
-            self._names.setdefault(seq_id, []).extend(names)
+            self._names.setdefault(holder, []).extend(names)
             for name in names:
-                self._holders.setdefault(name, {})[seq_id] = None
+                self._holders.setdefault(name, {})[holder] = None
 
-    def _forget(self, seq_id: int) -> None:
-        for name in self._names.pop(seq_id, ()):
-            del self._holders[name][seq_id]
+    def _forget(self, holder: int) -> None:
+        for name in self._names.pop(holder, ()):
+            del self._holders[name][holder]
             if not self._holders[name]:
                 del self._holders[name]
 
-    def fork(self, parent_id: int, child: Sequence) -> bool:
-        """As in every row; the child may hold what had only been kept, and is found by what its parent is found by."""
-        if not super().fork(parent_id, child):
-            return False
-        self._know(child.seq_id, self._names.get(parent_id, []))
-        return True
-
-    # ---- making room -------------------------------------------------------------------------------------------
-
-    def _fits(self, page_groups: int, rows: int = 0) -> bool:
-        if super()._fits(page_groups, rows):
-            return True
-        if not self._kept or rows > self._rows.num_idle + len(self._kept):
-            return False
-        return self._rows.sums.needed - self._rows.needed_at_rest + page_groups <= self._rows.total
-
-    def _make_room(self, page_groups: int, rows: int = 0, but: int | None = None) -> None:
-        while self._kept and next(iter(self._kept)) != but and not super()._fits(page_groups, rows):
-            self._give_up_oldest(self._actions)
-
-    def _make_room_ahead(self, actions: list[Action]) -> None:
-        """Give up kept rows for what live ones need in the next iteration, so that it is mapped beside this one."""
-        if self._kept and (wanted := self._rows.missing_ahead()) > self._rows.free:
-            while self._kept and wanted > self._rows.obtainable(margin=1):
-                self._give_up_oldest(actions)
-
-    def _give_up_oldest(self, actions: list[Action]) -> None:
-        oldest, _ = self._kept.popitem(last=False)
-        self._forget(oldest)
-        self._rows.wake(oldest)
-        row = super()._vacate(oldest)
-        assert row is not None
-        self._give_back(row, actions)
+    # ---- rows that can be had, as reclamation sees them --------------------------------------------------------
 
     @property
-    def _cached_bytes(self) -> int:
-        """K/V that can only be found."""
-        return self._rows.held_at_rest * self.page_group_bytes if self._kept else 0
+    def num_rows(self) -> int:
+        """How many rows are cached."""
+        return len(self.cached.by_id)
 
-    def _check_cache(self) -> None:
-        """Recount names and holders."""
+    @property
+    def needed(self) -> int:
+        """Page-groups that would not be needed if no row were cached."""
+        return self.cached.needed
+
+    @property
+    def oldest(self) -> int | None:
+        """Id of the row to go first."""
+        return next(iter(self.cached.by_id), None)
+
+    def evict(self, actions: list[Action]) -> None:
+        """Let the least recently used row go."""
+        oldest = next(iter(self.cached.by_id))
+        self._forget(oldest)
+        self.cached.evict(oldest, actions)
+
+    def check_integrity(self) -> None:
+        """Recount cached rows, names and holders."""
+        self.cached.check_integrity()
         holders: dict[Hashable, dict[int, None]] = {}
-        for seq_id, names in self._names.items():
+        for holder, names in self._names.items():
             for name in names:
-                holders.setdefault(name, {})[seq_id] = None
+                holders.setdefault(name, {})[holder] = None
         expect("holders of names", self._holders, holders)
-        expect("kept rows", set(self._kept), set(self._rows.resting))
+        expect("cached rows without a name", set(self.cached.by_id) - set(self._names), set())

@@ -1,296 +1,278 @@
-"""The rows of vAttention's virtual tensors and the pool of page-groups behind them: who has which.
+"""The rows of vAttention's virtual tensors (section 5): which sequence lives in which, and what is mapped there.
 
-    a row with a request     |===== needed =====|== surplus ==|   addresses only
-    an idle row              |== deferred ==|                     its next request inherits these
-    the slot, an idle row    |== premapped ==|                    kept ready for the next request
+    a row in use     |===== needed =====|== surplus ==|   addresses only
 
-A live row is owed what its length needs. All else can be taken back (`take_back`), so whether a request can be served
-depends on one sum: the page-groups that live rows need.
+A row in use is owed what its length needs. All else can be taken back (`reclamation.py`), so whether a sequence can be
+served depends on one sum: the page-groups that rows in use need.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvarena.allocators.policy import Action, IntegrityError, Map, Unmap
+from kvarena.allocators.actions import Action, Map, Unmap
+from kvarena.allocators.integrity import expect
+from kvarena.allocators.policy import NotResidentError
 from kvarena.allocators.usage import extent_usage
-from kvarena.allocators.vattention.page_groups import RowGeometry
-from kvarena.allocators.vattention.row import NOTHING, IdleRows, Row
-from kvarena.allocators.vattention.slabs import SlabList
+from kvarena.allocators.vattention.page_groups import PageGroupPool, RowGeometry
 
 
-class VirtualRows:
-    """Rows, page-groups, and the sums over them. Memory is counted in page-groups; a page-group fits any tensor."""
+class Marks(NamedTuple):
+    """What a row adds to the sums while it is in use."""
 
-    def __init__(
-        self, geometries: tuple[RowGeometry, ...], page_groups: int, num_rows: int, max_tokens: int, slot_groups: int
-    ) -> None:
-        """`geometries` by layer group; `slot_groups` page-groups in every tensor keep a row ready."""
+    needed: int = 0  # page-groups that its length needs
+    mapped: int = 0  # page-groups mapped
+    covered: int = 0  # bytes mapped below its final length
+    rounded: int = 0  # bytes mapped up to the end of the page-group that its final length ends in
+
+    def replaced(self, before: "Marks", after: "Marks") -> "Marks":
+        """These sums, after one of the marks in them has changed."""
+        return Marks(
+            self.needed - before.needed + after.needed,
+            self.mapped - before.mapped + after.mapped,
+            self.covered - before.covered + after.covered,
+            self.rounded - before.rounded + after.rounded,
+        )
+
+
+NOTHING = Marks()
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """In tensors of layer group `g` its first `len(page_groups[g])` page-groups are mapped; the rest is addresses."""
+
+    index: int
+    page_groups: list[list[int]]  # by layer group, in the order of positions
+    mapped: int = 0  # page-groups, over all tensors
+    seq_id: int | None = None
+    admitted: int = 0  # serial number of the admission
+    length: int = 0  # tokens
+    final: int = 0  # tokens
+    foreign: Seq[int] = ()  # leading page-groups, by layer group, that only others own by now; none if empty
+    # What follows from these, while the row is in use:
+    capacity: int = 0  # tokens that fit what is mapped
+    enough_until: int = 0  # tokens that fit what `length` needs
+    surplus: int = 0  # page-groups that `length` does not need
+    surplus_ahead: int = 0  # of these, what one token more than `enough_until` would not need
+    marks: Marks = NOTHING
+
+    def owned(self, group: int) -> list[int]:
+        """Its own page-groups, shared ones too."""
+        return self.page_groups[group][self.foreign[group] :] if self.foreign else self.page_groups[group]
+
+    def spare(self, margin: int) -> int:
+        """Page-groups beyond what `margin`, 0 or 1, more tokens need."""
+        return self.surplus_ahead if margin and self.length == self.enough_until else self.surplus
+
+    def measure(self, geometries: Seq[RowGeometry], max_tokens: int) -> None:
+        """Recompute what follows from page-groups, length and final length."""
+        marks = self.marks
+        if self.mapped != marks.mapped or self.length > self.final or marks is NOTHING:
+            covered, rounded = self._measure_mapped(geometries, max_tokens)
+        else:
+            _, _, covered, rounded = marks  # page-groups and final length are as they were
+        length, enough_until = self.length, max_tokens
+        needed = 0
+        for g in geometries:
+            page_groups = g.page_groups_for(length)
+            needed += g.num_tensors * page_groups
+            enough_until = min(enough_until, g.tokens_in(page_groups, max_tokens))
+        self.enough_until = enough_until
+        if self.mapped == needed and length <= self.capacity:
+            self.surplus = self.surplus_ahead = 0
+        else:
+            self.surplus = self._beyond(geometries, length)
+            self.surplus_ahead = self._beyond(geometries, min(enough_until + 1, max_tokens))
+        self.marks = Marks(needed, self.mapped, covered, rounded)
+
+    def _measure_mapped(self, geometries: Seq[RowGeometry], max_tokens: int) -> tuple[int, int]:
+        """Recompute what follows from page-groups and final length: `capacity`, and `covered` and `rounded`."""
+        final = self.final = max(self.final, self.length)
+        self.capacity = max_tokens
+        covered = rounded = 0
+        for g, page_groups in zip(geometries, self.page_groups, strict=True):
+            tensors, mapped, end = g.num_tensors, len(page_groups), g.page_groups_for(final)
+            covered += tensors * min(mapped * g.page_group, g.resident_bytes(final))
+            rounded += tensors * g.page_group * min(end, mapped)
+            self.capacity = min(self.capacity, g.tokens_in(mapped, max_tokens))
+        return covered, rounded
+
+    def _beyond(self, geometries: Seq[RowGeometry], length: int) -> int:
+        """Page-groups mapped that `length` tokens do not need."""
+        beyond = 0
+        for g, page_groups in zip(geometries, self.page_groups, strict=True):
+            beyond += g.num_tensors * max(0, len(page_groups) - g.page_groups_for(length))
+        return beyond
+
+
+class Rows:
+    """Rows, page-groups, and the sums over rows in use. Memory is counted in page-groups; each fits any tensor."""
+
+    def __init__(self, geometries: tuple[RowGeometry, ...], page_groups: int, num_rows: int, max_tokens: int) -> None:
+        """`geometries` by layer group; `page_groups` of memory."""
         self.geometries = geometries
-        self.total = self.free = page_groups
         self.max_tokens = max_tokens
-        self.live: dict[int, Row] = {}  # by seq_id, in order of admission
-        self.resting: dict[int, Row] = {}  # by id: in the sums as live rows, but nobody is in them (`kept_rows.py`)
-        self.sums = NOTHING  # over live rows and those at rest; what several of them share, once
-        self.aliased = 0  # page-groups of live rows that others own too, beyond the first (`aliasing.py`)
-        self.slot: Row | None = None  # the idle row kept ready; has at least `_slot_slabs`
-        self._slabs = [SlabList(page_groups // g.num_tensors) for g in geometries]
-        self._rows = [Row(i, [[] for _ in geometries]) for i in range(num_rows)]
-        self._idle = IdleRows(self._rows)
-        self._with_surplus: dict[int, Row] = {}  # live rows that have more than they need, by index
-        self._slot_slabs = [min(slot_groups, g.slabs_for(max_tokens)) for g in geometries]
-        self._no_slabs = [0] * len(geometries)
+        self.total = self.free = page_groups
+        self.pools = [PageGroupPool(page_groups // g.num_tensors) for g in geometries]
+        self.all = [Row(i, [[] for _ in geometries]) for i in range(num_rows)]
+        self.live: dict[int, Row] = {}  # by sequence, in order of admission
+        self.with_surplus: dict[int, Row] = {}  # rows in use that have more than they need, by index
+        self.sums = NOTHING  # over rows in use; what several of them share, once
+        self.live_bytes = 0  # of K/V in rows in use; what several of them share, once
+        self.shared = 0  # page-groups that rows in use own, counted beyond their first owner
+        self.changed = True  # a sequence came or went, or was mapped more, since what comes next was planned
         self._admissions = 0
+        bends = any(g.window is not None for g in geometries)
+        self._token_bytes = None if bends else sum(g.num_tensors * g.token_stride for g in geometries)
 
-    # ---- what there is -----------------------------------------------------------------------------------------
-
-    @property
-    def has_idle(self) -> bool:
-        """Whether any row is without a request."""
-        return len(self._idle) > 0
-
-    @property
-    def deferred(self) -> int:
-        """Page-groups of idle rows, what the slot is kept ready with excepted."""
-        return self.total - self.free - self.sums.mapped - self.premapped
-
-    @property
-    def premapped(self) -> int:
-        """Page-groups that the slot is kept ready with."""
-        return 0 if self.slot is None else self._page_groups(self._slot_slabs)
-
-    @property
-    def num_slabs(self) -> int:
-        """Slabs of the first layer group, if it had the whole pool."""
-        return self._slabs[0].num_slabs
-
-    def idle_slabs(self) -> tuple[int, ...]:
-        """Slabs of the first layer group that are mapped in rows without a request."""
-        live = {row.index for row in self.live.values()}
-        return tuple(slab for row in self._rows if row.index not in live for slab in row.slabs[0])
+    def bytes_for(self, length: int) -> int:
+        """Bytes of K/V of a sequence of `length` tokens."""
+        if self._token_bytes is not None:
+            return length * self._token_bytes
+        return sum([g.num_tensors * g.resident_bytes(length) for g in self.geometries])
 
     def page_groups_for(self, length: int) -> int:
         """Page-groups that a sequence of `length` tokens needs, over all tensors."""
-        return sum(g.num_tensors * g.slabs_for(length) for g in self.geometries)
+        return sum([g.num_tensors * g.page_groups_for(length) for g in self.geometries])
+
+    def over_tensors(self, page_groups: Iterable[int]) -> int:
+        """Page-groups over all tensors, of so many in each tensor by layer group."""
+        return sum([n * g.num_tensors for n, g in zip(page_groups, self.geometries, strict=True)])
 
     def missing(self, row: Row, length: int) -> int:
-        """Page-groups that the row lacks for `length` tokens."""
+        """Page-groups that a row lacks for `length` tokens."""
         missing = 0
-        for slabs, g in zip(row.slabs, self.geometries, strict=True):
-            missing += g.num_tensors * max(0, g.slabs_for(length) - len(slabs))
+        for mapped, g in zip(row.page_groups, self.geometries, strict=True):
+            missing += g.num_tensors * max(0, g.page_groups_for(length) - len(mapped))
         return missing
 
-    def obtainable(self, margin: int) -> int:
-        """Page-groups that are free, or could be if live rows kept only what `margin` more tokens each need."""
-        surplus = sum([self._surplus(row, margin) for row in self._with_surplus.values()])
-        return self.total - self.sums.mapped + surplus
+    def lacking(self, row: Row, want: Seq[int]) -> int:
+        """Page-groups that a row lacks to have `want` in each tensor, by layer group."""
+        return self.over_tensors([max(0, n - len(had)) for n, had in zip(want, row.page_groups, strict=True)])
 
-    def _surplus(self, row: Row, margin: int) -> int:
-        """Page-groups that a row has beyond what `margin`, 0 or 1, more tokens need."""
-        return row.surplus_ahead if margin and row.length == row.enough_until else row.surplus
+    def resident(self, seq_id: int) -> Row:
+        """The row of a sequence."""
+        if seq_id not in self.live:
+            raise NotResidentError(seq_id)
+        return self.live[seq_id]
 
     # ---- who lives where ---------------------------------------------------------------------------------------
 
-    def occupy(self, seq_id: int, length: int, final: int) -> Row:
-        """Give a sequence the idle row that fits it best (of an unknown length, 0: the fullest); nothing is mapped."""
-        row = self._idle.best_fit(self.page_groups_for(length)) if length else self._idle.fullest()
-        self._take_idle(row)
-        self._settle_in(row, seq_id, length, final)
-        return row
-
-    def _take_idle(self, row: Row) -> None:
-        self._idle.remove(row)
-        if row is self.slot:
-            self.slot = None
-
-    def _settle_in(self, row: Row, seq_id: int, length: int, final: int) -> None:
+    def occupy(self, row: Row, seq_id: int, length: int, final: int) -> None:
+        """Let a sequence live in a row; nothing is mapped."""
         self._admissions += 1
-        row.seq_id, row.admitted, row.length, row.final = seq_id, self._admissions, length, final
+        row.admitted = self._admissions
         self.live[seq_id] = row
-        self.settle(row)
+        self.assign(row, seq_id, length, final)
 
-    def vacate(self, seq_id: int) -> Row:
-        """Let the sequence's row go idle, with all that is mapped in it."""
-        row = self.live.pop(seq_id)
-        self._with_surplus.pop(row.index, None)
+    def assign(self, row: Row, seq_id: int, length: int, final: int) -> None:
+        """Let a row hold the K/V of so many tokens, under this id."""
+        self.live_bytes += self.bytes_for(length) - self.bytes_for(row.length)
         self.sums = self.sums.replaced(row.marks, NOTHING)
-        row.seq_id, row.length, row.final, row.marks = None, 0, 0, NOTHING
-        self._idle.add(row)
-        return row
+        row.seq_id, row.length, row.final, row.marks = seq_id, length, final, NOTHING
+        self.measure(row)
+        self.changed = True
 
-    def settle(self, row: Row) -> None:
-        """Bring the sums up to date after a live row has changed."""
+    def lengthen(self, row: Row, length: int) -> None:
+        """Let the sequence in a row become longer."""
+        self.live_bytes += self.bytes_for(length) - self.bytes_for(row.length)
+        row.length = length
+        if length > row.enough_until or length > row.final:
+            self.measure(row)
+
+    def vacate(self, row: Row) -> None:
+        """A row is not in use any more; all that is mapped in it stays."""
+        self.live_bytes -= self.bytes_for(row.length)
+        self.sums = self.sums.replaced(row.marks, NOTHING)
+        self.with_surplus.pop(row.index, None)
+        if row.seq_id is not None:
+            self.live.pop(row.seq_id, None)  # a cached row is not live
+        row.seq_id, row.length, row.final, row.marks = None, 0, 0, NOTHING
+        self.changed = True
+
+    def count_shared(self, page_groups: int) -> None:
+        """Correct the sums for page-groups that one more row in use owns (one less, if negative)."""
+        size = page_groups * self.geometries[0].page_group
+        self.shared += page_groups
+        self.live_bytes -= size
+        self.sums = self.sums.replaced(Marks(page_groups, page_groups, size, size), NOTHING)
+
+    def measure(self, row: Row) -> None:
+        """Bring the sums up to date after a row in use has changed."""
         before = row.marks
-        row.settle(self.geometries, self.max_tokens)
+        row.measure(self.geometries, self.max_tokens)
         self.sums = self.sums.replaced(before, row.marks)
         if row.surplus:
-            self._with_surplus[row.index] = row
+            self.with_surplus[row.index] = row
         else:
-            self._with_surplus.pop(row.index, None)
+            self.with_surplus.pop(row.index, None)
 
-    # ---- mapping and taking back -------------------------------------------------------------------------------
-
-    def extend(self, row: Row, length: int, actions: list[Action]) -> bool:
-        """Map what a live row lacks for `length` tokens, if anything; the caller knows that memory suffices."""
-        missing = self.missing(row, length)
-        if missing == 0:
-            return False
-        self._take_back(missing, actions, margins=(1, 0))
-        self.map(row, length, actions)
-        return True
-
-    def map_ahead(self, actions: list[Action]) -> None:
-        """Map one token ahead of every live row that is full, in order of admission, as far as memory lasts.
-
-        What others were mapped for their next iteration is not touched.
-        """
-        full = self._full()
-        missing = [self.missing(row, row.length + 1) for row in full]
-        wanted = sum(missing)
-        if wanted > self.free and wanted > (left := self.obtainable(margin=1)):
-            wanted, rows, full = 0, full, []
-            for row, lacking in zip(rows, missing, strict=True):
-                if lacking <= left - wanted:
-                    full.append(row)
-                    wanted += lacking
-        self._take_back(wanted, actions, margins=(1,))
-        for row in full:
-            self.map(row, row.length + 1, actions)
-
-    def missing_ahead(self) -> int:
-        """Page-groups that `map_ahead` would map if memory sufficed."""
-        return sum([self.missing(row, row.length + 1) for row in self._full()])
-
-    def _full(self) -> list[Row]:
-        """Live rows that their next token outgrows."""
-        return [row for row in self.live.values() if row.length == row.capacity < self.max_tokens]
+    # ---- mapping -----------------------------------------------------------------------------------------------
 
     def map(self, row: Row, length: int, actions: list[Action]) -> None:
-        """Map what a live row lacks for `length` tokens from what is free."""
-        self._attach(row, self._slabs_for(length), actions)
-        self.settle(row)
+        """Map what a row in use lacks for `length` tokens from what is free."""
+        self.attach(row, self.in_each_tensor(length), actions)
+        self.measure(row)
 
-    def prepare_slot(self, spare: int, actions: list[Action]) -> None:
-        """Keep the fullest idle row ready, if `spare` page-groups suffice for what it lacks."""
-        if self.slot is not None or not self.has_idle:
-            return
-        row = self._idle.fullest()
-        if self._lacking(row, self._slot_slabs) > spare:
-            return
-        self.slot = row
-        self._idle.remove(row)
-        self._attach(row, self._slot_slabs, actions)
-        self._idle.add(row)
+    def in_each_tensor(self, length: int) -> list[int]:
+        """Page-groups of each tensor, by layer group; a row ends at `max_tokens`."""
+        return [g.page_groups_for(min(length, self.max_tokens)) for g in self.geometries]
 
-    def take_back_idle(self, wanted: int, actions: list[Action]) -> None:
-        """Unmap what idle rows have, the least full first, until `wanted` are free. The slot is kept ready."""
-        if self.free >= wanted:
-            return
-        for row in self._idle.least_full_first():
-            self.trim_idle(row, wanted, actions, self._slot_slabs if row is self.slot else self._no_slabs)
-
-    def trim_idle(self, row: Row, wanted: int, actions: list[Action], keep: Seq[int] = ()) -> None:
-        """Unmap an idle row's page-groups, `keep` by layer group excepted, until `wanted` are free."""
-        self._idle.remove(row)
-        self._trim(row, keep or self._no_slabs, wanted, actions)
-        self._idle.add(row)
-
-    def _take_back(self, wanted: int, actions: list[Action], margins: tuple[int, ...]) -> None:
-        """Unmap until `wanted` are free: idle rows, surplus of live rows, the slot.
-
-        What a live row has been mapped for its next iteration is surplus too, and goes last of it (margin 0).
-        """
-        self.take_back_idle(wanted, actions)
-        for margin in margins:
-            if self.free >= wanted:
-                return
-            with_surplus = [row for row in self._with_surplus.values() if self._surplus(row, margin)]
-            for row in sorted(with_surplus, key=lambda row: -row.admitted):
-                self._trim(row, self._slabs_for(row.length + margin), wanted, actions)
-                self.settle(row)
-                if self.free >= wanted:
-                    return
-        if self.free < wanted and self.slot is not None:
-            slot, self.slot = self.slot, None
-            self.trim_idle(slot, wanted, actions)
-
-    def _trim(self, row: Row, keep: Seq[int], wanted: int, actions: list[Action]) -> None:
-        """Unmap a row's last page-groups, `keep` by layer group excepted, until `wanted` are free."""
-        for group, (slabs, g) in enumerate(zip(row.slabs, self.geometries, strict=True)):
-            while len(slabs) > keep[group] and self.free < wanted:
-                slab = slabs.pop()
-                self._slabs[group].give(slab)
-                self.free += g.num_tensors
-                row.mapped -= g.num_tensors
-                actions.append(Unmap(group, row.index, len(slabs), slab))
-
-    def _attach(self, row: Row, want: Seq[int], actions: list[Action]) -> None:
-        """Map free slabs at the end of a row, until it has `want` by layer group."""
-        for group, (slabs, g) in enumerate(zip(row.slabs, self.geometries, strict=True)):
-            while len(slabs) < want[group]:
-                slab = self._slabs[group].take(after=slabs[-1] if slabs else None)
+    def attach(self, row: Row, want: Seq[int], actions: list[Action]) -> None:
+        """Map free page-groups at the end of a row, until it has `want` by layer group."""
+        for group, (mapped, g) in enumerate(zip(row.page_groups, self.geometries, strict=True)):
+            while len(mapped) < want[group]:
+                page_group = self.pools[group].take(after=mapped[-1] if mapped else None)
                 self.free -= g.num_tensors
                 row.mapped += g.num_tensors
-                actions.append(Map(group, row.index, len(slabs), slab))
-                slabs.append(slab)
+                actions.append(Map(group, row.index, len(mapped), page_group))
+                mapped.append(page_group)
 
-    def _slabs_for(self, length: int) -> list[int]:
-        """Slabs by layer group; a row ends at `max_tokens`."""
-        return [g.slabs_for(min(length, self.max_tokens)) for g in self.geometries]
+    def trim(self, row: Row, keep: Seq[int], wanted: int, actions: list[Action]) -> None:
+        """Unmap a row's last page-groups, `keep` by layer group excepted, until `wanted` are free."""
+        for group, mapped in enumerate(row.page_groups):
+            while len(mapped) > keep[group] and self.free < wanted:
+                self.unmap_last(row, group, actions)
 
-    def _lacking(self, row: Row, want: Seq[int]) -> int:
-        """Page-groups that a row lacks to have `want` slabs by layer group."""
-        return self._page_groups([max(0, n - len(slabs)) for n, slabs in zip(want, row.slabs, strict=True)])
-
-    def _page_groups(self, slabs: Seq[int]) -> int:
-        return sum(n * g.num_tensors for n, g in zip(slabs, self.geometries, strict=True))
+    def unmap_last(self, row: Row, group: int, actions: list[Action], *, foreign: int = 0) -> None:
+        """Unmap a row's last page-group; it is free again, unless it is one of the first, `foreign` ones."""
+        mapped, tensors = row.page_groups[group], self.geometries[group].num_tensors
+        page_group = mapped.pop()
+        row.mapped -= tensors
+        actions.append(Unmap(group, row.index, len(mapped), page_group))
+        if len(mapped) >= foreign:
+            self.pools[group].give(page_group)
+            self.free += tensors
 
     # ---- recounting --------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Recount slabs, rows and sums. Raises IntegrityError with what differs."""
-        for group, slabs in enumerate(self._slabs):
-            owned = [slab for row in self._rows for slab in self._owned(row, group)]
-            slabs.check_integrity(owned, self._slabs_at_rest(group))
-        mapped = [self._page_groups([len(slabs) for slabs in row.slabs]) for row in self._rows]
-        expect("page-groups by row", [row.mapped for row in self._rows], mapped)
-        owners = sum(self._page_groups([len(self._owned(row, g)) for g in range(len(row.slabs))]) for row in self._rows)
-        expect("page-groups mapped + free, an alias once", owners - self.aliased + self.free, self.total)
+        """Recount page-groups, rows and sums. Raises IntegrityError with what differs."""
+        for group, pool in enumerate(self.pools):
+            pool.check_integrity(page_group for row in self.all for page_group in row.owned(group))
+        mapped = [self.over_tensors(map(len, row.page_groups)) for row in self.all]
+        expect("page-groups by row", [row.mapped for row in self.all], mapped)
+        owned = sum(self.over_tensors([len(row.owned(g)) for g in range(len(self.pools))]) for row in self.all)
+        expect("page-groups mapped + free, shared ones once", owned - self.shared + self.free, self.total)
         expect("page-groups free are none or more", self.free >= 0, True)
-        idle = sorted((row.mapped, row.index) for row in self._rows if row.seq_id is None and not self._is_left(row))
-        expect("idle rows by page-groups", [(row.mapped, row.index) for row in self._idle], idle)
-        needed = 0
-        for row in [*self.live.values(), *self.resting.values()]:
-            needed += self.page_groups_for(row.length)
+        used = [row for row in self.all if row.seq_id is not None]
+        for row in used:
             fits = self.missing(row, row.length) == 0 and row.length <= row.capacity
             expect(f"row {row.index} holds its {row.length} tokens", fits, True)
-        expect("page-groups that live rows need", self.sums.needed, needed - self.aliased)
-        if self.slot is not None:
-            expect("the slot lacks page-groups", self._lacking(self.slot, self._slot_slabs), 0)
-
-    def _owned(self, row: Row, group: int) -> list[int]:
-        """Slabs that a row owns, alone or with others."""
-        return row.slabs[group]
-
-    def _slabs_at_rest(self, group: int) -> list[int]:
-        """Slabs of a layer group that rows at rest are kept for, each as often as there is such a row."""
-        return []
-
-    def _is_left(self, row: Row) -> bool:
-        """Whether a row without a request may not be inherited."""
-        return False
+        needed = sum(self.page_groups_for(row.length) for row in used)
+        expect("page-groups that rows in use need", self.sums.needed, needed - self.shared)
 
     def recounted_leaves(self) -> tuple[int, ...]:
-        """live, reserved, over_estimate, rounding, retained: row by row, in bytes."""
-        sums = [0] * 5
-        for row in self._rows:
-            for g, slabs in zip(self.geometries, row.slabs, strict=True):
+        """live, reserved, over_estimate, rounding, retained: row by row, in bytes, what rows share in one of them."""
+        size = self.geometries[0].page_group
+        foreign = sum(self.over_tensors(row.foreign) for row in self.all if row.foreign)
+        sums = [-self.shared * size, 0, 0, 0, -foreign * size]
+        for row in self.all:
+            for g, mapped in zip(self.geometries, row.page_groups, strict=True):
                 final = g.resident_bytes(row.final)
-                end = g.slabs_for(row.final) * g.page_group
-                leaves = extent_usage(g.resident_bytes(row.length), final, final, end, len(slabs) * g.page_group)
+                end = g.page_groups_for(row.final) * g.page_group
+                leaves = extent_usage(g.resident_bytes(row.length), final, final, end, len(mapped) * g.page_group)
                 sums = [total + g.num_tensors * leaf for total, leaf in zip(sums, leaves, strict=True)]
         return tuple(sums)
-
-
-def expect(what: str, kept: object, recounted: object) -> None:
-    """Raise IntegrityError where a recount differs from what was kept."""
-    if kept != recounted:
-        raise IntegrityError(f"{what}: {kept} kept, {recounted} recounted")

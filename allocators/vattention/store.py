@@ -4,8 +4,8 @@
     sliced    K and V [B, L, N, H, D] over all layers; a layer is a strided slice of it (section 8.2)
 
 B rows of up to L tokens; a row begins at a page-group. Every page-group of the pool is created at the start, one
-handle for each tensor and slab: slab s of tensor t is handle t * slabs + s, so that ascending slabs of a row are one
-run of memory, one call and one mapping.
+handle for each tensor and number: number n of tensor t is handle t * page_groups_per_tensor + n, so that ascending
+numbers of a row are one run of memory, one call and one mapping.
 
 Actions for the background run in one worker thread beside the forward pass. Maps go to the driver in one batch, which
 on the host is one call without the interpreter's lock, and the thread keeps off the core of the one it works for: what
@@ -39,7 +39,7 @@ from kvarena.kernels.view import BatchView, LayerCache
 class MappingPolicy(Protocol):
     """A policy that maps rows page-group by page-group, as this store sees it."""
 
-    num_slabs: int
+    page_groups_per_tensor: int
     max_rows: int
     max_tokens: int  # of a row
     tensor_slicing: bool  # one K and one V tensor over all layers
@@ -77,7 +77,7 @@ class VirtualStore(Store):
         self._waited_ns = 0
         try:
             self._bases = [self.driver.reserve(rows.max_rows * self._row_bytes) for _ in range(self._num_tensors)]
-            self._handles = self.driver.create(self._num_tensors * rows.num_slabs)
+            self._handles = self.driver.create(self._num_tensors * rows.page_groups_per_tensor)
             if not self.driver.new_memory_is_zero:  # kernels weigh what lies past a length with 0: no NaN may be there
                 self.driver.clear(self._handles)
             self.tensors = self._make_tensors(shape)
@@ -196,10 +196,10 @@ class VirtualStore(Store):
         return where.row * self._row_bytes + where.ordinal * self._page_group
 
     def _in_every_tensor(self, run: Sequence[Map]) -> Iterator[MapRun]:
-        """Slabs side by side in a row, tensor by tensor."""
-        offset, num_slabs = self._offset(run[0]), self._policy.num_slabs
+        """Page-groups side by side in a row, tensor by tensor."""
+        offset, per_tensor = self._offset(run[0]), self._policy.page_groups_per_tensor
         for tensor, base in enumerate(self._bases):
-            yield MapRun(base, offset, [self._handles[tensor * num_slabs + action.slab] for action in run])
+            yield MapRun(base, offset, [self._handles[tensor * per_tensor + action.page_group] for action in run])
 
 
 def _runs(actions: Sequence[Action]) -> Iterator[list[Any]]:

@@ -130,9 +130,9 @@ def most_mapped(film: Film) -> int:
     """
     most = 0
     for step in film.frames:
-        slabs = {unit: seq_id for seq_id in step.decodes for unit in step.holdings[seq_id].units}
-        mapped = [a.slab for a in (*step.actions, *step.ahead) if isinstance(a, Map)]
-        most = max(most, *Counter(slabs[slab] for slab in mapped if slab in slabs).values(), 0)
+        owner = {unit: seq_id for seq_id in step.decodes for unit in step.holdings[seq_id].units}
+        mapped = [a.page_group for a in (*step.actions, *step.ahead) if isinstance(a, Map)]
+        most = max(most, *Counter(owner[unit] for unit in mapped if unit in owner).values(), 0)
     return most
 
 

@@ -67,7 +67,7 @@ class _Rows:
         """Page-groups of which a part is copied; maps and unmaps are followed on the way."""
         for action in actions:
             if isinstance(action, Map):
-                self.mapped.setdefault(action.row, []).append(action.slab)
+                self.mapped.setdefault(action.row, []).append(action.page_group)
             elif isinstance(action, Unmap):
                 self.mapped[action.row].pop()
             elif isinstance(action, CopyRow):

@@ -78,7 +78,7 @@ class ModelledExecutor(Executor):
         return StepTime(step_ps + stall_ps, stall_ps)
 
     def hidden_maps(self, plan: StepPlan) -> int:
-        """How many slabs can be mapped beside the step, and as many unmapped elsewhere, without making it longer."""
+        """How many page-groups, in every tensor, can be mapped beside the step and unmapped elsewhere, for no time."""
         return self.model.step_ps(load_of(plan)) // self._moved_ps if self._moved_ps else FOREVER
 
     def stretch(self, plan: StepPlan, run: SteadyRun) -> StepTime:

@@ -13,11 +13,11 @@ from unittest.mock import patch
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.reservation.best_fit import BestFitAllocator
 from kvarena.allocators.reservation.buddy import BuddyAllocator
-from kvarena.allocators.vattention.slabs import SlabList
+from kvarena.allocators.vattention.page_groups import PageGroupPool
 from kvarena.harness.scheduler.step import StepPlan
 
-# Every class that gives out units of a pool: blocks, chunks, rows, slabs. A block pool is a FreeList.
-_ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, SlabList)
+# Every class that gives out units of a pool: blocks, chunks, rows, page-groups. A block pool is a FreeList.
+_ARENAS: tuple[type[Any], ...] = (FreeList, BuddyAllocator, BestFitAllocator, PageGroupPool)
 
 
 class Takes:
@@ -52,8 +52,8 @@ def counted_takes() -> Iterator[Takes]:
 
 
 def _units_out(arena: Any) -> int:
-    if isinstance(arena, SlabList):
-        return arena.num_slabs - len(arena)
+    if isinstance(arena, PageGroupPool):
+        return arena.size - len(arena)
     return int(arena.num_units - arena.free_units)
 
 

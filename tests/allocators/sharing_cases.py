@@ -35,8 +35,8 @@ def blocks_of(num_blocks=16, block_size=4, **options):
     return PagedPolicy(layout, pool, max_tokens=2048, block_size=block_size, watermark=0.0, **options)
 
 
-def rows_of(slabs=40, **options):
+def rows_of(page_groups=40, **options):
     """Page-groups of 32 tokens over both layers (sliced), no store."""
     layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
     switches = {"page_group": "64KB", "max_rows": 6, "watermark": 0.0, "tensor_slicing": True} | options
-    return VAttentionPolicy(layout, slabs * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches)
+    return VAttentionPolicy(layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches)

@@ -34,15 +34,15 @@ def test_tokens_per_sliced_page_group_of_table_10(layout, tokens):
 def test_a_token_that_straddles_two_page_groups_needs_both():
     """17.07 tokens per page-group: the 35th token still begins in the second one's spare 0.07."""
     [geometry] = row_geometries(YI_34B, 2 * MB, True)
-    assert [geometry.slabs_for(n) for n in (0, 1, 17, 18, 34, 35)] == [0, 1, 1, 2, 2, 3]
-    assert geometry.slabs_for(17 * 15) == 15
-    assert geometry.slabs_for(256) == 15  # 15 x 17.07 = 256: rounding tokens down would take a 16th
+    assert [geometry.page_groups_for(n) for n in (0, 1, 17, 18, 34, 35)] == [0, 1, 1, 2, 2, 3]
+    assert geometry.page_groups_for(17 * 15) == 15
+    assert geometry.page_groups_for(256) == 15  # 15 x 17.07 = 256: rounding tokens down would take a 16th
 
 
 def test_a_window_is_a_ring():
     _, sliding = row_geometries(sliding_layout(1, 3, 1000, 8, 64), 64 * KB, False)
     full_ring = -(-1000 * 1024 // (64 * KB))
-    assert [sliding.slabs_for(n) for n in (64, 65, 1000, 10**6)] == [1, 2, full_ring, full_ring]
+    assert [sliding.page_groups_for(n) for n in (64, 65, 1000, 10**6)] == [1, 2, full_ring, full_ring]
     assert sliding.tokens_in(full_ring, 5000) == 5000
     assert sliding.tokens_in(full_ring - 1, 5000) == (full_ring - 1) * 64
     assert sliding.row_bytes(10**6) == full_ring * 64 * KB
@@ -60,12 +60,12 @@ def test_a_latent_layer_has_one_tensor():
     length=st.integers(0, 20_000),
     window=st.none() | st.integers(1, 20_000),
 )
-def test_slabs_and_tokens_are_inverse(stride, size, length, window):
+def test_page_groups_and_tokens_are_inverse(stride, size, length, window):
     geometry = RowGeometry(2, stride, size, window)
-    slabs = geometry.slabs_for(length)
-    assert geometry.tokens_in(slabs, 20_000) >= length
-    assert slabs == 0 or geometry.tokens_in(slabs - 1, 20_000) < length
-    assert geometry.row_bytes(20_000) >= slabs * size
+    page_groups = geometry.page_groups_for(length)
+    assert geometry.tokens_in(page_groups, 20_000) >= length
+    assert page_groups == 0 or geometry.tokens_in(page_groups - 1, 20_000) < length
+    assert geometry.row_bytes(20_000) >= page_groups * size
     assert geometry.row_bytes(20_000) % size == 0
 
 

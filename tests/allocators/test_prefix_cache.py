@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarena.allocators.actions import Map
+from kvarena.allocators.actions import Map, Unmap
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.paged.prefix_cache import CachedBlockPool, block_names
@@ -169,10 +169,10 @@ LAYERS, HEADS, SIZE, MAX_TOKENS = 2, 4, 64, 160
 UNIT = 32  # tokens that fill a page-group of 64 KB over both layers
 
 
-def rows_of(slabs=40, **options):
+def rows_of(page_groups=40, **options):
     layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
     switches = {"page_group": "64KB", "max_rows": 6, "watermark": 0.0, "tensor_slicing": True, "prefix_cache": True}
-    return VAttentionPolicy(layout, slabs * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches | options)
+    return VAttentionPolicy(layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches | options)
 
 
 def admit_row(policy, seq_id, tokens, output=9):
@@ -183,10 +183,12 @@ def admit_row(policy, seq_id, tokens, output=9):
 
 
 def test_a_unit_fills_whole_page_groups():
-    assert rows_of().unit_tokens == UNIT
-    straddling = VAttentionPolicy(attention_layout(2, 3, 100), 400 * 64 * KB, max_tokens=4096, page_group="64KB")
-    assert straddling.unit_tokens * 600 % (64 * KB) == 0  # 600 bytes of K, and of V, a token in a layer
-    assert straddling.unit_tokens == 8192
+    assert rows_of().cache.unit_tokens == UNIT
+    straddling = VAttentionPolicy(
+        attention_layout(2, 3, 100), 400 * 64 * KB, max_tokens=4096, page_group="64KB", prefix_cache=True
+    )
+    assert straddling.cache.unit_tokens * 600 % (64 * KB) == 0  # 600 bytes of K, and of V, a token in a layer
+    assert straddling.cache.unit_tokens == 8192
 
 
 def test_a_prompt_that_goes_on_takes_the_row_over():
@@ -210,7 +212,7 @@ def test_a_prompt_that_branches_off_maps_what_it_shares():
     policy.release(0)
     policy.drain()
     assert admit_row(policy, 1, [*range(64), *range(300, 310)]) == 64
-    maps = [(action.ordinal, action.slab) for action in policy.drain() if isinstance(action, Map)]
+    maps = [(action.ordinal, action.page_group) for action in policy.drain() if isinstance(action, Map)]
     assert maps[:2] == [(0, 0), (1, 1)]
     assert policy.usage().cached == 2 * 64 * KB  # the third unit, which nobody else holds
     assert policy.sharing.shared_bytes == 2 * 2 * 64 * KB
@@ -229,7 +231,7 @@ def test_a_prompt_finds_what_a_running_sequence_holds():
 
 
 def test_kept_rows_go_when_memory_is_needed_the_oldest_first():
-    policy = rows_of(slabs=6, eager_allocation=False, reclaim_threshold=0.0)
+    policy = rows_of(page_groups=6, eager_allocation=False, reclaim_threshold=0.0)
     for seq_id, first in ((0, 0), (1, 500)):
         admit_row(policy, seq_id, list(range(first, first + 64)))
         policy.release(seq_id)
@@ -239,6 +241,20 @@ def test_kept_rows_go_when_memory_is_needed_the_oldest_first():
     assert policy.grow(2, 64)  # takes what the other has
     policy.check_integrity()
     assert policy.cache.found_tokens(block_names(list(range(500, 565)), UNIT), 65) == 0
+
+
+def test_what_a_kept_row_gives_back_is_unmapped_also_where_copies_are_due():
+    policy = rows_of(page_groups=6, eager_allocation=False, deferred_reclamation=False, overlap=False)
+    admit_row(policy, 0, list(range(64)))
+    row = policy.row(0)
+    policy.release(0)
+    assert policy.admit(Admission([Sequence(1, 10, 20), Sequence(2, 10, 20)], 10)) == 0
+    policy.drain()
+    assert policy.sharing.grow_gang([1, 2])  # the prompt is copied to the second
+    assert policy.admit(Admission([Sequence(3, 96, 9)], 96)) == 0
+    unmapped = [(action.row, action.ordinal) for action in policy.drain() if isinstance(action, Unmap)]
+    assert unmapped == [(row, 1), (row, 0)]
+    policy.check_integrity()
 
 
 def test_kept_rows_go_when_rows_are_needed():
@@ -270,8 +286,8 @@ SWITCHES = {
 )
 def test_random_programs_of_rows(switches, operations):
     """Prompts of three families, which agree up to somewhere, come, grow and go; the books are recounted all along."""
-    policy = rows_of(**({"slabs": 14} | switches))
-    unit, served, resident = policy.unit_tokens, [], []
+    policy = rows_of(**({"page_groups": 14} | switches))
+    unit, served, resident = policy.cache.unit_tokens, [], []
     for seq_id, (family, length, agree, grow, releases) in enumerate(operations):
         tokens = [1000 * family + i + (500 if i >= agree else 0) for i in range(length)]
         before = policy.usage()
@@ -318,7 +334,7 @@ def test_what_a_row_at_rest_does_not_hold_is_given_back_in_the_background():
 
 def test_room_for_the_next_token_is_made_beside_this_step():
     """The pool is full of what is kept; a row that is full gets its next page-group before it needs it."""
-    policy = rows_of(slabs=5, eager_allocation=False, reclaim_threshold=0.0)
+    policy = rows_of(page_groups=5, eager_allocation=False, reclaim_threshold=0.0)
     for seq_id, tokens in ((0, 64), (1, 32)):
         admit_row(policy, seq_id, list(range(1000 * seq_id, 1000 * seq_id + tokens)))
         policy.release(seq_id)

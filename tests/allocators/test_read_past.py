@@ -24,17 +24,17 @@ def policy_of(**options) -> VAttentionPolicy:
 
 
 @given(
-    stride=st.integers(1, 5000), past=st.integers(0, 300), length=st.integers(0, 2000), slabs=st.integers(0, 40),
+    stride=st.integers(1, 5000), past=st.integers(0, 300), length=st.integers(0, 2000), page_groups=st.integers(0, 40),
     window=st.none() | st.integers(1, 500),
 )  # fmt: skip
-def test_slabs_and_tokens_are_inverse(stride, past, length, slabs, window):
+def test_page_groups_and_tokens_are_inverse(stride, past, length, page_groups, window):
     g = RowGeometry(2, stride, 4096, window, past)
-    needed = g.slabs_for(length)
+    needed = g.page_groups_for(length)
     assert needed * g.page_group >= g.resident_bytes(length) + (past * stride if length else 0)
     assert (needed - 1) * g.page_group < g.resident_bytes(length) + past * stride
     assert g.tokens_in(needed, 2000) >= length
-    assert g.slabs_for(g.tokens_in(slabs, 2000)) <= slabs
-    assert g.row_bytes(2000) >= g.slabs_for(2000) * g.page_group
+    assert g.page_groups_for(g.tokens_in(page_groups, 2000)) <= page_groups
+    assert g.row_bytes(2000) >= g.page_groups_for(2000) * g.page_group
 
 
 def test_what_a_kernel_touches_is_there_at_every_length():

@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.actions import CopyBlock, CopyRow, Map, Unmap
-from kvarena.allocators.forking import forked_again
+from kvarena.allocators.forking import Forking
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.policy import PagedPolicy
 from kvarena.allocators.policy import Admission, Sequence
@@ -78,7 +78,7 @@ def test_page_groups_of_others_are_never_written_over():
     policy.sharing.reseat([(0, seqs[1])])  # 0 and 1 share their second page-group now
     policy.grow_each([0, 1, 2])
     drained(policy)
-    policy.copy_beams = True
+    policy.sharing.copy_beams = True
     shared = policy.sharing.shared_bytes
     assert policy.sharing.reseat([(2, seqs[1])])
     policy.grow_each([0, 1, 2])
@@ -116,9 +116,9 @@ def test_reseating_is_releasing_and_forking():
         seqs = beams(policy)
     moves = [(2, seqs[0]), (2, seqs[1])]
     assert moved.sharing.reseat(moves)
-    assert forked_again(forked, forked.sharing.fork, moves)
+    assert Forking.reseat(forked.sharing, moves)
     assert moved.usage() == forked.usage()
-    assert moved.shared_bytes == forked.shared_bytes
+    assert moved.sharing.shared_bytes == forked.sharing.shared_bytes
     assert moved.grow_each([0, 1, 2]) == forked.grow_each([0, 1, 2]) == 3
     moved.check_integrity()
     assert moved.usage() == forked.usage()

@@ -18,11 +18,11 @@ LAYOUTS = (
     attention_layout(1, 64, 128, "float32"),  # 2 tokens a page-group
     attention_layout(2, 24, 120, "float16"),  # 11.4: a token straddles
     latent_layout(3, 4000),  # 8.2
-    attention_layout(2, 96, 256, "float32"),  # 2/3: a token takes two slabs, or sliced three
+    attention_layout(2, 96, 256, "float32"),  # 2/3: a token takes two page-groups, or sliced three
 )
 PROGRAMS = st.fixed_dictionaries(
     {
-        "slabs": st.integers(20, 160),
+        "page_groups": st.integers(20, 160),
         "lengths": st.lists(st.tuples(st.integers(1, 60), st.integers(1, 100)), min_size=1, max_size=8),
         "leave": st.lists(st.integers(0, 7), max_size=4),  # soon, so that idle rows have something to give back
         "most": st.sampled_from([1, 2, 3, 100]),
@@ -39,7 +39,7 @@ SWITCHES = st.fixed_dictionaries(
 
 
 def place(action: Action) -> tuple[str, int, int, int]:
-    """An action without its slab, which may be another when many steps are taken at once."""
+    """An action without its page-group, which may be another when many steps are taken at once."""
     return type(action).__name__, action.group, action.row, action.ordinal
 
 
@@ -70,10 +70,10 @@ def check_stretch(policy: VAttentionPolicy, ids: list[int], steps: int, most: in
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["2 tokens", "11.4 tokens", "8.2 tokens", "2/3 token"])
 @settings(max_examples=60, deadline=None)
 @given(program=PROGRAMS, switches=SWITCHES)
-@example(program={"slabs": 160, "lengths": [(60, MAX_TOKENS - 60)], "leave": [], "most": 100}, switches={})
+@example(program={"page_groups": 160, "lengths": [(60, MAX_TOKENS - 60)], "leave": [], "most": 100}, switches={})
 def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
     tensors = sum(group.num_tensors for group in layout.groups)
-    pool_bytes = program["slabs"] * tensors * 64 * KB
+    pool_bytes = program["page_groups"] * tensors * 64 * KB
     policy = VAttentionPolicy(layout, pool_bytes, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB", **switches)
     finals = {}
     for seq_id, (prompt, output) in enumerate(program["lengths"]):
@@ -113,7 +113,7 @@ def test_a_stretch_ends_where_memory_does():
     )  # fmt: skip
     assert policy.admit(Admission([Sequence(0, 1, 60)], 1)) is not None
     settled(policy)
-    assert policy.quiet_steps([0], 60, 9) == 18  # 10 slabs hold 20 tokens, the one ahead included
+    assert policy.quiet_steps([0], 60, 9) == 18  # 10 page-groups hold 20 tokens, the one ahead included
     policy.advance([0], 18)
     settled(policy)
     assert policy.grow(0)

@@ -134,7 +134,7 @@ def test_a_prefix_is_the_beginning_of_every_prompt_that_names_it(name, options):
 
 
 def test_a_prefix_longer_than_the_pool_or_the_context():
-    for policy in (blocks_of(num_blocks=8), rows_of(slabs=2)):
+    for policy in (blocks_of(num_blocks=8), rows_of(page_groups=2)):
         with pytest.raises(UserError, match="prefix of 500 tokens does not fit"):
             policy.sharing.keep_prefix(-1, 500)
         with pytest.raises(UserError, match="prefix of 0 tokens"):

@@ -34,7 +34,7 @@ def test_a_fork_maps_whole_page_groups_and_copies_the_rest():
     assert policy.sharing.fork(0, Sequence(1, 70, 20))
     parent, child = policy.row(0), policy.row(1)
     maps = policy.drain()
-    assert [(m.row, m.ordinal, m.slab) for m in maps] == [(child, 0, 0), (child, 1, 1), (child, 2, 3)]
+    assert [(m.row, m.ordinal, m.page_group) for m in maps] == [(child, 0, 0), (child, 1, 1), (child, 2, 3)]
     assert policy.grow(1)
     stride = 2 * KB  # of a token over both layers
     assert policy.drain() == [CopyRow(0, parent, child, 2 * 64 * KB, 70 * stride)]
@@ -84,7 +84,7 @@ def test_a_row_that_nobody_forks_into_is_unmapped_in_the_background():
 
 
 def test_a_fork_without_memory_or_row_changes_nothing():
-    for options in ({"slabs": 3}, {"max_rows": 1}):
+    for options in ({"page_groups": 3}, {"max_rows": 1}):
         policy = rows_of(eager_allocation=False, **options)
         policy.admit(Admission([Sequence(0, 70, 20)], 70))
         before = policy.usage(), policy.drain()
@@ -102,7 +102,7 @@ def test_a_ring_is_not_shared():
     policy.drain()
     policy.sharing.fork(0, Sequence(1, 200, 20))
     maps = [m for m in policy.drain() if isinstance(m, Map)]
-    assert {m.slab for m in maps if m.group == 1}.isdisjoint({0})
+    assert {m.page_group for m in maps if m.group == 1}.isdisjoint({0})
     assert policy.grow(1)
     copies = {a.group: (a.start, a.stop) for a in policy.drain() if isinstance(a, CopyRow)}
     assert copies[1] == (0, 64 * 1024)  # all that the window remembers
@@ -113,6 +113,6 @@ def test_a_ring_is_not_shared():
 def test_a_planted_alias_that_is_not_counted_is_found():
     policy = rows_of()
     policy.admit(Admission([Sequence(0, 70, 4), Sequence(1, 70, 4)], 70))
-    policy._rows._slabs[0].unshare(0)
+    policy._aliases.owners[0].unshare([0])
     with pytest.raises(IntegrityError, match="more than once"):
         policy.check_integrity()

@@ -139,9 +139,11 @@ TestChurnOnTheFake.settings = settings(max_examples=10, stateful_step_count=20, 
 # ---- vAttention's calls ----------------------------------------------------------------------------------------
 
 
-def virtual(fake: FakeCuda, slabs: int = 16, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
+def virtual(fake: FakeCuda, page_groups: int = 16, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
     options = {"max_tokens": MAX_TOKENS, "max_rows": 6, "page_group": "64KB", "eager_allocation": False} | switches
-    policy = VAttentionPolicy(attention_layout(LAYERS, HEADS, SIZE, "float32"), slabs * TENSORS * 64 * KB, **options)
+    policy = VAttentionPolicy(
+        attention_layout(LAYERS, HEADS, SIZE, "float32"), page_groups * TENSORS * 64 * KB, **options
+    )
     store = VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32), FakedCudaDriver(64 * KB, fake))
     fake.calls.clear()
     return policy, store
@@ -170,7 +172,7 @@ def test_the_background_enters_the_context_and_maps_beside_the_step(fake):
 
 @pytest.mark.parametrize("function", ["cuMemMap", "cuMemSetAccess"])
 @pytest.mark.parametrize("after", range(TENSORS))
-def test_a_slab_is_mapped_in_every_tensor_or_in_none(fake, function, after):
+def test_a_page_group_is_mapped_in_every_tensor_or_in_none(fake, function, after):
     _, store = virtual(fake)
     before = fake.state
     fake.fail(function, after)

@@ -1,7 +1,7 @@
 """The vAttention policy: growth, each switch by its counts, and the books."""
 
 import pytest
-from vattention_by_hand import ALL_OFF, LAYOUT, SLAB, TOKENS, admit, counts, policy_of
+from vattention_by_hand import ALL_OFF, LAYOUT, PAIR, TOKENS, admit, counts, policy_of
 
 from kvarena.allocators.kv_layout import attention_layout, sliding_layout
 from kvarena.allocators.policy import Admission, IntegrityError, Map, Sequence
@@ -20,11 +20,11 @@ def test_a_prompt_takes_the_page_groups_it_needs_as_one_ascending_run():
     row = policy.row(7)
     assert policy.drain() == [Map(0, row, 0, 0), Map(0, row, 1, 1), Map(0, row, 2, 2)]
     assert policy.drain() == []
-    assert policy.mapped_bytes == 3 * SLAB
+    assert policy.mapped_bytes == 3 * PAIR
     assert policy.tokens_until_growth(7) == 3 * TOKENS - 130
 
 
-def test_growth_maps_one_slab_when_a_page_group_is_full():
+def test_growth_maps_one_more_when_a_page_group_is_full():
     policy = policy_of()
     admit(policy, 0, 1, 3)
     policy.drain()
@@ -38,7 +38,7 @@ def test_growth_maps_one_slab_when_a_page_group_is_full():
 
 
 def test_refusals_change_nothing():
-    policy = policy_of(slabs=4, rows=2)
+    policy = policy_of(page_groups=4, rows=2)
     assert admit(policy, 0, 3)
     usage = policy.usage()
     assert not admit(policy, 1, 2)
@@ -52,14 +52,14 @@ def test_refusals_change_nothing():
 
 
 def test_what_can_never_fit():
-    policy = policy_of(slabs=8, watermark=0.25)
+    policy = policy_of(page_groups=8, watermark=0.25)
     assert not policy.refusal(Admission([Sequence(0, 6 * TOKENS, 0)], 0))
     assert policy.refusal(Admission([Sequence(0, 6 * TOKENS, 1)], 0))  # it could not come back, with the watermark free
-    assert policy_of(slabs=100).refusal(Admission([Sequence(0, 1000, 25)], 0))  # longer than a row
+    assert policy_of(page_groups=100).refusal(Admission([Sequence(0, 1000, 25)], 0))  # longer than a row
 
 
 def test_the_watermark_binds_admission_only():
-    policy = policy_of(slabs=8, watermark=0.25)
+    policy = policy_of(page_groups=8, watermark=0.25)
     assert admit(policy, 0, 5, 8)
     assert not policy.can_admit(Admission([Sequence(1, 2 * TOKENS, 0)], 2 * TOKENS))
     assert policy.can_admit(Admission([Sequence(1, TOKENS, 0)], TOKENS))
@@ -102,7 +102,7 @@ def test_without_deferred_reclamation_a_row_is_emptied_when_its_request_ends():
     policy.drain()
     policy.release(0)
     assert counts(policy.drain()) == (0, 3)
-    assert policy.usage().free == 8 * SLAB
+    assert policy.usage().free == 8 * PAIR
 
 
 def test_with_deferred_reclamation_the_next_request_inherits_the_row():
@@ -112,7 +112,7 @@ def test_with_deferred_reclamation_the_next_request_inherits_the_row():
     policy.drain()
     policy.release(0)
     assert policy.drain() == []
-    assert policy.usage().deferred == 3 * SLAB
+    assert policy.usage().deferred == 3 * PAIR
     admit(policy, 1, 5)
     assert policy.row(1) == row
     assert counts(policy.drain()) == (2, 0)  # only the excess
@@ -122,11 +122,11 @@ def test_eager_allocation_keeps_one_idle_row_ready():
     policy = policy_of(eager_allocation=True, eager_groups=2)
     assert counts(policy.look_ahead()) == (2, 0)
     assert policy.look_ahead() == []
-    assert policy.usage().premapped == 2 * SLAB
+    assert policy.usage().premapped == 2 * PAIR
     admit(policy, 0, 2)
     assert policy.drain() == []  # nothing on the critical path
     assert counts(policy.look_ahead()) == (2, 0)  # another is got ready
-    assert policy.usage().premapped == 2 * SLAB
+    assert policy.usage().premapped == 2 * PAIR
     admit(policy, 1, 3)
     assert counts(policy.drain()) == (1, 0)
 
@@ -138,24 +138,24 @@ def test_a_row_with_enough_left_from_before_is_the_slot_without_mapping():
     policy.release(0)
     assert policy.look_ahead() == []
     usage = policy.usage()
-    assert (usage.premapped, usage.deferred) == (SLAB, 2 * SLAB)
+    assert (usage.premapped, usage.deferred) == (PAIR, 2 * PAIR)
 
 
 def test_below_the_threshold_idle_rows_give_back_in_the_background():
-    policy = policy_of(slabs=10, deferred_reclamation=True, reclaim_threshold=0.3)
+    policy = policy_of(page_groups=10, deferred_reclamation=True, reclaim_threshold=0.3)
     admit(policy, 0, 4)
     admit(policy, 1, 5)
     policy.drain()
     policy.release(0)
-    assert policy.usage().free == 1 * SLAB
+    assert policy.usage().free == 1 * PAIR
     assert counts(policy.look_ahead()) == (0, 2)
     usage = policy.usage()
-    assert (usage.free, usage.deferred) == (3 * SLAB, 2 * SLAB)
+    assert (usage.free, usage.deferred) == (3 * PAIR, 2 * PAIR)
     assert policy.look_ahead() == []
 
 
 def test_the_slot_is_neither_filled_from_nor_emptied_for_the_threshold():
-    policy = policy_of(slabs=4, eager_allocation=True, eager_groups=1, reclaim_threshold=0.5)
+    policy = policy_of(page_groups=4, eager_allocation=True, eager_groups=1, reclaim_threshold=0.5)
     admit(policy, 0, 1)
     assert counts(policy.look_ahead()) == (1, 0)
     admit(policy, 1, 2)  # a page-group of it comes from the slot, so that 1 is free: below the threshold
@@ -171,7 +171,7 @@ def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
     seq = Sequence(0, 9, 0)
     assert plain.admit(Admission([seq], 9)) is not None
     assert sliced.admit(Admission([seq], 9)) is not None
-    assert (plain.num_slabs, sliced.num_slabs) == (8, 64)
+    assert (plain.page_groups_per_tensor, sliced.page_groups_per_tensor) == (8, 64)
     assert plain.mapped_bytes == 16 * 64 * KB  # one page-group in each tensor, for 64 tokens
     assert sliced.mapped_bytes == 2 * 2 * 64 * KB  # two page-groups of 8 tokens in two tensors
     assert plain.usage().rounding == plain.mapped_bytes - 9 * 16 * KB
@@ -182,27 +182,26 @@ def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
 
 
 def test_every_leaf():
-    """In slabs of 64 tokens: 3.5 mapped to the end of what is final, one mapped ahead, one left by a former request."""
-    policy = policy_of(slabs=12, rows=3, deferred_reclamation=True)
-    policy.pool_bytes += 5
+    """In pairs of 64 tokens: 3.5 mapped to the end of what is final, one mapped ahead, one left by a former request."""
+    policy = policy_of(page_groups=12, rows=3, more=5, deferred_reclamation=True)
     admit(policy, 9, 6)
     admit(policy, 8, 1)
     policy.release(9)
     policy.release(8)
     policy.admit(
         Admission([Sequence(0, 2 * TOKENS + 10, TOKENS + 12)], 2 * TOKENS + 10)
-    )  # ends after 3 slabs and 22 tokens
+    )  # ends after 3 page-groups and 22 tokens
     policy.drain()
-    byte = SLAB // TOKENS
+    byte = PAIR // TOKENS
     assert policy.usage() == Usage(
         live=(2 * TOKENS + 10) * byte,
         reserved=(TOKENS + 12) * byte,
         rounding=(TOKENS - 22) * byte,
-        retained=3 * SLAB,
-        free=5 * SLAB,
+        retained=3 * PAIR,
+        free=5 * PAIR,
         remainder=5,
-        deferred=1 * SLAB,
-        surplus=2 * SLAB,
+        deferred=1 * PAIR,
+        surplus=2 * PAIR,
     )
 
 
@@ -212,7 +211,7 @@ def test_what_is_mapped_ahead_is_reserved_below_the_final_length_and_surplus_abo
     admit(policy, 1, 1, 1)
     policy.look_ahead()
     usage = policy.usage()
-    assert (usage.live, usage.reserved, usage.surplus) == (2 * SLAB, SLAB, SLAB)
+    assert (usage.live, usage.reserved, usage.surplus) == (2 * PAIR, PAIR, PAIR)
 
 
 def test_quiet_steps_leave_nothing_to_do_in_the_background():
@@ -223,7 +222,7 @@ def test_quiet_steps_leave_nothing_to_do_in_the_background():
     assert policy.quiet_steps([0], 100) == 0  # and no slot is ready
     policy.look_ahead()
     assert policy.tokens_until_growth(0) == TOKENS - 4
-    assert policy.quiet_steps([0], 100) == TOKENS - 5  # in the step after these the next slab is mapped
+    assert policy.quiet_steps([0], 100) == TOKENS - 5  # in the step after these the next page-group is mapped
     policy.advance([0], TOKENS - 5)
     assert policy.look_ahead() == []
     assert policy.grow(0)
@@ -238,24 +237,24 @@ def test_quiet_steps_leave_nothing_to_do_in_the_background():
 
 def test_a_window_fills_its_ring_and_no_more():
     layout = sliding_layout(1, 1, 100, 4, 128, "float16")  # a full layer, and one that sees 100 positions
-    policy = VAttentionPolicy(layout, 64 * SLAB, **ALL_OFF, page_group="64KB", max_tokens=1024, max_rows=2)
+    policy = VAttentionPolicy(layout, 64 * PAIR, **ALL_OFF, page_group="64KB", max_tokens=1024, max_rows=2)
     policy.admit(Admission([Sequence(0, 50, 900)], 50))
     assert policy.grow(0, 850)
     mapped = [a.group for a in policy.drain()]
     assert (mapped.count(0), mapped.count(1)) == (15, 2)
-    assert policy.usage().live == (900 + 100) * SLAB // TOKENS
+    assert policy.usage().live == (900 + 100) * PAIR // TOKENS
     policy.check_integrity()
 
 
 @pytest.mark.parametrize(
     ("spoil", "sum_that_fails"),
     [
-        (lambda p: p._rows.live[0].slabs[0].pop(), "slabs in rows"),
-        (lambda p: p._rows.live[0].slabs[0].append(0), "slabs in rows"),
+        (lambda p: p._rows.live[0].page_groups[0].pop(), "page-groups in rows"),
+        (lambda p: p._rows.live[0].page_groups[0].append(0), "page-groups by row"),
         (lambda p: setattr(p._rows, "free", p._rows.free - 2), "mapped [+] free"),
         (lambda p: setattr(p._rows.live[0], "length", 700), "holds its 700 tokens"),
-        (lambda p: setattr(p, "_live_bytes", p._live_bytes + 1), "live to retained"),
-        (lambda p: setattr(p, "pool_bytes", p.pool_bytes - 1), "leaves are none or more"),
+        (lambda p: setattr(p._rows, "live_bytes", p._rows.live_bytes + 1), "live to retained"),
+        (lambda p: setattr(p._books, "pool_bytes", p.pool_bytes - 1), "leaves are none or more"),
     ],
 )
 def test_spoilt_books_are_found(spoil, sum_that_fails):
@@ -272,7 +271,7 @@ def test_spoilt_books_are_found(spoil, sum_that_fails):
 
 def test_the_registry_makes_it_from_its_config():
     assert config_class("vattention") is VAttentionConfig
-    policy = make_policy(VAttentionConfig(page_group="128KB", overlap=False), LAYOUT, 100 * SLAB, 500)
+    policy = make_policy(VAttentionConfig(page_group="128KB", overlap=False), LAYOUT, 100 * PAIR, 500)
     assert isinstance(policy, VAttentionPolicy)
     assert (policy.page_group_bytes, policy.overlap, policy.max_tokens) == (128 * KB, False, 500)
     assert policy.virtual_bytes == 256 * 2 * 512 * KB  # rows of 500 KB, rounded up to page-groups

@@ -11,11 +11,11 @@ from kvarena.allocators.vattention.api import VAttention
 from kvarena.errors import UserError
 
 N, B, L, H, D, P = 2, 4, 300, 2, 32, 4  # 256 bytes a token and tensor: 256 tokens fill 64 KB
-SLAB = 2 * N * 64 * KB
+PAIR = 2 * N * 64 * KB
 
 
-def make(slabs: int, **switches) -> tuple[VAttention, list[torch.Tensor]]:
-    va = VAttention(slabs * SLAB, **switches)
+def make(page_groups: int, **switches) -> tuple[VAttention, list[torch.Tensor]]:
+    va = VAttention(page_groups * PAIR, **switches)
     return va, va.init(N, B, L, H, D, P, 64 * KB)
 
 
@@ -117,6 +117,6 @@ def test_misuse():
         va.free_reqid(3)
     va.close()
     with pytest.raises(UserError, match="P=3 bytes per element: there are 2, 4"):
-        VAttention(SLAB).init(N, B, L, H, D, 3, 64 * KB)
+        VAttention(PAIR).init(N, B, L, H, D, 3, 64 * KB)
     with pytest.raises(UserError, match="page_group=100"):
-        VAttention(SLAB).init(N, B, L, H, D, P, 100)
+        VAttention(PAIR).init(N, B, L, H, D, P, 100)

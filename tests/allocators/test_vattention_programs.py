@@ -30,7 +30,7 @@ SWITCHES = st.fixed_dictionaries(
 
 
 class Programs(RuleBasedStateMachine):
-    """`self.memory` is what a store would have mapped: (layer group, row, ordinal) -> slab."""
+    """`self.memory` is what a store would have mapped: (layer group, row, ordinal) -> page-group."""
 
     @initialize(layout=st.sampled_from(LAYOUTS), groups=st.integers(30, 150), rows=st.integers(1, 6), switches=SWITCHES)
     def start(self, layout, groups, rows, switches) -> None:
@@ -43,17 +43,17 @@ class Programs(RuleBasedStateMachine):
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
-            where, slab = (action.group, action.row, action.ordinal), action.slab
+            where, page_group = (action.group, action.row, action.ordinal), action.page_group
             if isinstance(action, Map):
                 assert where not in self.memory
-                assert slab not in self.slabs(action.group)
+                assert page_group not in self.mapped(action.group)
                 assert action.ordinal == 0 or (*where[:2], action.ordinal - 1) in self.memory  # rows have no holes
-                self.memory[where] = slab
+                self.memory[where] = page_group
             else:
-                assert self.memory.pop(where) == slab
+                assert self.memory.pop(where) == page_group
 
-    def slabs(self, group: int) -> set[int]:
-        return {slab for where, slab in self.memory.items() if where[0] == group}
+    def mapped(self, group: int) -> set[int]:
+        return {page_group for where, page_group in self.memory.items() if where[0] == group}
 
     @rule(prompt=st.integers(1, 300), output=st.integers(0, 300))
     def admit(self, prompt: int, output: int) -> None:
@@ -94,7 +94,7 @@ class Programs(RuleBasedStateMachine):
     def overlap_maps_ahead_for_all_if_all_fit(self) -> None:
         self.look_ahead_plans_everything_at_once()
         ahead = [min(self.policy.length(seq_id) + 1, MAX_TOKENS) for seq_id in self.ids]
-        needed = sum(g.num_tensors * g.slabs_for(length) for g in self.policy.geometries for length in ahead)
+        needed = sum(g.num_tensors * g.page_groups_for(length) for g in self.policy.geometries for length in ahead)
         if needed <= self.policy.pool_bytes // (64 * KB):
             for seq_id, length in zip(self.ids, ahead, strict=True):
                 assert self.policy.tokens_until_growth(seq_id) >= length - self.policy.length(seq_id)

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.allocators.vattention.page_groups import RowGeometry
-from kvarena.allocators.vattention.row import IdleRows, Row
+from kvarena.allocators.vattention.reclamation import IdleRows
+from kvarena.allocators.vattention.rows import Row
 
 
 def rows_with(mapped: list[int]) -> list[Row]:
@@ -35,15 +36,15 @@ def test_rows_that_come_and_go_stay_in_order(mapped, data):
 
 
 @pytest.mark.parametrize(
-    ("length", "final", "slabs", "capacity", "enough_until", "surplus"),
+    ("length", "final", "page_groups", "capacity", "enough_until", "surplus"),
     [(0, 10, 0, 0, 0, 0), (5, 10, 1, 8, 8, 0), (8, 10, 2, 16, 8, 2), (9, 9, 4, 20, 16, 4), (30, 10, 4, 20, 20, 0)],
 )
-def test_what_follows_from_length_and_slabs(length, final, slabs, capacity, enough_until, surplus):
+def test_what_follows_from_length_and_slabs(length, final, page_groups, capacity, enough_until, surplus):
     """Two tensors, 8 tokens a page-group, rows of 20 tokens."""
     geometry = RowGeometry(num_tensors=2, token_stride=8, page_group=64, window=None)
-    row = Row(0, [list(range(slabs))], mapped=2 * slabs, length=length, final=final)
-    row.settle([geometry], max_tokens=20)
+    row = Row(0, [list(range(page_groups))], mapped=2 * page_groups, length=length, final=final)
+    row.measure([geometry], max_tokens=20)
     assert (row.capacity, row.enough_until, row.surplus) == (capacity, enough_until, surplus)
     end = max(length, final)
-    assert row.marks.covered == 2 * min(8 * end, 64 * slabs)
-    assert row.marks.rounded == 2 * min(64 * -(-end // 8), 64 * slabs)
+    assert row.marks.covered == 2 * min(8 * end, 64 * page_groups)
+    assert row.marks.rounded == 2 * min(64 * -(-end // 8), 64 * page_groups)

@@ -24,10 +24,10 @@ TOKENS = 128
 TENSORS = 2 * LAYERS
 
 
-def make(pool_slabs: int = 16, driver: HostDriver | None = None, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
+def make(page_groups: int = 16, driver: HostDriver | None = None, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
     layout = attention_layout(LAYERS, HEADS, SIZE)
     options = {"max_tokens": 1000, "max_rows": 6, "page_group": "64KB"} | switches
-    policy = VAttentionPolicy(layout, pool_slabs * TENSORS * 64 * KB, **options)
+    policy = VAttentionPolicy(layout, page_groups * TENSORS * 64 * KB, **options)
     return policy, VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float16), driver)
 
 
@@ -154,7 +154,7 @@ def failing_fourth_map(monkeypatch):
 
 
 @pytest.mark.usefixtures("failing_fourth_map")
-def test_a_slab_is_mapped_in_every_tensor_or_in_none():
+def test_a_page_group_is_mapped_in_every_tensor_or_in_none():
     _, store = make()
     with pytest.raises(DriverError, match="Permission denied"):
         store.apply([Map(0, 0, 0, 0)])
@@ -202,7 +202,7 @@ def test_the_limit_on_mappings_reaches_the_user():
     scattered = [Map(0, row, 0, 15 - 2 * row) for row in range(6)]
     with pytest.raises(UserError, match=r"vm\.max_map_count"):
         store.apply(
-            [action for a in scattered for action in (a, Map(0, a.row, 1, a.slab - 1), Map(0, a.row, 2, a.row))]
+            [action for a in scattered for action in (a, Map(0, a.row, 1, a.page_group - 1), Map(0, a.row, 2, a.row))]
         )
     store.close()
 

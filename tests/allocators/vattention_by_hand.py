@@ -1,6 +1,6 @@
 """Small vAttention policies to follow by hand.
 
-One layer, K and V: a slab is two page-groups. 64 KB hold 64 tokens of 1 KB.
+One layer, K and V: page-groups come in pairs, of one number. 64 KB hold 64 tokens of 1 KB.
 """
 
 from kvarena.allocators.kv_layout import attention_layout
@@ -9,8 +9,8 @@ from kvarena.allocators.sizes import KB
 from kvarena.allocators.vattention.policy import VAttentionPolicy
 
 LAYOUT = attention_layout(1, 4, 128)  # 1 KB a token in K, and in V
-SLAB = 128 * KB
-TOKENS = 64  # of one slab
+PAIR = 128 * KB  # a page-group of K and one of V
+TOKENS = 64  # of one pair
 ALL_OFF = {
     "overlap": False,
     "deferred_reclamation": False,
@@ -20,16 +20,18 @@ ALL_OFF = {
 }
 
 
-def policy_of(slabs: int = 8, rows: int = 4, **switches) -> VAttentionPolicy:
+def policy_of(page_groups: int = 8, rows: int = 4, more: int = 0, **switches) -> VAttentionPolicy:
     options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": rows} | switches
-    return VAttentionPolicy(LAYOUT, slabs * SLAB, **options)
+    return VAttentionPolicy(LAYOUT, page_groups * PAIR + more, **options)
 
 
-def admit(policy: VAttentionPolicy, seq_id: int, slabs: int, final_slabs: int | None = None) -> bool:
-    """Admit a sequence that fills so many slabs; in the end it will fill `final_slabs`."""
-    prompt = slabs * TOKENS
+def admit(policy: VAttentionPolicy, seq_id: int, page_groups: int, final_page_groups: int | None = None) -> bool:
+    """Admit a sequence that fills so many page-groups; in the end it will fill `final_page_groups`."""
+    prompt = page_groups * TOKENS
     return (
-        policy.admit(Admission([Sequence(seq_id, prompt, (final_slabs or slabs) * TOKENS - prompt)], prompt))
+        policy.admit(
+            Admission([Sequence(seq_id, prompt, (final_page_groups or page_groups) * TOKENS - prompt)], prompt)
+        )
         is not None
     )
 
@@ -40,8 +42,8 @@ def counts(actions) -> tuple[int, int]:
 
 
 def rows_mapped(policy: VAttentionPolicy, actions, before: dict[int, int] | None = None) -> dict[int, int]:
-    """Slabs by row, after `actions`."""
-    slabs = dict(before or {})
+    """Page-groups by row, after `actions`."""
+    page_groups = dict(before or {})
     for action in actions:
-        slabs[action.row] = slabs.get(action.row, 0) + (1 if isinstance(action, Map) else -1)
-    return slabs
+        page_groups[action.row] = page_groups.get(action.row, 0) + (1 if isinstance(action, Map) else -1)
+    return page_groups

@@ -41,4 +41,4 @@ def newcomer(inner_class, *extras):
 
 
 NewcomerBlocks = newcomer(PagedPolicy, "num_blocks", "num_cpu_blocks")
-NewcomerRows = newcomer(VAttentionPolicy, "max_rows", "num_slabs", "tensor_slicing")
+NewcomerRows = newcomer(VAttentionPolicy, "max_rows", "page_groups_per_tensor", "tensor_slicing")
