@@ -247,6 +247,8 @@ class PrefixCache(Protocol):
 class Swapping(Protocol):
     """A CPU pool that a gang moves to when it is preempted (PagedAttention section 4.5). Copies come out of `drain`."""
 
+    num_blocks: int  # of the CPU pool
+
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
         """Whether the CPU pool has room for all that these sequences own."""
 

@@ -96,9 +96,9 @@ class PagedPolicy(Policy):
         self._actions: list[Action] = []  # one list for good: what swaps adds to it
         self.sharing = SharedBlocks(self, self._fork, self._tables)
         self.cache = BlockCache(cached, self._tables) if cached else None
-        self.num_cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
-        cpu_pool = CpuBlocks(self.num_cpu_blocks, self._tables, self.watermark_blocks, self._actions)
-        self.swapping = cpu_pool if self.num_cpu_blocks else None
+        cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
+        cpu_pool = CpuBlocks(cpu_blocks, self._tables, self.watermark_blocks, self._actions)
+        self.swapping = cpu_pool if cpu_blocks else None
 
     @property
     def free_units(self) -> int:

@@ -49,7 +49,7 @@ class PagedStore(ResidentStore):
         ]
         self._block_bytes = block_bytes
         self._copy = ByteCopies([self.base + i * tensor_bytes for i in range(2 * num_layers)], self._blocks.device)
-        self._swapped = SwapSpace(getattr(policy, "num_cpu_blocks", 0), self._blocks)
+        self._swapped = SwapSpace(policy.swapping.num_blocks if policy.swapping else 0, self._blocks)
         self._make_view = view_maker(self._blocks.device)
         self._decode_table, self._prefill_table = self._make_table(), self._make_table()
 

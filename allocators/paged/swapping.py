@@ -18,6 +18,7 @@ class CpuBlocks:
 
     def __init__(self, num_blocks: int, tables: BlockTables, watermark_blocks: int, actions: list[Action]) -> None:
         """Sequences go from `tables`, and return there. Copies to be made are appended to `actions`."""
+        self.num_blocks = num_blocks
         self.pool = BlockPool(num_blocks)
         self.block_size = tables.block_size
         self.swapped: dict[int, Resident] = {}  # tables of CPU blocks
@@ -94,8 +95,8 @@ class CpuBlocks:
     def check_integrity(self) -> None:
         """Recount references, and slots. Raises IntegrityError where they differ."""
         self.pool.check_integrity(away.table for away in self.swapped.values())
-        if sum(self.slots()) != self.pool.num_units * self.block_size:
-            raise IntegrityError(f"slots of {self.pool.num_units} CPU blocks of {self.block_size}: {self.slots()}")
+        if sum(self.slots()) != self.num_blocks * self.block_size:
+            raise IntegrityError(f"slots of {self.num_blocks} CPU blocks of {self.block_size}: {self.slots()}")
 
 
 def _distinct(residents: Seq[Resident]) -> int:

@@ -40,5 +40,5 @@ def newcomer(inner_class, *extras):
     return type("Newcomer", (Policy,), members | also | layout)
 
 
-NewcomerBlocks = newcomer(PagedPolicy, "num_blocks", "num_cpu_blocks")
+NewcomerBlocks = newcomer(PagedPolicy, "num_blocks")
 NewcomerRows = newcomer(VAttentionPolicy, "max_rows", "page_groups_per_tensor", "tensor_slicing")
