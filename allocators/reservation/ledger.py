@@ -8,7 +8,6 @@ moves one mark of one extent: k tokens at once cost what one costs.
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
 
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import IntegrityError
@@ -119,19 +118,19 @@ class Ledger:
         return live, final - live, bound - final, self._capacity - bound
 
     def _count(self, extent: Extent, sign: int) -> None:
-        live, final, bound, capacity = map(self._bytes_of, self._marks(extent))
-        self._live += sign * live
-        self._final += sign * final
-        self._bound += sign * bound
-        self._capacity += sign * capacity
+        length, final, bound, capacity = self._marks(extent)
+        bytes_of = self._bytes_of
+        self._live += sign * bytes_of(length)
+        self._final += sign * bytes_of(final)
+        self._bound += sign * bytes_of(bound)
+        self._capacity += sign * bytes_of(capacity)
 
     @staticmethod
-    def _marks(extent: Extent) -> tuple[int, ...]:
+    def _marks(extent: Extent) -> tuple[int, int, int, int]:
         """The four marks, none behind the one before it, none past the capacity."""
         capacity = extent.capacity
-        return tuple(
-            accumulate((extent.length, min(extent.final, capacity), min(extent.bound, capacity), capacity), max)
-        )
+        final = max(extent.length, min(extent.final, capacity))
+        return extent.length, final, max(final, min(extent.bound, capacity)), max(final, capacity)
 
     def check_integrity(self) -> None:
         """Recount the leaves from the extents. Raises IntegrityError where they differ from the sums kept."""
