@@ -15,9 +15,15 @@ import torch
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
-from kvarena.experiments.kit.block_sweep import check_block_sizes
 from kvarena.experiments.kit.cells import Cell, run_cells
-from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.experiments.kit.kernel_pairs import (
+    allocator_named,
+    check_table_sizes,
+    kernel_over,
+    kernels_here,
+    misfit,
+    unread_of_model,
+)
 from kvarena.experiments.kit.panels import Panel, curves, drawn, ratio
 from kvarena.harness.measured.calibration import StreamingRead
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -27,9 +33,8 @@ from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.kernels.arrangement import Arrangement
-from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
-from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
+from kvarena.kernels.registry import get_kernel, kernel_spec
 
 HEADLINE = "attention_kernel_latency_vs_context"
 FIGURE = "fig18a"
@@ -106,17 +111,6 @@ def _check(params: Params) -> None:
         raise UserError(f"params.rounds={params.rounds}: at least 1 is needed")
 
 
-def _check_blocks(params: Params) -> None:
-    check_block_sizes(params.block_sizes)
-    longest = max(USUAL_BLOCK, *params.contexts)
-    odd = [size for size in params.block_sizes if size & (size - 1) or size > longest]
-    if odd or USUAL_BLOCK not in params.block_sizes:
-        raise UserError(
-            f"params.block_sizes={params.block_sizes}: powers of two, {USUAL_BLOCK} among them, none longer than the "
-            f"longest context, {longest}"
-        )
-
-
 def _lines(run: Run[Params]) -> list[Line]:
     """Every kernel on rows, scattered blocks and blocks in order, as it can read them. Raises UserError for none."""
     arrangements = (Arrangement(None), Arrangement(USUAL_BLOCK, scattered=True), Arrangement(USUAL_BLOCK))
@@ -133,7 +127,7 @@ def _lines_by_block(run: Run[Params]) -> list[Line]:
     """Kernels that read rows and blocks alike, on scattered blocks of every size. Raises UserError for odd sizes."""
     pairs = _of_both_layouts(run)
     if pairs:
-        _check_blocks(run.params)
+        check_table_sizes(run.params.block_sizes, max(USUAL_BLOCK, *run.params.contexts))
     sizes = [Arrangement(size, scattered=True) for size in run.params.block_sizes]
     return [Line(name, a) for name in pairs for a in sizes if _misfit(run, name, a) is None]
 
@@ -143,30 +137,11 @@ def _of_both_layouts(run: Run[Params]) -> list[str]:
 
 
 def _kernels(run: Run[Params]) -> list[str]:
-    """The kernels to measure. Raises UserError for one that cannot run here."""
-    if run.params.kernels is None:
-        names = [name for name, (spec, *_) in CATALOGUE.items() if missing(spec) is None]
-        return [name for name in names if _readable(run, name)]
-    for name in run.params.kernels:
-        if reason := missing(kernel_spec(name)):
-            raise UserError(f"params.kernels: {name}: {reason}")
-        if not _readable(run, name):
-            layout = next(iter(kernel_spec(name).layouts))
-            raise UserError(f"params.kernels: {name} {_misfit_of(run, name, layout, None)}")
-    return list(run.params.kernels)
-
-
-def _readable(run: Run[Params], name: str) -> bool:
-    return any(_misfit_of(run, name, layout, None) is None for layout in kernel_spec(name).layouts)
+    return kernels_here(run, run.params.kernels, *Layout)
 
 
 def _misfit(run: Run[Params], name: str, arrangement: Arrangement) -> str | None:
-    return _misfit_of(run, name, arrangement.layout, arrangement.block_size)
-
-
-def _misfit_of(run: Run[Params], name: str, layout: Layout, block_size: int | None) -> str | None:
-    model = run.model
-    return fits(kernel_spec(name), layout, run.device.kind, model.dtype, model.head_size, block_size)
+    return misfit(run, name, arrangement.layout, arrangement.block_size)
 
 
 def measure_lines(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:

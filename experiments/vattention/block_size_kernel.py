@@ -19,9 +19,15 @@ import torch
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.attention_time import USUAL_BLOCK, Call, WorkingSet, seconds_per_call
-from kvarena.experiments.kit.block_sweep import check_block_sizes
 from kvarena.experiments.kit.cells import Cell, run_cells
-from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.experiments.kit.kernel_pairs import (
+    allocator_named,
+    check_table_sizes,
+    kernel_over,
+    kernels_here,
+    misfit,
+    unread_of_model,
+)
 from kvarena.experiments.kit.panels import Panel, drawn, ratio
 from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.vattention.driver_calls import check_counts
@@ -31,9 +37,8 @@ from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.arrangement import Arrangement
-from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
-from kvarena.kernels.registry import fits, get_kernel, kernel_spec, missing
+from kvarena.kernels.registry import get_kernel
 
 HEADLINE = "decode_kernel_time_vs_batch_normalized_to_block16"
 FIGURE = "fig3"
@@ -91,31 +96,17 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
 def _lines(run: Run[Params]) -> list[Line]:
     """Kernels, tables and block sizes that fit. Raises UserError where nothing does, or 16 is missing."""
     params: Params = run.params
-    check_block_sizes(params.block_sizes)
     check_counts(params, "batch_sizes", "context", "drawn_blocks", "rounds")
-    odd = [size for size in params.block_sizes if size & (size - 1) or size > params.context]
-    if odd or USUAL_BLOCK not in params.block_sizes:
-        raise UserError(
-            f"params.block_sizes={params.block_sizes}: powers of two, {USUAL_BLOCK} among them, none longer than "
-            f"params.context={params.context}"
-        )
-    for name in params.kernels or ():
-        if reason := missing(kernel_spec(name)) or _misfit(run, name, None):
-            raise UserError(f"params.kernels: {name}: {reason}")
-    names = params.kernels or [name for name, (spec, *_) in CATALOGUE.items() if missing(spec) is None]
+    check_table_sizes(params.block_sizes, params.context)
+    names = kernels_here(run, params.kernels, Layout.PAGED)
     lines = [
         Line(*line)
         for line in itertools.product(names, TABLES, params.block_sizes)
-        if _misfit(run, line[0], line[2]) is None
+        if misfit(run, line[0], Layout.PAGED, line[2]) is None
     ]
     if not lines:
         raise UserError(f"params.kernels={params.kernels}: none that runs here reads blocks of {run.model.name}")
     return lines
-
-
-def _misfit(run: Run[Params], name: str, block_size: int | None) -> str | None:
-    model = run.model
-    return fits(kernel_spec(name), Layout.PAGED, run.device.kind, model.dtype, model.head_size, block_size)
 
 
 def _cell(run: Run[Params], lines: list[Line], batch: int) -> Frames:

@@ -15,6 +15,7 @@ import pandas as pd
 from kvarena.allocators.options import unit_option
 from kvarena.errors import UserError
 from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.kernel_pairs import kernels_here
 from kvarena.experiments.kit.panels import Panel, bars, drawn, ratio
 from kvarena.experiments.kit.published_models import by_model, model_columns, unread_models
 from kvarena.experiments.kit.quantities import Quantity, rows
@@ -31,7 +32,6 @@ from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
 from kvarena.kernels.layout import Layout
-from kvarena.kernels.registry import fits, kernel_spec, missing
 
 HEADLINE = "max_batch_vs_page_group"
 ASSUMED = "The trace's length and how its chats were cut are not published; 8192 tokens, and as long as the run says."
@@ -88,13 +88,7 @@ def _check(run: Run[Params]) -> None:
     sizes = page_groups_of(params.compared, "params.compared")
     if len(sizes) != 2 or sizes[0] >= sizes[1]:
         raise UserError(f"params.compared={params.compared}: two page-groups are needed, the smaller first")
-    for name in params.kernels:
-        model = run.model
-        reason = missing(kernel_spec(name)) or fits(
-            kernel_spec(name), Layout.CONTIGUOUS, run.device.kind, model.dtype, model.head_size
-        )
-        if reason:
-            raise UserError(f"params.kernels: {name}: {reason}")
+    kernels_here(run, params.kernels, Layout.CONTIGUOUS)
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
