@@ -44,31 +44,33 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def _command(arguments: list[str]) -> None:
-    if arguments == ["kernels"]:
-        from kvarena.experiments.command.kernel_matrix import print_matrix
+    match arguments:
+        case ["kernels"]:
+            from kvarena.experiments.command.kernel_matrix import print_matrix
 
-        print_matrix()
-        return
-    if arguments[:1] == ["regression"]:
-        from kvarena.harness.regression.gate import main as judge
+            print_matrix()
+        case ["regression", *rest]:
+            from kvarena.harness.regression.gate import main as judge
 
-        sys.exit(judge(arguments[1:]))
-    if arguments[:1] == ["report"]:
-        from kvarena.experiments.command.report import write_report
+            sys.exit(judge(rest))
+        case ["report", *rest]:
+            from kvarena.experiments.command.report import write_report
 
-        if len(arguments) > 1:
-            raise UserError(f"report: takes no arguments, not {' '.join(arguments[1:])}")
-        write_report()
-        return
-    if arguments[:1] == ["summarize"]:
-        if len(arguments) != 2:
-            raise UserError("summarize: takes the folder of one run")
-        folder = Path(arguments[1])
-        show.outcome(summarize(folder), folder)
-        return
-    if arguments[:1] and arguments[0].startswith("claim="):
-        _claim(arguments[0].removeprefix("claim="), arguments[1:])
-        return
+            if rest:
+                raise UserError(f"report: takes no arguments, not {' '.join(rest)}")
+            write_report()
+        case ["summarize", *rest]:
+            if len(rest) != 1:
+                raise UserError("summarize: takes the folder of one run")
+            show.outcome(summarize(Path(rest[0])), Path(rest[0]))
+        case [first, *rest] if first.startswith("claim="):
+            _claim(first.removeprefix("claim="), rest)
+        case _:
+            _experiment(arguments)
+
+
+def _experiment(arguments: list[str]) -> None:
+    """Run the one that is named; or let Hydra help."""
     tell_hydra()
     if _HELP & set(arguments):
         _compose_and_run()
