@@ -16,6 +16,11 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.modelled.action_prices import action_prices
 from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.modelled_executor import ActionPrices
+from kvarena.harness.requests.group import Group
+from kvarena.harness.requests.prefix import Prefix
+from kvarena.harness.requests.request import Request
+from kvarena.harness.scheduler.registry import config_class as scheduler_class
+from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.harness.testing.conformance import check_serving
 
 A100 = typed(DeviceConfig, load("device", "a100-40gb"), "device")
@@ -100,3 +105,15 @@ def test_a_newcomer_shows_what_its_sequences_hold(ours, newcomers, options):
         shown.append(policy.holdings([seq]))
     assert shown[0] == shown[1]
     assert shown[0].of[0].leaves[0] == 20 * LAYOUT.token_bytes
+
+
+def test_a_policy_that_shares_nothing_is_handed_sequences_one_by_one():
+    policy = NewcomerBlocks(LAYOUT, POOL, **BLOCKS)
+    policy.sharing = None
+    scheduler = make_scheduler(scheduler_class("vllm")(), policy, 64)
+    scheduler.submit(Request(0, 8, 4))
+    assert [chunk.tokens for chunk in scheduler.schedule(0).prefills] == [8]
+    with pytest.raises(UserError, match="newcomer serves no requests of several sequences"):
+        scheduler.submit(Group([Request(1, 8, 4), Request(2, 8, 4)]).first)
+    with pytest.raises(UserError, match="newcomer keeps no prefixes"):
+        scheduler.keep_prefix(Prefix(-1, 8))
