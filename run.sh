@@ -24,6 +24,7 @@ usage() {
         "  ./run.sh claim=ID [key=value ...]         run what one claim of the papers needs, and judge it" \
         "  ./run.sh gpu-validation --out DIR         run what needs a GPU in one go; --help says more" \
         "  ./run.sh test [pytest arguments]          run the tests" \
+        "  ./run.sh mutants [NAME ...]               plant small faults one by one, and see whether tests fail" \
         "  ./run.sh lint                             ruff and mypy" \
         "  ./run.sh lock                             write the lock files anew from what .venv holds" \
         "  ./run.sh --help                           this text" \
@@ -122,7 +123,7 @@ if [[ $python ]]; then
     is_recent "$python" || die "KVARENA_PYTHON=$KVARENA_PYTHON is not a Python >= 3.11 that runs"
 else
     set_up requirements.lock
-    case $1 in test | lint | lock) set_up requirements-dev.lock ;; esac
+    case $1 in test | mutants | lint | lock) set_up requirements-dev.lock ;; esac
     python=$venv/bin/python
     PYTHONPATH='' # what lies there could hide what the lock pins
 fi
@@ -135,6 +136,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # two OpenMP pools (torch's, 
 
 case $1 in
     test) shift; cd -- "$root"; exec "$python" -m pytest "$@" ;;
+    mutants) shift; exec "$python" "$root/.ci/mutants.py" "$@" ;;
     lint) cd -- "$root"; lint ;;
     lock) exec "$python" "$root/.ci/lock.py" ;;
     *) exec "$python" -m kvarena "$@" ;;

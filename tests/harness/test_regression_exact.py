@@ -10,7 +10,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.command import cli
 from kvarena.harness.regression import baseline, exact, gate
 from kvarena.harness.regression.replays import run_all
-from kvarena.harness.regression.verdict import Status, Verdict
+from kvarena.harness.regression.verdict import Status, Verdict, overall
 
 TABLE = {
     "sharegpt/paged": {"steps": "2175", "allocations": "6097", "live_pct": "67.798848"},
@@ -217,3 +217,9 @@ def test_command_line_leaves_with_the_status_of_the_gate(baselines, monkeypatch)
 
 def test_committed_baseline_and_log_belong_together():
     assert exact.from_csv(baseline.read(exact.BASELINE))
+
+
+def test_a_regression_outranks_what_cannot_be_judged():
+    assert overall([Status.OK, Status.UNJUDGEABLE, Status.REGRESSED]) is Status.REGRESSED
+    assert overall([Status.OK, Status.UNJUDGEABLE]) is Status.UNJUDGEABLE
+    assert overall([Status.OK]) is Status.OK
