@@ -62,6 +62,14 @@ def verdict(mutant: Mutant, tree: Path) -> str:
     return {PASSED: "survived", FAILED: "caught", None: "caught"}.get(code, "stale")
 
 
+def are_sound(tests: list[str], trees: list[Path]) -> bool:
+    """Whether all tests pass as the trees are; shared out among them."""
+    with ThreadPoolExecutor(len(trees)) as pool:
+        parts = [tests[number :: len(trees)] for number in range(len(trees))]
+        codes = pool.map(lambda tree, part: run_tests(tree, part, None, None) if part else PASSED, trees, parts)
+        return all(code == PASSED for code in codes)
+
+
 def judge(chosen: list[Mutant], trees: list[Path]) -> Counter[str]:
     """Print a line for each fault, as many at once as there are trees. Returns how many got which verdict."""
     free, found = SimpleQueue[Path](), Counter[str]()
@@ -91,8 +99,7 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kvarena-mutants-") as folder:
         copies = [Path(folder) / str(number) for number in range(min(2, os.cpu_count() or 1))]
         trees = [Path(shutil.copytree(ROOT, copy, symlinks=True, ignore=NOT_COPIED)) for copy in copies]
-        tests = dict.fromkeys(name for mutant in chosen for name in mutant.tests.split())
-        if run_tests(trees[0], tests, None, None) != PASSED:
+        if not are_sound(sorted({name for mutant in chosen for name in mutant.tests.split()}), trees):
             print("these tests fail before anything is planted", file=sys.stderr)
             return 2
         found = judge(chosen, trees)

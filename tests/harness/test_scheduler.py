@@ -259,12 +259,18 @@ def test_v1_recomputes_the_latest_and_puts_it_first_in_line():
 
 
 def test_a_chunk_that_ends_within_the_output_yields_no_token():
-    scheduler = make("chunked_prefill", paged(5), token_budget=4, max_seqs=4)
-    requests = submit(scheduler, (6, 9), (7, 9))
-    for now_ps in range(100):
-        step(scheduler, now_ps)
-    assert requests[1].num_preemptions > 0
-    assert [(r.generated, r.computed) for r in requests] == [(9, 14), (9, 15)], "all but the last token were fed"
+    scheduler = make("chunked_prefill", paged(8), token_budget=4, max_seqs=4)
+    requests = submit(scheduler, (3, 20), (3, 20))
+    within = 0
+    for now_ps in range(200):
+        plan = scheduler.schedule(now_ps)
+        before = [(chunk.request.known_tokens, chunk.request.generated) for chunk in plan.prefills]
+        scheduler.complete(plan, now_ps + 1)
+        for (request, start, tokens), (known, generated) in zip(plan.prefills, before, strict=True):
+            assert request.generated - generated == (start + tokens == known)
+            within += request.prompt_tokens < start + tokens < known
+    assert within > 0, "the latest was recomputed, and its output cut"
+    assert [r.generated for r in requests] == [20, 20]
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
