@@ -1,4 +1,4 @@
-"""What may be asked of an allocator's options by those who do not know which allocator they are of.
+"""What may be asked of options by those who do not know which allocator, or scheduler, they are of.
 
 Options are a dataclass, another one for each policy. Who varies the unit of memory, or does without a watermark, asks
 here which options have one.

@@ -11,6 +11,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kvarena.allocators.options import option
 from kvarena.errors import UserError
 from kvarena.experiments.kit import block_sweep as blocks
 from kvarena.experiments.kit.cells import Cell, run_cells
@@ -119,13 +120,13 @@ def _replays(run: Run[Params]) -> Frames:
 
 def ways(system: System) -> tuple[str, ...]:
     """Swapping is for blocks, and for a scheduler that has both ways."""
-    both = system.allocator.name == "paged" and hasattr(system.scheduler, "preemption")
+    both = system.allocator.name == "paged" and option(system.scheduler, "preemption") is not None
     return WAYS if both else (RECOMPUTE,)
 
 
 def preempting(system: System, way: str, swap_bytes: str) -> System:
     """The system, always preempting in one way; as it is, where its scheduler has none to choose."""
-    if not hasattr(system.scheduler, "preemption"):
+    if option(system.scheduler, "preemption") is None:
         return system
     allocator = replace(system.allocator, swap_bytes=swap_bytes) if way == SWAP else system.allocator
     return replace(system, allocator=allocator, scheduler=replace(system.scheduler, preemption=way))

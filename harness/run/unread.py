@@ -264,5 +264,5 @@ def _decodes(run: Run[object], method: str) -> bool:
 
 def _swaps_when_preempting(run: Run[object]) -> bool:
     """Whether a victim may be swapped: always, or under `auto` where a request has several sequences."""
-    ways = {getattr(system.scheduler, "preemption", "recompute") for system in run.systems}
+    ways = {option(system.scheduler, "preemption", "recompute") for system in run.systems}
     return "swap" in ways or ("auto" in ways and _may_copy(run))
