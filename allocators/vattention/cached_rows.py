@@ -9,6 +9,7 @@ restoring and the sums cost what they touch, however many rows are cached.
 
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Callable
 
 from kvarena.allocators.actions import Action
 from kvarena.allocators.integrity import expect
@@ -20,13 +21,25 @@ from kvarena.allocators.vattention.rows import Row, Rows
 class CachedRows:
     """Cached rows, by an id that each has in place of its sequence's."""
 
-    def __init__(self, rows: Rows, reclamation: Reclamation, aliases: Aliases) -> None:
+    def __init__(self, rows: Rows, reclamation: Reclamation, aliases: Aliases, forget: Callable[[int], None]) -> None:
+        """`forget` is told of an id before its row goes."""
+        self._forget = forget
         self.by_id: OrderedDict[int, Row] = OrderedDict()  # the next to go first
         self._rows = rows
         self._reclamation = reclamation
         self._aliases = aliases
         self._past_end = 0  # page-groups that cached rows need past what they hold (`read_past`)
         self._untrimmed: dict[int, Row] = {}  # by id: may have more than they need
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are cached."""
+        return len(self.by_id)
+
+    @property
+    def oldest(self) -> int | None:
+        """Id of the row to go first, the least recently used."""
+        return next(iter(self.by_id), None)
 
     @property
     def held(self) -> int:
@@ -76,14 +89,17 @@ class CachedRows:
 
         Past them the row gives up its part in what others own too; the caller knows that memory suffices.
         """
+        self._forget(cached_id)
         row = self.restore(cached_id)
         self._aliases.give_up_past(row, self._aliases.shareable(length), actions)
         self._rows.occupy(row, seq_id, length, final)
         self._reclamation.extend(row, length, actions)
 
-    def evict(self, cached_id: int, actions: list[Action]) -> None:
-        """Let a cached row go; it is without a request."""
-        row = self.restore(cached_id)
+    def evict(self, actions: list[Action]) -> None:
+        """Let the oldest go; its row is without a request."""
+        oldest = next(iter(self.by_id))
+        self._forget(oldest)
+        row = self.restore(oldest)
         self._aliases.leave(row)
         self._reclamation.put(row, actions)
 

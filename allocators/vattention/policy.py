@@ -104,13 +104,14 @@ class VAttentionPolicy(Policy):
         self._actions: list[Action] = []  # one list for good: what shares and caches adds to it
         self._ahead: list[Action] = []  # by `advance`, for `look_ahead` to hand over
         self._rows = rows = Rows(self.geometries, page_groups, max_rows, max_tokens)
-        self._reclamation = taken_back = Reclamation(rows, deferred_reclamation, threshold, slot)
-        self._aliases = aliases = Aliases(rows, taken_back)
+        self._reclamation = reclamation = Reclamation(rows, deferred_reclamation, threshold, slot)
+        self._aliases = aliases = Aliases(rows, reclamation)
         if prefix_cache and not kv_layout.has_windows:
-            self.cache = taken_back.cache = RowCache(rows, taken_back, aliases, self._actions)
-        self.sharing = SharedRows(self, rows, taken_back, aliases, self.cache, self._actions, copy_beams)
-        self._overlap = Overlap(rows, taken_back, threshold)
-        self._books = Books(rows, taken_back, self.cache, pool_bytes)
+            self.cache = RowCache(rows, reclamation, aliases, self._actions)
+            reclamation.cache = self.cache.cached
+        self.sharing = SharedRows(self, rows, reclamation, aliases, self.cache, self._actions, copy_beams)
+        self._overlap = Overlap(rows, reclamation, threshold)
+        self._books = Books(rows, reclamation, self.cache, pool_bytes)
         self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
 
     # ---- the life of a sequence --------------------------------------------------------------------------------

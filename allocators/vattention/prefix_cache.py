@@ -28,7 +28,7 @@ class RowCache:
     """What can be found in rows, live or cached. Actions are appended to the policy's."""
 
     def __init__(self, rows: Rows, reclamation: Reclamation, aliases: Aliases, actions: list[Action]) -> None:
-        self.cached = CachedRows(rows, reclamation, aliases)
+        self.cached = CachedRows(rows, reclamation, aliases, self._forget)
         self.unit_tokens = lcm(*[lcm(g.page_group, g.token_stride) // g.token_stride for g in rows.geometries])
         self._rows = rows
         self._reclamation = reclamation
@@ -78,7 +78,6 @@ class RowCache:
             if self._branches_off(holder, units):
                 self._aliases.fork(self._row_of(holder), seq.seq_id, length, seq.final_tokens, self._actions)
             else:
-                self._forget(holder)
                 self.cached.take_over(holder, seq.seq_id, length, seq.final_tokens, self._actions)
         return length
 
@@ -125,33 +124,11 @@ class RowCache:
                 self._holders.setdefault(name, {})[holder] = None
 
     def _forget(self, holder: int) -> None:
+        """Note that a row holds nothing any more."""
         for name in self._names.pop(holder, ()):
             del self._holders[name][holder]
             if not self._holders[name]:
                 del self._holders[name]
-
-    # ---- rows that can be had, as reclamation sees them --------------------------------------------------------
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows are cached."""
-        return len(self.cached.by_id)
-
-    @property
-    def needed(self) -> int:
-        """Page-groups that would not be needed if no row were cached."""
-        return self.cached.needed
-
-    @property
-    def oldest(self) -> int | None:
-        """Id of the row to go first."""
-        return next(iter(self.cached.by_id), None)
-
-    def evict(self, actions: list[Action]) -> None:
-        """Let the least recently used row go."""
-        oldest = next(iter(self.cached.by_id))
-        self._forget(oldest)
-        self.cached.evict(oldest, actions)
 
     def check_integrity(self) -> None:
         """Recount cached rows, names and holders."""

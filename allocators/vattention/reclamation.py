@@ -55,7 +55,7 @@ class IdleRows:
 
 
 class Evictable(Protocol):
-    """Rows that are kept for what they hold, until their memory is wanted (`prefix_cache.py`)."""
+    """Rows that are kept for what they hold, until their memory is wanted (`cached_rows.py`)."""
 
     @property
     def num_rows(self) -> int:

@@ -43,7 +43,7 @@ def place(action: Action) -> tuple[str, int, int, int]:
     return type(action).__name__, action.group, action.row, action.ordinal
 
 
-def settled(policy: VAttentionPolicy) -> None:
+def planned(policy: VAttentionPolicy) -> None:
     policy.drain()
     policy.look_ahead()
 
@@ -79,11 +79,11 @@ def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
     for seq_id, (prompt, output) in enumerate(program["lengths"]):
         if policy.admit(Admission([Sequence(seq_id, prompt, output)], prompt)) is not None:
             finals[seq_id] = prompt + output
-    settled(policy)
+    planned(policy)
     for seq_id in program["leave"]:
         if finals.pop(seq_id, None):
             policy.release(seq_id)
-    settled(policy)
+    planned(policy)
     while finals:
         ids = list(finals)
         left = min(finals[seq_id] - policy.length(seq_id) for seq_id in ids)
@@ -93,14 +93,14 @@ def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
         elif left == 0 or policy.grow_each(ids) < len(ids):
             finals.pop(ids[-1])
             policy.release(ids[-1])
-        settled(policy)
+        planned(policy)
 
 
 def test_a_stretch_ends_where_a_step_would_map_too_much():
     policy = VAttentionPolicy(LAYOUTS[0], 400 * 64 * KB, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB")
     for seq_id, prompt in enumerate((1, 3, 4)):  # the first two are full after an odd step, the third after an even one
         policy.admit(Admission([Sequence(seq_id, prompt, 100)], prompt))
-    settled(policy)
+    planned(policy)
     assert policy.quiet_steps([0, 1, 2], 100, 2) == 100
     assert policy.quiet_steps([0, 1, 2], 100, 1) == 0
     assert policy.quiet_steps([0, 2], 100, 1) == 100
@@ -112,10 +112,10 @@ def test_a_stretch_ends_where_memory_does():
         eager_allocation=False,
     )  # fmt: skip
     assert policy.admit(Admission([Sequence(0, 1, 60)], 1)) is not None
-    settled(policy)
+    planned(policy)
     assert policy.quiet_steps([0], 60, 9) == 18  # 10 page-groups hold 20 tokens, the one ahead included
     policy.advance([0], 18)
-    settled(policy)
+    planned(policy)
     assert policy.grow(0)
-    settled(policy)
+    planned(policy)
     assert policy.quiet_steps([0], 60, 9) == 0
