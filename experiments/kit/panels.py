@@ -24,7 +24,8 @@ from kvarena.harness.record.summary import published
 from kvarena.harness.run.published import OURS
 
 PAPERS = {"pagedattention": "PagedAttention", "vattention": "vAttention"}
-FEW = 3  # names that stand side by side; more of them are turned
+ROOM = 45  # characters of the names that stand side by side below bars; longer ones are turned
+MANY = 16  # bars beside each other have no room for their values
 GREY = "#BBBBBB"  # of published bars
 PALER = ("#0072B2", "#56B4E9", "#A6D5F0", "#D5ECF8")  # of kinds side by side
 
@@ -153,17 +154,22 @@ def grouped(axis: Axes, rows: pd.DataFrame) -> None:
         places = {label: place + width * (number + 0.5) - 0.4 for place, label in enumerate(shown)}
         theirs = published_of(part)
         axis.bar(part.label.map(places), part.value, width, label=part.setup.iloc[0].partition(",")[0])
-        _values(axis, part.label.map(places), part)
+        if len(rows) <= MANY:
+            _values(axis, part.label.map(places), part)
         for at, value in zip(theirs.label.map(places), theirs.value, strict=True):
             axis.hlines(value, at - width / 2, at + width / 2, color="black", ls="--", label="published")
     name_bars(axis, shown)
     axis.margins(y=0.12)
 
 
+def _long(shown: Mapping[str, Look]) -> bool:
+    return sum(len(look.name) for look in shown.values()) > ROOM
+
+
 def name_bars(axis: Axes, shown: Mapping[str, Look]) -> None:
     """What the bars of each label are called."""
     names = [look.name for look in shown.values()]
-    rotation, ha = (30, "right") if len(names) > FEW else (0, "center")
+    rotation, ha = (30, "right") if _long(shown) else (0, "center")
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=rotation, ha=ha)
 
 
@@ -198,7 +204,7 @@ def stacked(axis: Axes, rows: pd.DataFrame, colours: Mapping[str, str] | None = 
     handles = [axis.bar(0, 0, color=c, label=kind.replace("_", " ")) for kind, c in colours.items() if kind in seen]
     if len(theirs):
         handles.append(axis.bar(0, 0, color="black", alpha=0.3, label="paler: published"))
-    below = -0.34 if len(shown) > FEW else -0.14
+    below = -0.34 if _long(shown) else -0.14
     axis.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, below), ncols=3)
     name_bars(axis, shown)
 

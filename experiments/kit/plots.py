@@ -1,17 +1,13 @@
 """The look shared by all figures: one colour per allocator, one line style per kernel."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
-
-from kvarena.experiments.kit.legend import shown_names as shown_names
-from kvarena.harness.run.published import OURS
 
 mpl.use("Agg")
 
@@ -57,11 +53,6 @@ def colour_of(allocator: str, among: Iterable[str] = ()) -> str:
     return colours_of((allocator, *among))[allocator]
 
 
-def stands_for(rows: pd.DataFrame, figure: str) -> bool:
-    """Whether some rows earned that figure's name; only then may a title have it, or published points be drawn."""
-    return bool(((rows.figure == figure) & (rows.paper != OURS)).any())
-
-
 def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure of rows x columns panels, and its axes in reading order."""
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
@@ -70,22 +61,6 @@ def canvas(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> 
         axis.spines[["top", "right"]].set_visible(False)
     plt.close(figure)  # it lives on as an object; pyplot need not keep it
     return figure, list(axes.flat)
-
-
-def tidy(figure: Figure) -> Figure:
-    """The figure without the axes on which nothing was drawn."""
-    for axis in figure.axes:
-        axis.set_visible(axis.has_data())
-    figure.tight_layout()
-    return figure
-
-
-def batch_axis(axis: Axes, batches: Sequence[float]) -> None:
-    """A logarithmic axis whose ticks are the batch sizes."""
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(list(batches), [f"{b:g}" for b in batches])
-    axis.minorticks_off()
-    axis.set_xlabel("batch size")
 
 
 LEAF_COLOURS = {
