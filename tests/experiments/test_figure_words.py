@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from kvarena.experiments.kit.legend import shown_names
-from kvarena.experiments.kit.panels import published_of, title
+from kvarena.experiments.kit.panels import over_seeds, published_of, title
 from kvarena.experiments.kit.plots import canvas
 from kvarena.harness.record.summary import published_values
 
@@ -42,6 +42,12 @@ def test_published_points_stand_beside_what_earned_them():
     (value,) = theirs[theirs.quantity == "mean_batched_requests"].value
     assert published_of(rows_of(EARNED)).value.tolist() == [value]
     assert published_of(rows_of(OURS | {"panel": EARNED["panel"], "system": "vLLM"})).empty
+
+
+def test_beside_a_row_over_seeds_the_published_name_stands_for_seed_0_alone():
+    drawn, alone = over_seeds(pd.concat([rows_of(OURS, value=29.0), rows_of(EARNED), rows_of(EARNED, x=3.0)]))
+    assert (drawn.value.tolist(), drawn.x.tolist()) == ([29, 30], [2, 3])
+    assert alone.paper.tolist() == ["pagedattention"]
 
 
 def test_a_legend_tells_a_replayed_system_from_the_published_one():
