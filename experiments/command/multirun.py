@@ -8,8 +8,8 @@ them all. Jobs that differ in seeds stay jobs, and their rows become one (`over_
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import is_dataclass, replace
+from typing import NamedTuple
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -100,7 +100,7 @@ def as_one(runs: Sequence[Run[object]], within: Sequence[Sequence[str]]) -> Run[
     if len({str(_apart_from_systems(run)) for run in runs}) > 1 or first.experiment in registry.ONE_SYSTEM:
         return None
     systems = list(_united(runs, within))
-    if _speaks_of(first.params, {s.name for run in runs for s in run.systems} - {s.name for s in systems}):
+    if _speaks_of(first, {s.name for run in runs for s in run.systems} - {s.name for s in systems}):
         return None
     by_kernel = first.clock == "measured" or bool(first.engine.attention)
     given = tuple(dict.fromkeys(key for run in runs for key in run.given))
@@ -122,9 +122,9 @@ def _with_all_seeds(runs: Sequence[Run[object]]) -> object:
     return replace(params, seeds=list(seeds))
 
 
-def _speaks_of(params: Any, names: set[str]) -> bool:
-    """Whether parameters speak of systems by these names, which they have no more."""
-    words = set(re.findall(r"[\w.=+-]+", str(asdict(params))))
+def _speaks_of(run: Run[object], names: set[str]) -> bool:
+    """Whether its parameters speak of systems by these names, which they have no more."""
+    words = set(re.findall(r"[\w.=+-]+", str(run.plain()["params"])))
     return bool(words & names)
 
 

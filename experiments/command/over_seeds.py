@@ -1,7 +1,6 @@
 """Summaries of runs that differ in their seeds alone, as one summary."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -31,9 +30,10 @@ def over_seeds(summaries: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def _folded(rows: pd.DataFrame) -> dict[str, object]:
     """One row of those of every seed, ours unless all have one published name."""
+    earned_first = rows.sort_values("paper", key=lambda paper: paper != OURS, kind="stable")
+    first = {str(name): value for name, value in earned_first.iloc[0].items()}
     if len(rows) == 1:
-        return {str(name): value for name, value in rows.iloc[0].items()}
-    first: dict[Any, Any] = rows.sort_values("paper", key=lambda paper: paper != OURS, kind="stable").iloc[0].to_dict()
+        return first
     if len(rows[_NAMES].drop_duplicates()) > 1:
         first |= {"paper": OURS, "figure": first["experiment"], "panel": first["setup"], "system": first["label"]}
     estimate = median_interval(rows.value)

@@ -13,10 +13,10 @@ import tarfile
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from kvarena.experiments.gpu_validation import matrix, record
-from kvarena.experiments.gpu_validation.record import Origin, Record
+from kvarena.experiments.gpu_validation.record import Origin, Record, Values
 from kvarena.harness.record.writing import explained, write_whole
 
 LARGE_BYTES = 1 << 20  # a table of single steps beyond this is not kept
@@ -48,13 +48,13 @@ class Folder:
         return record.read(self.records_file)
 
     @cached_property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Values:
         """What the first step found; nothing where it has not ended."""
         file = self.path / "environment.json"
-        found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        found: Values = json.loads(file.read_text()) if file.is_file() else {}
         return found
 
-    def write_environment(self, found: dict[str, Any]) -> None:
+    def write_environment(self, found: Values) -> None:
         """Keep what the first step found."""
         with self._explained():
             write_whole(self.path / "environment.json", json.dumps(found, indent=2, default=str) + "\n")

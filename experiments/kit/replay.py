@@ -5,7 +5,7 @@ trace + arrivals -> Workload -> Requests -> Engine -> what happened to each requ
 
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
@@ -37,25 +37,39 @@ def trace_named(run: Run[object], name: str, path: str | None = None) -> TraceCo
 
 
 def workload_of(
-    run: Run[object], trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any
+    run: Run[object],
+    trace: TraceConfig | None = None,
+    seed: int | None = None,
+    rate: float | None = None,
+    duration_s: float | None = None,
 ) -> Workload:
-    """The run's workload, or that of another trace or seed, with arrivals changed as named (`rate`, `duration_s`).
+    """The run's workload, or that of another trace or seed, with arrivals at another rate (requests/s) or for longer.
 
     A trace that a table draws and its arrivals both follow the seed. What becomes of the trace is told: what is made
     here is served. `example_of` makes one that is not.
     """
-    workload = example_of(run, trace, seed, **arrival)
+    workload = example_of(run, trace, seed, rate, duration_s)
     assert workload.account is not None, "a workload that is made from a trace has its account"
     tell(workload.account)
     return workload
 
 
-def example_of(run: Run[object], trace: TraceConfig | None = None, seed: int | None = None, **arrival: Any) -> Workload:
+def example_of(
+    run: Run[object],
+    trace: TraceConfig | None = None,
+    seed: int | None = None,
+    rate: float | None = None,
+    duration_s: float | None = None,
+) -> Workload:
     """A workload like those of `workload_of`, for notes that describe them: it counts as no replay."""
-    trace, arrivals = trace or run.trace, replace(run.arrival, **arrival)
+    trace, arrivals = trace or run.trace, run.arrival
+    if rate is not None:
+        arrivals = replace(arrivals, rate=rate)
+    if duration_s is not None:
+        arrivals = replace(arrivals, duration_s=duration_s)
     if seed is not None:
         trace, arrivals = replace(trace, seed=seed), replace(arrivals, seed=seed)
-    chosen = RATES if "rate" in arrival and run.arrival_chosen != ASKED else run.arrival_chosen
+    chosen = RATES if rate is not None and run.arrival_chosen != ASKED else run.arrival_chosen
     return make_workload(trace, arrivals, run.context, chosen)
 
 

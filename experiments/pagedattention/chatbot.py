@@ -7,7 +7,6 @@ the one and 0.1 for the other. The run `as_artifact` repeats that and is compare
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.latency_curve import (
@@ -80,7 +79,7 @@ def _probability(which: str, values: dict[str, float], system: System) -> float:
     raise UserError(f"params.new_conversation.{which}: neither {system.scheduler.name} nor others")
 
 
-def _notes(run: Run[Params]) -> dict[str, Any]:
+def _notes(run: Run[Params]) -> dict[str, object]:
     """The workload at one rate: others have as many of the same turns as arrive."""
     rates = run.params.rates or list(run.params.guess.values())
     workload = example_of(run, rate=rates[0])

@@ -7,9 +7,9 @@ copies between the pool and host memory, and the model computes the prompt.
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -25,6 +25,7 @@ from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.scheduler.step import PrefillChunk, StepPlan
 
+T = TypeVar("T")
 SWAP_OUT, SWAP_IN, SWAP, RECOMPUTE = "swap out", "swap in", "swap in+out", "recompute"
 Costs = dict[str, float]  # what -> seconds
 
@@ -137,7 +138,7 @@ class PreemptionBench:
         """K of the request in the last layer, position by position: [tokens, H, D]."""
         return self._last_layer[self._blocks(request)].flatten(0, 1)[: request.prompt_tokens].clone()
 
-    def _timed(self, call: Any, argument: Any) -> float:
+    def _timed(self, call: Callable[[T], object], argument: T) -> float:
         wait_for(self._device)
         start = time.perf_counter()
         call(argument)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -144,14 +144,14 @@ def _before(way: Way, params: Params, clock: str) -> list[tuple[int, int]]:
 
 def system_in(way: Way, system: System) -> System:
     """The system with that way's allocator, serving one request at a time."""
-    allocator: Any = StaticConfig()
-    if way.page_group is not None:
-        allocator = replace(
-            system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
-            deferred_reclamation=way.deferred, eager_allocation=way.eager,
-        )  # fmt: skip
-    alone = replace(system.scheduler, max_seqs=1)
-    return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
+    mapped = replace(
+        system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
+        deferred_reclamation=way.deferred, eager_allocation=way.eager,
+    )  # fmt: skip
+    return replace(
+        system, name=way.name, variant=way.name, allocator=StaticConfig() if way.page_group is None else mapped,
+        scheduler=replace(system.scheduler, max_seqs=1),
+    )  # fmt: skip
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from kvarena.allocators.sizes import parse_bytes
 from kvarena.allocators.vmm.driver import Driver
@@ -50,7 +49,7 @@ def page_groups_of(sizes: list[str], key: str = "params.page_groups") -> list[in
     return parsed
 
 
-def check_counts(params: Any, *keys: str) -> None:
+def check_counts(params: object, *keys: str) -> None:
     """Raises UserError where a list of counts is empty, not ascending, or has one below 1; or a number is below 1."""
     for key in keys:
         value = getattr(params, key)

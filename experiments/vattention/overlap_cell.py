@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
 import pandas as pd
 
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.memory.store import DriverCalls
 from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.vmm.fragments import scattered_pages_held
@@ -132,7 +132,7 @@ def _in_turn(batches: dict[str, FixedBatch], iterations: int) -> Iterator[dict[s
             }  # fmt: skip
 
 
-def _calls(way: str, before: Any, batch: FixedBatch) -> dict[str, object]:
+def _calls(way: str, before: DriverCalls, batch: FixedBatch) -> dict[str, object]:
     batch.policy.check_integrity()
     after = batch.store.driver_calls()
     return {"way": way, **{key: value - getattr(before, key) for key, value in after._asdict().items()}}

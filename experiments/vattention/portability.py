@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -34,6 +34,7 @@ from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
+from kvarena.harness.run.systems import System
 from kvarena.kernels.append import append
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.reference import reference_attention
@@ -137,7 +138,7 @@ def _outcome(run: Run[Params], pair: Pair) -> tuple[str, float, str]:
 def _prompts_admitted(run: Run[Params], pair: Pair) -> Iterator[Serving]:
     """The allocator with room for the prompts. Raises UserError where the pool has none."""
     params = run.params
-    with Serving(run, kernel_over(_allocator(run, pair), pair.kernel), context=params.max_tokens) as serving:
+    with Serving(run, _system(run, pair), context=params.max_tokens) as serving:
         for i, tokens in enumerate(params.prompts):
             if serving.policy.admit(Admission([Request(i, tokens, 1)], tokens)) is None:
                 raise UserError(f"params.pool_bytes={params.pool_bytes}: {pair.allocator} has no room for the prompts")
@@ -175,13 +176,13 @@ def _gap(
     return float(((out.double().cpu() - expected).abs().max() / expected.abs().max()).nan_to_num(float("inf")))
 
 
-def _allocator(run: Run[Params], pair: Pair) -> Any:
-    """The allocator as configured, with a block size that the kernel reads and the page-group of this run."""
+def _system(run: Run[Params], pair: Pair) -> System:
+    """The pair as configured, with a block size that the kernel reads and the page-group of this run."""
     wanted: dict[str, object] = {"page_group": run.params.page_group, "max_rows": len(run.params.prompts) + 1}
     sizes = kernel_spec(pair.kernel).block_sizes
     if sizes is not None and USUAL_BLOCK not in sizes:
         wanted["block_size"] = min(sizes)
-    return allocator_named(pair.allocator, **wanted)
+    return kernel_over(allocator_named(pair.allocator, **wanted), pair.kernel)
 
 
 def _passing(pairs: pd.DataFrame, allocator: str) -> set[str]:

@@ -7,7 +7,7 @@ server finds that has been running for a while: a prompt takes the place of one 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -20,6 +20,11 @@ from kvarena.harness.record.record import Frames
 from kvarena.harness.requests.request import Request
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
+
+if TYPE_CHECKING:  # a modelled run needs no torch
+    from torch import Tensor
+
+    from kvarena.harness.model.contract import Model
 
 
 @dataclass
@@ -37,7 +42,7 @@ def modelled_cell(run: Run[Params]) -> Frames:
     return {"samples": pd.DataFrame([_priced(run, s, n) for s in run.systems for n in run.params.contexts])}
 
 
-def _priced(run: Run[Params], system: System, tokens: int) -> dict[str, Any]:
+def _priced(run: Run[Params], system: System, tokens: int) -> dict[str, object]:
     serving = Serving(run, system, context=tokens + 1)
     policy, prices, model = serving.policy, serving.prices, serving.step_model
     _take(policy, 0, tokens)
@@ -84,7 +89,7 @@ def measured_cell(run: Run[Params]) -> Frames:
 class _Lane:
     """One system, serving one prompt at a time."""
 
-    def __init__(self, run: Run[Params], system: System, model: Any) -> None:
+    def __init__(self, run: Run[Params], system: System, model: "Model") -> None:
         longest = max(run.params.contexts) + 1
         pool_bytes = run.params.pool_bytes or 2 * model.config.kv_layout().resident_bytes(longest)
         self._serving = Serving(run, system, pool_bytes=pool_bytes, context=longest, model=model)
@@ -98,8 +103,9 @@ class _Lane:
         self._serving.close()
 
     @property
-    def logits(self) -> Any:
+    def logits(self) -> "Tensor":
         """Of the last prompt's next token."""
+        assert self._executor.logits is not None, "a prompt was served"
         return self._executor.logits
 
     def prefill(self, tokens: int) -> dict[str, float]:
