@@ -100,7 +100,7 @@ class Line(NamedTuple):
     detail: str  # what ran, beside model, trace and devices
     serve: Callable[[Workload], Served]
     guess: float  # requests/s where the search begins
-    point: Mapping[str, Any] = {}  # what the figure states of its points beside what the run says
+    point: Mapping[str, Any] = {}  # what the figure states of its points beside what the run says; of every kind
     assuming: str = ""  # what a modelled line rests on
     trace: TraceConfig | None = None  # that is served, where it is not quite the run's
 

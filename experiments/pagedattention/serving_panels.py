@@ -135,7 +135,7 @@ class Curve(NamedTuple):
         return at is not None and bool(self.run.engine.was_fitted_to(str(at)))
 
     @property
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:  # of every kind, as `named` takes them
         panel = self.panel
         return {
             "duration_s": panel.duration_s,

@@ -317,7 +317,7 @@ def _model(name: str, tp: int) -> ModelConfig:
 
 
 @cache
-def _filed(group: str, name: str) -> Any:
+def _filed(group: str, name: str) -> Any:  # another dataclass for each group
     """The dataclass of a file of conf/<group>/."""
     from kvarena.harness.run.schemas import of
 

@@ -8,7 +8,7 @@ from kvarena.harness.config import ALL, AUTO
 _BY_NAME = ("allocator", "kernel", "scheduler")  # groups in which every name has a schema of its own
 
 
-def of(group: str, name: str | None = None) -> type[Any]:
+def of(group: str, name: str | None = None) -> type[Any]:  # another dataclass for each group and name
     """The schema of one choice of a group. Imports late: composing a configuration must not need torch.
 
     Raises UserError for a name that does not exist, ValueError for a group.
