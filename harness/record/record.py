@@ -88,10 +88,6 @@ class Recorder:
             told.tell(TraceAccount.of_plain(plain))
         return read_frames(folder)
 
-    def has_cell(self, key: str) -> bool:
-        """Whether an unfinished run left this cell."""
-        return (self._unfinished / key).is_dir()
-
     def keep(self, measured: Measured) -> Path:
         """Keep what was measured of a run whose summary or figure failed; its cells stay too. Returns the folder."""
         shutil.rmtree(self._kept, ignore_errors=True)

@@ -194,10 +194,6 @@ class Unwritten(Recorder):
         """The frames, as a run that was continued would read them back."""
         return measure()
 
-    def has_cell(self, key: str) -> bool:
-        """Nothing is left of other runs."""
-        return False
-
 
 def resolved(experiment: str, clock: str, *overrides: str, without: Iterable[str] = ()) -> Run:
     """The tiny run with more overrides, `without` some of its own. Raises UserError like the command line."""
