@@ -6,7 +6,6 @@ The dataclass is all that says which options there are, what they mean, their de
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -67,12 +66,10 @@ def memory_layout(name: str) -> Layout:
 def make_policy(config: Any, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> Policy:
     """The policy that a dataclass of options describes, over `pool_bytes`, for sequences of at most `max_tokens`.
 
-    Raises UserError for a name that does not exist, an option out of range, and a pool that is too small.
+    Raises UserError for a name that does not exist, and a pool that is too small.
     """
-    options = {field.name: getattr(config, field.name) for field in fields(config)}
-    make: Any = policy_class(options.pop("name"))
-    policy: Policy = make(kv_layout, pool_bytes, max_tokens=max_tokens, **options)
-    return policy
+    make: Callable[[Any, KVLayout, int, int], Policy] = policy_class(config.name)
+    return make(config, kv_layout, pool_bytes, max_tokens)
 
 
 def _look_up(name: str) -> tuple[Any, type[Policy]]:

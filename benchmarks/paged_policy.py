@@ -11,7 +11,7 @@ from time import thread_time_ns
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.paged.block_pool import BlockPool
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.harness.record.statistics import median_interval
 
@@ -45,7 +45,7 @@ class CountingPool:
 
 def busy_policy() -> PagedPolicy:
     """A policy with half its blocks given to others."""
-    policy = PagedPolicy(OPT_13B, POOL_BLOCKS * BLOCK_SIZE * OPT_13B.token_bytes, max_tokens=2048)
+    policy = PagedPolicy(PagedConfig(), OPT_13B, POOL_BLOCKS * BLOCK_SIZE * OPT_13B.token_bytes, max_tokens=2048)
     for seq_id in range(16):
         policy.admit(Admission([Sequence(seq_id, 480, 64)], 480))
     return policy

@@ -11,6 +11,7 @@ import torch
 from kvarena.allocators import registry
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Admission, Sequence
+from kvarena.allocators.registry import make_policy
 from kvarena.allocators.stores import make_store
 from kvarena.harness.config import load
 from kvarena.harness.config import names as experiments
@@ -35,13 +36,13 @@ def example(heading: str, max_lines: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def headroom() -> Iterator[Any]:
-    yield example("Your own allocator, in 40 lines", 40)["HeadroomPolicy"]
+    yield example("Your own allocator, in 40 lines", 40)["HeadroomConfig"]
     registry._POLICIES.pop("headroom")
 
 
 def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -> None:
     layout = attention_layout(2, 2, 16, "float32")
-    policy = headroom(layout, 5000 * layout.token_bytes, max_tokens=1024, headroom=100)
+    policy = make_policy(headroom(headroom=100), layout, 5000 * layout.token_bytes, 1024)
     dice, resident = random.Random(0), {}
     for seq_id in range(300):
         seq = Sequence(seq_id, dice.randint(1, 600), dice.randint(1, 100))
@@ -64,7 +65,7 @@ def test_the_allocator_keeps_its_books_through_a_random_program(headroom: Any) -
 
 
 def test_the_allocator_yields_the_same_tokens_as_static_reservation(headroom: Any) -> None:
-    from kvarena.allocators.reservation.static import StaticPolicy
+    from kvarena.allocators.reservation.static import StaticConfig
     from kvarena.harness.engine.engine import Engine
     from kvarena.harness.model import load_preset
     from kvarena.harness.model.build import build_model
@@ -75,8 +76,8 @@ def test_the_allocator_yields_the_same_tokens_as_static_reservation(headroom: An
     config = load_preset("tiny-llama")
     model, layout = build_model(config), config.kv_layout()
     outputs = []
-    for make in (StaticPolicy, headroom):
-        policy = make(layout, 2048 * layout.token_bytes, max_tokens=512)
+    for allocator in (StaticConfig(), headroom()):
+        policy = make_policy(allocator, layout, 2048 * layout.token_bytes, 512)
         store = make_store(policy, config.num_layers, config.num_kv_heads, config.head_size, config.dtype)
         kept: dict[int, list[int]] = {}
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import add
 
-from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.holding import Holding, Holdings, Units
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.limits import check_block_size, check_shares
 from kvarena.allocators.paged.block_pool import BlockPool
 from kvarena.allocators.paged.block_tables import BlockTables, Slots
 from kvarena.allocators.paged.prefix_cache import BlockCache, CachedBlockPool
@@ -48,7 +48,10 @@ class PagedConfig:
     prefix_cache: bool = False  # find full blocks again by what they hold (docs/design.md)
 
     def __post_init__(self) -> None:
-        checked_block_size(self.block_size)
+        """Raises UserError for an option out of range."""
+        check_block_size(self.block_size)
+        check_shares(watermark=self.watermark)
+        parse_bytes(self.swap_bytes, "allocator.swap_bytes")
 
 
 @allocator(PagedConfig())
@@ -62,24 +65,12 @@ class PagedPolicy(Policy):
     cache: BlockCache | None
     swapping: CpuBlocks | None
 
-    def __init__(
-        self,
-        kv_layout: KVLayout,
-        pool_bytes: int,
-        *,
-        max_tokens: int,
-        block_size: int = 16,
-        watermark: float = 0.01,
-        swap_bytes: int | str = 0,
-        prefix_cache: bool = False,
-    ) -> None:
-        """Raises UserError for a block size or watermark out of range, and for a pool smaller than a block."""
-        if not 0 <= watermark < 1:
-            raise UserError(f"allocator.watermark: {watermark} is not in [0, 1)")
+    def __init__(self, config: PagedConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
+        """Raises UserError for a pool smaller than a block."""
         self.kv_layout = kv_layout
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens
-        self.block_size = checked_block_size(block_size)
+        self.block_size = block_size = config.block_size
         self._token_bytes = kv_layout.token_bytes
         block_bytes = block_size * self._token_bytes
         self.num_blocks = pool_bytes // block_bytes
@@ -89,14 +80,14 @@ class PagedPolicy(Policy):
                 f"which takes {block_bytes} bytes"
             )
         self._remainder_bytes = pool_bytes % block_bytes
-        self.watermark_blocks = int(watermark * self.num_blocks)
-        cached = CachedBlockPool(self.num_blocks) if prefix_cache else None
+        self.watermark_blocks = int(config.watermark * self.num_blocks)
+        cached = CachedBlockPool(self.num_blocks) if config.prefix_cache else None
         self._pool = cached or BlockPool(self.num_blocks)
         self._tables = BlockTables(self._pool, block_size)
         self._actions: list[Action] = []  # one list for good: what swaps adds to it
         self.sharing = SharedBlocks(self, self._fork, self._tables)
         self.cache = BlockCache(cached, self._tables) if cached else None
-        cpu_blocks = parse_bytes(swap_bytes, "allocator.swap_bytes") // block_bytes
+        cpu_blocks = parse_bytes(config.swap_bytes) // block_bytes
         cpu_pool = CpuBlocks(cpu_blocks, self._tables, self.watermark_blocks, self._actions)
         self.swapping = cpu_pool if cpu_blocks else None
 

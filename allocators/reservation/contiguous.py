@@ -10,7 +10,7 @@ from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import allocator
 from kvarena.allocators.reservation.best_fit import BestFitAllocator
-from kvarena.allocators.reservation.estimate import estimator
+from kvarena.allocators.reservation.estimate import check_estimate, estimator
 from kvarena.allocators.reservation.ledger import position_bytes
 from kvarena.allocators.reservation.policy import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -23,6 +23,10 @@ class ContiguousConfig:
     name: str = "contiguous"
     estimate: str = "oracle"  # output that is reserved: max (max_tokens), pow2 (next power of two), oracle (true one)
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a guess that nobody makes."""
+        check_estimate(self.estimate)
+
 
 @allocator(ContiguousConfig())
 class ContiguousPolicy(ReservingPolicy[Chunk]):
@@ -31,8 +35,8 @@ class ContiguousPolicy(ReservingPolicy[Chunk]):
     name = "contiguous"
     memory_layout = Layout.CONTIGUOUS
 
-    def __init__(self, kv_layout: KVLayout, pool_bytes: int, *, max_tokens: int, estimate: str = "oracle") -> None:
-        self._bound_of = estimator(estimate, max_tokens)
+    def __init__(self, config: ContiguousConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
+        self._bound_of = estimator(config.estimate, max_tokens)
         super().__init__(
             kv_layout,
             pool_bytes,

@@ -9,21 +9,24 @@ from kvarena.errors import UserError
 ESTIMATES = ("max", "pow2", "oracle")
 
 
+def check_estimate(estimate: str) -> None:
+    """Raises UserError for a guess that nobody makes."""
+    if estimate not in ESTIMATES:
+        raise UserError(f"allocator.estimate: {estimate!r} is none of {', '.join(ESTIMATES)}")
+
+
 def estimator(estimate: str, max_tokens: int) -> Callable[[Sequence], int]:
     """Tokens to reserve for a sequence: min(prompt + guessed output, max_tokens), where the guess is
 
-        max      max_tokens: nothing is known
-        pow2     the next power of two of the true output: at most twice too much
-        oracle   the true output
+    max      max_tokens: nothing is known
+    pow2     the next power of two of the true output: at most twice too much
+    oracle   the true output
 
-    Raises UserError for another name.
     """
     guesses: dict[str, Callable[[int], int]] = {
         "max": lambda output_tokens: max_tokens,
         "pow2": next_power_of_two,
         "oracle": lambda output_tokens: output_tokens,
     }
-    if estimate not in guesses:
-        raise UserError(f"allocator.estimate: {estimate!r} is none of {', '.join(ESTIMATES)}")
     guess = guesses[estimate]
     return lambda seq: min(seq.prompt_tokens + guess(seq.output_tokens), max_tokens)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from kvarena.allocators.actions import Action, CopyRow
 from kvarena.allocators.forking import Forking
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.limits import check_counts
 from kvarena.allocators.memory.pending_copies import PendingCopies, row_copies
 from kvarena.allocators.policy import Admission, IntegrityError, NotResidentError, Policy, Sequence
 from kvarena.allocators.registry import allocator
@@ -34,6 +35,10 @@ class FasterTransformerConfig:
     name: str = "fastertransformer"
     batch_size: int = 5  # rows
     max_padded_tokens: int = 2040  # longest prompt + longest output of a batch; a lone request may pass it
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a batch without rows, or rows without tokens."""
+        check_counts(batch_size=self.batch_size, max_padded_tokens=self.max_padded_tokens)
 
 
 class _OneBatch(Forking):
@@ -54,23 +59,12 @@ class FasterTransformerPolicy(Policy):
     row_tokens = 1  # tokens from one row index to the next: rows overlap
     sharing: Forking
 
-    def __init__(
-        self,
-        kv_layout: KVLayout,
-        pool_bytes: int,
-        *,
-        max_tokens: int,
-        batch_size: int = 5,
-        max_padded_tokens: int = 2040,
-    ) -> None:
-        """Raises UserError where the batch size is not positive."""
-        if batch_size < 1:
-            raise UserError(f"allocator.batch_size: {batch_size} is not positive")
+    def __init__(self, config: FasterTransformerConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
         self.kv_layout = kv_layout
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens
-        self._batch_size = batch_size
-        self._max_padded_tokens = min(max_padded_tokens, max_tokens)  # a row is no longer than the model's context
+        self._batch_size = config.batch_size
+        self._max_padded_tokens = min(config.max_padded_tokens, max_tokens)  # a row fits the model's context
         self._bytes_of = resident_bytes(kv_layout)
         self._books = Ledger(self._bytes_of)
         self._pending = PendingCopies(self._copies)

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvarena.allocators.actions import CopyBlock
-from kvarena.allocators.block_size import checked_block_size
 from kvarena.allocators.free_list import FreeList
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.limits import check_block_size
 from kvarena.allocators.policy import Sequence
 from kvarena.allocators.registry import allocator
-from kvarena.allocators.reservation.estimate import estimator
+from kvarena.allocators.reservation.estimate import check_estimate, estimator
 from kvarena.allocators.reservation.ledger import position_bytes
 from kvarena.allocators.reservation.policy import ReservingPolicy
 from kvarena.kernels.layout import Layout
@@ -26,6 +26,11 @@ class PagedReservedConfig:
     estimate: str = "oracle"  # output that is reserved: max (max_tokens), pow2 (next power of two), oracle (true one)
     block_size: int = 16  # tokens of one block, 1 to 256
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a guess that nobody makes, and a block size out of range."""
+        check_estimate(self.estimate)
+        check_block_size(self.block_size)
+
 
 @allocator(PagedReservedConfig())
 class PagedReservedPolicy(ReservingPolicy[list[int]]):
@@ -35,22 +40,14 @@ class PagedReservedPolicy(ReservingPolicy[list[int]]):
     memory_layout = Layout.PAGED
     block_size: int
 
-    def __init__(
-        self,
-        kv_layout: KVLayout,
-        pool_bytes: int,
-        *,
-        max_tokens: int,
-        estimate: str = "oracle",
-        block_size: int = 16,
-    ) -> None:
-        self.block_size = checked_block_size(block_size)
-        self._bound_of = estimator(estimate, max_tokens)
+    def __init__(self, config: PagedReservedConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
+        self.block_size = config.block_size
+        self._bound_of = estimator(config.estimate, max_tokens)
         super().__init__(
             kv_layout,
             pool_bytes,
             max_tokens=max_tokens,
-            unit_tokens=block_size,
+            unit_tokens=config.block_size,
             bytes_of=position_bytes(kv_layout),
             make_arena=FreeList,
         )

@@ -29,7 +29,7 @@ class StaticPolicy(ReservingPolicy[list[int]]):
     name = "static"
     memory_layout = Layout.CONTIGUOUS
 
-    def __init__(self, kv_layout: KVLayout, pool_bytes: int, *, max_tokens: int) -> None:
+    def __init__(self, config: StaticConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
         super().__init__(
             kv_layout,
             pool_bytes,

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import Admission, Sequence
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.errors import UserError
 
@@ -28,7 +28,7 @@ class VAttention:
     """Request ids, and memory for the lengths that the framework tells."""
 
     def __init__(self, pool_bytes: int, **switches: Any) -> None:
-        """`pool_bytes` of physical memory; `switches` are options of VAttentionPolicy, such as overlap."""
+        """`pool_bytes` of physical memory; `switches` are options of VAttentionConfig, such as overlap."""
         self._pool_bytes = pool_bytes
         self._switches = switches
 
@@ -42,13 +42,10 @@ class VAttention:
             raise UserError(f"P={P} bytes per element: there are {', '.join(map(str, _DTYPES))}")
         dtype = _DTYPES[P]
         self._policy = VAttentionPolicy(
+            VAttentionConfig(max_rows=B, page_group=str(page_group_size), watermark=0.0, **self._switches),
             attention_layout(N, H, D, str(dtype).removeprefix("torch.")),
             self._pool_bytes,
             max_tokens=L,
-            max_rows=B,
-            page_group=page_group_size,
-            watermark=0.0,
-            **self._switches,
         )
         self.store = VirtualStore(self._policy, ModelShape(N, H, D, dtype))
         self._seq_ids: dict[int, int] = {}  # by request id

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.holding import Holdings
 from kvarena.allocators.kv_layout import KVLayout
+from kvarena.allocators.limits import check_counts, check_shares
 from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.allocators.registry import allocator
 from kvarena.allocators.usage import Usage
@@ -50,6 +51,14 @@ class VAttentionConfig:
     prefix_cache: bool = False  # find page-groups again by what they hold (docs/design.md)
     copy_beams: bool = False  # where a beam dies, write over its own page-groups: copies, not driver calls
 
+    def __post_init__(self) -> None:
+        """Raises UserError for an option out of range."""
+        checked_page_group(self.page_group)
+        check_shares(watermark=self.watermark, reclaim_threshold=self.reclaim_threshold)
+        check_counts(max_rows=self.max_rows, eager_groups=self.eager_groups)
+        if self.read_past is not None and self.read_past < 0:
+            raise UserError(f"allocator.read_past: {self.read_past} is not at least 0, or null")
+
 
 @allocator(VAttentionConfig())
 class VAttentionPolicy(Policy):
@@ -60,59 +69,34 @@ class VAttentionPolicy(Policy):
     sharing: SharedRows
     cache: RowCache | None = None
 
-    def __init__(
-        self,
-        kv_layout: KVLayout,
-        pool_bytes: int,
-        *,
-        max_tokens: int,
-        page_group: int | str = "2MB",
-        max_rows: int = 256,
-        watermark: float = 0.01,
-        overlap: bool = True,
-        deferred_reclamation: bool = True,
-        eager_allocation: bool = True,
-        eager_groups: int = 1,
-        reclaim_threshold: float = 0.1,
-        tensor_slicing: bool = False,
-        read_past: int | None = None,
-        prefix_cache: bool = False,
-        copy_beams: bool = False,
-    ) -> None:
-        """Raises UserError for an option out of range, and for a pool smaller than one page-group in every tensor."""
-        for option, share in (("watermark", watermark), ("reclaim_threshold", reclaim_threshold)):
-            if not 0 <= share < 1:
-                raise UserError(f"allocator.{option}: {share} is not in [0, 1)")
-        for option, count in (("max_rows", max_rows), ("eager_groups", eager_groups)):
-            if count < 1:
-                raise UserError(f"allocator.{option}: {count} is not at least 1")
-        if read_past is not None and read_past < 0:
-            raise UserError(f"allocator.read_past: {read_past} is not at least 0, or null")
+    def __init__(self, config: VAttentionConfig, kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> None:
+        """Raises UserError for a pool smaller than one page-group in every tensor."""
         self.kv_layout = kv_layout
         self.pool_bytes = pool_bytes
         self.max_tokens = max_tokens
-        self.max_rows = max_rows
-        self.page_group_bytes = checked_page_group(page_group)
-        self.tensor_slicing = tensor_slicing
-        self.overlap = overlap
+        self.max_rows = config.max_rows
+        self.page_group_bytes = checked_page_group(config.page_group)
+        self.tensor_slicing = config.tensor_slicing
+        self.overlap = config.overlap
         self.geometries = row_geometries(  # by layer group
-            kv_layout, self.page_group_bytes, tensor_slicing, read_past or 0
+            kv_layout, self.page_group_bytes, config.tensor_slicing, config.read_past or 0
         )
         page_groups = page_groups_of(pool_bytes, self.geometries)
-        threshold, slot = int(reclaim_threshold * page_groups), eager_groups if eager_allocation else 0
-        self._watermark = int(watermark * page_groups)
+        threshold = int(config.reclaim_threshold * page_groups)
+        slot = config.eager_groups if config.eager_allocation else 0
+        self._watermark = int(config.watermark * page_groups)
         self._actions: list[Action] = []  # one list for good: what shares and caches adds to it
         self._ahead: list[Action] = []  # by `advance`, for `look_ahead` to hand over
-        self._rows = rows = Rows(self.geometries, page_groups, max_rows, max_tokens)
-        self._reclamation = reclamation = Reclamation(rows, deferred_reclamation, threshold, slot)
+        self._rows = rows = Rows(self.geometries, page_groups, config.max_rows, max_tokens)
+        self._reclamation = reclamation = Reclamation(rows, config.deferred_reclamation, threshold, slot)
         self._aliases = aliases = Aliases(rows, reclamation)
-        if prefix_cache and not kv_layout.has_windows:
+        if config.prefix_cache and not kv_layout.has_windows:
             self.cache = RowCache(rows, reclamation, aliases, self._actions)
             reclamation.cache = self.cache.cached
-        self.sharing = SharedRows(self, rows, reclamation, aliases, self.cache, self._actions, copy_beams)
+        self.sharing = SharedRows(self, rows, reclamation, aliases, self.cache, self._actions, config.copy_beams)
         self._overlap = Overlap(rows, reclamation, threshold)
         self._books = Books(rows, reclamation, self.cache, pool_bytes)
-        self._closed_form = overlap and len(self.geometries) == 1 and not kv_layout.has_windows
+        self._closed_form = config.overlap and len(self.geometries) == 1 and not kv_layout.has_windows
 
     # ---- the life of a sequence --------------------------------------------------------------------------------
 

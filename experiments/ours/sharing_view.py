@@ -13,9 +13,9 @@ from matplotlib.patches import Rectangle
 
 from kvarena.allocators.actions import Action, CopyBlock, CopyRow, Map, Unmap
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission, Policy, Sequence
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.experiments.kit import plots
 
 UNIT_TOKENS = 4
@@ -35,7 +35,7 @@ class Moment(NamedTuple):
 def paged() -> list[Moment]:
     """The piece in blocks; a unit is a block."""
     pool_bytes = NUM_UNITS * UNIT_TOKENS * LAYOUT.token_bytes
-    policy = PagedPolicy(LAYOUT, pool_bytes, max_tokens=64, block_size=UNIT_TOKENS, watermark=0)
+    policy = PagedPolicy(PagedConfig(block_size=UNIT_TOKENS, watermark=0), LAYOUT, pool_bytes, max_tokens=64)
     return list(_play(policy, lambda seq_id: policy.block_table(seq_id), _Blocks()))
 
 
@@ -43,9 +43,13 @@ def vattention() -> list[Moment]:
     """The piece in rows; a unit is a page-group in every tensor."""
     pool_bytes = NUM_UNITS * UNIT_TOKENS * LAYOUT.token_bytes
     policy = VAttentionPolicy(
-        LAYOUT, pool_bytes, max_tokens=64, page_group="64KB", watermark=0, max_rows=len(NAMES), eager_allocation=False,
-        deferred_reclamation=False,
-    )  # fmt: skip
+        VAttentionConfig(
+            page_group="64KB", watermark=0, max_rows=len(NAMES), eager_allocation=False, deferred_reclamation=False
+        ),
+        LAYOUT,
+        pool_bytes,
+        max_tokens=64,
+    )
     rows = _Rows(policy.geometries[0].page_group)
     return list(_play(policy, lambda seq_id: rows.mapped.get(policy.row(seq_id), []), rows))
 

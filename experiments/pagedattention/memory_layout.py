@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Admission, Sequence
-from kvarena.allocators.reservation.contiguous import ContiguousPolicy
+from kvarena.allocators.reservation.contiguous import ContiguousConfig, ContiguousPolicy
 from kvarena.errors import UserError
 from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.panels import Panel, curves, drawn, stacked
@@ -170,7 +170,7 @@ def _never_used(request: Reservation) -> int:
     """Slots that a request is given, and will never use, where its longest possible length is reserved."""
     slot = attention_layout(num_layers=1, num_kv_heads=1, head_size=1)
     pool = request.max_tokens * slot.token_bytes
-    policy = ContiguousPolicy(slot, pool, max_tokens=request.max_tokens, estimate="max")
+    policy = ContiguousPolicy(ContiguousConfig(estimate="max"), slot, pool, max_tokens=request.max_tokens)
     seq = Sequence(0, request.prompt_tokens, request.output_tokens)
     if policy.admit(Admission([seq], seq.prompt_tokens)) is None:
         raise UserError(f"params.reservations: {request.name} is longer than its {request.max_tokens} tokens")

@@ -23,11 +23,11 @@ BLOCK = 16  # tokens
 def paged_block_by_block() -> Body:
     """PagedPolicy: 32 blocks taken one by one and freed, reference counts included."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged.policy import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
     from kvarena.allocators.policy import Admission, Sequence
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
-    policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
+    policy = PagedPolicy(PagedConfig(), layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
     seq = Sequence(0, BLOCK, 31 * BLOCK)
 
     def body() -> None:
@@ -43,20 +43,20 @@ def paged_block_by_block() -> Body:
 def paged_batch_step() -> Body:
     """PagedPolicy: 64 steps of 48 sequences, one token each, with the leaves of every step."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged.policy import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
-    policy = PagedPolicy(layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
+    policy = PagedPolicy(PagedConfig(), layout, 984 * BLOCK * layout.token_bytes, max_tokens=2048)
     return _decode_steps(policy, batch=48, steps=64)
 
 
 def vattention_batch_step() -> Body:
     """VAttentionPolicy: 64 steps of 32 sequences, page-groups mapped ahead as they grow."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.vattention.policy import VAttentionPolicy
+    from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
     layout = attention_layout(num_layers=32, num_kv_heads=4, head_size=128)
-    policy = VAttentionPolicy(layout, 4 << 30, max_tokens=4096, max_rows=64, page_group="64KB")
+    policy = VAttentionPolicy(VAttentionConfig(max_rows=64, page_group="64KB"), layout, 4 << 30, max_tokens=4096)
     return _decode_steps(policy, batch=32, steps=64)
 
 
@@ -85,20 +85,20 @@ def _decode_steps(policy: "Policy", batch: int, steps: int) -> Body:
 def replay_paged() -> Body:
     """A modelled replay of 20 requests with PagedPolicy, some of them preempted."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.paged.policy import PagedPolicy
+    from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
-    return _replay(lambda: PagedPolicy(layout, 200 * BLOCK * layout.token_bytes, max_tokens=2048))
+    return _replay(lambda: PagedPolicy(PagedConfig(), layout, 200 * BLOCK * layout.token_bytes, max_tokens=2048))
 
 
 def replay_vattention() -> Body:
     """A modelled replay of 20 requests with VAttentionPolicy."""
     from kvarena.allocators.kv_layout import attention_layout
-    from kvarena.allocators.vattention.policy import VAttentionPolicy
+    from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
     layout = attention_layout(num_layers=40, num_kv_heads=40, head_size=128)
     pool_bytes = 200 * BLOCK * layout.token_bytes
-    return _replay(lambda: VAttentionPolicy(layout, pool_bytes, max_tokens=2048, page_group="2MB"))
+    return _replay(lambda: VAttentionPolicy(VAttentionConfig(page_group="2MB"), layout, pool_bytes, max_tokens=2048))
 
 
 def _replay(make_policy: Callable[[], object]) -> Body:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Policy
-from kvarena.allocators.reservation.static import StaticPolicy
+from kvarena.allocators.reservation.static import StaticConfig, StaticPolicy
 from kvarena.allocators.stores import make_store
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine.engine import Engine
@@ -96,7 +96,7 @@ def check_serving(make: PolicyMaker, *, pool_tokens: int = 150, kernel: str = "n
 
 
 def _static(kv_layout: KVLayout, pool_bytes: int, max_tokens: int) -> Policy:
-    return StaticPolicy(kv_layout, pool_bytes, max_tokens=max_tokens)
+    return StaticPolicy(StaticConfig(), kv_layout, pool_bytes, max_tokens=max_tokens)
 
 
 def _scheduler(make: PolicyMaker, kv_layout: KVLayout, pool_tokens: int) -> Scheduler:

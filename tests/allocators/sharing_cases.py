@@ -1,11 +1,11 @@
 """Policies whose sequences share: every allocator over real memory, and small pools to follow by hand."""
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 LAYERS, HEADS, SIZE = 2, 4, 64  # float32: 1 KB of K, and of V, a token in a layer
 MAX_TOKENS = 128
@@ -32,11 +32,11 @@ def blocks_of(num_blocks=16, block_size=4, **options):
     """Blocks of so many tokens, no store."""
     layout = attention_layout(2, 4, 8)
     pool = num_blocks * block_size * layout.token_bytes
-    return PagedPolicy(layout, pool, max_tokens=2048, block_size=block_size, watermark=0.0, **options)
+    return PagedPolicy(PagedConfig(block_size=block_size, watermark=0.0, **options), layout, pool, max_tokens=2048)
 
 
 def rows_of(page_groups=40, **options):
     """Page-groups of 32 tokens over both layers (sliced), no store."""
     layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
     switches = {"page_group": "64KB", "max_rows": 6, "watermark": 0.0, "tensor_slicing": True} | options
-    return VAttentionPolicy(layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches)
+    return VAttentionPolicy(VAttentionConfig(**switches), layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS)

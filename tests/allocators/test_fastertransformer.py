@@ -4,7 +4,7 @@ import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Admission, Sequence
-from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
+from kvarena.allocators.reservation.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
 from kvarena.errors import UserError
 
 LAYOUT = attention_layout(2, 2, 8)
@@ -12,7 +12,9 @@ TOKEN = LAYOUT.token_bytes
 
 
 def policy_of(batch_size=5, pool_tokens=15_744, **options):
-    return FasterTransformerPolicy(LAYOUT, pool_tokens * TOKEN, max_tokens=2048, batch_size=batch_size, **options)
+    return FasterTransformerPolicy(
+        FasterTransformerConfig(batch_size=batch_size, **options), LAYOUT, pool_tokens * TOKEN, max_tokens=2048
+    )
 
 
 def admit_all(policy, lengths):
@@ -38,7 +40,7 @@ def test_rows_are_as_wide_as_longest_prompt_plus_longest_output():
 
 def test_no_row_is_wider_than_the_context():
     """A store's rows hold `max_tokens`: a wider batch would be written past them."""
-    policy = FasterTransformerPolicy(LAYOUT, 2048 * TOKEN, max_tokens=64)
+    policy = FasterTransformerPolicy(FasterTransformerConfig(), LAYOUT, 2048 * TOKEN, max_tokens=64)
     assert admit_all(policy, [(40, 4), (4, 40), (30, 24)]) == [True, False, True]
     assert policy.width == 64
 
@@ -114,5 +116,5 @@ def test_the_pool_bounds_the_padded_batch():
 
 
 def test_bad_batch_size():
-    with pytest.raises(UserError, match=r"allocator\.batch_size: 0 is not positive"):
+    with pytest.raises(UserError, match=r"allocator\.batch_size: 0 is not at least 1"):
         policy_of(batch_size=0)

@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission, CopyBlock, IntegrityError, Sequence, SwapIn, SwapOut
 from kvarena.errors import UserError
 
@@ -13,7 +13,9 @@ TOKEN = LAYOUT.token_bytes
 
 def paged(num_blocks=8, block_size=4, watermark=0.0, **options):
     pool = num_blocks * block_size * TOKEN
-    return PagedPolicy(LAYOUT, pool, max_tokens=2048, block_size=block_size, watermark=watermark, **options)
+    return PagedPolicy(
+        PagedConfig(block_size=block_size, watermark=watermark, **options), LAYOUT, pool, max_tokens=2048
+    )
 
 
 def test_block_table_translation_of_fig_6():
@@ -139,7 +141,7 @@ def test_the_watermark_binds_admission_but_not_growth():
 
 
 def test_watermark_of_opt_13b():
-    policy = PagedPolicy(attention_layout(40, 40, 128), 984 * 12_800 * 1024, max_tokens=2048)
+    policy = PagedPolicy(PagedConfig(), attention_layout(40, 40, 128), 984 * 12_800 * 1024, max_tokens=2048)
     assert (policy.num_blocks, policy.watermark_blocks) == (984, 9)
 
 
@@ -269,17 +271,17 @@ def test_callers_bugs_raise():
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
-        PagedPolicy(LAYOUT, 1 << 20, max_tokens=64, **options)
+        PagedPolicy(PagedConfig(**options), LAYOUT, 1 << 20, max_tokens=64)
 
 
 def test_a_pool_smaller_than_a_block():
     with pytest.raises(UserError, match=f"pool of 100 bytes does not hold one block of 16 tokens.* {16 * TOKEN} bytes"):
-        PagedPolicy(LAYOUT, 100, max_tokens=64)
+        PagedPolicy(PagedConfig(), LAYOUT, 100, max_tokens=64)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 256])
 def test_any_block_size_up_to_256(block_size):
-    policy = PagedPolicy(LAYOUT, 1024 * TOKEN, max_tokens=512, block_size=block_size, watermark=0)
+    policy = PagedPolicy(PagedConfig(block_size=block_size, watermark=0), LAYOUT, 1024 * TOKEN, max_tokens=512)
     assert policy.num_blocks == 1024 // block_size
     policy.admit(Admission([Sequence(0, 300, 100)], 300))
     policy.grow(0, 100)

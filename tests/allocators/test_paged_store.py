@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.paged.block_copies import batches
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.paged.store import BlockTable, PagedStore
 from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence, SwapIn, SwapOut
 from kvarena.allocators.sizes import KB
@@ -20,7 +20,7 @@ def make(blocks: int = 32, cpu_blocks: int = 8) -> tuple[PagedPolicy, PagedStore
     layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
     block_bytes = BLOCK * layout.token_bytes
     policy = PagedPolicy(
-        layout, blocks * block_bytes, max_tokens=64, block_size=BLOCK, swap_bytes=cpu_blocks * block_bytes
+        PagedConfig(block_size=BLOCK, swap_bytes=cpu_blocks * block_bytes), layout, blocks * block_bytes, max_tokens=64
     )
     return policy, PagedStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32))
 
@@ -156,7 +156,7 @@ def test_forks_copy_the_shared_last_block():
 
 def test_a_pool_that_is_no_multiple_of_a_page_is_rounded_up():
     layout = attention_layout(1, 1, 8, "float32")
-    policy = PagedPolicy(layout, 5 * KB, max_tokens=64, block_size=BLOCK)
+    policy = PagedPolicy(PagedConfig(block_size=BLOCK), layout, 5 * KB, max_tokens=64)
     store = PagedStore(policy, ModelShape(1, 1, 8, torch.float32))
     assert store.physical() == (8 * KB, 0, 8 * KB)
     store.close()

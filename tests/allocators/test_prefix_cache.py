@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.actions import Map, Unmap
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.paged.prefix_cache import CachedBlockPool, block_names
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.testing.sharing_programs import Programs
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 8)
 TOKEN = LAYOUT.token_bytes
@@ -21,7 +21,9 @@ TOKEN = LAYOUT.token_bytes
 
 def cached(num_blocks=8, block_size=4):
     pool = num_blocks * block_size * TOKEN
-    return PagedPolicy(LAYOUT, pool, max_tokens=2048, block_size=block_size, watermark=0.0, prefix_cache=True)
+    return PagedPolicy(
+        PagedConfig(block_size=block_size, watermark=0.0, prefix_cache=True), LAYOUT, pool, max_tokens=2048
+    )
 
 
 def admit(policy, seq_id, tokens, output=4):
@@ -118,7 +120,7 @@ def test_blocks_that_were_filled_since_are_found_once_named():
 
 
 def test_a_pool_without_a_cache_finds_nothing():
-    policy = PagedPolicy(LAYOUT, 8 * 4 * TOKEN, max_tokens=64, block_size=4)
+    policy = PagedPolicy(PagedConfig(block_size=4), LAYOUT, 8 * 4 * TOKEN, max_tokens=64)
     assert policy.admit(Admission([Sequence(0, 8, 0)], 8, names=block_names(list(range(8)), 4))) == 0
     assert policy.cache is None
     assert policy.admit(Admission([Sequence(1, 8, 0)], 8, names=block_names(list(range(8)), 4))) == 0
@@ -172,7 +174,9 @@ UNIT = 32  # tokens that fill a page-group of 64 KB over both layers
 def rows_of(page_groups=40, **options):
     layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
     switches = {"page_group": "64KB", "max_rows": 6, "watermark": 0.0, "tensor_slicing": True, "prefix_cache": True}
-    return VAttentionPolicy(layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS, **switches | options)
+    return VAttentionPolicy(
+        VAttentionConfig(**switches | options), layout, page_groups * 2 * 64 * KB, max_tokens=MAX_TOKENS
+    )
 
 
 def admit_row(policy, seq_id, tokens, output=9):
@@ -185,7 +189,10 @@ def admit_row(policy, seq_id, tokens, output=9):
 def test_a_unit_fills_whole_page_groups():
     assert rows_of().cache.unit_tokens == UNIT
     straddling = VAttentionPolicy(
-        attention_layout(2, 3, 100), 400 * 64 * KB, max_tokens=4096, page_group="64KB", prefix_cache=True
+        VAttentionConfig(page_group="64KB", prefix_cache=True),
+        attention_layout(2, 3, 100),
+        400 * 64 * KB,
+        max_tokens=4096,
     )
     assert straddling.cache.unit_tokens * 600 % (64 * KB) == 0  # 600 bytes of K, and of V, a token in a layer
     assert straddling.cache.unit_tokens == 8192

@@ -10,7 +10,7 @@ from kvarena.allocators.registry import config_class
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention.page_groups import RowGeometry
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.harness.run.systems import System, with_room_to_read
 from kvarena.kernels.config import KernelConfig
@@ -20,7 +20,7 @@ PAST = 50
 
 
 def policy_of(**options) -> VAttentionPolicy:
-    return VAttentionPolicy(LAYOUT, 4 * MB, max_tokens=600, page_group="64KB", max_rows=4, **options)
+    return VAttentionPolicy(VAttentionConfig(page_group="64KB", max_rows=4, **options), LAYOUT, 4 * MB, max_tokens=600)
 
 
 @given(

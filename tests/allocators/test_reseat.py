@@ -5,10 +5,10 @@ import pytest
 from kvarena.allocators.actions import CopyBlock, CopyRow, Map, Unmap
 from kvarena.allocators.forking import Forking
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 LAYOUT = attention_layout(2, 4, 64, "float32")  # 1 KB of K, and of V, a token in a layer: 64 tokens a page-group
 PROMPT = 70  # a page-group and a part
@@ -33,7 +33,9 @@ def beams(policy, count=3, length=150):
 
 
 def rows(**options):
-    return VAttentionPolicy(LAYOUT, 4 * 40 * 64 * KB, max_tokens=256, page_group="64KB", max_rows=4, **options)
+    return VAttentionPolicy(
+        VAttentionConfig(page_group="64KB", max_rows=4, **options), LAYOUT, 4 * 40 * 64 * KB, max_tokens=256
+    )
 
 
 @pytest.mark.parametrize("copy_beams", [False, True])
@@ -90,7 +92,7 @@ def test_page_groups_of_others_are_never_written_over():
 
 
 def blocks():
-    return PagedPolicy(LAYOUT, 40 * 16 * LAYOUT.token_bytes, max_tokens=256)
+    return PagedPolicy(PagedConfig(), LAYOUT, 40 * 16 * LAYOUT.token_bytes, max_tokens=256)
 
 
 def test_blocks_of_the_dead_are_free_and_the_last_of_the_living_is_copied():

@@ -6,9 +6,9 @@ import torch
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence
-from kvarena.allocators.reservation.contiguous import ContiguousPolicy
-from kvarena.allocators.reservation.orca import OrcaPolicy
-from kvarena.allocators.reservation.static import StaticPolicy
+from kvarena.allocators.reservation.contiguous import ContiguousConfig, ContiguousPolicy
+from kvarena.allocators.reservation.orca import OrcaConfig, OrcaPolicy
+from kvarena.allocators.reservation.static import StaticConfig, StaticPolicy
 from kvarena.allocators.reservation.store import ReservedStore
 from kvarena.allocators.sizes import KB
 
@@ -21,7 +21,7 @@ def store_of(policy) -> ReservedStore:
 
 
 def test_static_rows_lie_side_by_side():
-    policy = StaticPolicy(LAYOUT, 64 * KB, max_tokens=40)
+    policy = StaticPolicy(StaticConfig(), LAYOUT, 64 * KB, max_tokens=40)
     store = store_of(policy)
     k = store.layer(1).k
     assert k.shape == (64 * KB // LAYOUT.token_bytes // 40, 40, HEADS, SIZE)
@@ -30,7 +30,7 @@ def test_static_rows_lie_side_by_side():
 
 
 def test_rows_of_a_buddy_allocator_begin_at_any_block():
-    policy = OrcaPolicy(LAYOUT, 64 * KB, max_tokens=64, estimate="oracle", block_size=16)
+    policy = OrcaPolicy(OrcaConfig(estimate="oracle", block_size=16), LAYOUT, 64 * KB, max_tokens=64)
     store = store_of(policy)
     k = store.layer(0).k
     assert k.shape == (8, 64, HEADS, SIZE)
@@ -47,7 +47,7 @@ def test_rows_of_a_buddy_allocator_begin_at_any_block():
 
 def test_the_last_row_ends_within_the_pool_where_its_sequence_does():
     """A row is `max_tokens` long wherever it begins; the addresses past the pool are reserved and never touched."""
-    policy = ContiguousPolicy(LAYOUT, 64 * KB, max_tokens=60, estimate="oracle")
+    policy = ContiguousPolicy(ContiguousConfig(estimate="oracle"), LAYOUT, 64 * KB, max_tokens=60)
     store = store_of(policy)
     tokens = 64 * KB // LAYOUT.token_bytes
     last = store.layer(LAYERS - 1).v
@@ -60,7 +60,7 @@ def test_the_last_row_ends_within_the_pool_where_its_sequence_does():
 
 @pytest.mark.parametrize("action", [Map(0, 0, 0, 0), CopyBlock(0, 1)])
 def test_only_rows_are_copied(action):
-    store = store_of(StaticPolicy(LAYOUT, 64 * KB, max_tokens=40))
+    store = store_of(StaticPolicy(StaticConfig(), LAYOUT, 64 * KB, max_tokens=40))
     with pytest.raises(ValueError, match="is not a copy of a row"):
         store.apply([action])
     assert store.driver_calls() == (0, 0.0, 0, 0.0, 0.0)

@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout, sliding_layout
 from kvarena.allocators.policy import Admission, IntegrityError, Sequence
-from kvarena.allocators.reservation.contiguous import ContiguousPolicy
+from kvarena.allocators.reservation.contiguous import ContiguousConfig, ContiguousPolicy
 from kvarena.allocators.reservation.estimate import estimator
-from kvarena.allocators.reservation.orca import OrcaPolicy
-from kvarena.allocators.reservation.paged_reserved import PagedReservedPolicy
-from kvarena.allocators.reservation.static import StaticPolicy
+from kvarena.allocators.reservation.orca import OrcaConfig, OrcaPolicy
+from kvarena.allocators.reservation.paged_reserved import PagedReservedConfig, PagedReservedPolicy
+from kvarena.allocators.reservation.static import StaticConfig, StaticPolicy
 from kvarena.allocators.usage import paper_rollup
 from kvarena.errors import UserError
 
@@ -21,7 +21,7 @@ LENGTHS = st.tuples(st.integers(1, 1024), st.integers(1, 1023))
 
 
 def orca(estimate, pool_bytes=POOL, **options):
-    return OrcaPolicy(OPT_13B, pool_bytes, max_tokens=2048, estimate=estimate, **options)
+    return OrcaPolicy(OrcaConfig(estimate=estimate, **options), OPT_13B, pool_bytes, max_tokens=2048)
 
 
 def fill(policy, lengths):
@@ -35,7 +35,7 @@ def fill(policy, lengths):
 
 @pytest.mark.parametrize(("limit", "prompt", "output", "never_used"), [(2048, 7, 3, 2038), (512, 3, 2, 507)])
 def test_slots_never_used_of_fig_3(limit, prompt, output, never_used):
-    policy = StaticPolicy(OPT_13B, limit * TOKEN, max_tokens=limit)
+    policy = StaticPolicy(StaticConfig(), OPT_13B, limit * TOKEN, max_tokens=limit)
     assert policy.admit(Admission([Sequence(0, prompt, output)], prompt)) is not None
     usage = policy.usage()
     assert usage.live == prompt * TOKEN
@@ -123,8 +123,8 @@ def test_a_power_of_two_strands_as_well():
 
 def test_contiguous_strands_and_blocks_do_not():
     """The same three requests, the middle one gone: 100 + 100 tokens are free, in two holes or in any blocks."""
-    contiguous = ContiguousPolicy(OPT_13B, 400 * TOKEN, max_tokens=2048)
-    blocks = PagedReservedPolicy(OPT_13B, 400 * TOKEN, max_tokens=2048, block_size=4)
+    contiguous = ContiguousPolicy(ContiguousConfig(), OPT_13B, 400 * TOKEN, max_tokens=2048)
+    blocks = PagedReservedPolicy(PagedReservedConfig(block_size=4), OPT_13B, 400 * TOKEN, max_tokens=2048)
     head = Sequence(9, 150, 50)
     for policy in (contiguous, blocks):
         for seq_id in range(3):
@@ -140,14 +140,14 @@ def test_contiguous_strands_and_blocks_do_not():
 
 
 def test_blocks_reserved_ahead_round_to_a_block():
-    policy = PagedReservedPolicy(OPT_13B, POOL, max_tokens=2048)
+    policy = PagedReservedPolicy(PagedReservedConfig(), OPT_13B, POOL, max_tokens=2048)
     policy.admit(Admission([Sequence(0, 10, 7)], 10))
     assert len(policy.block_table(0)) == 2
     assert policy.usage()[:5] == (10 * TOKEN, 0, 7 * TOKEN, 0, 15 * TOKEN)
 
 
 def test_rows_of_static_come_back_last_in_first_out():
-    policy = StaticPolicy(OPT_13B, POOL, max_tokens=2048)
+    policy = StaticPolicy(StaticConfig(), OPT_13B, POOL, max_tokens=2048)
     for seq_id in range(7):
         assert policy.admit(Admission([Sequence(seq_id, 5, 5)], 5)) is not None
     assert [policy.row(seq_id) for seq_id in range(7)] == list(range(7))
@@ -163,7 +163,7 @@ def test_a_static_row_keeps_a_ring_for_a_window():
     layout = sliding_layout(1, 3, 64, 2, 16)  # 64 of 256 tokens in three of four layers
     full, ring = layout.groups[0].token_bytes * 2, layout.groups[1].token_bytes * 6
     row = 256 * full + 64 * ring
-    policy = StaticPolicy(layout, 3 * row + 1, max_tokens=256)
+    policy = StaticPolicy(StaticConfig(), layout, 3 * row + 1, max_tokens=256)
     policy.admit(Admission([Sequence(0, 50, 100)], 50))
     assert policy.usage()[:5] == (50 * (full + ring), 0, 100 * full + 14 * ring, 106 * full, 0)
     policy.grow(0, 50)
@@ -178,13 +178,13 @@ def test_a_request_that_could_never_run():
     small = orca("oracle", 96 * 16 * TOKEN)  # carved into 64 + 32 blocks
     assert not small.refusal(Admission([Sequence(0, 1000, 24)], 0))
     assert small.refusal(Admission([Sequence(0, 1000, 25)], 0))  # 65 blocks: a chunk of 128
-    assert not ContiguousPolicy(OPT_13B, 96 * 16 * TOKEN, max_tokens=2048).refusal(
+    assert not ContiguousPolicy(ContiguousConfig(), OPT_13B, 96 * 16 * TOKEN, max_tokens=2048).refusal(
         Admission([Sequence(0, 1000, 25)], 0)
     )
 
 
 def test_a_reservation_ends_where_its_units_end():
-    policy = ContiguousPolicy(OPT_13B, POOL, max_tokens=2048)
+    policy = ContiguousPolicy(ContiguousConfig(), OPT_13B, POOL, max_tokens=2048)
     policy.admit(Admission([Sequence(0, 10, 5)], 10))
     assert policy.tokens_until_growth(0) == 5
     assert not policy.grow(0, 6)
@@ -193,7 +193,9 @@ def test_a_reservation_ends_where_its_units_end():
     assert policy.admit(Admission([Sequence(1, 10, 5)], 16)) is None
 
 
-@pytest.mark.parametrize("policy", [orca("oracle"), ContiguousPolicy(OPT_13B, POOL, max_tokens=2048)])
+@pytest.mark.parametrize(
+    "policy", [orca("oracle"), ContiguousPolicy(ContiguousConfig(), OPT_13B, POOL, max_tokens=2048)]
+)
 def test_a_planted_double_free_is_found(policy):
     policy.admit(Admission([Sequence(0, 100, 20)], 100))
     policy.check_integrity()
@@ -227,4 +229,4 @@ def test_bad_options():
     with pytest.raises(UserError, match=r"allocator\.block_size: 0"):
         orca("max", block_size=0)
     with pytest.raises(UserError, match=f"does not hold one unit of 2048 tokens, which takes {2048 * TOKEN} bytes"):
-        StaticPolicy(OPT_13B, 2048 * TOKEN - 1, max_tokens=2048)
+        StaticPolicy(StaticConfig(), OPT_13B, 2048 * TOKEN - 1, max_tokens=2048)

@@ -11,7 +11,7 @@ from kvarena.allocators.kv_layout import attention_layout, latent_layout
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.sizes import KB
 from kvarena.allocators.usage import Usage
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 MAX_TOKENS = 160
 LAYOUTS = (
@@ -74,7 +74,9 @@ def check_stretch(policy: VAttentionPolicy, ids: list[int], steps: int, most: in
 def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
     tensors = sum(group.num_tensors for group in layout.groups)
     pool_bytes = program["page_groups"] * tensors * 64 * KB
-    policy = VAttentionPolicy(layout, pool_bytes, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB", **switches)
+    policy = VAttentionPolicy(
+        VAttentionConfig(max_rows=8, page_group="64KB", **switches), layout, pool_bytes, max_tokens=MAX_TOKENS
+    )
     finals = {}
     for seq_id, (prompt, output) in enumerate(program["lengths"]):
         if policy.admit(Admission([Sequence(seq_id, prompt, output)], prompt)) is not None:
@@ -97,7 +99,9 @@ def test_a_stretch_is_its_steps_one_by_one(layout, program, switches):
 
 
 def test_a_stretch_ends_where_a_step_would_map_too_much():
-    policy = VAttentionPolicy(LAYOUTS[0], 400 * 64 * KB, max_tokens=MAX_TOKENS, max_rows=8, page_group="64KB")
+    policy = VAttentionPolicy(
+        VAttentionConfig(max_rows=8, page_group="64KB"), LAYOUTS[0], 400 * 64 * KB, max_tokens=MAX_TOKENS
+    )
     for seq_id, prompt in enumerate((1, 3, 4)):  # the first two are full after an odd step, the third after an even one
         policy.admit(Admission([Sequence(seq_id, prompt, 100)], prompt))
     planned(policy)
@@ -108,9 +112,11 @@ def test_a_stretch_ends_where_a_step_would_map_too_much():
 
 def test_a_stretch_ends_where_memory_does():
     policy = VAttentionPolicy(
-        LAYOUTS[0], 20 * 64 * KB, max_tokens=MAX_TOKENS, max_rows=2, page_group="64KB", watermark=0.0,
-        eager_allocation=False,
-    )  # fmt: skip
+        VAttentionConfig(max_rows=2, page_group="64KB", watermark=0.0, eager_allocation=False),
+        LAYOUTS[0],
+        20 * 64 * KB,
+        max_tokens=MAX_TOKENS,
+    )
     assert policy.admit(Admission([Sequence(0, 1, 60)], 1)) is not None
     planned(policy)
     assert policy.quiet_steps([0], 60, 9) == 18  # 10 page-groups hold 20 tokens, the one ahead included

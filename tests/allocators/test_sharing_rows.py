@@ -7,7 +7,7 @@ from kvarena.allocators.actions import CopyRow, Map, Unmap
 from kvarena.allocators.kv_layout import sliding_layout
 from kvarena.allocators.policy import Admission, IntegrityError, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 
 @pytest.mark.parametrize("samples", [1, 2, 6])
@@ -96,7 +96,10 @@ def test_a_fork_without_memory_or_row_changes_nothing():
 
 def test_a_ring_is_not_shared():
     policy = VAttentionPolicy(
-        sliding_layout(1, 1, 64, 4, 128), 64 * 64 * KB, max_tokens=512, page_group="64KB", watermark=0.0
+        VAttentionConfig(page_group="64KB", watermark=0.0),
+        sliding_layout(1, 1, 64, 4, 128),
+        64 * 64 * KB,
+        max_tokens=512,
     )
     policy.admit(Admission([Sequence(0, 200, 20)], 200))
     policy.drain()

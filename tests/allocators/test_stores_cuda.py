@@ -16,7 +16,7 @@ from kvarena.allocators.registry import allocator_names, config_class, make_poli
 from kvarena.allocators.sizes import GB, KB, MB
 from kvarena.allocators.stores import make_store
 from kvarena.allocators.vattention import kernel_fence
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.allocators.vmm import drivers
 from kvarena.allocators.vmm.driver import DriverError, OutOfPhysicalMemory
@@ -140,10 +140,9 @@ TestChurnOnTheFake.settings = settings(max_examples=10, stateful_step_count=20, 
 
 
 def virtual(fake: FakeCuda, page_groups: int = 16, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
-    options = {"max_tokens": MAX_TOKENS, "max_rows": 6, "page_group": "64KB", "eager_allocation": False} | switches
-    policy = VAttentionPolicy(
-        attention_layout(LAYERS, HEADS, SIZE, "float32"), page_groups * TENSORS * 64 * KB, **options
-    )
+    config = VAttentionConfig(**{"max_rows": 6, "page_group": "64KB", "eager_allocation": False} | switches)
+    layout = attention_layout(LAYERS, HEADS, SIZE, "float32")
+    policy = VAttentionPolicy(config, layout, page_groups * TENSORS * 64 * KB, MAX_TOKENS)
     store = VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float32), FakedCudaDriver(64 * KB, fake))
     fake.calls.clear()
     return policy, store

@@ -1,5 +1,7 @@
 """The vAttention policy: growth, each switch by its counts, and the books."""
 
+from dataclasses import replace
+
 import pytest
 from vattention_by_hand import ALL_OFF, LAYOUT, PAIR, TOKENS, admit, counts, policy_of
 
@@ -165,9 +167,9 @@ def test_the_slot_is_neither_filled_from_nor_emptied_for_the_threshold():
 
 def test_tensor_slicing_maps_two_tensors_with_few_tokens_each():
     layout = attention_layout(8, 4, 128)
-    options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": 4}
-    plain = VAttentionPolicy(layout, 8 * 1024 * KB, **options)
-    sliced = VAttentionPolicy(layout, 8 * 1024 * KB, **options, tensor_slicing=True)
+    config = VAttentionConfig(**ALL_OFF, page_group="64KB", max_rows=4)
+    plain = VAttentionPolicy(config, layout, 8 * 1024 * KB, 1024)
+    sliced = VAttentionPolicy(replace(config, tensor_slicing=True), layout, 8 * 1024 * KB, 1024)
     seq = Sequence(0, 9, 0)
     assert plain.admit(Admission([seq], 9)) is not None
     assert sliced.admit(Admission([seq], 9)) is not None
@@ -237,7 +239,9 @@ def test_quiet_steps_leave_nothing_to_do_in_the_background():
 
 def test_a_window_fills_its_ring_and_no_more():
     layout = sliding_layout(1, 1, 100, 4, 128, "float16")  # a full layer, and one that sees 100 positions
-    policy = VAttentionPolicy(layout, 64 * PAIR, **ALL_OFF, page_group="64KB", max_tokens=1024, max_rows=2)
+    policy = VAttentionPolicy(
+        VAttentionConfig(**ALL_OFF, page_group="64KB", max_rows=2), layout, 64 * PAIR, max_tokens=1024
+    )
     policy.admit(Admission([Sequence(0, 50, 900)], 50))
     assert policy.grow(0, 850)
     mapped = [a.group for a in policy.drain()]

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvarena.allocators.kv_layout import attention_layout, latent_layout, sliding_layout
 from kvarena.allocators.policy import Action, Admission, Map, Sequence
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 MAX_TOKENS = 600
 LAYOUTS = (
@@ -35,7 +35,10 @@ class Programs(RuleBasedStateMachine):
     @initialize(layout=st.sampled_from(LAYOUTS), groups=st.integers(30, 150), rows=st.integers(1, 6), switches=SWITCHES)
     def start(self, layout, groups, rows, switches) -> None:
         self.policy = VAttentionPolicy(
-            layout, groups * 64 * KB + 77, max_tokens=MAX_TOKENS, max_rows=rows, page_group="64KB", **switches
+            VAttentionConfig(max_rows=rows, page_group="64KB", **switches),
+            layout,
+            groups * 64 * KB + 77,
+            max_tokens=MAX_TOKENS,
         )
         self.memory: dict[tuple[int, int, int], int] = {}
         self.ids: list[int] = []

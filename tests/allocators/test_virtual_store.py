@@ -11,7 +11,7 @@ from kvarena.allocators.memory.model_shape import ModelShape
 from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vattention import cores
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.allocators.vattention.store import VirtualStore
 from kvarena.allocators.vmm import libc
 from kvarena.allocators.vmm.driver import DriverError
@@ -25,9 +25,9 @@ TENSORS = 2 * LAYERS
 
 
 def make(page_groups: int = 16, driver: HostDriver | None = None, **switches) -> tuple[VAttentionPolicy, VirtualStore]:
+    config = VAttentionConfig(**{"max_rows": 6, "page_group": "64KB"} | switches)
     layout = attention_layout(LAYERS, HEADS, SIZE)
-    options = {"max_tokens": 1000, "max_rows": 6, "page_group": "64KB"} | switches
-    policy = VAttentionPolicy(layout, page_groups * TENSORS * 64 * KB, **options)
+    policy = VAttentionPolicy(config, layout, page_groups * TENSORS * 64 * KB, 1000)
     return policy, VirtualStore(policy, ModelShape(LAYERS, HEADS, SIZE, torch.float16), driver)
 
 

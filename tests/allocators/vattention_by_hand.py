@@ -6,7 +6,7 @@ One layer, K and V: page-groups come in pairs, of one number. 64 KB hold 64 toke
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.policy import Admission, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 
 LAYOUT = attention_layout(1, 4, 128)  # 1 KB a token in K, and in V
 PAIR = 128 * KB  # a page-group of K and one of V
@@ -21,8 +21,8 @@ ALL_OFF = {
 
 
 def policy_of(page_groups: int = 8, rows: int = 4, more: int = 0, **switches) -> VAttentionPolicy:
-    options = ALL_OFF | {"page_group": "64KB", "max_tokens": 1024, "max_rows": rows} | switches
-    return VAttentionPolicy(LAYOUT, page_groups * PAIR + more, **options)
+    options = ALL_OFF | {"page_group": "64KB", "max_rows": rows} | switches
+    return VAttentionPolicy(VAttentionConfig(**options), LAYOUT, page_groups * PAIR + more, 1024)
 
 
 def admit(policy: VAttentionPolicy, seq_id: int, page_groups: int, final_page_groups: int | None = None) -> bool:

@@ -25,8 +25,8 @@ def newcomer(inner_class, *extras):
         and (callable(member) or isinstance(member, property))
     }  # fmt: skip
 
-    def begin(self, *arguments, **named):
-        self.inner = inner_class(*arguments, **named)
+    def begin(self, config, kv_layout, pool_bytes, max_tokens):
+        self.inner = inner_class(config, kv_layout, pool_bytes, max_tokens)
         for name in ("kv_layout", "pool_bytes", "max_tokens", *STATED, *extras):
             if hasattr(self.inner, name):
                 setattr(self, name, getattr(self.inner, name))

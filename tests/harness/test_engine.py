@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.step_log import COLUMNS
 from kvarena.harness.modelled.modelled_executor import ActionPrices, ModelledExecutor
@@ -19,7 +19,10 @@ UNIT_STEPS = StepModel(False, 100, 0, 0, 0, 0)
 
 def engine(blocks=100, prices=None, preemption="auto", swap_blocks=0, executor=ModelledExecutor, **options):
     policy = PagedPolicy(
-        LAYOUT, blocks * BLOCK_BYTES, max_tokens=64, block_size=4, watermark=0, swap_bytes=swap_blocks * BLOCK_BYTES
+        PagedConfig(block_size=4, watermark=0, swap_bytes=swap_blocks * BLOCK_BYTES),
+        LAYOUT,
+        blocks * BLOCK_BYTES,
+        max_tokens=64,
     )
     scheduler = VllmScheduler(policy, VllmConfig(preemption=preemption), 64)
     return Engine(scheduler, executor(UNIT_STEPS, prices), **options)

@@ -4,7 +4,7 @@ import pytest
 from by_hand import BLOCK_BYTES, LAYOUT, make, paged
 
 from kvarena.allocators.actions import CopyBlock, SwapIn, SwapOut
-from kvarena.allocators.reservation.orca import OrcaPolicy
+from kvarena.allocators.reservation.orca import OrcaConfig, OrcaPolicy
 from kvarena.errors import UserError
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.modelled.modelled_executor import ModelledExecutor
@@ -85,7 +85,7 @@ def test_a_group_waits_for_room_in_the_batch_for_all_of_it():
 
 def test_orca_reserves_for_each_or_admits_none():
     """16 blocks: chunks of 4 blocks for each of 3 leave one, and a group of two wants two."""
-    policy = OrcaPolicy(LAYOUT, 16 * BLOCK_BYTES, max_tokens=64, block_size=4, estimate="oracle")
+    policy = OrcaPolicy(OrcaConfig(block_size=4, estimate="oracle"), LAYOUT, 16 * BLOCK_BYTES, max_tokens=64)
     scheduler = make("orca", policy)
     submit(scheduler, (10, 6, 3), (10, 6, 2), (10, 6, 1))
     assert prefilled(step(scheduler)) == [(0, 0, 10)], "and the third stands behind the second"
@@ -93,9 +93,11 @@ def test_orca_reserves_for_each_or_admits_none():
 
 
 def test_fastertransformer_batches_equal_numbers_of_sequences():
-    from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
+    from kvarena.allocators.reservation.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
 
-    policy = FasterTransformerPolicy(LAYOUT, 2000 * LAYOUT.token_bytes, max_tokens=64, batch_size=9)
+    policy = FasterTransformerPolicy(
+        FasterTransformerConfig(batch_size=9), LAYOUT, 2000 * LAYOUT.token_bytes, max_tokens=64
+    )
     scheduler = make("fastertransformer", policy)
     submit(scheduler, (4, 3, 2), (6, 3, 2), (6, 3, 3), (6, 3, 2))
     plan = step(scheduler)

@@ -7,10 +7,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission, Sequence
 from kvarena.allocators.registry import config_class, make_policy
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.harness.config import load, typed
 from kvarena.harness.engine.engine import Engine
@@ -131,7 +131,7 @@ def test_blocks_are_counted_exactly(kept, shape, named, block_size):
 
     def pool(blocks):
         num_bytes = blocks * block_size * LAYOUT.token_bytes
-        return PagedPolicy(LAYOUT, num_bytes, max_tokens=MAX_TOKENS, block_size=block_size, watermark=0)
+        return PagedPolicy(PagedConfig(block_size=block_size, watermark=0), LAYOUT, num_bytes, max_tokens=MAX_TOKENS)
 
     used = materialised(pool(1000), prefixes, gang, prefix, prompt + output - 1)
     needed = used.num_blocks - used.free_units + n
@@ -152,8 +152,12 @@ def test_page_groups_are_counted_exactly(kept, shape, named, sliced):
     size = 64 << 10
 
     def pool(page_groups, rows=8):
-        return VAttentionPolicy(LAYOUT, page_groups * size, max_tokens=MAX_TOKENS, page_group=size, max_rows=rows,
-                                watermark=0, tensor_slicing=sliced)  # fmt: skip
+        return VAttentionPolicy(
+            VAttentionConfig(page_group=size, max_rows=rows, watermark=0, tensor_slicing=sliced),
+            LAYOUT,
+            page_groups * size,
+            max_tokens=MAX_TOKENS,
+        )
 
     usage = materialised(pool(2000), prefixes, gang, prefix, prompt + output).usage()
     needed = (usage.live + usage.reserved + usage.rounding) // size
@@ -165,7 +169,7 @@ def test_page_groups_are_counted_exactly(kept, shape, named, sliced):
 
 def test_six_samples_of_a_prompt_share_it_beside_a_short_prefix():
     """400 tokens are 25 full blocks once, and 6 x 1 beside them; taken for a member, the prefix would unshare them."""
-    policy = PagedPolicy(LAYOUT, 64 * 16 * LAYOUT.token_bytes, max_tokens=2048, watermark=0)
+    policy = PagedPolicy(PagedConfig(watermark=0), LAYOUT, 64 * 16 * LAYOUT.token_bytes, max_tokens=2048)
     gang = [Sequence(i, 400, 16) for i in range(6)]
     policy.sharing.keep_prefix(-1, 16)
     assert not policy.refusal(Admission(gang, 400, prefix=-1))
@@ -173,7 +177,9 @@ def test_six_samples_of_a_prompt_share_it_beside_a_short_prefix():
 
 
 def test_a_request_that_does_not_share_the_prefix_must_fit_beside_it():
-    policy = PagedPolicy(LAYOUT, 20 * 4 * LAYOUT.token_bytes, max_tokens=MAX_TOKENS, block_size=4, watermark=0)
+    policy = PagedPolicy(
+        PagedConfig(block_size=4, watermark=0), LAYOUT, 20 * 4 * LAYOUT.token_bytes, max_tokens=MAX_TOKENS
+    )
     policy.sharing.keep_prefix(-1, 40)
     assert not policy.refusal(Admission([Sequence(0, 44, 8)], 44, prefix=-1))
     assert policy.refusal(Admission([Sequence(0, 44, 8)], 44))

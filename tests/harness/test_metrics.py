@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.reservation.fastertransformer import FasterTransformerPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
+from kvarena.allocators.reservation.fastertransformer import FasterTransformerConfig, FasterTransformerPolicy
 from kvarena.errors import UserError
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.step_log import StepLog
@@ -28,7 +28,7 @@ ONE_SECOND_STEPS = StepModel(False, S, 0, 0, 0, 0)
 def scheduler_of(blocks, name="vllm", **limits):
     block_bytes = 4 * LAYOUT.token_bytes
     policy = PagedPolicy(
-        LAYOUT, blocks * block_bytes, max_tokens=64, block_size=4, watermark=0, swap_bytes=20 * block_bytes
+        PagedConfig(block_size=4, watermark=0, swap_bytes=20 * block_bytes), LAYOUT, blocks * block_bytes, max_tokens=64
     )
     return make_scheduler(config_class(name)(name=name, **limits), policy, 64)
 
@@ -143,7 +143,7 @@ def test_pooled_gaps_are_those_of_every_token(name, limits):
 
 def test_rows_that_only_pad_a_batch_have_no_gaps():
     """FasterTransformer: a request of 2 tokens rides along with one of 101, whose gaps are the only others."""
-    policy = FasterTransformerPolicy(LAYOUT, 1 << 20, max_tokens=128)
+    policy = FasterTransformerPolicy(FasterTransformerConfig(), LAYOUT, 1 << 20, max_tokens=128)
     scheduler = make_scheduler(config_class("fastertransformer")(), policy, 128)
     done = Engine(scheduler, ModelledExecutor(StepModel(False, S, 0, 0, 0, 1))).run(
         [Request(0, 4, 101), Request(1, 4, 2)]

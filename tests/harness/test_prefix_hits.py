@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.allocators.kv_layout import attention_layout
-from kvarena.allocators.paged.policy import PagedPolicy
-from kvarena.allocators.vattention.policy import VAttentionPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
+from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
 from kvarena.errors import UserError
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
 from kvarena.harness.requests.block_ids import block_ids
@@ -43,12 +43,14 @@ def lru_hits(ids, prompt_tokens, block_tokens, unit, limit=None):
 
 def blocks(num_blocks, block_size):
     pool = num_blocks * block_size * LAYOUT.token_bytes
-    return PagedPolicy(LAYOUT, pool, max_tokens=10**6, block_size=block_size, watermark=0, prefix_cache=True)
+    return PagedPolicy(
+        PagedConfig(block_size=block_size, watermark=0, prefix_cache=True), LAYOUT, pool, max_tokens=10**6
+    )
 
 
 def rows(tokens, **options):
     options = {"page_group": "64KB", "max_rows": 4000, "watermark": 0, "prefix_cache": True} | options
-    return VAttentionPolicy(LAYOUT, tokens * LAYOUT.token_bytes, max_tokens=200_000, **options)
+    return VAttentionPolicy(VAttentionConfig(**options), LAYOUT, tokens * LAYOUT.token_bytes, max_tokens=200_000)
 
 
 def hits(policy, ids, prompt_tokens, block_tokens):
@@ -157,7 +159,7 @@ def test_a_prompt_larger_than_the_pool_is_refused_and_leaves_it_as_it_was():
 
 
 def test_an_allocator_without_a_cache_is_refused():
-    policy = PagedPolicy(LAYOUT, 100 * LAYOUT.token_bytes, max_tokens=64)
+    policy = PagedPolicy(PagedConfig(), LAYOUT, 100 * LAYOUT.token_bytes, max_tokens=64)
     with pytest.raises(ValueError, match="paged keeps nothing"):
         count_hits(policy, (np.array([1]),), np.array([4]), 4)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Admission
 from kvarena.allocators.stores import make_store
 from kvarena.harness.measured import torch_executor
@@ -28,7 +28,9 @@ def test_a_step_waits_around_its_copies_and_for_nothing_else(monkeypatch):
     model = build_model(load_preset("tiny-llama"), "cpu")
     config = model.config
     layout = config.kv_layout()
-    policy = PagedPolicy(layout, 40 * 4 * layout.token_bytes, max_tokens=64, block_size=4, swap_bytes="1MB")
+    policy = PagedPolicy(
+        PagedConfig(block_size=4, swap_bytes="1MB"), layout, 40 * 4 * layout.token_bytes, max_tokens=64
+    )
     store = make_store(policy, config.num_layers, config.num_kv_heads, config.head_size, config.dtype)
     executor, events = TorchExecutor(model, store, get_kernel("numba")), []
     apply = store.apply
