@@ -177,14 +177,12 @@ class Reclamation:
         while self.cache and self.cache.oldest is not None and page_groups > self.obtainable(margin=1):
             self.cache.evict(actions)
 
-    def extend(self, row: Row, length: int, actions: list[Action]) -> bool:
+    def extend(self, row: Row, length: int, actions: list[Action]) -> None:
         """Map what a live row lacks for `length` tokens, if anything; the caller knows that memory suffices."""
-        missing = self._rows.missing(row, length)
-        if missing == 0:
-            return False
-        self.take_back(missing, actions, margins=(1, 0))
-        self._rows.map(row, length, actions)
-        return True
+        if missing := self._rows.missing(row, length):
+            self.take_back(missing, actions, margins=(1, 0))
+            self._rows.map(row, length, actions)
+            self._rows.changed = True
 
     def take_back(self, wanted: int, actions: list[Action], margins: tuple[int, ...]) -> None:
         """Unmap until `wanted` are free: idle rows, surplus of live rows, the slot.

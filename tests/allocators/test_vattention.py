@@ -235,6 +235,11 @@ def test_quiet_steps_leave_nothing_to_do_in_the_background():
     policy.release(1)
     assert policy.drain()
     assert policy.quiet_steps([0], 100) == 0  # an idle row: the background may want it
+    policy.look_ahead()
+    assert policy.grow(0, TOKENS + 5)
+    policy.drain()
+    assert policy.tokens_until_growth(0) > 1
+    assert policy.quiet_steps([0], 100) == 0  # what it took may have been the slot's, or the threshold's
 
 
 def test_a_window_fills_its_ring_and_no_more():
