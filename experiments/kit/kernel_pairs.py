@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 from kvarena.allocators.options import with_options
 from kvarena.allocators.registry import preset
@@ -13,7 +12,7 @@ from kvarena.harness.config import load, typed
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.presets import preset_names
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import System
+from kvarena.harness.run.systems import Options, System
 from kvarena.harness.scheduler.vllm import VllmConfig
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.config import KernelConfig
@@ -23,16 +22,17 @@ from kvarena.kernels.registry import fits, kernel_spec, missing, pairing
 HEADS = ("name", "num_heads", "num_kv_heads", "head_size", "dtype", "seed")  # all that a kernel sees of a model
 
 
-def kernel_over(allocator: Any, kernel: str, variant: str | None = None) -> System:
+def kernel_over(allocator: Options, kernel: str, variant: str | None = None) -> System:
     """A kernel over an allocator as a system, so that its rows are named like any other's. Its scheduler is idle."""
     scheduler = typed(VllmConfig, load("scheduler", "vllm"), "scheduler")
     told = pairing(kernel_spec(kernel))
     return System(f"{allocator.name}-{kernel}", allocator, KernelConfig(kernel), scheduler, told, variant)
 
 
-def allocator_named(name: str, **wanted: object) -> Any:
+def allocator_named(name: str, **wanted: object) -> Options:
     """An allocator's options, with those of `wanted` that it has."""
-    return with_options(preset(name), **wanted)
+    options: Options = with_options(preset(name), **wanted)
+    return options
 
 
 def unread_of_model(run: Run[object], *read: str) -> dict[str, str]:

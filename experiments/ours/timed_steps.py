@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from kvarena.allocators.options import option
 from kvarena.harness.engine.fixed_batch import FixedBatch
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.model.contract import Model
@@ -58,9 +59,9 @@ def prefill_load(run: Run[object], system: System, model: Model, tokens: int) ->
 
 def _serving(run: Run[object], system: System, model: Model, sequences: int, tokens: int) -> Serving:
     """The system over a pool of blocks for so many sequences of so many tokens."""
-    layout, block = model.config.kv_layout(), system.allocator.block_size
+    layout, block = model.config.kv_layout(), option(system.allocator, "block_size")
     blocks = sequences * (-(-tokens // block) + 1)
-    pool_bytes = round((blocks + 2) / (1 - 2 * system.allocator.watermark)) * block * layout.token_bytes
+    pool_bytes = round((blocks + 2) / (1 - 2 * option(system.allocator, "watermark"))) * block * layout.token_bytes
     return Serving(run, system, pool_bytes=pool_bytes, context=run.model.max_tokens, model=model)
 
 

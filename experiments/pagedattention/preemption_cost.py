@@ -14,6 +14,7 @@ from typing import TypeVar
 import pandas as pd
 import torch
 
+from kvarena.allocators.options import option
 from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.errors import UserError
 from kvarena.harness.engine.serving import Serving
@@ -51,7 +52,7 @@ def scattered(run: Run[object], system: System, lengths: list[int], model: Model
     options = {field.name for field in fields(system.allocator)}
     if not {"block_size", "swap_bytes", "watermark"} <= options:
         raise UserError(f"systems: {system.name} ({system.allocator.name}) has no blocks that can be swapped")
-    block = system.allocator.block_size
+    block: int = option(system.allocator, "block_size")
     pool_tokens = (2 * sum(lengths) // block + len(lengths) + 2) * block
     pool_bytes = pool_tokens * layout.token_bytes
     system = replace(system, allocator=replace(system.allocator, watermark=0.0, swap_bytes=pool_bytes))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.memory.store import DriverCalls
+from kvarena.allocators.options import option
 from kvarena.allocators.policy import Admission, Policy, Sequence
 from kvarena.allocators.vattention.page_groups import RowGeometry, checked_page_group, row_geometries
 from kvarena.allocators.vmm.fragments import scattered_pages_held
@@ -102,8 +103,8 @@ def _row_bytes(run: Run[Params], model: Model) -> int:
 
 def geometries(system: System, kv_layout: KVLayout) -> tuple[RowGeometry, ...]:
     """How a system's rows lie in page-groups, by layer group."""
-    allocator = system.allocator
-    return row_geometries(kv_layout, checked_page_group(allocator.page_group), allocator.tensor_slicing)
+    size, sliced = (option(system.allocator, name) for name in ("page_group", "tensor_slicing"))
+    return row_geometries(kv_layout, checked_page_group(size), sliced)
 
 
 def _prime(way: Way, params: Params, rows: int) -> Callable[[Policy], None]:

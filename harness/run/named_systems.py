@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,12 +23,13 @@ from kvarena.errors import UserError
 from kvarena.harness.config import ALL, fields_set, load, parsed, typed
 from kvarena.harness.paths import CONF
 from kvarena.harness.run import schemas
-from kvarena.harness.run.systems import System, described, slug
+from kvarena.harness.run.systems import Options, System, described, slug
 from kvarena.harness.scheduler.registry import check_pair
 from kvarena.kernels.config import KernelConfig
 from kvarena.kernels.registry import fits, kernel_names, kernel_spec, pairing
 
 EXAMPLES = "paged/fa2 or 'vattention/fa2{page_group: 64KB}'"
+THE_RUNS = cast(Options, None)  # the scheduler of a system that states none, until it is one of a run
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Entry:
 
 @cache  # asked for every row of a summary; nobody changes what it returns
 def stated(text: str) -> System:
-    """The system that a name or a pair states; its scheduler is None where the run's is meant.
+    """The system that a name or a pair states; its scheduler is THE_RUNS where the run's is meant.
 
     Raises UserError for what does not exist, with what does.
     """
@@ -94,7 +95,7 @@ def _dashed(name: str) -> str:
 
 def _pair(allocator: str, kernel: str) -> System:
     spec = kernel_spec(kernel)
-    return System(_dashed(f"{allocator}-{kernel}"), preset(allocator), KernelConfig(spec.name), None, pairing(spec))
+    return System(_dashed(f"{allocator}-{kernel}"), preset(allocator), KernelConfig(spec.name), THE_RUNS, pairing(spec))
 
 
 def _entry(name: str) -> System:
@@ -106,7 +107,7 @@ def _entry(name: str) -> System:
     system = _with_options(_pair(allocator, kernel), options, where)
     if entry.variant is not None and not entry.variant.startswith(allocator):
         raise UserError(f"{where}: variant {entry.variant!r} must begin with its allocator, {allocator}")
-    scheduler = entry.scheduler and _scheduler(load("scheduler", entry.scheduler))
+    scheduler = _scheduler(load("scheduler", entry.scheduler)) if entry.scheduler else THE_RUNS
     return replace(system, name=name, scheduler=scheduler, variant=entry.variant)
 
 
@@ -120,10 +121,10 @@ def _with_options(system: System, options: dict[str, Any], where: str) -> System
     return replace(system, name=f"{system.name}-{said}", allocator=allocator, variant=described(allocator, options))
 
 
-def as_filed(text: str, scheduler: Any) -> System:
+def as_filed(text: str, scheduler: Options) -> System:
     """The system that a name or a pair states, nothing changed; `scheduler` where it states none."""
     system = stated(text)
-    return replace(system, scheduler=system.scheduler or scheduler)
+    return replace(system, scheduler=scheduler) if system.scheduler is THE_RUNS else system
 
 
 def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[System]:
@@ -166,7 +167,7 @@ def build(system: System, scheduler: DictConfig, overrides: Sequence[str]) -> Sy
     """
     allocator = _changed(system.allocator, "allocator", fields_set("allocator", overrides))
     asked = any(override.startswith("scheduler=") for override in overrides)
-    policy = _scheduler(scheduler) if asked or system.scheduler is None else system.scheduler
+    policy = _scheduler(scheduler) if asked or system.scheduler is THE_RUNS else system.scheduler
     limits = fields_set("scheduler", overrides)
     own = {str(key): value for key, value in limits.items() if hasattr(policy, str(key))}  # others: other systems'
     check_pair(policy.name, allocator.name)
@@ -179,9 +180,10 @@ def build(system: System, scheduler: DictConfig, overrides: Sequence[str]) -> Sy
     )
 
 
-def _scheduler(node: DictConfig) -> Any:
-    return typed(schemas.of("scheduler", node.name), node, "scheduler")
+def _scheduler(node: DictConfig) -> Options:
+    config: Options = typed(schemas.of("scheduler", node.name), node, "scheduler")
+    return config
 
 
-def _changed(config: Any, group: str, given: Mapping[Any, Any]) -> Any:
+def _changed(config: Options, group: str, given: Mapping[Any, Any]) -> Options:
     return typed(type(config), OmegaConf.merge(asdict(config), given), group)

@@ -2,12 +2,22 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import Field, asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 from kvarena.allocators.options import option
 from kvarena.allocators.registry import memory_layout, preset
 from kvarena.kernels.registry import kernel_spec
+
+
+class Options(Protocol):
+    """A dataclass of options, another one for each allocator, kernel and scheduler."""
+
+    @property
+    def name(self) -> str:
+        """Of the allocator, kernel or scheduler."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,16 +25,16 @@ class System:
     """One line of a comparison."""
 
     name: str
-    allocator: Any  # the allocator's config dataclass
-    kernel: Any  # KernelConfig
-    scheduler: Any  # SchedulerConfig; None while it is only stated, where the run's is meant
+    allocator: Options
+    kernel: Options
+    scheduler: Options  # THE_RUNS while it is only stated (named_systems.py)
     pairing: str  # what a comparison with the others of that word isolates; only "same body" isolates the layout
     variant: str | None = None  # tells apart systems of one allocator: vattention-64KB
 
     @property
     def shown_allocator(self) -> str:
         """The allocator as labels have it."""
-        return self.variant or str(self.allocator.name)
+        return self.variant or self.allocator.name
 
     @property
     def attention_key(self) -> str:
@@ -37,14 +47,14 @@ class System:
         return f"{self.shown_allocator}/{self.kernel.name}"
 
 
-def described(allocator: Any, given: Collection[str] = ()) -> str:
+def described(allocator: Options, given: Collection[str] = ()) -> str:
     """An allocator by what it is: its name, and fields that are `given` or differ from the defaults of that name."""
     plain = asdict(preset(allocator.name))
     own = {name: value for name, value in asdict(allocator).items() if name in given or value != plain[name]}
-    return said(str(allocator.name), own)
+    return said(allocator.name, own)
 
 
-def said(shown: str, values: Mapping[str, Any]) -> str:
+def said(shown: str, values: Mapping[str, object]) -> str:
     """A shown allocator with more of its fields: `vattention{page_group: 64KB}`."""
     words = ", ".join(f"{name}: {value}" for name, value in values.items())
     if not words:
