@@ -72,7 +72,7 @@ def drawn(
     """
     parts = [(panel, rows) for panel in panels for rows in panel.of(summary)]
     setups, count = max((len(panel.of(summary)) for panel in panels), default=1), max(1, len(parts))
-    columns = setups if 1 < setups < count and count % setups == 0 else -(-count // -(-count // 4))  # four at most
+    columns = setups if 1 < setups <= 4 and count % setups == 0 else -(-count // -(-count // 4))  # four at most
     figure, axes = canvas(-(-count // columns), columns, width, height)
     for axis, (panel, rows) in zip(axes, parts, strict=False):
         panel.draw(axis, rows)
