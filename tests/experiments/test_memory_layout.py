@@ -117,3 +117,8 @@ def test_measured_memory_grows_with_the_batch(summary_of: Callable[..., pd.DataF
     steps = np.diff(reserved.value) / np.diff(reserved.x)
     assert len(reserved) > 1
     assert steps == pytest.approx(128 * 1024 / 1e9)  # a row of 128 tokens of 1 KiB, whatever the request
+
+
+def test_every_device_maps_page_groups_of_its_own() -> None:
+    run = compose_run("experiment=memory_layout", "systems=[vattention-2mb]", "model.tp=4", "engine=lean")
+    assert attached_bytes(run, run.systems[0], 2)[1] == 4 * 2 * run.model.num_layers * 2 * 1024**2
