@@ -8,7 +8,8 @@ Section 5 of the paper draws rows and page-groups (`rows.py`, `page_groups.py`),
     reclaim_threshold      idle rows give back in the background while less than this share of the pool is free
     tensor_slicing         one K and one V tensor over all layers (8.2)
 
-A request is refused only where nothing can be taken back any more.
+The policy has rows, their reclamation, aliases of their page-groups (`aliasing.py`) for what sequences share
+(`sharing.py`), books (`books.py`), and a cache only where it is switched on (`prefix_cache.py`, `cached_rows.py`).
 """
 
 from collections.abc import Iterable
