@@ -37,7 +37,7 @@ from kvarena.harness.record.summary import Names, SummaryRow
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import label_of, named
 from kvarena.harness.run.run import Run
-from kvarena.harness.run.systems import System
+from kvarena.harness.run.systems import Options, System
 
 
 class Way(NamedTuple):
@@ -144,14 +144,14 @@ def _before(way: Way, params: Params, clock: str) -> list[tuple[int, int]]:
 
 def system_in(way: Way, system: System) -> System:
     """The system with that way's allocator, serving one request at a time."""
-    mapped = replace(
-        system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
-        deferred_reclamation=way.deferred, eager_allocation=way.eager,
-    )  # fmt: skip
-    return replace(
-        system, name=way.name, variant=way.name, allocator=StaticConfig() if way.page_group is None else mapped,
-        scheduler=replace(system.scheduler, max_seqs=1),
-    )  # fmt: skip
+    allocator: Options = StaticConfig()
+    if way.page_group is not None:
+        allocator = replace(
+            system.allocator, page_group=way.page_group, max_rows=2, overlap=False, watermark=0, reclaim_threshold=0,
+            deferred_reclamation=way.deferred, eager_allocation=way.eager,
+        )  # fmt: skip
+    alone = replace(system.scheduler, max_seqs=1)
+    return replace(system, name=way.name, variant=way.name, allocator=allocator, scheduler=alone)
 
 
 def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
