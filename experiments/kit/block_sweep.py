@@ -19,6 +19,7 @@ from kvarena.experiments.kit.panels import Panel, curves, title
 from kvarena.experiments.kit.quantities import Quantity, columns
 from kvarena.experiments.kit.replay import Replayer, Served
 from kvarena.harness.record.metrics import summarize
+from kvarena.harness.record.summary import Evidence
 from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -98,7 +99,7 @@ def assumed(block_size: int | None) -> str:
 def latency_panel(axis: Axes, rows: pd.DataFrame) -> None:
     """Points that are not claimed are hollow: they leave out what small blocks cost the kernel."""
     curves(axis, rows)
-    unclaimed = rows[rows.evidence == "conditional"]
+    unclaimed = rows[rows.evidence == Evidence.CONDITIONAL]
     axis.plot(unclaimed.x, unclaimed.value, "o", mfc="white", mec="black", ms=5, ls="none", zorder=3)
     title(axis, rows, "", "hollow: the kernel's cost left out" if len(unclaimed) else "")
 

@@ -24,7 +24,7 @@ from kvarena.harness.model.build import build_model
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, row
-from kvarena.harness.run.published import is_earned, named, without_trace
+from kvarena.harness.run.published import as_ours, is_earned, named, without_trace
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 
@@ -153,8 +153,7 @@ def _cost_rows(run: Run[Params], paged: System, costs: pd.DataFrame) -> Iterator
             names = named(run, paged, "fig19a", key=key, label=label, detail=detail, x=size)
             drawn_as = DRAWN if what == RECOMPUTE and is_earned(names) else 1
             yield row(median_interval(drawn_as * samples[what]), quantity=HEADLINE, unit="ms", **names)
-            ours = named(run, paged, label=label, detail=detail, x=size, fitted=names["evidence"] == "calibrated")
-            yield row(median_interval(samples[what]), quantity=f"cost_of_{what}", unit="ms", **ours)
+            yield row(median_interval(samples[what]), quantity=f"cost_of_{what}", unit="ms", **as_ours(names))
 
 
 def _replay_rows(run: Run[Params], points: pd.DataFrame) -> Iterator[SummaryRow]:
