@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.allocators.kv_layout import KVLayout
-from kvarena.allocators.paged.policy import PagedPolicy
+from kvarena.allocators.paged.policy import PagedConfig, PagedPolicy
 from kvarena.allocators.policy import Policy
 from kvarena.allocators.registry import allocator_names, config_class, make_policy
 from kvarena.harness.testing.conformance import check_serving
@@ -32,4 +32,4 @@ class Forgetful(PagedPolicy):
 
 def test_a_wrong_block_table_changes_a_token() -> None:
     with pytest.raises(AssertionError, match="request"):
-        check_serving(lambda layout, size, most: Forgetful(layout, size, max_tokens=most, block_size=4))
+        check_serving(lambda layout, size, most: Forgetful(PagedConfig(block_size=4), layout, size, most))
