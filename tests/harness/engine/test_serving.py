@@ -11,7 +11,7 @@ from kvarena.allocators.paged.store import PagedStore
 from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.engine.serving import Serving
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BUILDERS = {"make_policy", "make_scheduler", "make_store", "action_prices", "ModelledExecutor", "TorchExecutor"}
 WIRING = "harness/engine/serving.py"
 APART = {"harness/regression/timed_suite.py"}  # its text runs in the base's tree too, which may wire otherwise

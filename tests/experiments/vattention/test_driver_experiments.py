@@ -63,7 +63,7 @@ def bandwidth(tmp_path_factory) -> pd.DataFrame:
 @pytest.fixture
 def on_the_fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Run on a GPU that is not there."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "allocators")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "allocators")
     import fake_cuda
 
     for module in (driver_samples, allocation_bandwidth):
