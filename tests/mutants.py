@@ -260,7 +260,7 @@ MUTANTS = [
     *of("harness/trace/bad_records.py", "harness/trace/test_trace_bad_input.py",
         ("malformed records are not counted", "self.count += 1", "self.count = 1"),
     ),
-    *of("harness/trace/chatbot_order.py", "harness/trace/test_trace_conversations.py",
+    *of("harness/requests/chatbot_order.py", "harness/trace/test_trace_conversations.py",
         ("a conversation goes on past its end", "order.append(turn)", "order.append(end - 1)"),
     ),
     *of("harness/requests/workload.py", "harness/trace/test_workload.py",

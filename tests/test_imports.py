@@ -102,3 +102,11 @@ def test_nothing_is_imported_by_the_name_of_its_folder():
 def test_the_check_sees_every_form_of_import():
     source = "import kvarena.harness.run.run\ndef f():\n    from kvarena import experiments\n"
     assert packages_of(imported_modules(source)) == {"harness", "experiments"}
+
+
+@pytest.mark.parametrize("package", [*ORDER, "tests"])
+def test_a_folder_can_be_taken_in_at_one_look(package):
+    """At most 25 files of code: a reader guesses the file from the names that stand beside one another."""
+    folders = {path.parent for path in files(package)}
+    crowded = {f.relative_to(ROOT).as_posix(): len(list(f.glob("*.py"))) for f in folders}
+    assert not {name: count for name, count in crowded.items() if count > 25}

@@ -30,7 +30,7 @@ from kvarena.harness.requests.block_ids import block_ids
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.trace.chatbot_order import chatbot_order
+from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Trace

@@ -28,6 +28,8 @@ class TraceConfig:
     keep_hash_ids: bool = False  # mooncake only: keep the ids of each prompt's blocks
     cut_prompt: int | None = None  # longer prompts keep their last so many tokens, as a chat's history is cut
     cut_output: int | None = None  # longer outputs end there
-    new_conversation: float | None = None  # chats only: probability that an arrival begins one (chatbot_order.py)
+    new_conversation: float | None = (
+        None  # chats only: probability that an arrival begins one (requests/chatbot_order.py)
+    )
     examples: int | None = None  # wmt16 only: solved examples that every prompt begins with (few_shot.py)
     prefix_path: str | None = None  # wmt16 only: the file of their text; null: wmt16_prefix.json beside `path`
