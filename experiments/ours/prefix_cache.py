@@ -27,10 +27,10 @@ from kvarena.harness.engine.serving import Serving
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.requests.block_ids import block_ids
+from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
-from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Trace

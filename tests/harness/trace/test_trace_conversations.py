@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from kvarena.errors import UserError
 from kvarena.harness.config import load, typed
+from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.requests.workload import make_workload
 from kvarena.harness.trace import TraceConfig, load_trace
 from kvarena.harness.trace.arrival import ArrivalConfig
-from kvarena.harness.requests.chatbot_order import chatbot_order
 
 TABLE = TraceConfig(table="sharegpt_multiturn")
 ARRIVALS = ArrivalConfig(process="artifact", rate=1.0, duration_s=600)
