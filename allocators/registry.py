@@ -6,14 +6,15 @@ The dataclass is all that says which options there are, what they mean, their de
 
 import re
 from collections.abc import Callable
-from functools import cache
+from dataclasses import is_dataclass
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.policy import Policy
-from kvarena.errors import UserError
+from kvarena.errors import UserError, does_not_run
 from kvarena.kernels.layout import Layout
 
 P = TypeVar("P", bound=Policy)
@@ -24,17 +25,41 @@ _POLICIES: dict[str, tuple[Any, type[Policy]]] = {}  # name -> options with thei
 def allocator(*options: Any) -> Callable[[type[P]], type[P]]:
     """Let a policy be known by the `name` of its options; by several names, where it has presets.
 
-    Raises UserError where another policy has that name.
+    Raises UserError where another policy has that name, and for what is no policy, or no options of one.
     """
 
     def registered(policy: type[P]) -> type[P]:
+        _check(policy)
         for each in options:
-            if _POLICIES.get(each.name, (each, policy))[1].__qualname__ != policy.__qualname__:
-                raise UserError(f"allocator {each.name}: there is one of that name, {_POLICIES[each.name][1]}")
+            if not _are_options(each):
+                raise UserError(f"{policy.__qualname__}: its options are a dataclass that has a `name`, "
+                                f"and are handed over with their defaults: @allocator(NameConfig())")  # fmt: skip
+            other = _POLICIES.get(each.name, (each, policy))[1]
+            if _said(other) != _said(policy):
+                raise UserError(f"allocator {each.name}: there is one of that name: {_said(other)}, {_said(policy)}")
             _POLICIES[each.name] = (each, policy)
         return policy
 
     return registered
+
+
+def _are_options(each: object) -> bool:
+    return is_dataclass(each) and not isinstance(each, type) and isinstance(getattr(each, "name", None), str)
+
+
+def _said(policy: type[Policy]) -> str:
+    return f"{policy.__module__}.{policy.__qualname__}"
+
+
+def _check(policy: type[Policy]) -> None:
+    """Raises UserError where a policy lacks what the contract asks for."""
+    if not issubclass(policy, Policy):
+        raise UserError(f"{policy.__qualname__}: is no subclass of Policy (allocators/policy.py)")
+    if lacking := sorted(policy.__abstractmethods__):
+        raise UserError(f"{policy.__qualname__}: lacks {', '.join(lacking)}, which a policy must have")
+    if not isinstance(getattr(policy, "memory_layout", None), Layout):
+        layouts = ", ".join(f"Layout.{layout.name}" for layout in Layout)
+        raise UserError(f"{policy.__qualname__}: states no memory_layout. There are: {layouts}")
 
 
 def allocator_names() -> list[str]:
@@ -85,4 +110,13 @@ def _import_all() -> None:
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         if re.search(r"^@allocator\(", path.read_text(), re.MULTILINE):
-            import_module(".".join((__package__, *path.relative_to(folder).with_suffix("").parts)))
+            module = ".".join((__package__, *path.relative_to(folder).with_suffix("").parts))
+            imported(path, partial(import_module, module))
+
+
+def imported(path: Path, run: Callable[[], object]) -> None:
+    """Run a file. Raises UserError, with the line, for whatever it raises."""
+    try:
+        run()
+    except Exception as error:  # of any kind: it is whatever the file does
+        raise does_not_run(path, error) from error

@@ -8,7 +8,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvarena.errors import UserError
+from kvarena.errors import UserError, does_not_run
 from kvarena.kernels import spec as words
 from kvarena.kernels.spec import KernelSpec
 
@@ -20,31 +20,37 @@ def scanned(folder: Path, package: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for path in sorted(folder.rglob("*.py")):
         text = path.read_text()
-        if "spec = KernelSpec(" not in text:
+        if "= KernelSpec(" not in text:
             continue
         module = ".".join((package, *path.relative_to(folder).with_suffix("").parts))
-        for kernel_class, stated in _specs(ast.parse(text, str(path))):
+        for kernel_class, stated in _specs(path, text):
             entry = (_read(stated, path), module, kernel_class)
             name = entry[0].name
             if name in found:
-                raise UserError(f"{path}: kernel {name} is there already, in {found[name][1]}")
+                raise UserError(f"{path.resolve()}: kernel {name} is there already, in {found[name][1]}")
             found[name] = entry
     return dict(sorted(found.items()))
 
 
-def _specs(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+def _specs(path: Path, text: str) -> Iterator[tuple[str, ast.expr]]:
     """Classes of a file that state a spec, and what they state."""
+    try:
+        module = ast.parse(text, str(path))
+    except SyntaxError as error:
+        raise does_not_run(path, error) from error
     for node in (each for each in module.body if isinstance(each, ast.ClassDef)):
         for line in node.body:
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "spec":
-                yield node.name, line.value
+            if isinstance(line, ast.Assign | ast.AnnAssign) and line.value:
+                target = line.targets[0] if isinstance(line, ast.Assign) else line.target
+                if ast.unparse(target) == "spec":
+                    yield node.name, line.value
 
 
 def _read(stated: ast.expr, path: Path) -> KernelSpec:
     try:
         spec: KernelSpec = eval(compile(ast.Expression(stated), str(path), "eval"), dict(vars(words)))
-    except (NameError, TypeError) as error:
-        told = f"{path}:{stated.lineno}: {error}; a spec is made of literals and of names of kernels/spec.py"
+    except (NameError, TypeError, AttributeError) as error:
+        told = f"{path.resolve()}:{stated.lineno}: {error}; a spec is made of literals and of names of kernels/spec.py"
         raise UserError(told) from error
     return spec
 

@@ -3,10 +3,11 @@
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
 
-from kvarena.errors import UserError
+from kvarena.errors import UserError, does_not_run
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.spec import KernelSpec
@@ -40,8 +41,14 @@ def get_kernel(name: str) -> "AttentionKernel":
     if reason := missing(spec):
         raise UserError(f"kernel={name}: {reason}")
     _, module, kernel_class = CATALOGUE[name]
-    kernel: AttentionKernel = getattr(import_module(module), kernel_class)()
-    return kernel
+    try:
+        made: type[AttentionKernel] = getattr(import_module(module), kernel_class)
+    except Exception as error:  # of any kind: it is whatever the file does
+        path = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
+        raise does_not_run(path, error) from error
+    if lacking := sorted(getattr(made, "__abstractmethods__", ())):
+        raise UserError(f"kernel={name}: {kernel_class} lacks {', '.join(lacking)}, which a kernel must have")
+    return made()
 
 
 def missing(spec: KernelSpec) -> str | None:

@@ -2,11 +2,17 @@
 
 import sys
 
-if sys.argv[1:2] == ["gpu-validation"]:  # runs where there is no Hydra, as on a borrowed machine
-    from kvarena.experiments.gpu_validation.command import main as validate
+from kvarena.errors import UserError
 
-    validate(sys.argv[2:])
-else:
-    from kvarena.experiments.command.cli import main
+try:
+    if sys.argv[1:2] == ["gpu-validation"]:  # runs where there is no Hydra, as on a borrowed machine
+        from kvarena.experiments.gpu_validation.command import main as validate
 
-    main()
+        validate(sys.argv[2:])
+    else:
+        from kvarena.experiments.command.cli import main
+
+        main()
+except UserError as error:  # what the files of kernels/ say is read on import
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -72,7 +72,7 @@ class ReservingPolicy(Policy, Generic[Place]):
 
     def row(self, seq_id: int) -> int:
         """Index of a sequence's row. Where there are no rows but blocks, `_copies` and `_targets` say so."""
-        raise NotImplementedError(f"{self.name} has no rows")
+        raise UserError(f"allocator {self.name}: has no row(seq_id), which says where a sequence's row begins")
 
     def _copies(self, source_id: int, target_id: int, tokens: int) -> Iterable[Action]:
         """How the first `tokens` positions of one sequence come to lie in the memory of another."""

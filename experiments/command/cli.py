@@ -83,6 +83,9 @@ def _experiment(arguments: list[str]) -> None:
         _multirun(experiment, [a for a in arguments if a not in _MULTIRUN])
     else:
         check_overrides(overrides, schema_of(overrides, registry.params_schema))
+        for each in multirun.parsed([a for a in arguments if not a.startswith("-")]):
+            if each.is_sweep_override():
+                raise UserError(f"{each.input_line}: has several values. -m runs each of them; a list is written [a,b]")
         sys.argv[1:] = arguments
         _compose_and_run()
 

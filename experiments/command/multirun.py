@@ -44,7 +44,7 @@ def jobs_of(arguments: Sequence[str]) -> Jobs:
 
     Raises UserError for what is no override.
     """
-    overrides = _parsed([a for a in arguments if not a.startswith("-")])
+    overrides = parsed([a for a in arguments if not a.startswith("-")])
     inner = [o for o in overrides if _is_within(o)]
     hydras = any(o.key_or_group.startswith("hydra/") or _is_range_of_reals(o) for o in overrides)
     if hydras or len(overrides) < len(arguments) or not any(o.is_sweep_override() for o in inner):
@@ -63,7 +63,8 @@ def _is_within(override: Override) -> bool:
     return key.partition(".")[0] in OF_SYSTEMS or key == "params.seeds"
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """The overrides as Hydra reads them. Raises UserError for what is none."""
     parser = OverridesParser.create()
     return [_parsed_one(parser, each) for each in overrides]
 
@@ -72,7 +73,7 @@ def _parsed_one(parser: OverridesParser, override: str) -> Override:
     try:
         return parser.parse_override(override)
     except HydraException as error:
-        raise UserError(f"{override}: {error}") from error
+        raise UserError(f"{override}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _choices(override: Override) -> list[str]:
@@ -83,7 +84,7 @@ def _choices(override: Override) -> list[str]:
 
 
 def _expanded(overrides: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return itertools.product(*map(_choices, _parsed(overrides)))
+    return itertools.product(*map(_choices, parsed(overrides)))
 
 
 def runs_within(overrides: Sequence[str], within: Sequence[Sequence[str]]) -> list[Run[object]]:

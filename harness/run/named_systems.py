@@ -133,6 +133,8 @@ def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[System]:
     Where that leaves none: the pair of both, or of the allocator and the first kernel listed that can read it. Raises
     UserError where a kernel alone leaves none, and for a system that is listed twice.
     """
+    if other := [text for text in listed if not isinstance(text, str | int)]:
+        raise UserError(f"systems: {other[0]}: is no name of a system. {there_are()}")
     systems = [stated(str(text)) for text in listed]
     names = [system.name for system in systems]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -149,6 +151,15 @@ def kept(listed: Sequence[str], allocator: str, kernel: str) -> list[System]:
         )
     reading = [name for name in kernels if fits(kernel_spec(name), memory_layout(allocator)) is None]
     return [_usual(allocator, (reading or kernels)[0])]
+
+
+def check_written_once(listed: Sequence[str], allocator: str, overrides: Sequence[str]) -> None:
+    """Raises UserError for an option that braces and the command line both set: one would go without a word."""
+    given = {str(key) for key in fields_set("allocator", overrides)}
+    for text in listed:
+        twice = sorted(given & _parts(str(text))[1].keys())
+        if twice and stated(str(text)).allocator.name == allocator:
+            raise UserError(f"allocator.{twice[0]}: is written in systems too, in {text}; write it once")
 
 
 def _usual(allocator: str, kernel: str) -> System:

@@ -14,7 +14,7 @@ from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.run import schemas, systems
 from kvarena.harness.run.fit import check_fit
-from kvarena.harness.run.named_systems import build, kept, there_are
+from kvarena.harness.run.named_systems import build, check_written_once, kept, there_are
 from kvarena.harness.run.numbers import check_given_params, check_numbers
 from kvarena.harness.run.published import Figure
 from kvarena.harness.run.systems import System
@@ -142,6 +142,8 @@ def resolve(
     listed = config.systems or profile.get("systems") or []
     _check_listed(listed, config.systems, given)
     stated = kept(listed, config.allocator.name, config.kernel.name)
+    if "systems" in given:
+        check_written_once(listed, config.allocator.name, overrides)
     built = tuple(systems.unlike([build(system, config.scheduler, overrides) for system in stated], stated))
     model = _model(config, profile)
     if config.clock == "measured":

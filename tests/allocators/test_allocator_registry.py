@@ -50,3 +50,46 @@ def test_a_name_is_taken_once(monkeypatch):
     assert allocator(Mine())(MinePolicy) is MinePolicy  # a notebook's cell that is run again
     with pytest.raises(UserError, match="allocator mine: there is one of that name"):
         allocator(Mine())(StaticPolicy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("class MinePolicy(", "class MinePolicy(("), r"\.py:12: .*syntax"),
+        (("import Layout", "import Layuot"), r"\.py:\d+: ImportError: .*Layuot"),
+        (("@dataclass", ""), r"\.py:\d+: .*dataclass"),
+        (("Config())", "Config)"), r"\.py:\d+: .*dataclass"),
+        (('"mine"', '"static"'), "allocator static: .*StaticPolicy.*MinePolicy"),
+        (("memory_layout =", "layout ="), r"memory_layout.*Layout\.CONTIGUOUS"),
+        (("def _bound", "def _bond"), "lacks _bound"),
+        (("(ReservingPolicy[int])", ""), "no subclass of Policy"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, monkeypatch, change, said):
+    """Not with a traceback: the file is the user's."""
+    text = inspect.cleandoc(
+        """
+        from dataclasses import dataclass
+        from kvarena.allocators.registry import allocator
+        from kvarena.allocators.reservation.policy import ReservingPolicy
+        from kvarena.kernels.layout import Layout
+
+        @dataclass
+        class MineConfig:
+            name: str = "mine"
+
+
+        @allocator(MineConfig())
+        class MinePolicy(ReservingPolicy[int]):
+            memory_layout = Layout.CONTIGUOUS
+
+            def _bound(self, seq):
+                return 1
+        """
+    )
+    assert change[0] in text
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    file = tmp_path / "mine.py"
+    file.write_text(text.replace(*change))
+    with pytest.raises(UserError, match=said):
+        registry.imported(file, lambda: exec(compile(file.read_text(), str(file), "exec"), {"__name__": "mine"}))

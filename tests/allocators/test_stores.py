@@ -246,3 +246,11 @@ def test_a_device_without_a_driver():
     store.close()
     with pytest.raises(UserError, match="device=cuda"):
         make_store(policy, LAYERS, HEADS, SIZE, "float32", "cuda")
+
+
+@pytest.mark.parametrize(("layout", "said"), [(Layout.PAGED, "block_table"), (Layout.CONTIGUOUS, "row_tokens")])
+def test_a_policy_that_lacks_what_its_store_asks_for(layout, said):
+    policy = make("static" if layout is Layout.PAGED else "paged", {})[0]
+    policy.memory_layout = layout
+    with pytest.raises(UserError, match=f"allocator .*lacks .*{said}"):
+        make_store(policy, LAYERS, HEADS, SIZE, "float32")

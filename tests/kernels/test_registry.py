@@ -32,6 +32,9 @@ def test_a_kernel_is_one_file_which_is_not_run_to_know_it(tmp_path):
     (tmp_path / "twice.py").write_text(mine.read_text())
     with pytest.raises(UserError, match=r"twice\.py: kernel mine .*own\.mine"):
         scanned(tmp_path, "own")
+    mine.write_text("class (Mine:\n" + text)
+    with pytest.raises(UserError, match=r"mine\.py:1: .*syntax"):
+        scanned(tmp_path, "own")
     mine.write_text(text.format("numpy.float16"))
     with pytest.raises(UserError, match=r"mine\.py:4: .*numpy.*spec\.py"):
         scanned(tmp_path, "own")
@@ -47,6 +50,15 @@ def test_a_kernel_without_its_library_is_refused_with_a_hint(monkeypatch):
     monkeypatch.setitem(registry.CATALOGUE, "numba", (absent, "never", "imported"))
     with pytest.raises(UserError, match=r"kernel=numba: .*no_such_module.*pip install it"):
         get_kernel("numba")
+
+
+def test_a_kernel_that_cannot_be_imported_or_lacks_a_method_is_refused(monkeypatch):
+    monkeypatch.setitem(registry.CATALOGUE, "mine", (NUMBA, "kvarena.kernels.no_such_file", "Mine"))
+    with pytest.raises(UserError, match=r"no_such_file\.py: ModuleNotFoundError"):
+        get_kernel("mine")
+    monkeypatch.setitem(registry.CATALOGUE, "mine", (NUMBA, "kvarena.kernels.kernel", "AttentionKernel"))
+    with pytest.raises(UserError, match="lacks decode, prefill"):
+        get_kernel("mine")
 
 
 def test_flex_without_a_compiler_is_refused(monkeypatch):

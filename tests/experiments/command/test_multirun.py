@@ -11,6 +11,7 @@ from tiny import TINY
 
 from kvarena.errors import UserError
 from kvarena.experiments.command import multirun
+from kvarena.experiments.command.cli import USER_ERROR, _command, guarded
 from kvarena.experiments.command.compose import configuration
 from kvarena.experiments.command.multirun import as_one, jobs_of
 from kvarena.harness.run.run import Run
@@ -150,3 +151,12 @@ def test_systems_that_cannot_be_one_run_are_measured_one_by_one(tmp_path: Path) 
     assert "Traceback" not in done.stderr
     done = start(tmp_path, "-m", "experiment=memory_waste", "allocator=slab,paged")
     assert (done.returncode, "allocator=slab" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("systems=[paged/numba,", "cannot be read"), ("systems=[paged/numba],[static/numba]", "-m runs each")],
+)
+def test_what_hydra_would_refuse_is_refused_before(override, said, capsys):
+    assert guarded(lambda: _command(["experiment=memory_waste", override])) == USER_ERROR
+    assert said in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvarena.allocators import registry as allocators
+from kvarena.allocators.options import option
 from kvarena.allocators.registry import memory_layout, preset
 from kvarena.allocators.reservation.static import StaticPolicy
 from kvarena.errors import UserError
@@ -175,11 +176,20 @@ def test_options_are_written_with_or_without_quotes(pair: str) -> None:
         ("[paged/numba{block_size: 8]", "written as in 'systems="),
         ("paged/numba", r"write systems=\[paged/numba\]"),
         ("[paged/numba,paged-numba]", "paged-numba is listed twice"),
+        ("[[paged/numba]]", "is no name of a system"),
+        ("[null]", "is no name of a system"),
     ],
 )
 def test_a_list_that_is_none_is_refused(systems: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         served(f"systems={systems}")
+
+
+def test_an_option_is_written_in_braces_or_beside_them() -> None:
+    written = ("systems=[paged/numba{block_size: 8},paged/numba]", "allocator=paged")
+    with pytest.raises(UserError, match=r"allocator\.block_size: .*paged/numba\{block_size: 8\}"):
+        served(*written, "allocator.block_size=32")
+    assert [option(s.allocator, "block_size") for s in served(*written, "allocator.watermark=0.1").systems] == [8, 16]
 
 
 def test_kept_are_the_listed_then_the_pair() -> None:
