@@ -10,10 +10,14 @@ from kvarena.harness.run.systems import System
 from kvarena.kernels.registry import fits, kernel_names, kernel_spec
 
 
-def check_fit(systems: Iterable[System], model: ModelConfig, device: str) -> None:
-    """Raises UserError where a system's kernel cannot read its allocator's layout, this model, or on this device."""
+def check_fit(systems: Iterable[System], model: ModelConfig | None = None, device: str | None = None) -> None:
+    """Raises UserError where a system's kernel cannot read its allocator's layout, this model, or on this device.
+
+    Under a modelled clock neither a model nor a device is there to ask of: the layout alone is.
+    """
     for system in systems:
-        reason = misfit(system.allocator.name, system.kernel.name, model, device, _block_size(system))
+        size = _block_size(system) if model else None
+        reason = misfit(system.allocator.name, system.kernel.name, model, device, size)
         if reason is not None:
             raise UserError(
                 f"{system.allocator.name} + {system.kernel.name}: kernel {system.kernel.name} {reason}. "
@@ -21,13 +25,15 @@ def check_fit(systems: Iterable[System], model: ModelConfig, device: str) -> Non
             )
 
 
-def misfit(allocator: str, kernel: str, model: ModelConfig, device: str, block_size: int | None = None) -> str | None:
-    """Why the kernel cannot serve the allocator, None where it can."""
-    layout = memory_layout(allocator)
-    return fits(kernel_spec(kernel), layout, device, model.dtype, model.head_size, block_size)
+def misfit(
+    allocator: str, kernel: str, model: ModelConfig | None, device: str | None, block_size: int | None = None
+) -> str | None:
+    """Why the kernel cannot serve the allocator, None where it can. What is not given is not asked."""
+    dtype, head_size = (model.dtype, model.head_size) if model else (None, None)
+    return fits(kernel_spec(kernel), memory_layout(allocator), device, dtype, head_size, block_size)
 
 
-def fitting_pairs(model: ModelConfig, device: str) -> list[str]:
+def fitting_pairs(model: ModelConfig | None, device: str | None) -> list[str]:
     """Every pair that fits, as `allocator + kernel`."""
     return [
         f"{allocator} + {kernel}"

@@ -150,6 +150,8 @@ def resolve(
         check_fit(built, model, device.kind)
         if device.kind == "cuda":  # the host's kernels read nothing past a length
             built = tuple(map(systems.with_room_to_read, built))
+    else:
+        check_fit(built)
     engine = typed(EngineConfig, config.engine, "engine")
     by_kernel = config.clock == "measured" or bool(engine.attention)
     run = Run(

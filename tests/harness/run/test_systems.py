@@ -209,6 +209,13 @@ def test_a_pair_has_the_first_kernel_that_reads_the_allocator() -> None:
     assert [s.name for s in kept(listed, "paged_reserved", "all")] == ["paged-reserved-vllm-paged"]
 
 
+@pytest.mark.parametrize("pair", ["paged/sdpa", "static/gather_sdpa"])
+@pytest.mark.parametrize("clock", ["modelled", "measured"])
+def test_a_pair_that_cannot_read_one_another_is_refused_under_either_clock(pair: str, clock: str) -> None:
+    with pytest.raises(UserError, match="paged \\+ numba"):
+        compose_run("experiment=decode_throughput", f"clock={clock}", f"systems=[{pair}]")
+
+
 def test_a_line_of_ones_own(own_conf: Add) -> None:
     assert [s.name for s in kept(NUMBA, "slab", "all")] == ["slab-numba"]
     own_conf("slab", "{pair: 'slab/numba{unit: 32}', scheduler: orca}")
