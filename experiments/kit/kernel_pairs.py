@@ -61,7 +61,7 @@ def kernels_here(run: Run[object], asked: Sequence[str] | None, *layouts: Layout
     for kernel in asked or ():
         if why := reason(kernel):
             raise UserError(f"params.kernels: {kernel}: {why}")
-    return list(asked or (name for name in CATALOGUE if reason(name) is None))
+    return list(asked) if asked is not None else [name for name in CATALOGUE if reason(name) is None]
 
 
 def check_table_sizes(sizes: Sequence[int], longest: int) -> None:

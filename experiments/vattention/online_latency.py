@@ -14,6 +14,7 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit.cells import Cell, run_cells
@@ -175,9 +176,9 @@ def _quantiles(axis: Axes, ours: pd.DataFrame) -> None:
 
 
 def _below(axis: Axes, rows: pd.DataFrame) -> None:
-    """TTFT solid, TBT dotted; nothing where no share of the capacity was asked for."""
+    """TTFT solid, TBT dotted."""
     capacity = rows[rows.quantity == "capacity"].set_index("label").value
-    for label, look in looks(rows).items() if len(rows) > len(capacity) else ():
+    for label, look in looks(rows).items():
         for quantity, style in (("ttft_p99", "-"), ("tbt_p99", ":")):
             line = rows[(rows.label == label) & (rows.quantity == f"{quantity}_vs_share_of_capacity")]
             said = f"{look.name}: capacity {capacity[label]:.3g}/s" if style == "-" else None
@@ -194,4 +195,9 @@ PANELS = (
     Panel(_below, "capacity|.*_vs_share_of_capacity", "s", "% of the system's capacity",
           "P99 of TTFT (solid) and TBT (dotted)"),
 )  # fmt: skip
-draw = partial(drawn, panels=PANELS)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Fig 10's latencies, and below them those at shares of the capacity where some were asked for."""
+    shares = summary.quantity.str.endswith("_vs_share_of_capacity").any()
+    return drawn(summary, PANELS if shares else PANELS[:1])

@@ -126,6 +126,7 @@ def test_every_kernel_that_fits_has_rows(summary_of: Callable[..., pd.DataFrame]
         ("params.rounds=0", "at least 1"),
         ("params.kernels=[triton]", "triton"),
         ("params.kernels=[nothing]", "no such kernel"),
+        ("params.kernels=[]", "params.kernels"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callable[..., pd.DataFrame]) -> None:

@@ -90,6 +90,7 @@ def test_a_kernel_that_computes_something_else_is_not_timed() -> None:
         ("params.batch_sizes=[]", "at least 1"),
         ("params.rounds=0", "at least 1"),
         ("params.kernels=[sdpa]", "sdpa"),
+        ("params.kernels=[]", "params.kernels"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, said: str, summary_of: Callable[..., pd.DataFrame]) -> None:
