@@ -96,22 +96,6 @@ def _cells(device: str, sizes: list[int], params: Params) -> list[Cell]:
     return [Cell(name, measure, {"cell": name}) for name, measure in cells.items()]
 
 
-def _rows(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
-    calls, sizes = SYSTEM_CALLS[run.device.kind], page_groups_of(run.params.page_groups)
-    for size, kind in itertools.product(sizes, calls):
-        group = format_bytes(size)
-        names = partial(named, run, label=calls[kind], detail=group)
-        of_kind = samples[(samples.page_group == size) & (samples.kind == kind)]
-        alone, beside = (of_kind[of_kind.cell == cell].us for cell in ("calls", "beside-kernels"))
-        yield row(median_interval(alone), quantity=HEADLINE, unit="us",
-                  **names(figure=FIGURE, key=calls[kind], page_group=group))  # fmt: skip
-        yield row(median_interval(beside), quantity="api_latency_beside_kernels", unit="us", **names())
-    for cell, (quantity, _) in SWEEPS.items():
-        for (x, call), rows in samples[samples.cell == cell].groupby(["x", "kind"], sort=False):
-            yield row(median_interval(rows.us), quantity=quantity, unit="us",
-                      **named(run, label=calls[str(call)], detail=format_bytes(sizes[0]), x=float(str(x))))  # fmt: skip
-
-
 def _calls(axis: Axes, rows: pd.DataFrame) -> None:
     """A bar for each call and page-group."""
     grouped(axis, rows)
