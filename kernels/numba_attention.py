@@ -63,7 +63,9 @@ def _items(counts: Array, size: int) -> Array:
 
 def _run(kernels: tuple[Any, Any], q: Tensor, cache: LayerCache, view: BatchView, out: Tensor, *items: Array) -> None:
     serial, parallel = kernels
-    kernel = serial if threads.compute_threads() == 1 else parallel
+    wanted, settings = threads.compute_threads(), numba.config
+    kernel = serial if wanted == 1 else parallel
+    numba.set_num_threads(min(wanted, settings.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     shape = (q.shape[0], cache.num_kv_heads, -1, q.shape[2])  # [T, H, G, D]
     rows = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape)
     queries, results = q.float().contiguous().view(shape).numpy(), rows.view(shape).numpy()

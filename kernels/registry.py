@@ -86,7 +86,19 @@ def fits(
     paged_block = block_size if layout is Layout.PAGED else None
     if paged_block is not None and spec.block_sizes is not None and paged_block not in spec.block_sizes:
         return f"block sizes {_list(spec.block_sizes)}, not {paged_block}"
+    if layout is Layout.PAGED and device is not None and spec.block_operator:
+        return _lacks_block_tables(spec.block_operator)
     return None
+
+
+def _lacks_block_tables(operator: str) -> str | None:
+    """Why this torch's operator reads no blocks, as its schema says."""
+    import torch
+
+    schema = getattr(torch.ops.aten, operator).default._schema
+    if any(argument.name == "block_table" for argument in schema.arguments):
+        return None
+    return f"reads rows alone: {operator} of torch {torch.__version__} takes no block tables"
 
 
 def _list(values: frozenset[int] | frozenset[str] | frozenset[Layout]) -> str:

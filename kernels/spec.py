@@ -23,6 +23,7 @@ class KernelSpec:
     dtypes: frozenset[str]  # of {"float32", "bfloat16", "float16"}
     head_sizes: frozenset[int] | None = None
     block_sizes: frozenset[int] | None = None  # paged only
+    block_operator: str = ""  # torch's, which reads blocks where it takes a `block_table`
     requires: tuple[str, ...] = ()  # importable modules it needs, beside torch
     install_hint: str = ""  # what to type where they are absent
     needs_cxx: bool = False  # compiles C++ when it first runs

@@ -6,7 +6,6 @@ spin on the cores that the other pool wants.
 """
 
 import os
-from typing import Any
 
 _SMALL_MACHINE = 2  # cores
 
@@ -30,14 +29,13 @@ def compute_threads() -> int:
 
 
 def set_compute_threads(threads: int | None = None) -> int:
-    """Let torch and our kernels compute with this many threads (None: the default); returns the number."""
-    import numba
+    """Let torch and our kernels compute with this many threads (None: the default); returns the number.
+
+    Our kernels ask for it call by call (`numba_attention.py`), so that a run on a GPU never loads numba.
+    """
     import torch
 
     global _threads
     _threads = default_threads() if threads is None else threads
     torch.set_num_threads(_threads)
-    if _threads > 1:
-        settings: Any = numba.config
-        numba.set_num_threads(min(_threads, settings.NUMBA_NUM_THREADS))
     return _threads

@@ -9,7 +9,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kvarena.kernels.triton_body import locate
+from kvarena.kernels.triton_body import locate, pointer_to
+from kvarena.kernels.triton_launch import alignment
 from kvarena.kernels.view import BatchView, LayerCache
 
 
@@ -17,8 +18,8 @@ from kvarena.kernels.view import BatchView, LayerCache
 def write_tokens(
     k_new: tl.tensor,  # [T, ELEMENTS]
     v_new: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
+    k_address: tl.tensor,  # int64: see `pointer_to`
+    v_address: tl.tensor,
     lengths: tl.tensor,
     query_starts: tl.tensor,
     table: tl.tensor,
@@ -32,8 +33,10 @@ def write_tokens(
     ELEMENTS: tl.constexpr,  # H * D
     WIDTH: tl.constexpr,  # the next power of two
     BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> None:
     """Write one token's K and V: program (i, b) takes token i of those that sequence b brings."""
+    k, v = pointer_to(k_address, k_new, ALIGNED), pointer_to(v_address, v_new, ALIGNED)
     i, sequence = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_starts + sequence)
     queries = tl.load(query_starts + sequence + 1) - start
@@ -53,7 +56,7 @@ def write_tokens(
 
 def append_triton(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchView) -> None:
     """Write the last tokens of each sequence: k_new, v_new are [T, H, D], packed as the queries are."""
-    k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (k_new, v_new))
+    k_new, v_new = (x if x[0].is_contiguous() else x.contiguous() for x in (k_new.to(cache.k), v_new.to(cache.v)))
     table = view.block_table if view.block_table is not None else view.rows
     assert table is not None, "a view has rows or a block table"
     elements = cache.num_kv_heads * cache.head_size
@@ -61,8 +64,8 @@ def append_triton(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchVi
     write_tokens[view.max_queries, view.batch_size](
         k_new,
         v_new,
-        cache.k,
-        cache.v,
+        cache.k.data_ptr(),
+        cache.v.data_ptr(),
         view.lengths,
         view.query_starts,
         table,
@@ -74,5 +77,6 @@ def append_triton(k_new: Tensor, v_new: Tensor, cache: LayerCache, view: BatchVi
         ELEMENTS=elements,
         WIDTH=width,
         BLOCK_SIZE=0 if view.block_table is None else cache.block_size,
+        ALIGNED=alignment(cache),
         num_warps=max(1, min(8, width // 256)),  # 16 bytes a thread at least
     )

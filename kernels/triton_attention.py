@@ -11,7 +11,7 @@ from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.spec import ANY_DTYPE, CUDA, KernelSpec
 from kvarena.kernels.triton_body import attend, merge_splits
-from kvarena.kernels.triton_launch import Cut, Tiles, Work, cut_decode, cut_prefill, multiprocessors, tiles
+from kvarena.kernels.triton_launch import Cut, Tiles, Work, alignment, cut_decode, cut_prefill, multiprocessors, tiles
 from kvarena.kernels.view import BatchView, LayerCache
 
 _LOG2_E = math.log2(math.e)
@@ -98,8 +98,8 @@ def _launch(
     _, query_heads, size = q.shape
     attend[cut.programs, cut.splits](
         q,
-        cache.k,
-        cache.v,
+        cache.k.data_ptr(),
+        cache.v.data_ptr(),
         out,
         log_total,
         view.lengths,
@@ -118,6 +118,7 @@ def _launch(
         GROUP=query_heads // cache.num_kv_heads,
         SIZE=size,
         BLOCK_SIZE=0 if view.block_table is None else cache.block_size,
+        ALIGNED=alignment(cache),
         **shape._asdict(),
     )
 

@@ -26,6 +26,16 @@ _UNALIGNED = ["lengths", "query_starts", "table"]
 
 
 @triton.jit
+def pointer_to(address: tl.tensor, like: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """A pointer of the type of `like`; ALIGNED bytes divide the address.
+
+    K and V come as numbers because Triton's launcher asks the driver about the first byte of every tensor, and refuses
+    one that is not mapped: a vAttention tensor whose row 0 nobody uses.
+    """
+    return tl.multiple_of(address.to(like.dtype), ALIGNED)
+
+
+@triton.jit
 def locate(
     table: tl.tensor, position: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr, MASK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -101,8 +111,8 @@ def attend_tiles(
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def attend(
     q: tl.tensor,  # [T, HEADS * GROUP, SIZE]
-    k: tl.tensor,
-    v: tl.tensor,
+    k_address: tl.tensor,  # int64: see `pointer_to`
+    v_address: tl.tensor,
     out: tl.tensor,  # as q, or float32 [splits, T, HEADS * GROUP, SIZE]
     log_total: tl.tensor,  # float32 [splits, T, HEADS * GROUP], or None where there is one split
     lengths: tl.tensor,
@@ -123,6 +133,7 @@ def attend(
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -157,7 +168,9 @@ def attend(
         size = tl.arange(0, SIZE)
         q_at = token[:, None] * q_token_stride + query_head[:, None] * SIZE + size[None, :]
         q_rows = tl.load(q + q_at, mask=exists[:, None], other=0.0)
-        k_head, v_head, entries = k + head * SIZE, v + head * SIZE, table + sequence.to(tl.int64) * table_stride
+        k_head = pointer_to(k_address, q, ALIGNED) + head * SIZE
+        v_head = pointer_to(v_address, q, ALIGNED) + head * SIZE
+        entries = table + sequence.to(tl.int64) * table_stride
         acc, top, total = attend_tiles(
             acc, top, total, q_rows, k_head, v_head, entries, first, whole, sees,
             k_block_stride, k_token_stride, v_block_stride, v_token_stride, scale, SIZE, BLOCK_SIZE, TILE, False,

@@ -4,10 +4,13 @@ The numbers are reckoned from compiled code (shared memory, registers: three dec
 of an H100) and not yet tuned on a GPU; `benchmarks/triton_decode.py` prints what others would give.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from kvarena.kernels.view import LayerCache
 
 K_TILE_BYTES = 16 * 1024  # of K, and as much of V, per stage: 64 tokens of bfloat16 at head size 128
 DECODE_PROGRAMS = 4  # per multiprocessor, at least: the three that fit, and some to even out
@@ -79,6 +82,11 @@ def _cut(work: Work, shape: Tiles, wanted: int, most_tokens: int) -> Cut:
     splits = max(1, min(splits, work.max_length // FEWEST_SPLIT_TOKENS))
     tokens = -(-work.max_length // (splits * shape.TILE)) * shape.TILE
     return Cut(row_tiles, programs, -(-work.max_length // tokens), tokens)
+
+
+def alignment(cache: LayerCache) -> int:
+    """Bytes, up to the 16 that one thread loads at once, that divide the addresses of K and V."""
+    return math.gcd(16, cache.k.data_ptr(), cache.v.data_ptr())
 
 
 @cache

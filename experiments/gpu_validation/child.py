@@ -14,11 +14,18 @@ from pathlib import Path
 from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation.folder import Folder
 from kvarena.experiments.gpu_validation.plan import step_named
-from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Record, Result, Values, now
+from kvarena.experiments.gpu_validation.record import (
+    FailedError,
+    NotRunError,
+    Record,
+    Result,
+    Values,
+    fault_behind,
+    now,
+)
 from kvarena.experiments.gpu_validation.step import Context, Step
 
 START_ANOTHER = 64  # exit status: the last case is recorded, the rest needs a fresh process
-_FAULTS = ("illegal memory access", "illegal address", "misaligned address", "launch failure")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,21 +58,12 @@ def _outcome(step: Step, case: str, context: Context) -> tuple[Result, str, Valu
     except FailedError as error:
         return Result.FAILED, str(error), {}
     except Exception as error:
+        if type(error).__name__ == "MissingJITCacheError":  # FlashInfer's, where FLASHINFER_DISABLE_JIT is set
+            return Result.NOT_RUN, "its kernels were not built beforehand, and are not compiled here", {}
         traceback.print_exc()
-        if fault := _fault_behind(error):
+        if fault := fault_behind(error):
             return Result.FAULTED, fault, {}
         return Result.FAILED, f"{type(error).__name__}: {error}".split("\n")[0], {}
-
-
-def _fault_behind(error: BaseException | None) -> str:
-    """The GPU's fault that led to an error; closing what is left of its context fails as well, and says otherwise."""
-    found = ""
-    while error is not None:
-        line = str(error).split("\n")[0]
-        if any(words in line.lower().replace("_", " ") for words in _FAULTS):
-            found = line
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _context_works(device: str) -> bool:

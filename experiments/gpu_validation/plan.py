@@ -4,7 +4,7 @@ from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation.step import Step
 
 STEPS = (
-    Step("environment", "versions, GPU, driver, which kernels are there", 40, 40),
+    Step("environment", "versions, GPU, driver, which kernels are there", 150, 150),
     Step("driver-contract", "the tests of the virtual-memory driver and of the stores that are marked gpu", 60, 60),
     Step("addresses", "tensors over reserved addresses, and what the driver's documentation leaves open", 40, 15),
     Step("edge", "whether a kernel touches memory past the mapped end of a row", 70, 30),

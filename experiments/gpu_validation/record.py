@@ -26,6 +26,9 @@ class Result(StrEnum):
 BAD = frozenset({Result.FAILED, Result.FAULTED, Result.TIMED_OUT})
 
 
+_FAULTS = ("illegal memory access", "illegal address", "misaligned address", "launch failure", "launch failed")
+
+
 class FailedError(Exception):
     """The case ran, and its result is wrong."""
 
@@ -99,3 +102,14 @@ def latest(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
         if record.result is not Result.NOT_RUN or record.key not in kept:
             kept[record.key] = record
     return kept
+
+
+def fault_behind(error: BaseException | None) -> str:
+    """The GPU's fault that led to an error; closing what is left of its context fails as well, and says otherwise."""
+    found = ""
+    while error is not None:
+        line = str(error).split("\n")[0]
+        if any(words in line.lower().replace("_", " ") for words in _FAULTS):
+            found = line
+        error = error.__cause__ or error.__context__
+    return found

@@ -3,12 +3,15 @@
 The same bytes serve as rows and as blocks, in order or scattered (`kernels/arrangement.py`).
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from kvarena.errors import UserError
 from kvarena.harness.measured.timed_call import captured, seconds
 from kvarena.harness.model.config import ModelConfig
 from kvarena.kernels.arrangement import Arrangement, arranged
@@ -23,6 +26,38 @@ CHECKED_TOKENS = 1 << 16  # of sequences that are held to it: float64 on the CPU
 USUAL_BLOCK = 16  # tokens: vLLM's, and the one that others are compared with
 
 Call = Callable[[], None]
+Line = TypeVar("Line")
+Timer = Callable[[], float]  # takes a measurement: seconds
+
+
+def timers_of(
+    lines: Iterable[Line], timer: Callable[[Line], Timer], refused: Callable[[Line, Exception], None]
+) -> dict[Line, Timer]:
+    """What measures each line; one whose kernel does not take what it is handed costs itself alone.
+
+    `refused` hears of it, and may raise. Raises UserError where no line is left.
+    """
+    timers, why = {}, ""
+    for line in lines:
+        try:
+            timers[line] = timer(line)
+        except Exception as error:
+            refused(line, error)
+            why = str(error)
+    if not timers:
+        raise UserError(f"no kernel is left to be measured; the last one said: {why}")
+    return timers
+
+
+def left_out(asked: Sequence[str] | None) -> Callable[[object, Exception], None]:
+    """Say which line is left out, and why; raise where its kernel was asked for by name, or is wrong."""
+
+    def refused(line: object, error: Exception) -> None:
+        if asked is not None or not isinstance(error, UserError):
+            raise error
+        print(f"left out: {line}: {error}", file=sys.stderr)
+
+    return refused
 
 
 class WorkingSet:
@@ -74,7 +109,7 @@ def _first(view: BatchView, count: int) -> BatchView:
                    block_table=table)  # fmt: skip
 
 
-def seconds_per_call(calls: Sequence[Call], device: torch.device, in_graph: bool) -> Callable[[], float]:
+def seconds_per_call(calls: Sequence[Call], device: torch.device, in_graph: bool) -> Timer:
     """A measurement of the mean over all calls, one after the other.
 
     On a GPU it is the device's time; where the kernel allows it the calls are replayed as one graph, since launching

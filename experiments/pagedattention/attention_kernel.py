@@ -5,7 +5,7 @@ together. Here a kernel that reads both layouts runs on the same bytes as rows, 
 blocks: only where they lie differs. Kernels that read one layout stand beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,14 @@ import pandas as pd
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit.attention_time import USUAL_BLOCK, WorkingSet, seconds_per_call
+from kvarena.experiments.kit.attention_time import (
+    USUAL_BLOCK,
+    Timer,
+    WorkingSet,
+    left_out,
+    seconds_per_call,
+    timers_of,
+)
 from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import (
     allocator_named,
@@ -144,14 +151,27 @@ def _misfit(run: Run[Params], name: str, arrangement: Arrangement) -> str | None
     return misfit(run, name, arrangement.layout, arrangement.block_size)
 
 
-def measure_lines(run: Run[Params], read: StreamingRead, lines: list[Line], batch: int, context: int) -> Frames:
-    """Seconds of one call, a row for each line and round; each round begins with another line."""
+def measure_lines(
+    run: Run[Params],
+    read: StreamingRead,
+    lines: list[Line],
+    batch: int,
+    context: int,
+    refused: Callable[[Line, Exception], None] | None = None,
+) -> Frames:
+    """Seconds of one call, a row for each line and round; each round begins with another line.
+
+    `refused` hears of lines whose kernel does not take what it is handed (by default: `left_out`).
+    """
     device = torch.device(run.device.kind)
     working_set = WorkingSet(run.model, batch, context, run.params.working_set_bytes, device)
-    timers = {}
-    for line in lines:
+
+    def timer(line: Line) -> Timer:
         kernel = get_kernel(line.kernel)
-        timers[line] = seconds_per_call(working_set.calls(kernel, line.arrangement), device, kernel.spec.in_graph)
+        return seconds_per_call(working_set.calls(kernel, line.arrangement), device, kernel.spec.in_graph)
+
+    timers = timers_of(lines, timer, refused or left_out(run.params.kernels))
+    lines = list(timers)
     rows = []
     for number in range(run.params.rounds):
         limit = read.gb_per_s(repetitions=1)

@@ -18,7 +18,15 @@ import pandas as pd
 import torch
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit.attention_time import USUAL_BLOCK, Call, WorkingSet, seconds_per_call
+from kvarena.experiments.kit.attention_time import (
+    USUAL_BLOCK,
+    Call,
+    Timer,
+    WorkingSet,
+    left_out,
+    seconds_per_call,
+    timers_of,
+)
 from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import (
     allocator_named,
@@ -114,12 +122,14 @@ def _cell(run: Run[Params], lines: list[Line], batch: int) -> Frames:
     params: Params = run.params
     device = torch.device(run.device.kind)
     equal = WorkingSet(run.model, batch, params.context, params.working_set_bytes, device)
-    timers, touched = {}, {}
-    for line in lines:
-        kernel = get_kernel(line.kernel)
+    touched: dict[Line, int] = {}
+
+    def timer(line: Line) -> Timer:
         calls, touched[line] = _calls(run, equal, line, batch, device)
-        timers[line] = seconds_per_call(calls, device, kernel.spec.in_graph)
-    rows = []
+        return seconds_per_call(calls, device, get_kernel(line.kernel).spec.in_graph)
+
+    timers = timers_of(lines, timer, left_out(params.kernels))
+    lines, rows = list(timers), []
     for number in range(params.rounds):
         turn = number % len(lines)
         for line in [*lines[turn:], *lines[:turn]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 
@@ -10,19 +9,6 @@ from kvarena.harness.measured.timed_call import seconds
 
 READ_BYTES = 256 << 20  # several times any last-level cache
 GPU_READ_BYTES = 2 << 30  # half a millisecond on the fastest GPU: launching it weighs nothing
-
-
-@numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _sum(values: np.ndarray) -> float:
-    """Read-only reduction over four streams; fastmath vectorises each, so that it waits for memory alone."""
-    a = b = c = d = np.float32(0.0)
-    quarter = len(values) // 4
-    for i in range(quarter):
-        a += values[i]
-        b += values[quarter + i]
-        c += values[2 * quarter + i]
-        d += values[3 * quarter + i]
-    return float(a + b + c + d)
 
 
 class StreamingRead:
@@ -36,8 +22,10 @@ class StreamingRead:
             values = torch.ones(self._bytes // 4, device=device)
             self._read: Callable[[], object] = values.sum
         else:
+            from kvarena.harness.measured.host_sum import host_sum  # no GPU loads numba for it
+
             array = np.ones(self._bytes // 4, np.float32)
-            self._read = lambda: _sum(array)
+            self._read = lambda: host_sum(array)
         self._read()
 
     def gb_per_s(self, repetitions: int = 3) -> float:

@@ -34,6 +34,7 @@ class TorchFlashAttention(AttentionKernel):
         dtypes=HALF,
         head_sizes=frozenset(range(8, 257, 8)),
         block_sizes=frozenset({256}),
+        block_operator="_flash_attention_forward",
         in_graph=True,
     )
     num_splits = 1
@@ -49,7 +50,6 @@ class TorchFlashAttention(AttentionKernel):
     def _attend(self, q: Tensor, cache: LayerCache, view: BatchView, out: Tensor) -> None:
         where: dict[str, Any] = {}
         if view.block_table is not None:
-            _check_block_tables()
             k, v, starts = cache.k, cache.v, torch.zeros_like(view.query_starts)  # not looked at
             pages = -(-view.max_length // cache.block_size)
             where = {"block_table": view.block_table[:, :pages], "num_splits": self.num_splits}
@@ -92,11 +92,3 @@ def one_sequence(rows: Tensor) -> Tensor:
             f"kernel=torch_flash: counts tokens in 32 bits; these rows span {tokens}. Use fewer or shorter rows"
         )
     return rows.as_strided((tokens, *rows.shape[2:]), rows.stride()[1:])
-
-
-def _check_block_tables() -> None:
-    if not any(argument.name == "block_table" for argument in _forward.default._schema.arguments):
-        raise UserError(
-            f"kernel=torch_flash: the flash attention of torch {torch.__version__} reads no block tables; "
-            "torch >= 2.13 does"
-        )

@@ -246,12 +246,16 @@ def test_torch_flash_reads_every_arrangement(arrangement, queries, arrange, run,
         assert_right(run(kernel, batch), batch)
 
 
-def test_torch_flash_of_2_11_has_no_block_tables(arrange, run, operator, monkeypatch):
+def test_torch_flash_of_2_11_is_asked_for_rows_alone(arrange, run, operator, monkeypatch):
     kernel = torch_kernel(operator, monkeypatch, TORCH_2_11)
-    batch = arrange("rows", SHAPES, LENGTHS)
-    assert_right(run(kernel, batch), batch)
-    with pytest.raises(UserError, match=r"torch >= 2\.13"):
-        run(kernel, arrange("scattered blocks", SHAPES, LENGTHS, block_size=256))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", torch_flash._forward)
+    assert_right(run(kernel, arrange("rows", SHAPES, LENGTHS)), arrange("rows", SHAPES, LENGTHS))
+    asked = [fits(kernel.spec, layout, "cuda", "float16", 64, 256) for layout in (Layout.CONTIGUOUS, Layout.PAGED)]
+    assert asked[0] is None
+    assert "takes no block tables" in asked[1]
+    assert fits(kernel.spec, Layout.PAGED) is None  # of a modelled clock, or the matrix: no torch is asked
+    monkeypatch.undo()
+    assert fits(kernel.spec, Layout.PAGED, "cuda") is None  # this torch has them
 
 
 def test_torch_flash_knows_this_torch():

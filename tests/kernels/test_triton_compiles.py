@@ -18,6 +18,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a program
 RESERVED_BYTES = 1024  # of a program's shared memory, by CUDA
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 POINTERS = {"lengths": "*i32", "query_starts": "*i32"}
+CACHE = {"k_address": "i64", "v_address": "i64"}
 DECODE, CHUNK, PREFILL = 4, 64, 4096  # query rows
 
 
@@ -38,9 +39,10 @@ def compiled(kernel, capability, constants, types, unaligned=(), **options):
 def compiled_attend(capability, dtype="bf16", size=128, rows=DECODE, block_size=0, splits=True):
     shape = tiles(size, BITS[dtype] // 8, rows)
     shape = shape.over_blocks() if block_size else shape
-    types = {name: f"*{dtype}" for name in ("q", "k", "v", "out")} | POINTERS
+    types = {name: f"*{dtype}" for name in ("q", "out")} | POINTERS | CACHE
     types |= {"table": "*i32", "scale": "fp32"}
-    constants = {"HEADS": 8, "GROUP": 4, "SIZE": size, "BLOCK_SIZE": block_size, "ROWS": shape.ROWS, "TILE": shape.TILE}
+    constants = {"HEADS": 8, "GROUP": 4, "SIZE": size, "BLOCK_SIZE": block_size, "ALIGNED": 16}
+    constants |= {"ROWS": shape.ROWS, "TILE": shape.TILE}
     if splits:
         types |= {"out": "*fp32", "log_total": "*fp32"}
     else:
@@ -114,9 +116,9 @@ def test_merge_and_append(capability):
     unaligned = ("splits", "split_stride")
     assert_compiled(compiled(merge_splits, capability, constants, types, unaligned), capability)
     for block_size in (0, 16):
-        types = {name: "*bf16" for name in ("k_new", "v_new", "k", "v")} | POINTERS
+        types = {name: "*bf16" for name in ("k_new", "v_new")} | POINTERS | CACHE
         types["table"] = "*i32"
-        constants = {"ELEMENTS": 1024, "WIDTH": 1024, "BLOCK_SIZE": block_size}
+        constants = {"ELEMENTS": 1024, "WIDTH": 1024, "BLOCK_SIZE": block_size, "ALIGNED": 16}
         kernel = compiled(write_tokens, capability, constants, types, ("table", "table_stride"))
         assert_compiled(kernel, capability)
         assert "st.global.v4.b32" in kernel.asm["ptx"]

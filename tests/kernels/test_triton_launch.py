@@ -1,10 +1,21 @@
 """How the work of the Triton kernel is cut."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarena.kernels.triton_launch import FEWEST_SPLIT_TOKENS, MOST_SPLIT_TOKENS, Work, cut_decode, cut_prefill, tiles
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.triton_launch import (
+    FEWEST_SPLIT_TOKENS,
+    MOST_SPLIT_TOKENS,
+    Work,
+    alignment,
+    cut_decode,
+    cut_prefill,
+    tiles,
+)
+from kvarena.kernels.view import LayerCache
 
 H200 = 132  # multiprocessors
 
@@ -54,3 +65,11 @@ def test_a_prefill_splits_only_where_it_leaves_multiprocessors_idle():
 def test_tiles_shrink_with_heads_that_grow():
     assert [tiles(size, 2, 4).TILE for size in (16, 64, 128, 256)] == [128, 128, 64, 32]
     assert [tiles(128, 2, rows).ROWS for rows in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, 128]
+
+
+def test_no_more_is_said_of_addresses_than_holds_for_both():
+    words = torch.zeros(64, dtype=torch.int16)
+    shown = [words[first:][:16].view(1, 1, 1, 16) for first in (0, 1, 4, 8)]
+    assert shown[0].data_ptr() % 16 == 0
+    said = [alignment(LayerCache(Layout.CONTIGUOUS, shown[0], v)) for v in shown]
+    assert said == [16, 2, 8, 16]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -15,7 +16,12 @@ from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
+from kvarena.experiments.gpu_validation.steps.kernels import SHAPES, check, kernel_to_run
 from kvarena.harness.measured.memory import available_bytes
+from kvarena.kernels.append import append
+from kvarena.kernels.layout import Layout
+from kvarena.kernels.random_batch import Batch, random_batch
+from kvarena.kernels.view import LayerCache
 
 SLOTS = 8
 
@@ -112,6 +118,23 @@ def _beside_kernels(driver: Driver, context: Context) -> Values:
     return {"map, us each": round(mapped_us, 1), "kernels were still running": running}
 
 
+def _base_unmapped(driver: Driver, context: Context) -> Values:
+    """Kernels write and read row 1 of tensors whose row 0, where their address is, has nothing behind it."""
+    name, shapes = ("triton", SHAPES["cuda"][0]) if context.on_gpu else ("numba", SHAPES["cpu"][0])
+    item, head, token = (count * shapes.dtype.itemsize for count in (1, shapes.size, shapes.heads * shapes.size))
+    strides, tokens = (driver.page_group_bytes, token, head, item), driver.page_group_bytes // token
+    k, v = (_second_row(driver, shapes.dtype, (2, tokens, shapes.heads, shapes.size), strides) for _ in range(2))
+    cache, gaps = LayerCache(Layout.CONTIGUOUS, k, v), {}
+    for phase, queries in (("prefill", tokens), ("decode", 1)):
+        batch = random_batch(shapes, [tokens], [queries])
+        assert batch.view.rows is not None
+        [row], view = batch.view.rows.tolist(), replace(batch.view, rows=torch.ones_like(batch.view.rows))
+        new = slice(tokens - queries, tokens)
+        append(batch.cache.k[row, new], batch.cache.v[row, new], cache, view)
+        gaps[f"gap, {phase}"] = check(kernel_to_run(name, context), Batch(batch.q, cache, view))
+    return gaps
+
+
 def _out_of_memory(driver: Driver, context: Context) -> Values:
     """More than there is is refused, and nothing of it is kept."""
     large = GB if context.on_gpu else driver.page_group_bytes
@@ -132,6 +155,7 @@ _QUESTIONS: dict[str, Callable[[Driver, Context], Values]] = {
     "what new memory holds": _new_memory,
     "one unmap over several mappings": _unmapped_at_once,
     "mapping beside running kernels": _beside_kernels,
+    "kernels where the first row is not mapped": _base_unmapped,
     "running out of memory": _out_of_memory,
 }
 
@@ -142,6 +166,13 @@ def _mapped(driver: Driver, slots: int) -> tuple[Tensor, int, list[int]]:
     base, handles = driver.reserve(slots * size), driver.create(slots)
     driver.map(base, 0, handles)
     return strided_tensor(driver, base, torch.int32, (slots, size // 4), (size, 4)), base, handles
+
+
+def _second_row(driver: Driver, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Two rows of a page-group each, of which only the second is mapped."""
+    base = driver.reserve(2 * driver.page_group_bytes)
+    driver.map(base, driver.page_group_bytes, driver.create(1))
+    return strided_tensor(driver, base, dtype, shape, strides)
 
 
 def _synchronize(context: Context) -> None:

@@ -23,9 +23,11 @@ def run(case: str, context: Context) -> Values:
     """Write environment.json. Raises NotRunError where a GPU was to be validated and there is none."""
     import torch
 
+    folder, cuda = Folder(context.folder), torch.cuda.is_available()
+    folder.write_environment({"cuda": cuda})  # first: what else is found here may take its time, or fail
+
     from kvarena.harness.record.provenance import git_state, libraries, machine
 
-    cuda = torch.cuda.is_available()
     kernels = {name: missing(spec) or "present" for name, (spec, *_) in CATALOGUE.items()}
     found = {
         "device": torch.cuda.get_device_name().lower().replace(" ", "-") if cuda and context.on_gpu else "cpu",
@@ -37,7 +39,7 @@ def run(case: str, context: Context) -> Values:
         "granularity_bytes": _granularity(context.device),
         "kernels": kernels,
     }
-    Folder(context.folder).write_environment(found)
+    folder.write_environment(found)
     if context.on_gpu and not cuda:
         raise NotRunError("no CUDA device")
     present = [name for name, state in kernels.items() if state == "present"]

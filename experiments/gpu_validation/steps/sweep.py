@@ -2,10 +2,11 @@
 
 The measurement is that of experiment=attention_kernel: the same bytes serve as rows, as blocks in order and as shuffled
 blocks, small batches are read many times over, each time elsewhere, so that no cache holds what is read, and every
-kernel is first held to float64.
+kernel is first held to float64. One that refuses, or is wrong, costs its own line.
 """
 
 import itertools
+import traceback
 from collections.abc import Iterator
 from typing import cast
 
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 
 from kvarena.experiments.command.compose import compose_run
-from kvarena.experiments.gpu_validation.record import Values
+from kvarena.experiments.gpu_validation.record import Values, fault_behind
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.kernels import ARRANGEMENTS, kernel_names
 from kvarena.experiments.kit.attention_time import USUAL_BLOCK
@@ -47,7 +48,15 @@ def run(case: str, context: Context) -> Values:
     run = cast("Run[Params]", compose_run(*alike, f"device={context.device}", *_SHORT[context.device]))
     names = {line: f"{line.kernel} {arrangement}" for arrangement, line in _lines(run, batch * tokens)}
     read = StreamingRead(torch.device(context.device))
-    samples = measure_lines(run, read, list(names), batch, tokens)["samples"]
+    refusals: Values = {}
+
+    def refused(line: Line, error: Exception) -> None:
+        if fault_behind(error):
+            raise error  # nothing that comes after it on this GPU would be true
+        traceback.print_exc()
+        refusals[f"{names[line]}, not measured"] = str(error).split("\n")[0]
+
+    samples = measure_lines(run, read, list(names), batch, tokens, refused)["samples"]
     kinds = zip(samples.kernel, samples.block_size.fillna(0), samples.scattered, strict=True)
     rates = samples.bytes / samples.call_s / 1e9
     taken = pd.DataFrame({"rate": rates, "share": rates / samples.streaming_gb_per_s})
@@ -59,6 +68,7 @@ def run(case: str, context: Context) -> Values:
         **{f"{name} / read": round(value, 3) for name, value in share.items()},
         "read, GB/s": round(float(samples.streaming_gb_per_s.median()), 1),
         **{f"{name}, GB/s": round(value, 1) for name, value in rate.items()},
+        **refusals,
     }
 
 

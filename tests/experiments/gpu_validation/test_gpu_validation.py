@@ -14,14 +14,17 @@ import pytest
 
 from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation import command, matrix
-from kvarena.experiments.gpu_validation.child import START_ANOTHER, _fault_behind
+from kvarena.experiments.gpu_validation.child import START_ANOTHER
 from kvarena.experiments.gpu_validation.folder import LARGE_BYTES, Folder
 from kvarena.experiments.gpu_validation.plan import STEPS, step_named
-from kvarena.experiments.gpu_validation.record import Origin, Record, Result, append, latest, read
+from kvarena.experiments.gpu_validation.record import Origin, Record, Result, append, fault_behind, latest, read
 from kvarena.experiments.gpu_validation.session import Session
-from kvarena.experiments.gpu_validation.step import Step
+from kvarena.experiments.gpu_validation.step import Context, Step
+from kvarena.experiments.gpu_validation.steps import sweep
 from kvarena.experiments.gpu_validation.steps.experiment_run import _complaint
+from kvarena.experiments.pagedattention import attention_kernel
 from kvarena.harness.paths import ROOT
+from kvarena.kernels.registry import get_kernel
 
 CHILD = f"""
 import os, signal, sys, time
@@ -340,6 +343,29 @@ def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "environment.json").read_text())["kernels"]["numba"] == "present"
 
 
+@pytest.mark.parametrize("error", [UserError("no block tables"), RuntimeError("off by 1"), TypeError("an argument")])
+def test_a_kernel_that_refuses_costs_its_own_lines(monkeypatch, error):
+    def get(name):
+        if name == "numba":
+            raise error
+        return get_kernel(name)
+
+    monkeypatch.setattr(attention_kernel, "get_kernel", get)
+    monkeypatch.setattr(sweep, "SLOW", frozenset())
+    values = sweep.run("batch 2, context 256", Context("cpu", Path(), Path()))
+    assert values["sdpa rows / read"] > 0
+    assert values["numba rows, not measured"] == values["numba blocks shuffled, not measured"] == str(error)
+
+
+def test_a_fault_in_a_sweep_ends_it(monkeypatch):
+    def get(name):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(attention_kernel, "get_kernel", get)
+    with pytest.raises(RuntimeError, match="illegal"):
+        sweep.run("batch 2, context 256", Context("cpu", Path(), Path()))
+
+
 READER = """
 import sys, torch
 from pathlib import Path
@@ -380,6 +406,8 @@ def closed_after_a_fault():
 def test_a_fault_is_seen_behind_the_errors_it_causes():
     with pytest.raises(ValueError, match="closing") as raised:
         closed_after_a_fault()
-    assert _fault_behind(raised.value) == "CUDA error: an illegal memory access was encountered"
-    assert _fault_behind(ValueError("cuCtxSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS")) != ""
-    assert _fault_behind(ValueError("off by 3")) == ""
+    assert fault_behind(raised.value) == "CUDA error: an illegal memory access was encountered"
+    assert fault_behind(ValueError("cuCtxSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS")) != ""
+    assert fault_behind(ValueError("cuMemsetD8 failed: CUDA_ERROR_LAUNCH_FAILED")) != ""
+    assert fault_behind(RuntimeError("CUDA error: unspecified launch failure")) != ""
+    assert fault_behind(ValueError("off by 3")) == ""
