@@ -28,6 +28,7 @@ CLOCKS = ("measured", "modelled")
 GROUPS = (
     "experiment", "model", "trace", "arrival", "decoding", "scheduler", "engine", "device", "allocator", "kernel",
 )  # fmt: skip
+_IN_QUOTES = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 T = TypeVar("T")
 PLAIN_KEYS = ("clock", "threads", "systems")  # keys of config.yaml that are no group
 
@@ -148,7 +149,7 @@ def _check_it_sets(override: str, experiment: str) -> None:
     key, value = _split(override)
     if override.startswith("~") and not key.startswith("hydra"):
         raise UserError(f"{override}: no key can be taken away; leave it out for its default, or write {key}=VALUE")
-    if re.search(r"\{\s*\}", value) and not (value == "{}" and _is_null(key, experiment)):
+    if re.search(r"\{\s*\}", _IN_QUOTES.sub("", value)) and not (value == "{}" and _is_null(key, experiment)):
         raise UserError(f"{key}={value}: an empty mapping is merged into the file's, and changes nothing")
 
 
@@ -214,7 +215,7 @@ def on_auto(overrides: Sequence[str]) -> list[str]:
 def _quoted(override: str) -> str:
     """`systems=` with quotes around what has options in braces. Raises UserError for other braces."""
     quoted = re.sub(r"(?<![\w./{\"'-])[\w./-]+\{[^{}]*\}", r'"\g<0>"', override)
-    if re.search(r"[{}]", re.sub(r"\"[^\"]*\"|'[^']*'", "", quoted)):
+    if re.search(r"[{}]", _IN_QUOTES.sub("", quoted)):
         raise UserError(
             f"{override}: options are written as in 'systems=[paged/fa2,vattention/fa2{{page_group: 64KB}}]'"
         )

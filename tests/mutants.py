@@ -320,5 +320,11 @@ MUTANTS = [
     *of("harness/scorecard/judge.py", "harness/scorecard/test_scorecard.py",
         ("a row of ours settles a claim", "if answer.papers != {claim.paper}:", "if False:"),
     ),
+    *of("experiments/command/paths.py", "trouble/test_paths_and_grammar.py",
+        ("a path that exists is read by the grammar",
+         "return in_quotes(path) if exists or not _is_read(path) else path",
+         "return path if _is_read(path) else in_quotes(path)"),
+        ("a comma parts a file's name", "yield \",\".join(pieces[start:end])", "yield from pieces[start:end]"),
+    ),
 ]
 # fmt: on

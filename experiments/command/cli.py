@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from kvarena.errors import UserError
-from kvarena.experiments.command import multirun, registry, show, sweep
+from kvarena.experiments.command import multirun, paths, registry, show, sweep
 from kvarena.experiments.command.carry_out import carry_out, summarize
 from kvarena.harness.config import check_once, check_overrides, keys_of, on_auto, tell_hydra
 from kvarena.harness.paths import CONF
@@ -72,7 +72,9 @@ def _command(arguments: list[str]) -> None:
 def _experiment(arguments: list[str]) -> None:
     """Run the one that is named; or let Hydra help."""
     tell_hydra()
+    arguments = paths.quoted(arguments, sweeping=bool(_MULTIRUN & set(arguments)))
     if _HELP & set(arguments):
+        sys.argv[1:] = arguments
         _compose_and_run()
         return
     overrides = [a for a in arguments if not a.startswith("-")]
@@ -83,7 +85,7 @@ def _experiment(arguments: list[str]) -> None:
         _multirun(experiment, [a for a in arguments if a not in _MULTIRUN])
     else:
         check_overrides(overrides, schema_of(overrides, registry.params_schema))
-        for each in multirun.parsed([a for a in arguments if not a.startswith("-")]):
+        for each in paths.parsed([a for a in arguments if not a.startswith("-")]):
             if each.is_sweep_override():
                 raise UserError(f"{each.input_line}: has several values. -m runs each of them; a list is written [a,b]")
         sys.argv[1:] = arguments
@@ -98,7 +100,8 @@ def _multirun(experiment: str, arguments: list[str]) -> None:
     whole = sweep.Sweep(experiment, arguments, jobs.within)
     # Hydra takes its overrides in one piece: a flag may stand before them, not among them.
     flags = [a for a in arguments if a.startswith("-")]
-    sys.argv[1:] = ["--multirun", *flags, *jobs.across, f"hydra.sweep.dir={runs_folder() / '.hydra'}"]
+    notes = paths.in_quotes(str(runs_folder() / ".hydra"))
+    sys.argv[1:] = ["--multirun", *flags, *jobs.across, f"hydra.sweep.dir={notes}"]
     _compose_and_run()
     folder, outcome = whole.finish()
     show.outcome(outcome, folder)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from hydra import compose, initialize_config_dir
 
-from kvarena.experiments.command import registry
+from kvarena.experiments.command import paths, registry
 from kvarena.harness.config import check_overrides, on_auto, tell_hydra
 from kvarena.harness.paths import CONF
 from kvarena.harness.run.run import Run
@@ -22,9 +22,11 @@ def configuration() -> Iterator[None]:
 
 def compose_run(*overrides: str) -> Run[object]:
     """The run that `./run.sh <overrides>` would be. Raises UserError like the command line."""
-    arguments = list(overrides)
+    arguments = paths.quoted(overrides)
     registry.named(arguments)
     check_overrides(arguments, schema_of(arguments, registry.params_schema))
     with configuration():
-        config = compose("config", on_auto(arguments))
+        opened = on_auto(arguments)
+        paths.parsed(opened)
+        config = compose("config", opened)
     return registry.resolved(config, arguments)

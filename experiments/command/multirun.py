@@ -12,12 +12,10 @@ from dataclasses import is_dataclass, replace
 from typing import NamedTuple
 
 from hydra import compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 
-from kvarena.errors import UserError
 from kvarena.experiments.command import registry
+from kvarena.experiments.command.paths import parsed
 from kvarena.experiments.kit.seeds import Seeded
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System, alike, distinct, said, slug
@@ -61,19 +59,6 @@ def _is_range_of_reals(override: Override) -> bool:
 def _is_within(override: Override) -> bool:
     key = override.key_or_group
     return key.partition(".")[0] in OF_SYSTEMS or key == "params.seeds"
-
-
-def parsed(overrides: Sequence[str]) -> list[Override]:
-    """The overrides as Hydra reads them. Raises UserError for what is none."""
-    parser = OverridesParser.create()
-    return [_parsed_one(parser, each) for each in overrides]
-
-
-def _parsed_one(parser: OverridesParser, override: str) -> Override:
-    try:
-        return parser.parse_override(override)
-    except HydraException as error:
-        raise UserError(f"{override}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _choices(override: Override) -> list[str]:

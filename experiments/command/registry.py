@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar, cast
 
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.errors import UserError
 from kvarena.harness.config import names
@@ -80,6 +81,10 @@ def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
 
 def resolved(config: DictConfig, overrides: Sequence[str]) -> Run[object]:
     """The run of a composed configuration. Raises UserError for what does not exist, does not fit or is not read."""
+    try:
+        OmegaConf.to_container(config, resolve=True)  # references to other keys, and to what is outside
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     module = get(config.name)
     run = resolve(config, overrides, module.Params, module.READS)
     check_read(run, module.unread(run))
