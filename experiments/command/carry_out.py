@@ -6,7 +6,8 @@ summary and figure of it with the code as it is then.
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,14 +17,16 @@ from yaml import YAMLError
 
 from kvarena.errors import UserError
 from kvarena.experiments.command import registry
+from kvarena.harness.accounts import replays, told
+from kvarena.harness.accounts.refusals import QUANTITIES, by_system, quantities
 from kvarena.harness.record.record import ADVICE, Frames, Measured, Outcome, Recorder, read_frames, write_summary
-from kvarena.harness.record.summary import frame, row
+from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.record.writing import explained
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run, from_plain
-from kvarena.harness.trace import replays, told
 
 TRACES = "traces"  # the frame that says what became of each trace: records read, dropped, served
+REFUSALS = "refusals"  # the frame that says how many requests each system refused
 
 
 def carry_out(run: Run[object], recorder: Recorder) -> Outcome:
@@ -42,10 +45,10 @@ def carry_out(run: Run[object], recorder: Recorder) -> Outcome:
 
 
 def measure(run: Run[object], recorder: Recorder) -> Measured:
-    """What the experiment measures, with an account of every trace that it told of."""
-    with told.heard() as accounts:
+    """What the experiment measures, with an account of every trace that it told of, and of what systems refused."""
+    with told.heard() as facts:
         measured = registry.get(run.experiment).measure(run, recorder)
-    if accounts:
+    if accounts := told.accounts(facts):
         traces = replays.by_trace(accounts)
         measured.notes["traces"] = [replays.said(each) for each in traces]
         measured.frames[TRACES] = pd.DataFrame(
@@ -53,22 +56,36 @@ def measure(run: Run[object], recorder: Recorder) -> Measured:
             for number, each in enumerate(traces, start=1)
             for name, (value, unit) in replays.quantities(each).items()
         )
+    if refused := list(by_system(told.refusals(facts))):
+        measured.notes["refusals"] = [str(own[0]) for own in refused if own[0].refused]
+        measured.frames[REFUSALS] = pd.DataFrame(asdict(own[0]) | quantities(own) for own in refused)
     return measured
 
 
 def summary_of(run: Run[object], frames: Frames) -> pd.DataFrame:
-    """The experiment's summary, and under it the accounts of its traces: of these alone, whatever serves them."""
+    """The experiment's summary, and under it what became of its traces: each of them alone, and system by system."""
     summary = frame(registry.get(run.experiment).summarize(run, frames))
-    if TRACES not in frames:
-        return summary
-    alone = replace(run, reads=())
-    rows = frame(
-        row(each["value"], quantity=each["quantity"], unit=each["unit"],
-            **named(alone, label=f"{registry.ACCOUNT}{each['trace']}", detail=each["trace"].partition(": ")[2],
-                    counted=True))
-        for each in frames[TRACES].to_dict("records")
-    )  # fmt: skip
-    return pd.concat([summary, rows], ignore_index=True)
+    parts = [summary, frame(_of_traces(run, frames)), frame(_of_refusals(run, frames))]
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def _of_traces(run: Run[object], frames: Frames) -> Iterator[SummaryRow]:
+    """The account of each trace, whatever serves it."""
+    for each in frames[TRACES].to_dict("records") if TRACES in frames else ():
+        label, source = f"{registry.ACCOUNT}{each['trace']}", each["trace"].partition(": ")[2]
+        names = named(replace(run, reads=()), label=label, detail=source, counted=True)
+        yield row(each["value"], quantity=each["quantity"], unit=each["unit"], **names)
+
+
+def _of_refusals(run: Run[object], frames: Frames) -> Iterator[SummaryRow]:
+    """What each system refused, none too."""
+    for each in frames[REFUSALS].to_dict("records") if REFUSALS in frames else ():
+        names = named(run, label=each["label"], counted=True)
+        names["setup"] = names["panel"] = each["setup"]
+        names["allocator"], names["kernel"], names["model"] = each["allocator"], each["kernel"], each["model"]
+        for quantity in QUANTITIES:
+            if pd.notna(each.get(quantity)):
+                yield row(each[quantity], quantity=quantity, unit="requests", **names)
 
 
 def made_of(run: Run[object], measured: Measured) -> Outcome:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.errors import UserError
+from kvarena.experiments.kit.refused import is_of_refusals, say_refusals
 from kvarena.harness.config import names
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow
@@ -70,13 +71,16 @@ ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
 
 
 def drawn(name: str, summary: pd.DataFrame) -> Figure:
-    """The figure of an experiment's own rows; what became of its traces is in the table alone."""
-    return get(name).draw(own_rows(summary))
+    """The figure of an experiment's own rows, with what its systems refused; accounts of traces are in the table."""
+    figure = get(name).draw(own_rows(summary))
+    say_refusals(figure, summary)
+    return figure
 
 
 def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the experiment itself, without those that account for its traces."""
-    return summary[~summary.label.str.startswith(ACCOUNT)].reset_index(drop=True)
+    """The rows of the experiment itself, without those that account for its traces, and for what was refused."""
+    others = summary.label.str.startswith(ACCOUNT) | is_of_refusals(summary)
+    return summary[~others].reset_index(drop=True)
 
 
 def resolved(config: DictConfig, overrides: Sequence[str]) -> Run[object]:

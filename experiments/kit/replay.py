@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from kvarena.errors import UserError
+from kvarena.harness.accounts.refusals import Refusals
+from kvarena.harness.accounts.told import tell
 from kvarena.harness.config import load, typed
 from kvarena.harness.decoding.mix import decodings
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.serving import Serving
+from kvarena.harness.record.metrics import once_each
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.requests.prefix import Prefix
 from kvarena.harness.requests.request import Request
 from kvarena.harness.requests.request_list import check_width, make_requests
 from kvarena.harness.requests.request_log import request_frame
 from kvarena.harness.requests.workload import Workload, make_workload
+from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import ASKED, RATES
-from kvarena.harness.trace.told import tell, tell_once
 
 if TYPE_CHECKING:  # a modelled replay needs no torch, which is half of what the process would hold
     from kvarena.harness.model.contract import Model
@@ -132,9 +135,7 @@ class Replayer:
         if self._run.clock == "measured":
             self._warm_up(system, workload)
         served = self._serve(system, workload, decoding, prefix, share_prefix)
-        if len(workload) and served.steps.empty:
-            raise UserError(f"{system.name} refuses all {len(workload)} requests; {served.requests.refusal.iloc[0]}")
-        tell_refusals(system, served.requests)
+        check_served(self._run, system, served.requests)
         return served
 
     def _serve(
@@ -169,9 +170,18 @@ class Replayer:
         return build_model(self._run.model, self._run.device.kind)
 
 
-def tell_refusals(system: System, requests: pd.DataFrame) -> None:
-    """Say on stderr, once for each system, how many requests it refuses at arrival, and why the first."""
-    refused = requests[requests.refusal != ""].drop_duplicates("request_id")
-    if len(refused):
-        said = f"{system.name} refuses {len(refused)} of {requests.request_id.nunique()} requests"
-        tell_once(f"refused {system.name}", f"{said}; the first: {refused.refusal.iloc[0]}")
+def check_served(run: Run[object], system: System, requests: pd.DataFrame) -> None:
+    """Tell how many requests a system refused at arrival in one replay. Raises UserError where it refuses all."""
+    arrived = once_each(requests)
+    reasons = arrived.refusal[arrived.refusal != ""]
+    first = next(iter(reasons), "")
+    if 0 < len(arrived) == len(reasons):
+        raise UserError(f"{system.name} refuses all {len(arrived)} requests; {first}")
+    tell_refusals(run, system, len(arrived), len(reasons), first)
+
+
+def tell_refusals(run: Run[object], system: System, arrived: int, refused: int, first: str, way: str = "") -> None:
+    """Tell how many of the requests that arrived a system refused, none too. way: in which it is run, of several."""
+    names = named(run, system, counted=True)
+    said = {key: str(names[key]) for key in ("setup", "allocator", "kernel", "model")}
+    tell(Refusals(**said, label=f"{names['label']}{way}", requests=arrived, refused=refused, first=first))

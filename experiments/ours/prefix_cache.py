@@ -20,9 +20,11 @@ from kvarena.experiments.kit.looks import looks
 from kvarena.experiments.kit.panels import Panel, curves, drawn
 from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.reads import reads
+from kvarena.experiments.kit.replay import tell_refusals
 from kvarena.experiments.ours import cached_service
 from kvarena.experiments.ours.cached_service import Params
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
+from kvarena.harness.accounts.told import told
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, row
@@ -32,7 +34,6 @@ from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace.load import load_trace
-from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Trace
 
 HEADLINE = "hit_ratio_unlimited"
@@ -118,6 +119,9 @@ def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
         hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
         found = {"hit_tokens": hits.hit_tokens, "ratio": hits.ratio, "kept_gb": hits.cached_bytes / 1e9}
         unit = {"unit_tokens": hits.unit_tokens, "refused": hits.refused}
+        if capacity_gb is not None:
+            way, first = f", counted in {capacity_gb:g} GB", "its prompt is longer than the pool"
+            tell_refusals(run, system, len(trace), hits.refused, first, way)
         rows.append({"system": system.name, "capacity_gb": capacity_gb, **unit, **found})
     return {"hits": pd.DataFrame(rows).astype({"capacity_gb": float})}
 

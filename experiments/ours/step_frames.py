@@ -8,7 +8,7 @@ import pandas as pd
 from kvarena.allocators.holding import Holding
 from kvarena.allocators.policy import Action
 from kvarena.errors import UserError
-from kvarena.experiments.kit.replay import requests_of
+from kvarena.experiments.kit.replay import check_served, requests_of
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.modelled.modelled_executor import ActionPrices
@@ -75,7 +75,7 @@ def _frame(plan: StepPlan, scheduler: Scheduler) -> Frame:
 def film(run: Run[object], system: System, workload: Workload) -> Film:
     """Replay a workload with one system under the modelled clock, step by step.
 
-    Raises UserError for an allocator whose memory cannot be told apart by request.
+    Raises UserError for an allocator whose memory cannot be told apart by request, and where all are refused.
     """
     serving, frames = Serving(run, system), list[Frame]()
     policy, scheduler = serving.policy, serving.scheduler
@@ -88,6 +88,7 @@ def film(run: Run[object], system: System, workload: Workload) -> Film:
         frames.append(_frame(plan, scheduler))
 
     done = Engine(scheduler, serving.executor, jump=False, watch=keep).run(requests_of(workload))
+    check_served(run, system, request_frame(done.requests))
     return Film(
         system=label_of(run, system), unit_name=nothing.units.name, unit_tokens=nothing.units.tokens,
         num_units=nothing.units.num_units, pool_bytes=policy.pool_bytes, prices=serving.prices,

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from kvarena.errors import UserError
 from kvarena.experiments.kit.panels import Panel, drawn, published_of
 from kvarena.experiments.kit.replay import trace_named
+from kvarena.harness.accounts.told import told
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import Evidence, Names, SummaryRow, published_values, row
 from kvarena.harness.run.published import OURS, is_earned, named
@@ -23,7 +24,6 @@ from kvarena.harness.trace import load_trace
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.length_table import length_table
 from kvarena.harness.trace.published_files import is_published
-from kvarena.harness.trace.told import told
 from kvarena.harness.trace.trace import Ints, Trace
 
 HEADLINE = "mean_length"

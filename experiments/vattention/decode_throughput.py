@@ -22,13 +22,13 @@ from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.vattention import decode_modelled
 from kvarena.experiments.vattention.decode_modelled import HEADLINE, TRACE, Params, named_at
 from kvarena.experiments.vattention.driver_calls import check_counts
+from kvarena.harness.accounts.told import tell
+from kvarena.harness.accounts.trace_account import account_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import SummaryRow, row
 from kvarena.harness.run.run import Run
 from kvarena.harness.trace import Trace, TraceConfig, load_trace
-from kvarena.harness.trace.account import account_of
-from kvarena.harness.trace.told import tell
 
 READS = {
     "modelled": ("model", "engine", "device", "systems"),

@@ -6,7 +6,7 @@
 
 A cell is one point with all its systems. Finished cells of an unfinished run are read back, so that a killed run is
 continued by the same command; once the run has ended, its cells are gone and the next command measures again. A cell
-holds the accounts of its traces too: one that is read back tells what it told when it was measured.
+holds what it told of its traces and refusals: one that is read back tells the same as when it was measured.
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -24,14 +24,13 @@ import matplotlib as mpl
 import pandas as pd
 from omegaconf import OmegaConf
 
+from kvarena.harness.accounts import told
 from kvarena.harness.paths import RESULTS
 from kvarena.harness.record.provenance import identity, provenance
 from kvarena.harness.record.writing import explained, whole_folder, write_whole
-from kvarena.harness.trace import told
-from kvarena.harness.trace.account import TraceAccount
 
 Frames = dict[str, pd.DataFrame]
-_ACCOUNTS = "accounts.json"  # of a cell's traces
+_TOLD = "told.json"  # of a cell's traces, and of what its systems refused
 ADVICE = "Free some space or set KVARENA_RUNS to a folder that can be written."
 
 
@@ -78,14 +77,13 @@ class Recorder:
         """Frames of one cell: measured now, or read back where an unfinished run had measured it."""
         folder = self._unfinished / key
         if not folder.is_dir():
-            with told.heard() as accounts:
+            with told.heard() as facts:
                 frames = measure()
             with explained(folder, ADVICE), whole_folder(folder) as partial:
                 for name, table in frames.items():
                     table.to_parquet(partial / f"{name}.parquet")
-                (partial / _ACCOUNTS).write_text(json.dumps([asdict(account) for account in accounts], default=int))
-        for plain in json.loads((folder / _ACCOUNTS).read_text()):
-            told.tell(TraceAccount.of_plain(plain))
+                (partial / _TOLD).write_text(json.dumps(told.as_plain(facts), default=int))
+        told.tell_again(json.loads((folder / _TOLD).read_text()))
         return read_frames(folder)
 
     def keep(self, measured: Measured) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from kvarena.errors import UserError
+from kvarena.harness.accounts.trace_account import Arrivals, TraceAccount, account_of
 from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.seeded import Floats, Ints
-from kvarena.harness.trace.account import Arrivals, TraceAccount, account_of
 from kvarena.harness.trace.arrival import DRAWN, PS, ArrivalConfig, check, draw_arrivals
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.load import load_trace

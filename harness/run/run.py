@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
+from kvarena.harness.accounts import told
 from kvarena.harness.config import AUTO, CLOCKS, GROUPS, PLAIN_KEYS, keys_of, load, names, no_such_key, typed
 from kvarena.harness.model import ModelConfig
 from kvarena.harness.modelled.device_model import DeviceConfig
@@ -18,7 +19,6 @@ from kvarena.harness.run.named_systems import build, check_written_once, kept, t
 from kvarena.harness.run.numbers import check_given_params, check_numbers
 from kvarena.harness.run.published import Figure
 from kvarena.harness.run.systems import System
-from kvarena.harness.trace import told
 from kvarena.harness.trace.arrival import UNDRAWN, ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import chosen_arrivals

@@ -11,11 +11,13 @@ import pytest
 from tiny import TINY, Unwritten, resolved
 
 from kvarena.experiments.command import registry
-from kvarena.experiments.command.carry_out import TRACES, carry_out, measure, summary_of
+from kvarena.experiments.command.carry_out import REFUSALS, TRACES, carry_out, measure, summary_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.run.run import Run
 
 PAIRS = [pair for pair in TINY if "trace" in registry.get(pair[0]).READS[pair[1]]]
+
+UNSERVED = (("trace_lengths", "modelled"), ("memory_layout", "modelled"), ("decode_throughput", "measured"))  # counted
 
 
 class Continued(Recorder):
@@ -62,6 +64,11 @@ def test_a_run_whose_cells_are_read_back_tells_and_records_the_same(
     rows = same_records(run, first, again)
     assert set(rows.model) == {"-"}, "an account is of the trace, whichever models serve it"
     assert not rows.setup.str.contains(run.model.name).any()
+    if (experiment, clock) not in UNSERVED:
+        refused = summary_of(run, first.frames).query("quantity == 'refused'")
+        assert {system.allocator.name for system in run.systems} <= set(refused.allocator), "each system has its row"
+        assert set(refused.value) == {0}
+        pd.testing.assert_frame_equal(first.frames[REFUSALS], again.frames[REFUSALS])
 
 
 def test_a_run_that_was_killed_in_the_middle_records_what_a_whole_one_does(

@@ -112,7 +112,7 @@ def test_who_is_refused_is_said_once(own: str, capsys: pytest.CaptureFixture[str
         served = replayer.serve(run.systems[0], workload)
     assert (served.requests.refusal != "").sum() == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "paged refuses 1 of 5 requests; the first: " in line
+    assert "paged/numba refuses 1 of 5 requests; the first: " in line
 
 
 def test_seeds_and_rates_change_the_workload_alone():

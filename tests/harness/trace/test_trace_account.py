@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.harness.accounts import replays, told
+from kvarena.harness.accounts.trace_account import TraceAccount, account_of
 from kvarena.harness.config import load, typed
 from kvarena.harness.requests.workload import make_workload
-from kvarena.harness.trace import TraceConfig, load_trace, published_files, replays, told
-from kvarena.harness.trace.account import TraceAccount, account_of
+from kvarena.harness.trace import TraceConfig, load_trace, published_files
 from kvarena.harness.trace.arrival import ArrivalConfig
 from kvarena.harness.trace.file_arrivals import ASKED, chosen_arrivals
 from kvarena.harness.trace.published_files import filter_of, is_published

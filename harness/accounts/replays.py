@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvarena.harness.trace.account import TraceAccount
+from kvarena.harness.accounts.trace_account import TraceAccount
 
 
 class Range(NamedTuple):
