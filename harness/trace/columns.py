@@ -1,6 +1,7 @@
 """Raw columns of length records, and the one check that they all pass."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from kvarena.harness.trace.arrival import LONGEST_S
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.recipes import NO_LIMIT
+from kvarena.harness.trace.trace import Ints
 
 
 @dataclass
@@ -56,8 +58,19 @@ def check_columns(columns: Columns, bad: BadRecords) -> dict[str, Any]:
     if columns.conversation is not None:
         clean["conversation_id"] = pd.factorize(np.asarray(columns.conversation))[0][kept]
     if columns.hash_ids is not None:
-        clean["hash_ids"] = [columns.hash_ids[i] for i in kept]
+        clean["hash_ids"] = _named([columns.hash_ids[i] for i in kept])
     return clean
+
+
+def _named(ids: list[list[int]]) -> list[Ints]:
+    """The ids as int64, of which only the equality counts: numbered as they come where one of them is beyond it."""
+    flat = list(chain.from_iterable(ids))
+    try:
+        names = np.array(flat, np.int64)
+    except OverflowError:
+        names = pd.factorize(np.array(flat, object))[0].astype(np.int64)
+    ends = np.cumsum([len(each) for each in ids])
+    return [names[end - len(each) : end] for each, end in zip(ids, ends, strict=True)]
 
 
 def _number(values: Any) -> NDArray[np.float64]:
@@ -85,14 +98,15 @@ def _reason(columns: Columns, i: int, prompt: float, output: float) -> str:
             return f"{name} length is {_fault(raw, value)}"
     assert columns.arrival is not None
     wanted = "a date" if columns.arrival_is == "date" else f"{columns.arrival_is} since the trace began"
-    return f"arrival is {columns.arrival[i]!r}, not {wanted}, at most {LONGEST_S:.0f} s after it"
+    stamp = repr(columns.arrival[i]) if isinstance(columns.arrival[i], str) else columns.arrival[i]
+    return f"arrival is {stamp}, not {wanted}, at most {LONGEST_S:.0f} s after it"
 
 
 def _fault(raw: Any, value: float) -> str:
-    if raw is None or raw == "":
+    if raw is None:
         return "empty"
     if np.isnan(value):
         return f"{raw!r}, not a number"
     if value < 1:
-        return f"{raw}, below 1"
-    return f"{raw}, beyond {NO_LIMIT}" if value > NO_LIMIT else f"{raw}, not a whole number"
+        return f"{value:.17g}, below 1"
+    return f"{value:.17g}, beyond {NO_LIMIT}" if value > NO_LIMIT else f"{value:.17g}, not a whole number"

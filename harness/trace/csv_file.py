@@ -1,69 +1,130 @@
-"""Length records of a CSV file, column by column."""
+"""Length records of CSV text. A line is a record: no value holds an end of line, so that a quote that nothing closes
+costs the line it stands on, and none below.
+"""
 
 import csv
-from pathlib import Path
-from typing import Any
+import re
+import sys
+from array import array
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 
 from kvarena.errors import UserError
+from kvarena.harness.files.text_file import check_text
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.columns import Columns
-from kvarena.harness.trace.formats import LengthFormat, fitting, no_format
+from kvarena.harness.trace.formats import LengthFormat, fitting, no_format, shown
+
+_SEPARATORS = ",;\t|"
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)  # no 1_000, 0x10, inf
 
 
-def read_csv(path: Path, format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
-    """Columns of a CSV with a header line, as text; rows of the wrong width go to `bad`. Blank lines do not count.
+class _Column(NamedTuple):
+    """A column that the format has, and what is read of it so far."""
 
-    Raises UserError for a header that fits no format, and for what is no CSV.
+    place: int
+    read: Callable[[str], Any]
+    values: Any
+
+
+def read_csv(lines: Iterable[str], format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
+    """Columns of the lines below a header; a line that does not fit it goes to `bad`. Blank lines do not count.
+
+    lines: of text, at least one not blank. Raises UserError for a header that fits no format, and for one alone.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        lines = csv.reader(file)
-        header = [name.strip() for name in next(filter(any, lines), [])]
-    found = fitting(header, format_name)
-    if found is None or len(set(header)) < len(header):
-        raise no_format(header, format_name, str(path))
-    if not isinstance(found, LengthFormat):
-        raise UserError(f"{path}: {found.name} is read from JSON, not from CSV")
-    table, ragged = _read(path, header, lines.line_num)
-    for number, reason in ragged.items():
-        bad.add(number, reason)
-    total = len(table) + len(ragged)
-    return found, Columns(
-        numbers=np.delete(np.arange(1, total + 1), [number - 1 for number in ragged]),
-        prompt=_column(table, found.prompt),
-        output=_column(table, found.output),
-        arrival=_column(table, found.arrival) if found.arrival in header else None,
-        arrival_is=found.arrival_is,
-        conversation=_column(table, "conversation_id") if "conversation_id" in header else None,
+    csv.field_size_limit(sys.maxsize)  # of the process: a long value is no fault
+    records = filter(str.strip, lines)
+    form, names, separator = _header(next(records), format_name, bad.source)
+    columns = _columns(form, names, bad.source)
+    numbers, number = array("q"), 0
+    for number, line in enumerate(records, start=1):
+        try:
+            fields = _fields(line, separator, len(names))
+            values = [column.read(fields[column.place]) for column in columns.values()]
+        except (ValueError, csv.Error) as error:
+            bad.add(number, str(error))
+        else:
+            numbers.append(number)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.values.append(value)
+    if not number:
+        raise UserError(f"{bad.source}: holds no record, only a header: {', '.join(names)}")
+    read = {name: each.values if each.read is str else np.asarray(each.values) for name, each in columns.items()}
+    return form, Columns(
+        numbers=np.asarray(numbers),
+        prompt=read[form.prompt],
+        output=read[form.output],
+        arrival=read.get(form.arrival),
+        arrival_is=form.arrival_is,
+        conversation=read.get("conversation_id"),
     )
 
 
-def _column(table: pa.Table, name: str) -> Any:
-    return table[name].to_numpy(zero_copy_only=False)
-
-
-def _read(path: Path, header: list[str], header_lines: int) -> tuple[pa.Table, dict[int, str]]:
-    """The rows of the header's width below its lines, all text, and for the others record number: reason."""
-    ragged: dict[int, str] = {}
-
-    def note(row: pa.csv.InvalidRow) -> str:
-        ragged[row.number - 1] = f"{row.actual_columns} fields, the header has {row.expected_columns}"
-        if lines := row.text.count("\n"):
-            ragged[row.number - 1] += f"; a quote that nothing closes makes {lines + 1} lines one row"
-        return "skip"
-
+def _header(line: str, format_name: str | None, source: str) -> tuple[LengthFormat, list[str], str]:
+    """Format, names of the columns and separator: the first by which the names fit a format."""
     try:
-        table = pa.csv.read_csv(
-            path,
-            read_options=pa.csv.ReadOptions(use_threads=False, column_names=header, skip_rows=header_lines),
-            parse_options=pa.csv.ParseOptions(invalid_row_handler=note),
-            convert_options=pa.csv.ConvertOptions(
-                column_types={name: pa.string() for name in header}, strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a CSV file: {error}") from error
-    return table, ragged
+        check_text(line)
+        if "\0" in line:
+            raise ValueError("a NUL byte is no text")
+    except ValueError as error:
+        raise UserError(f"{source}: its first line is no text: {error}") from error
+    by_separator = {each: [name.strip() for name in next(csv.reader([line], delimiter=each))] for each in _SEPARATORS}
+    for separator, names in by_separator.items():
+        form = fitting(names, format_name)
+        if form is None:
+            continue
+        if not isinstance(form, LengthFormat):
+            raise UserError(f"{source}: {form.name} is read from JSON, not from CSV")
+        return form, names, separator
+    raise no_format(by_separator[","], format_name, source)
+
+
+def _columns(form: LengthFormat, names: list[str], source: str) -> dict[str, _Column]:
+    """What is read of each column that there is. Raises UserError for one that stands twice."""
+    kinds: dict[str, Callable[[str], Any]] = {
+        form.prompt: partial(_length, "prompt"),
+        form.output: partial(_length, "output"),
+        form.arrival: str if form.arrival_is == "date" else _time,
+        "conversation_id": str,
+    }
+    for name in kinds:
+        if names.count(name) > 1:
+            raise UserError(f"{source}: column {name} stands twice")
+    return {
+        name: _Column(names.index(name), read, [] if read is str else array("d"))
+        for name, read in kinds.items()
+        if name in names
+    }
+
+
+def _fields(line: str, separator: str, width: int) -> list[str]:
+    """The values of a line. Raises ValueError or csv.Error for one that does not fit the header."""
+    if not line.isascii():
+        check_text(line)
+    if '"' not in line:
+        fields = line.rstrip("\n").split(separator)
+    elif line.count('"') % 2:
+        raise ValueError("an odd number of quotes: one that nothing closes, or a value with an end of line in it")
+    else:
+        fields = next(csv.reader([line], delimiter=separator, strict=True))
+    if len(fields) != width:
+        raise ValueError(f"{len(fields)} fields, the header has {width}")
+    return fields
+
+
+def _length(what: str, text: str) -> float:
+    if not (text.isdecimal() and text.isascii()) and not _NUMBER.fullmatch(text):
+        raise ValueError(f"{what} length is {f'{shown(text)}, not a number' if text.strip() else 'empty'}")
+    return float(text)
+
+
+def _time(text: str) -> float:
+    """NaN where the field is empty: no time is recorded."""
+    if not text.strip():
+        return np.nan
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"arrival is {shown(text)}, not a number of seconds or milliseconds")
+    return float(text)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
+from kvarena.harness.files.local_file import local_file
+from kvarena.harness.files.text_file import check_text, opened
 from kvarena.harness.trace.config import TraceConfig
 
 BESIDE = "wmt16_prefix.json"  # its name where trace.prefix_path is null
@@ -44,6 +46,11 @@ def few_shot(config: TraceConfig) -> FewShot:
             "as trace=wmt16_1shot and trace=wmt16_5shot do"
         )
     path = prefix_path(config)
+    if path is None:
+        raise UserError(
+            f"trace.prefix_path: {_prefix_name(config)}: no such file; it holds what all prompts begin with (null: "
+            f"{BESIDE} beside trace.path)"
+        )
     prefixes = _prefixes(path)
     entry = prefixes.get(str(config.examples))
     if entry is None:
@@ -51,25 +58,29 @@ def few_shot(config: TraceConfig) -> FewShot:
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str) or not text:
         raise UserError(f"{path}, prefixes.{config.examples}.text: must be the text that all prompts begin with")
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise UserError(f"{path}, prefixes.{config.examples}.text: {error}") from error
     return FewShot(str(path), config.examples, text)
 
 
-def prefix_path(config: TraceConfig) -> Path:
-    """The file of the prefixes: the one named, else the one beside the trace."""
-    if config.prefix_path is not None:
-        return Path(config.prefix_path).expanduser()
-    return Path(str(config.path)).expanduser().parent / BESIDE
+def prefix_path(config: TraceConfig) -> Path | None:
+    """The file of the prefixes, if it is there. Raises UserError for what stands there and cannot be read."""
+    return local_file(_prefix_name(config), "trace.prefix_path")
+
+
+def _prefix_name(config: TraceConfig) -> str:
+    """The one named, else the one beside the trace."""
+    return config.prefix_path or str(Path(str(config.path)).parent / BESIDE)
 
 
 def _prefixes(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"trace.prefix_path: {path}: no such file; it holds what all prompts begin with (null: {BESIDE} beside "
-            "trace.path)"
-        )
+    with opened(path) as file:
+        text = file.read()
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"trace.prefix_path: {path}: cannot be read: {error}") from error
     prefixes = content.get("prefixes") if isinstance(content, dict) else None
     if not isinstance(prefixes, dict) or not prefixes:

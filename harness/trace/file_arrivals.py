@@ -6,9 +6,9 @@ arrivals are: no rate can be asked of times that are recorded.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from kvarena.harness.files.local_file import local_file
 from kvarena.harness.trace.arrival import DRAWN, ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.load import load_trace
@@ -41,7 +41,7 @@ def chosen_arrivals(trace: TraceConfig, arrival: ArrivalConfig, overrides: Seque
         return Chosen(arrival, f"{_EXPERIMENTS}, which draws none")
     if arrival.rate is None:
         return Chosen(arrival, f"{_EXPERIMENTS}, whose axis they are")
-    if not Path(trace.path).expanduser().is_file():  # a data set of the hub, or a mistake that loading it tells
+    if local_file(trace.path) is None:  # a data set of the hub, or a mistake that loading it tells
         return Chosen(arrival, f"{_EXPERIMENTS}; only a local file's own are taken")
     if trace.tokenizer is not None:  # text, which is not counted twice: no format of text records a time
         return Chosen(arrival, f"{_EXPERIMENTS}; the file records none")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvarena.errors import UserError
+from kvarena.harness.files.local_file import local_file
 from kvarena.harness.seeded import Stream
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.config import TraceConfig
@@ -21,7 +22,7 @@ _Stamp = tuple[str, int, int]  # a file's path, time of change, size
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
     fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
-    stamps = _stamp(Path(str(config.path)).expanduser()), _stamp(prefix_path(config))
+    stamps = _stamp(local_file(str(config.path))), _stamp(prefix_path(config))
     trace = _kept(fields, recipe, max_tokens, stamps)
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
@@ -29,20 +30,21 @@ def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, coun
     return trace.take(np.resize(order, count)).noting(**facts)
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: Path | None) -> _Stamp:
     """What changes when the file does."""
-    stat = path.stat() if path.is_file() else None
-    return (str(path.resolve()), stat.st_mtime_ns, stat.st_size) if stat else ("", 0, 0)
+    if path is None:
+        return "", 0, 0
+    stat = path.stat()
+    return str(path.resolve()), stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
 def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamps: tuple[_Stamp, _Stamp]) -> Trace:
     """Every request that the recipe keeps and the context holds, and the counts of the others."""
-    from kvarena.harness.trace.reading import read  # imports datasets, which takes a second
+    from kvarena.harness.trace.reading import read  # imports pandas and pyarrow, which take a while
 
     config = TraceConfig(*fields)
-    reading = read(config, recipe)
-    clean = {name: reading.dataset.data.column(name).to_numpy() for name in reading.dataset.column_names}
+    clean, facts = read(config, recipe)
     whole = Trace(
         name=Path(str(config.path)).stem,
         source=str(config.path),
@@ -59,7 +61,7 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamp
     fitting = _within_context(trace, kept, clean["record"], max_tokens, over_long)
     if config.filter is not None:  # else the run says it in the line of its trace
         over_long.report()
-    facts = {**reading.facts, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
+    facts = {**facts, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
     facts |= {"over_long": over_long.count, "over_long_reasons": over_long.reasons, "kept": len(fitting)}
     facts |= {"max_total": max_tokens} | {
         f"{name}s_cut": int((getattr(whole, f"{name}_tokens") != getattr(trace, f"{name}_tokens"))[fitting].sum())

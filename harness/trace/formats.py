@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvarena.errors import UserError
+from kvarena.harness.files.text_file import check_text
 from kvarena.harness.trace.recipes import Recipe
 
 
@@ -47,17 +48,22 @@ class TextFormat:
 
 Format = LengthFormat | TextFormat
 
-_HUMAN = ("human", "user")
-_ASSISTANT = ("gpt", "chatgpt", "bing", "bard", "assistant")
+_HUMAN = ("human", "user")  # names of speakers, in lower case: everybody writes them as he likes
+_ASSISTANT = ("gpt", "chatgpt", "bing", "bard", "assistant", "model")
+_SYSTEM = ("system",)  # says nothing that is asked or answered
 
 
 def text_field(record: Mapping[str, Any], key: str) -> str:
-    """A field that must be text. Raises MalformedError."""
+    """A field that must be text, and such that can be written. Raises MalformedError."""
     if key not in record:
         raise MalformedError(f"no field {key}")
     value = record[key]
     if not isinstance(value, str):
         raise MalformedError(f"{key} is {shown(value)}, not text")
+    try:
+        check_text(value)
+    except ValueError as error:
+        raise MalformedError(f"{key}: {error}") from error
     return value
 
 
@@ -73,18 +79,33 @@ def _alpaca(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
     return f"{text_field(record, 'instruction')} {given}", text_field(record, "output")
 
 
-def _sharegpt(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str] | None:
-    """The first round of a conversation; None where it has none."""
-    turns = record["conversations"]
+def _first_round(
+    record: Mapping[str, Any], recipe: Recipe, turns_key: str, speaker_key: str, text_key: str
+) -> tuple[str, str] | None:
+    """A question and the answer right behind it, the first of a conversation; None where it has none."""
+    turns = record[turns_key]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise MalformedError(f"conversations is {shown(turns)}, not a list of turns")
+        raise MalformedError(f"{turns_key} is {shown(turns)}, not a list of turns")
     if recipe.any_first_turn:
-        return (text_field(turns[0], "value"), text_field(turns[1], "value")) if len(turns) >= 2 else None
-    speakers = [text_field(turn, "from") for turn in turns]
-    for i in range(len(turns) - 1):
-        if speakers[i] in _HUMAN and speakers[i + 1] in _ASSISTANT:
-            return text_field(turns[i], "value"), text_field(turns[i + 1], "value")
+        return (text_field(turns[0], text_key), text_field(turns[1], text_key)) if len(turns) >= 2 else None
+    asked = False
+    for i, turn in enumerate(turns):
+        speaker = text_field(turn, speaker_key)
+        if asked and speaker.lower() in _ASSISTANT:
+            return text_field(turns[i - 1], text_key), text_field(turn, text_key)
+        if speaker.lower() not in (*_HUMAN, *_ASSISTANT, *_SYSTEM):
+            known = ", ".join(_HUMAN + _ASSISTANT + _SYSTEM)
+            raise MalformedError(f"{speaker_key} is {shown(speaker)}, no speaker that is known: {known}")
+        asked = speaker.lower() in _HUMAN
     return None
+
+
+def _sharegpt(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str] | None:
+    return _first_round(record, recipe, "conversations", "from", "value")
+
+
+def _messages(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str] | None:
+    return _first_round(record, recipe, "messages", "role", "content")
 
 
 def _wmt16(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
@@ -99,6 +120,7 @@ FORMATS: tuple[Format, ...] = (  # the first that fits is taken
     TextFormat("sharegpt", ("conversations",), _sharegpt),
     TextFormat("alpaca", ("instruction", "output"), _alpaca),
     TextFormat("wmt16", ("translation",), _wmt16, few_shot=True),
+    TextFormat("sharegpt", ("messages",), _messages),
     LengthFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "date"),
     LengthFormat("azure", "prompt_tokens", "output_tokens", "arrival_s"),
     LengthFormat("mooncake", "input_length", "output_length", "timestamp", "milliseconds"),
@@ -122,4 +144,5 @@ def fitting(fields: Collection[str], name: str | None) -> Format | None:
 def no_format(fields: Collection[str], name: str | None, source: str) -> UserError:
     """The refusal of a source whose fields fit no format."""
     needed = "; ".join(f"{each.name}: {', '.join(each.required)}" for each in candidates(name))
-    return UserError(f"{source}: its fields ({', '.join(fields) or 'none'}) fit no format. Needed are: {needed}")
+    stated = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in list(fields)[:40])
+    return UserError(f"{source}: its fields ({stated or 'none'}) fit no format. Needed are: {needed}")

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from kvarena.harness.config import load, names
+from kvarena.harness.files.local_file import local_file
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.trace.config import TraceConfig
 
@@ -49,8 +50,8 @@ def filter_of(config: TraceConfig, max_tokens: int | None) -> str:
 
 def hashes(paths: Iterable[str | None]) -> dict[str, str]:
     """The hash of the content of each of these files, by path; names that are no files are left out."""
-    files = {path: Path(path).expanduser() for path in paths if path is not None}
-    return {path: sha256(file) for path, file in files.items() if file.is_file()}
+    files = {path: local_file(path) for path in paths if path is not None}
+    return {path: sha256(file) for path, file in files.items() if file is not None}
 
 
 def sha256(path: Path) -> str:

@@ -29,6 +29,11 @@ def detect(records: Records, format_name: str | None, source: str) -> tuple[Form
     raise no_format(fields, format_name, source)
 
 
+def looks_like(value: Any, format_name: str | None) -> bool:
+    """Whether a value is a record of that format, of any if None."""
+    return isinstance(value, Mapping) and fitting(value, format_name) is not None
+
+
 def well_formed(
     records: Records, form: Format, state: Callable[[Mapping[str, Any]], Stated], bad: BadRecords
 ) -> Iterator[tuple[int, Stated]]:
@@ -43,6 +48,10 @@ def well_formed(
             stated = state(record)
         except MalformedError as error:
             bad.add(number, str(error))
+        except UserError:
+            raise
+        except Exception as error:  # whatever else a record can do: nested too deep to be shown, perhaps
+            bad.add(number, f"{type(error).__name__}: {error}")
         else:
             yield number, stated
 

@@ -1,10 +1,21 @@
 """Text into lengths: what a tokenizer makes of prompts and outputs."""
 
-from typing import Any
-
-from datasets import Dataset
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
+from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.columns import Columns
+
+_BATCH = 1000  # texts that a tokenizer is given at once
+
+
+class Texts(NamedTuple):
+    """What one record states."""
+
+    number: int  # in its source, from 1
+    prompt: str
+    output: str
 
 
 def load_tokenizer(name: str) -> Any:
@@ -19,20 +30,37 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"trace.tokenizer={name}: cannot be loaded: {error}") from error
 
 
-def count_tokens(texts: Dataset, tokenizer: Any) -> Dataset:
-    """Columns prompt and output, text, become token counts: prompt_tokens and output_tokens.
+def count_tokens(texts: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Columns:
+    """Columns of token counts; a record whose text the tokenizer refuses goes to `bad`.
 
     The tokenizer adds its special tokens to both sides, as PagedAttention's artifact has it: with OPT's or LLaMA's
     tokenizer every count includes one BOS, so that an empty text counts 1.
     """
+    columns = Columns([], [], [])
+    for start in range(0, len(texts), _BATCH):
+        for number, prompt, output in _counted(texts[start : start + _BATCH], tokenizer, bad):
+            columns.numbers.append(number)
+            columns.prompt.append(prompt)
+            columns.output.append(output)
+    return columns
 
-    def count(batch: dict[str, list[str]]) -> dict[str, list[int]]:
-        return {
-            f"{side}_tokens": [len(ids) for ids in tokenizer(batch[side], verbose=False)["input_ids"]]
+
+def _counted(batch: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Iterator[tuple[int, int, int]]:
+    """(number, tokens of the prompt, of the output): all at once, or one by one to see which is refused."""
+    try:
+        prompts, outputs = (
+            tokenizer([getattr(each, side) for each in batch], verbose=False)["input_ids"]
             for side in ("prompt", "output")
-        }
-
-    return texts.map(count, batched=True, remove_columns=["prompt", "output"])
+        )
+    except Exception as error:  # whatever a tokenizer raises
+        if len(batch) == 1:
+            bad.add(batch[0].number, f"the tokenizer refuses its text: {type(error).__name__}: {error}")
+            return
+        for each in batch:
+            yield from _counted([each], tokenizer, bad)
+    else:
+        for each, prompt, output in zip(batch, prompts, outputs, strict=True):
+            yield each.number, len(prompt), len(output)
 
 
 def no_tokenizer(source: str, format_name: str) -> UserError:
