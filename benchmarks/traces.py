@@ -1,4 +1,4 @@
-"""What a million requests cost: drawn from a table, read from a CSV, given times. CPU seconds, ratios to plain numpy.
+"""What a million requests cost: drawn from a table, given times. CPU seconds, ratios to plain numpy.
 
     .venv/bin/python -P benchmarks/traces.py
 
@@ -6,10 +6,8 @@ Plain numpy draws as many (prompt, output, gap) without the joint distribution, 
 gives the same trace on every platform. The artifact draws 100 numbers per second of the trace, whatever the rate.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -47,23 +45,18 @@ def seconds(function: Callable[[], None]) -> float:
 
 def main() -> None:
     """Measure and print."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lengths.csv"
-        path.write_text("prompt_tokens,output_tokens\n" + "161,338\n" * REQUESTS)
-        cases: dict[str, Callable[[], None]] = {
-            "plain numpy": plain_numpy,
-            "length table": table,
-            "poisson": lambda: arrivals("poisson"),
-            "gamma": lambda: arrivals("gamma"),
-            "artifact": lambda: arrivals("artifact"),
-        }
-        rounds = [{name: seconds(case) for name, case in cases.items()} for _ in range(ROUNDS)]  # interleaved
-        csv = seconds(lambda: load_trace(TraceConfig(path=str(path))) and None)
+    cases: dict[str, Callable[[], None]] = {
+        "plain numpy": plain_numpy,
+        "length table": table,
+        "poisson": lambda: arrivals("poisson"),
+        "gamma": lambda: arrivals("gamma"),
+        "artifact": lambda: arrivals("artifact"),
+    }
+    rounds = [{name: seconds(case) for name, case in cases.items()} for _ in range(ROUNDS)]  # interleaved
     base = median(each["plain numpy"] for each in rounds)
     for name in cases:
         typical = median(each[name] for each in rounds)
         print(f"{name:<14}{typical:8.3f} s{typical / base:8.1f} x plain numpy")
-    print(f"{'CSV, once':<14}{csv:8.3f} s{csv / base:8.1f} x plain numpy (with the import of datasets)")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def _lines(text: str, bad: Callable[[int, str], None]) -> Iterator[tuple[int, An
         end = _end_of_line(text, start)
         try:
             value, end = _record(text, start)
+            check_text(text[start:end])
         except _UNREADABLE as error:
             bad(number, f"not JSON: {error}")
         else:
@@ -81,9 +82,14 @@ def _array(
             bad(number, f"broken or truncated JSON, {lost}{error}")
             if not found:
                 return
+            continue
+        try:
+            check_text(text[at:end])
+        except ValueError as error:  # nothing behind it is lost by that
+            bad(number, str(error))
         else:
             yield number, value
-            at = end
+        at = end
     if mark != "]" or at != len(text):
         bad(number + 1, f"broken or truncated JSON after record {number}: the array does not end there")
 
@@ -112,9 +118,7 @@ def _next_record(text: str, at: int, is_record: Callable[[Any], bool]) -> tuple[
 
 def _decode(text: str, at: int) -> tuple[Any, int]:
     """The value that begins here, and where it ends. Raises ValueError or RecursionError."""
-    value, end = _DECODER.raw_decode(text, at)
-    check_text(text[at:end])
-    return value, end
+    return _DECODER.raw_decode(text, at)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
