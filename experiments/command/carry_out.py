@@ -1,7 +1,7 @@
 """A run from its configuration to its folder: measured first, then summarised and drawn.
 
-What was measured is never lost to a fault in what is made of it: it is kept, and `./run.sh summarize FOLDER` makes
-summary and figure of it with the code as it is then.
+What was measured is never lost to a fault in what is made of it. Where no summary can be made it is kept; where no
+figure can be drawn the run is finished without. `./run.sh summarize FOLDER` makes both with the code as it is then.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -19,7 +20,17 @@ from kvarena.errors import UserError
 from kvarena.experiments.command import registry
 from kvarena.harness.accounts import replays, told
 from kvarena.harness.accounts.refusals import QUANTITIES, by_system, quantities
-from kvarena.harness.record.record import ADVICE, Frames, Measured, Outcome, Recorder, read_frames, write_summary
+from kvarena.harness.files.content import check_unchanged
+from kvarena.harness.record.record import (
+    ADVICE,
+    Frames,
+    Measured,
+    Outcome,
+    Recorder,
+    read_frames,
+    say_undrawn,
+    write_summary,
+)
 from kvarena.harness.record.summary import SummaryRow, frame, row
 from kvarena.harness.record.writing import explained
 from kvarena.harness.run.published import named
@@ -30,10 +41,10 @@ REFUSALS = "refusals"  # the frame that says how many requests each system refus
 
 
 def carry_out(run: Run[object], recorder: Recorder) -> Outcome:
-    """Measure, summarise and draw."""
+    """Measure, summarise, and draw where that can be done."""
     measured = measure(run, recorder)
     try:
-        return made_of(run, measured)
+        summary = summary_of(run, measured.frames)
     except Exception:
         folder = recorder.keep(measured)
         print(
@@ -42,12 +53,14 @@ def carry_out(run: Run[object], recorder: Recorder) -> Outcome:
             file=sys.stderr,
         )
         raise
+    return Outcome(measured, summary, registry.get(run.experiment).HEADLINE, drawn_if_possible(run.experiment, summary))
 
 
 def measure(run: Run[object], recorder: Recorder) -> Measured:
     """What the experiment measures, with an account of every trace that it told of, and of what systems refused."""
     with told.heard() as facts:
         measured = registry.get(run.experiment).measure(run, recorder)
+    check_unchanged(run.files)
     if accounts := told.accounts(facts):
         traces = replays.by_trace(accounts)
         measured.notes["traces"] = [replays.said(each) for each in traces]
@@ -90,11 +103,17 @@ def _of_refusals(run: Run[object], frames: Frames) -> Iterator[SummaryRow]:
 
 def made_of(run: Run[object], measured: Measured) -> Outcome:
     """Summary and figure of what was measured."""
-    module = registry.get(run.experiment)
     summary = summary_of(run, measured.frames)
-    figure = registry.drawn(run.experiment, summary)
-    figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
-    return Outcome(measured, summary, module.HEADLINE, figure)
+    return Outcome(measured, summary, registry.get(run.experiment).HEADLINE, registry.drawn(run.experiment, summary))
+
+
+def drawn_if_possible(experiment: str, summary: pd.DataFrame) -> Figure | None:
+    """The figure of a summary; None where drawing fails, which is said: the tables do not wait for it."""
+    try:
+        return registry.drawn(experiment, summary)
+    except Exception:
+        say_undrawn()
+        return None
 
 
 def resolved_in(folder: Path) -> Run[object]:

@@ -4,11 +4,12 @@
 
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kvarena.errors import UserError
 from kvarena.experiments.command import multirun, paths, registry, show, sweep
@@ -105,6 +106,7 @@ def _multirun(experiment: str, arguments: list[str]) -> None:
     _compose_and_run()
     folder, outcome = whole.finish()
     show.outcome(outcome, folder)
+    _check_drawn(folder)
 
 
 def _claim(claim_id: str, more: list[str]) -> None:
@@ -135,30 +137,44 @@ def _compose_and_run(config: DictConfig) -> None:
 def _job(config: DictConfig, overrides: list[str]) -> None:
     """One run; of a multirun, those that are one, or each by itself where they cannot be."""
     within = sweep.within()
+    job = HydraConfig.get().job
+    number = 0 if OmegaConf.is_missing(job, "num") else job.num  # a single run has none
     runs = multirun.runs_within(overrides, within) if within else [registry.resolved(config, overrides)]
     one = multirun.as_one(runs, within)
     if one is not None:
         try:
-            return _run(one, overrides)
+            return _run(one, overrides, [number])
         except UserError as error:
             if len(runs) == 1:
                 raise
             print(f"these systems cannot be one run, and are measured one by one: {error}", file=sys.stderr)
-    for run, inner in zip(runs, within, strict=True):
-        _run(run, [*overrides, *inner])
+    for place, (run, inner) in enumerate(zip(runs, within, strict=True)):
+        _run(run, [*overrides, *inner], [number, place])
 
 
-def _run(run: Run[object], overrides: list[str]) -> None:
+def _run(run: Run[object], overrides: list[str], place: list[int]) -> None:
+    """One run; in a sweep the job of that place."""
     job = sweep.job_folder(run.plain())
     if job is not None and job.is_dir():
-        print(f"already measured by this sweep: {' '.join(overrides)}", file=sys.stderr)
-        return
+        when = datetime.fromtimestamp(job.stat().st_mtime).isoformat(timespec="seconds")
+        print(f"already measured by this sweep, {when}: {' '.join(overrides)}", file=sys.stderr)
+        return sweep.note(job, overrides, place)
     if run.clock == "measured":
         set_compute_threads(run.threads)
     recorder = Recorder(run.experiment, run.plain(), job)
     outcome = carry_out(run, recorder)
-    if job is None:
-        show.outcome(outcome, recorder.finish(outcome))
-    else:
+    if job is not None:
         outcome.measured.notes |= sweep.notes(overrides)
         recorder.finish(outcome)
+        return sweep.note(job, overrides, place)
+    folder = recorder.finish(outcome)
+    show.outcome(outcome, folder)
+    _check_drawn(folder)
+
+
+def _check_drawn(folder: Path) -> None:
+    """Raises UserError for a run without its figure."""
+    if not (folder / "figure.png").is_file():
+        raise UserError(
+            f"{folder}: has no figure, for drawing it failed. ./run.sh summarize makes it once that is mended"
+        )

@@ -71,9 +71,14 @@ ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
 
 
 def drawn(name: str, summary: pd.DataFrame) -> Figure:
-    """The figure of an experiment's own rows, with what its systems refused; accounts of traces are in the table."""
-    figure = get(name).draw(own_rows(summary))
-    say_refusals(figure, summary)
+    """The figure of an experiment's own rows, with what its systems refused; accounts of traces are in the table.
+
+    No name in it is a formula.
+    """
+    literal = summary.map(lambda value: value.replace("$", r"\$") if isinstance(value, str) else value)
+    figure = get(name).draw(own_rows(literal))
+    say_refusals(figure, literal)
+    figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
     return figure
 
 

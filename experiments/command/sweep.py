@@ -1,10 +1,11 @@
 """A multirun: each job writes its folder, and when the last has ended all become one.
 
-    results/runs/<experiment>/.unfinished/sweep-<hash>/<job>/   finished jobs of a sweep that has not ended
-    results/runs/<experiment>/<time>-<hash>/                    the whole sweep: aggregated files, and jobs/<job>/
+    results/runs/<experiment>/.unfinished/sweep-<hash>/job-<hash>/   finished jobs of a sweep that has not ended
+    results/runs/<experiment>/.unfinished/sweep-<hash>/.asked/       what this command asks for: of each job, its folder
+    results/runs/<experiment>/<time>-<hash>/                         the whole sweep: aggregated files, and jobs/<job>/
 
 A sweep whose jobs are all one run (`multirun.py`) leaves the folder of that run. The same command continues a sweep
-that was killed: jobs that had ended are not run again.
+that was killed: jobs that had ended are not run again, unless their files hold something else by now.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from kvarena.errors import UserError
 from kvarena.experiments.command import registry
+from kvarena.experiments.command.carry_out import drawn_if_possible
 from kvarena.experiments.command.multirun import SEEDS
 from kvarena.experiments.command.over_seeds import over_seeds
 from kvarena.harness.record.provenance import identity
@@ -33,6 +36,7 @@ from kvarena.harness.record.record import (
     write_outcome,
 )
 from kvarena.harness.record.summary import COLUMNS, KEY
+from kvarena.harness.record.turn import Turn
 from kvarena.harness.record.writing import explained, write_whole
 from kvarena.harness.run.published import OURS
 from kvarena.harness.run.run import Plain
@@ -42,6 +46,7 @@ APART = (
 )
 _VARIABLE = "KVARENA_SWEEP"  # inherited by the worker processes of Hydra's launchers
 _PLAN = ".plan.json"
+_ASKED = ".asked"
 
 
 class Sweep:
@@ -55,35 +60,51 @@ class Sweep:
         self._folder = self._home / ".unfinished" / self._name
         plan = {"command": ["-m", *arguments], "within": list(map(list, within))}
         with explained(self._folder, ADVICE):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._turn = Turn(self._folder.with_name(f"{self._name}.lock"), f"into {self._home}")
+            shutil.rmtree(self._folder / _ASKED, ignore_errors=True)
+            (self._folder / _ASKED).mkdir(parents=True)
             write_whole(self._folder / _PLAN, json.dumps(plan))
         os.environ[_VARIABLE] = str(self._folder)
 
     def finish(self) -> tuple[Path, Outcome]:
         """Make one folder of all jobs. Returns it, and what it says."""
-        jobs = sorted(path.parent for path in self._folder.glob("job-*/summary.csv"))
+        asked = self._asked()
+        jobs = list(asked)
         configs = [OmegaConf.to_container(OmegaConf.load(job / "config.yaml")) for job in jobs]
-        outcome = self._only(jobs[0]) if len(jobs) == 1 else self._aggregate(jobs, configs)
+        outcome = self._only(jobs[0]) if len(jobs) == 1 else self._aggregate(asked, configs)
 
         def write(partial: Path) -> None:
             if len(jobs) == 1:
                 shutil.copytree(jobs[0], partial, dirs_exist_ok=True)
                 return
-            named = {job.name: config for job, config in zip(jobs, configs, strict=True)}
+            names = [f"{number:0{len(str(len(jobs)))}}-{job.name}" for number, job in enumerate(jobs, start=1)]
+            named = dict(zip(names, configs, strict=True))
             write_outcome(partial, outcome, {"arguments": self._arguments, "jobs": named})
-            shutil.copytree(self._folder, partial / "jobs", ignore=shutil.ignore_patterns(".*"))
+            for name, job in zip(names, jobs, strict=True):
+                shutil.copytree(job, partial / "jobs" / name)
 
         with explained(self._home, ADVICE):
             target = publish(self._home, self._name, write)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._turn.end()
         return target, outcome
+
+    def _asked(self) -> dict[Path, list[str]]:
+        """The folder of each job, in the order asked for, and its overrides; of equal jobs those of the first."""
+        asked = dict[Path, list[str]]()
+        for mark in sorted((self._folder / _ASKED).iterdir()):
+            job = json.loads(mark.read_text(encoding="utf-8"))
+            asked.setdefault(self._folder / job["folder"], job["overrides"])
+        return asked
 
     def _only(self, job: Path) -> Outcome:
         headline = registry.get(self._experiment).HEADLINE
         return Outcome(Measured({}), pd.read_csv(job / "summary.csv"), headline)
 
-    def _aggregate(self, jobs: list[Path], configs: list[Any]) -> Outcome:  # as YAML has them
-        overrides = [json.loads((job / "provenance.json").read_text())["job"] for job in jobs]
+    def _aggregate(self, asked: dict[Path, list[str]], configs: list[Any]) -> Outcome:  # as YAML has them
+        check_same_files(configs)
+        jobs, overrides = list(asked), list(asked.values())
         labels = differing([[o for o in each if _key(o) not in SEEDS] for each in overrides])
         alike = {label: [job for job, own in zip(jobs, labels, strict=True) if own == label] for label in labels}
         tables = {label: over_seeds([pd.read_csv(job / "summary.csv") for job in of]) for label, of in alike.items()}
@@ -91,7 +112,7 @@ class Sweep:
         timed = len(tables) > 1 and any(config["clock"] == "measured" for config in configs)
         measured = Measured(_frames(jobs, differing(overrides)), {"remark": APART} if timed else {})
         module = registry.get(self._experiment)
-        return Outcome(measured, summary, module.HEADLINE, registry.drawn(self._experiment, summary))
+        return Outcome(measured, summary, module.HEADLINE, drawn_if_possible(self._experiment, summary))
 
 
 def within() -> list[list[str]]:
@@ -108,6 +129,24 @@ def job_folder(config: Plain) -> Path | None:
     return Path(home) / f"job-{digest[:12]}"
 
 
+def note(job: Path, overrides: Sequence[str], place: Sequence[int]) -> None:
+    """Note a job that has ended, now or before. place: Hydra's number of it, and that of the run within it."""
+    mark = job.parent / _ASKED / "-".join(f"{number:09}" for number in place)
+    write_whole(mark, json.dumps({"folder": job.name, "overrides": list(overrides)}))
+
+
+def check_same_files(configs: Sequence[Plain]) -> None:
+    """Raises UserError where jobs have read a file that held something else for each: that is no comparison."""
+    held = dict[str, str]()
+    for config in configs:
+        for path, content in config.get("files", {}).items():
+            if held.setdefault(path, content) != content:
+                raise UserError(
+                    f"{path}: was changed while the sweep ran, so that its jobs have read different contents. The same "
+                    "command measures again what the file was changed for"
+                )
+
+
 def notes(overrides: Sequence[str]) -> dict[str, object]:
     """What a job's provenance says: its own overrides, and the command of its sweep."""
     return {"job": list(overrides), "command": _plan()["command"]}
@@ -115,7 +154,7 @@ def notes(overrides: Sequence[str]) -> dict[str, object]:
 
 def _plan() -> Plain:
     home = os.environ.get(_VARIABLE)
-    return {} if home is None else dict(json.loads((Path(home) / _PLAN).read_text()))
+    return {} if home is None else dict(json.loads((Path(home) / _PLAN).read_text(encoding="utf-8")))
 
 
 def differing(jobs: Sequence[Sequence[str]]) -> list[str]:

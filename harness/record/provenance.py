@@ -5,50 +5,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from kvarena.harness.paths import ROOT
+from kvarena.harness.record.code_state import git_state
 
 _LIBRARIES = ("torch", "numpy", "numba", "pandas", "triton", "vllm", "flash-attn", "flashinfer-python", "cuda-bindings")
-
-
-@cache
-def git_state() -> dict[str, Any]:
-    """Commit, whether the tree is dirty, and a hash of what is uncommitted.
-
-    Outside a git checkout the commit is what KVARENA_COMMIT says (a copy that was taken to another machine has no
-    history), and whether the copy was changed is not known: None.
-    """
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": os.environ.get("KVARENA_COMMIT"), "dirty": None, "diff_sha256": None}
-    # Results and notebooks are outputs: writing them must not change the identity of the code that wrote them.
-    code = (":(exclude)results", ":(exclude)notebooks")
-    diff = _git("diff", "HEAD", "--", ".", *code) or ""
-    untracked = _git("ls-files", "--others", "--exclude-standard", "--", ".", *code) or ""
-    changed = "\n".join(filter(None, (diff, *(_file_hash(name) for name in untracked.splitlines()))))
-    return {
-        "commit": commit,
-        "dirty": bool(changed),
-        "diff_sha256": hashlib.sha256(changed.encode()).hexdigest() if changed else None,
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _file_hash(name: str) -> str:
-    path = ROOT / name
-    return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else name
 
 
 @cache

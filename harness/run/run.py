@@ -14,6 +14,7 @@ from kvarena.harness.modelled.device_model import DeviceConfig
 from kvarena.harness.modelled.engine_config import EngineConfig
 from kvarena.harness.requests.decoding import GREEDY, DecodingConfig
 from kvarena.harness.run import schemas, systems
+from kvarena.harness.run.contents import contents
 from kvarena.harness.run.fit import check_fit
 from kvarena.harness.run.named_systems import build, check_written_once, kept, there_are
 from kvarena.harness.run.numbers import check_given_params, check_numbers
@@ -22,7 +23,6 @@ from kvarena.harness.run.systems import System
 from kvarena.harness.trace.arrival import UNDRAWN, ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import chosen_arrivals
-from kvarena.harness.trace.published_files import hashes
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
@@ -51,15 +51,6 @@ class Stretched(Protocol):
         """Tokens of the longest sequence; None: the model's."""
 
 
-@runtime_checkable
-class ReadsFiles(Protocol):
-    """Params of an experiment that replays several traces."""
-
-    @property
-    def paths(self) -> Mapping[str, str | None]:
-        """The local file of each trace; None: its table."""
-
-
 @dataclass(frozen=True, slots=True)
 class Run(Generic[P]):
     """One resolved run of one experiment; `P` is the dataclass of its own keys. `Run[object]` is of any."""
@@ -76,7 +67,7 @@ class Run(Generic[P]):
     decoding: DecodingConfig = GREEDY  # of every request, unless trace.mix says otherwise
     threads: int | None = None  # compute threads; None: as kernels/threads.py chooses
     arrival_chosen: str = ""  # by whom: of file_arrivals.py
-    files: dict[str, str] = field(default_factory=dict)  # the traces' files by path: hash of the content
+    files: dict[str, str] = field(default_factory=dict)  # read by it, by path: hash of the content
     # What the experiment states, and what the user wrote: no part of what defines the numbers.
     published: dict[str, Figure] = field(default_factory=dict)  # by figure: what its points ran with
     reads: tuple[str, ...] = ()  # groups of keys that this experiment reads under this clock
@@ -178,9 +169,9 @@ def resolve(
         check_numbers(group, getattr(run, group))
     check_given_params(run.params, given)
     told.forget()  # what a run says of its traces it says anew
+    run = replace(run, files=contents(run))  # before anything is read: what changes later is noticed
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
-    paths = [run.trace.path, *(run.params.paths.values() if isinstance(run.params, ReadsFiles) else ())]
-    return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by, files=hashes(paths))
+    return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by)
 
 
 def _check_listed(listed: Sequence[str], written: Sequence[str] | None, given: Sequence[str]) -> None:

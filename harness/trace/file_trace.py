@@ -1,5 +1,6 @@
 """A trace from records: what a recipe keeps of them, in the order and number asked for."""
 
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvarena.errors import UserError
-from kvarena.harness.files.local_file import local_file
+from kvarena.harness.files.content import hashes
 from kvarena.harness.seeded import Stream
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.config import TraceConfig
@@ -16,31 +17,32 @@ from kvarena.harness.trace.few_shot import prefix_path
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.trace import Ints, Trace
 
-_Stamp = tuple[str, int, int]  # a file's path, time of change, size
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # no tokenizer reads them
 
 
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
     fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
-    stamps = _stamp(local_file(str(config.path))), _stamp(prefix_path(config))
-    trace = _kept(fields, recipe, max_tokens, stamps)
+    trace = _kept(fields, recipe, max_tokens, tuple(hashes(files_of(config)).values()))
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
     facts = {"shuffle": config.shuffle, "seed": config.seed, "requests": count, "rounds": -(-count // len(trace))}
     return trace.take(np.resize(order, count)).noting(**facts)
 
 
-def _stamp(path: Path | None) -> _Stamp:
-    """What changes when the file does."""
-    if path is None:
-        return "", 0, 0
-    stat = path.stat()
-    return str(path.resolve()), stat.st_mtime_ns, stat.st_size
+def files_of(config: TraceConfig) -> Iterator[str]:
+    """Everything that a trace of a file is read from: the file, what its prompts begin with, and its tokenizer."""
+    yield str(config.path)
+    prefix = None if config.examples is None else prefix_path(config)
+    if prefix is not None:
+        yield str(prefix)
+    words = [] if config.tokenizer is None else sorted(Path(config.tokenizer).glob("*"))
+    yield from (str(file) for file in words if file.is_file() and file.suffix not in _WEIGHTS)
 
 
 @lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
-def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, stamps: tuple[_Stamp, _Stamp]) -> Trace:
-    """Every request that the recipe keeps and the context holds, and the counts of the others."""
+def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, held: tuple[str, ...]) -> Trace:
+    """Every request that the recipe keeps and the context holds, and the counts of the others. held: by its files."""
     from kvarena.harness.trace.reading import read  # imports pandas and pyarrow, which take a while
 
     config = TraceConfig(*fields)

@@ -4,13 +4,12 @@ A paper's filter belongs to its data. Of anybody else's, it would leave out requ
 """
 
 import csv
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 
 from kvarena.harness.config import load, names
-from kvarena.harness.files.local_file import local_file
+from kvarena.harness.files.content import hashes
 from kvarena.harness.paths import PUBLISHED
 from kvarena.harness.trace.config import TraceConfig
 
@@ -46,24 +45,6 @@ def filter_of(config: TraceConfig, max_tokens: int | None) -> str:
     if is_published(config):
         return config.paper_filter
     return "none" if max_tokens is None else FITS_CONTEXT
-
-
-def hashes(paths: Iterable[str | None]) -> dict[str, str]:
-    """The hash of the content of each of these files, by path; names that are no files are left out."""
-    files = {path: local_file(path) for path in paths if path is not None}
-    return {path: sha256(file) for path, file in files.items() if file is not None}
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content; a file that has not changed is hashed once."""
-    stat = path.stat()
-    return _sha256(path.resolve(), stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=64)
-def _sha256(path: Path, changed_ns: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _listed() -> set[tuple[str | None, str]]:

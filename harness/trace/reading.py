@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
+from kvarena.harness.files.content import check_unchanged, sha256
 from kvarena.harness.files.json_file import json_records
 from kvarena.harness.files.local_file import local_file
 from kvarena.harness.files.parquet_file import is_parquet, parquet_records
@@ -16,7 +17,6 @@ from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.csv_file import read_csv
 from kvarena.harness.trace.few_shot import few_shot
 from kvarena.harness.trace.formats import TextFormat
-from kvarena.harness.trace.published_files import sha256
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.records import Records, detect, length_columns, looks_like, well_formed
 from kvarena.harness.trace.texts import Texts, count_tokens, load_tokenizer, no_tokenizer
@@ -41,6 +41,7 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     if path is not None:
         origin: dict[str, Any] = {"path": str(path), "sha256": sha256(path)}
         columns, facts = _read_file(path, config, recipe, bad)
+        check_unchanged({str(path): origin["sha256"]})
     elif not _HUB_NAME.fullmatch(source) or source.endswith(_FILE_ENDINGS):
         raise UserError(f"trace.path={source}: no such file (nor is it a hub's owner/name)")
     else:

@@ -26,7 +26,8 @@ def run(case: str, context: Context) -> Values:
     folder, cuda = Folder(context.folder), torch.cuda.is_available()
     folder.write_environment({"cuda": cuda})  # first: what else is found here may take its time, or fail
 
-    from kvarena.harness.record.provenance import git_state, libraries, machine
+    from kvarena.harness.record.code_state import git_state
+    from kvarena.harness.record.provenance import libraries, machine
 
     kernels = {name: missing(spec) or "present" for name, (spec, *_) in CATALOGUE.items()}
     found = {

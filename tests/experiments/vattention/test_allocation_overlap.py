@@ -15,6 +15,7 @@ from kvarena.experiments.vattention.allocation_overlap import _names, events, hi
 from kvarena.experiments.vattention.mapped_system import the_system
 from kvarena.experiments.vattention.overlap_cell import Way, _prime, system_in
 from kvarena.experiments.vattention.overlap_replay import decode_only, replayed
+from kvarena.harness.files.content import sha256
 from kvarena.harness.requests.request import Request
 from kvarena.harness.trace import published_files
 
@@ -143,7 +144,7 @@ def listed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file that counts as the published requests."""
     path = tmp_path / "lengths.csv"
     path.write_text("prompt_tokens,output_tokens\n" + "".join(f"{1900 + i},{200 + i}\n" for i in range(8)))
-    known = (published_files.sha256(path), "vattention_overlap")
+    known = (sha256(path), "vattention_overlap")
     monkeypatch.setattr(published_files, "_listed", lambda: {known})
     return f"trace.path={path}"
 

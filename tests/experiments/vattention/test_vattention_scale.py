@@ -10,6 +10,7 @@ from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.long_contexts import runs_of_long_contexts
 from kvarena.experiments.kit.published_models import runs_by_model
 from kvarena.experiments.vattention.decode_modelled import named_at
+from kvarena.harness.files.content import sha256
 from kvarena.harness.run.published import named
 from kvarena.harness.trace import published_files
 
@@ -31,7 +32,7 @@ def listed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], st
     def write(trace: str, text: str) -> str:
         path = tmp_path / "lengths.csv"
         path.write_text(text)
-        known = (published_files.sha256(path), trace)
+        known = (sha256(path), trace)
         monkeypatch.setattr(published_files, "_listed", lambda: {known})
         return str(path)
 
