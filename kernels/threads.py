@@ -6,19 +6,28 @@ spin on the cores that the other pool wants.
 """
 
 import os
+from pathlib import Path
+
+from kvarena.cgroups import cpu_quota
 
 _SMALL_MACHINE = 2  # cores
 
 _threads: int | None = None
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: those it may run on, and no more than its control groups give it time for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def default_threads() -> int:
-    """One on a small machine, else one per core."""
+    """What the environment asks of OpenMP, or a cluster gives the task; else one on a small machine or one per core."""
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        asked = os.environ.get(name, "").partition(",")[0]  # OpenMP takes a number for each level
+        if asked.isdigit() and int(asked) > 0:
+            return int(asked)
     cores = usable_cores()
     return 1 if cores <= _SMALL_MACHINE else cores
 

@@ -2,9 +2,11 @@
 
 import sys
 
+from kvarena.caches import settle
 from kvarena.errors import UserError
 
 try:
+    settle()
     if sys.argv[1:2] == ["gpu-validation"]:  # runs where there is no Hydra, as on a borrowed machine
         from kvarena.experiments.gpu_validation.command import main as validate
 

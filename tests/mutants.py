@@ -341,5 +341,13 @@ MUTANTS = [
          "return path if _is_read(path) else in_quotes(path)"),
         ("a comma parts a file's name", "yield \",\".join(pieces[start:end])", "yield from pieces[start:end]"),
     ),
+    *of("kvarena/cgroups.py", "trouble/test_containers.py",
+        ("only the process's own group limits it", "for each in (own, *own.parents)", "for each in (own,)"),
+        ("the page cache counts as taken", "limit - max(0, use - _stated(group / \"memory.stat\", cached))",
+         "limit - use"),
+    ),
+    *of("kvarena/caches.py", "trouble/test_other_user.py",
+        ("anybody's folder is trusted", "return folder if trusted and can_write(folder) else None", "return folder"),
+    ),
 ]
 # fmt: on

@@ -1,29 +1,22 @@
 """How much physical memory this process may still take."""
 
+import os
 from pathlib import Path
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUPS = (  # limit, use: version 2, version 1
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+from kvarena.cgroups import memory_left
 
 
-def available_bytes() -> int:
+def available_bytes(root: Path = Path("/")) -> int:
     """Bytes that can still become resident: the kernel kills a process that takes more, it does not refuse."""
-    available = [left for limit, use in _CGROUPS if (left := _left(limit, use)) is not None]
-    return min([_mem_available(), *available])
+    left = memory_left(root)
+    return _mem_available(root) if left is None else min(left, _mem_available(root))
 
 
-def _mem_available() -> int:
-    for line in _MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{_MEMINFO} has no MemAvailable")
-
-
-def _left(limit: Path, use: Path) -> int | None:
+def _mem_available(root: Path) -> int:
+    """What the machine has left, reclaimable pages included; free pages alone where /proc does not tell."""
     try:
-        return max(0, int(limit.read_text()) - int(use.read_text()))
-    except (OSError, ValueError):  # no such controller, or "max"
-        return None
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return told[0] if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

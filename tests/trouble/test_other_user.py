@@ -1,0 +1,134 @@
+"""Issue G, number 11: another user's machine, where the home, the checkout or the system gives nothing."""
+
+import os
+import pwd
+import stat
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvarena.caches import own_folder, settle, shared_folder
+from kvarena.errors import UserError
+from kvarena.kernels import jit
+
+CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home that nothing can be made in, which stops root too, and a folder of temporary files."""
+    (tmp_path / "home").write_text("in the way")
+    (tmp_path / "tmp").mkdir()
+    for name in CACHES:
+        monkeypatch.setenv(name, "")  # so that what is set is given back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`docker run --user 12345`: no HOME, and no such user in /etc/passwd."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.parametrize("home", ["unwritable", "none", "cache"])
+def test_caches_of_a_user_without_a_home_go_to_one_folder(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    if home == "none":
+        no_home(monkeypatch)
+    elif home == "cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(machine / "home" / "cache"))
+    settle()
+    ours = machine / "tmp" / f"kvarena-{os.getuid()}"
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+    assert str(ours) in capsys.readouterr().err
+    assert all(Path(os.environ[name]).is_relative_to(ours) for name in CACHES)
+    settle()  # a second command finds it, and a child of the first has nothing to say
+    assert (list((machine / "tmp").iterdir()), capsys.readouterr().err) == ([ours], "")
+
+
+def test_a_user_with_a_home_keeps_it(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(machine))
+    settle()
+    assert own_folder() == machine / ".cache"
+    assert not set(CACHES) & set(os.environ)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_user_chose_stays(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLCONFIGDIR", "/chosen")
+    settle()
+    assert os.environ["MPLCONFIGDIR"] == "/chosen"
+
+
+@pytest.mark.parametrize("made", ["link", "open", "file"])
+def test_nobody_elses_folder_is_trusted(machine: Path, made: str) -> None:
+    """Machine code is loaded from there."""
+    ours = machine / "tmp" / f"kvarena-{os.getuid()}"
+    if made == "link":
+        (machine / "elsewhere").mkdir()
+        ours.symlink_to(machine / "elsewhere")
+    elif made == "open":
+        ours.mkdir()
+        ours.chmod(0o777)
+    else:
+        ours.touch()
+    assert shared_folder() is None
+
+
+def test_where_nothing_can_be_written_it_is_said(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine / "tmp").rmdir()
+    with pytest.raises(UserError, match="TMPDIR"):
+        settle()
+    no_home(monkeypatch)
+    with pytest.raises(UserError, match="TMPDIR"):
+        settle()
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o777, 0o077), (0o077, 0o077), (0o022, 0o022)])
+def test_what_is_written_can_be_read_again(machine: Path, mask: int, expected: int) -> None:
+    before = os.umask(mask)
+    try:
+        settle()
+        assert os.umask(before) == expected
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_numba_compiles_wherever_it_may_keep_its_code(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], temporary: bool
+) -> None:
+    """Beside the source, below the home, among temporary files; and where none can be written, not at all."""
+    (machine / "source").mkdir()
+    (machine / "source" / "__pycache__").write_text("in the way")
+    monkeypatch.setattr(jit, "_PACKAGE", machine / "source")
+    jit.cache_folder.cache_clear()
+    if not temporary:
+        (machine / "tmp").rmdir()
+
+    def total(values: np.ndarray) -> float:
+        return values.sum() + 1
+
+    try:
+        assert jit.jit(total)(np.arange(4.0)) == 7
+        folder = jit.cache_folder()
+    finally:
+        jit.cache_folder.cache_clear()
+    said = capsys.readouterr().err
+    if temporary:
+        assert folder is not None
+        assert folder.is_relative_to(machine / "tmp")
+        assert [path.suffix for path in sorted(folder.rglob("*.nb?"))] == [".nbc", ".nbi"]
+    assert ("compiles anew" in said) == (not temporary)
