@@ -87,8 +87,9 @@ def _seconds(values: Any, unit: str, counted: NDArray[np.bool_]) -> NDArray[np.f
     """Seconds since the trace began, NaN where a stamp cannot be read; dates count from the first of those counted."""
     if unit == "date":
         dates = pd.to_datetime(pd.Series(values), format="ISO8601", errors="coerce", utc=True)
-        nanoseconds = dates - dates[counted].min()
-        return np.asarray(nanoseconds / pd.Timedelta(seconds=1), np.float64)
+        first = dates[counted].min()
+        near = dates.where(dates.dt.year <= first.year + 1)  # a difference of centuries would not fit into 64 bits
+        return np.asarray((near - first) / pd.Timedelta(seconds=1), np.float64)
     return _number(values) / (1000 if unit == "milliseconds" else 1)
 
 

@@ -44,7 +44,7 @@ def read_csv(lines: Iterable[str], format_name: str | None, bad: BadRecords) -> 
         try:
             fields = _fields(line, separator, len(names))
             values = [column.read(fields[column.place]) for column in columns.values()]
-        except (ValueError, csv.Error) as error:
+        except ValueError as error:
             bad.add(number, str(error))
         else:
             numbers.append(number)
@@ -101,7 +101,7 @@ def _columns(form: LengthFormat, names: list[str], source: str) -> dict[str, _Co
 
 
 def _fields(line: str, separator: str, width: int) -> list[str]:
-    """The values of a line. Raises ValueError or csv.Error for one that does not fit the header."""
+    """The values of a line. Raises ValueError for one that does not fit the header."""
     if not line.isascii():
         check_text(line)
     if '"' not in line:
@@ -109,7 +109,10 @@ def _fields(line: str, separator: str, width: int) -> list[str]:
     elif line.count('"') % 2:
         raise ValueError("an odd number of quotes: one that nothing closes, or a value with an end of line in it")
     else:
-        fields = next(csv.reader([line], delimiter=separator, strict=True))
+        try:
+            fields = next(csv.reader([line], delimiter=separator, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"quotes out of place: {error}") from error
     if len(fields) != width:
         raise ValueError(f"{len(fields)} fields, the header has {width}")
     return fields

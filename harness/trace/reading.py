@@ -61,10 +61,10 @@ def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords)
     if is_parquet(path):
         return _read_records(parquet_records(path, bad.add), config, recipe, bad)
     with opened(path) as file:
-        first = next(filter(str.strip, file), "").lstrip()
+        first = next(filter(str.strip, file), "")
         if not first:
             raise UserError(f"trace.path={path}: is empty")
-        if first[0] not in "[{":
+        if first.lstrip()[0] not in "[{":
             form, columns = read_csv(chain([first], file), config.format, bad)
             return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
         file.seek(0)
@@ -87,7 +87,7 @@ def _from_hub(config: TraceConfig) -> Any:
 def _read_records(
     records: Records, config: TraceConfig, recipe: Recipe, bad: BadRecords
 ) -> tuple[Columns, dict[str, Any]]:
-    form, records = detect(records, config.format, str(config.path))
+    form, records = detect(records, config.format, bad)
     if isinstance(form, TextFormat):
         columns, facts = _count_texts(records, form, config, recipe, bad)
         return columns, {"format": form.name, "tokenizer": config.tokenizer} | facts

@@ -14,8 +14,11 @@ Records = Iterator[tuple[int, Any]]  # (number from 1, value)
 Stated = TypeVar("Stated")
 
 
-def detect(records: Records, format_name: str | None, source: str) -> tuple[Format, Records]:
-    """The format of the first record that fits one, and the records again, from the first. Raises UserError."""
+def detect(records: Records, format_name: str | None, bad: BadRecords) -> tuple[Format, Records]:
+    """The format of the first record that fits one, and the records again, from the first. Raises UserError.
+
+    bad: where those go that cannot be read.
+    """
     passed, fields = [], dict[str, None]()
     for number, value in records:
         passed.append((number, value))
@@ -25,8 +28,8 @@ def detect(records: Records, format_name: str | None, source: str) -> tuple[Form
                 return form, chain(passed, records)
             fields |= dict.fromkeys(map(str, value))
     if not passed:
-        raise UserError(f"{source}: holds no record")
-    raise no_format(fields, format_name, source)
+        raise UserError(f"{bad.source}: holds no record{''.join(f'; {reason}' for reason in bad.reasons)}")
+    raise no_format(fields, format_name, bad.source)
 
 
 def looks_like(value: Any, format_name: str | None) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
@@ -12,6 +12,7 @@ from kvarena.experiments.command import show
 from kvarena.experiments.command.carry_out import carry_out
 from kvarena.experiments.command.compose import compose_run
 from kvarena.harness.record.record import Outcome, Recorder
+from kvarena.harness.trace import Trace, TraceConfig, load_trace
 
 
 class Done(NamedTuple):
@@ -36,6 +37,19 @@ class Done(NamedTuple):
     def words(self) -> str:
         """All that is written above the figure's panels."""
         return " ".join(" ".join(text.get_text() for text in self.outcome.figure.texts).split())
+
+
+class Loaded(NamedTuple):
+    """What is kept of a file, how many records it has, and which of them are bad: the first five, from 1."""
+
+    trace: Trace
+    read: int
+    bad: list[int]
+
+    @property
+    def prompts(self) -> list[int]:
+        """Prompt lengths of what is kept."""
+        return self.trace.prompt_tokens.tolist()
 
 
 @pytest.fixture
@@ -65,3 +79,20 @@ def own(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Callable[..., Loaded]:
+    """`loaded(content, keys of the trace...)`: what is kept of a file of that content, and which records are bad."""
+
+    def load(content: str | bytes, name: str = "trace", **keys: Any) -> Loaded:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        trace = load_trace(TraceConfig(path=str(path), **{"on_bad_record": "skip", **keys}))
+        facts = trace.provenance
+        told = [int(reason.split(":")[0].removeprefix("record ")) for reason in facts["malformed_reasons"]]
+        assert len(told) == min(5, facts["malformed"])
+        assert facts["read"] == facts["malformed"] + facts["without_request"] + facts["filtered"] + len(trace)
+        return Loaded(trace, facts["read"], told)
+
+    return load
