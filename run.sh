@@ -22,7 +22,7 @@ usage() {
         "  ./run.sh regression [--base REV]          say whether anything got worse; --help says more" \
         "  ./run.sh report                           write results/report.html and results/SCORECARD.md" \
         "  ./run.sh claim=ID [key=value ...]         run what one claim of the papers needs, and judge it" \
-        "  ./run.sh gpu-validation --out DIR         run what needs a GPU in one go; --help says more" \
+        "  ./run.sh gpu-validation --out DIR         run what needs a GPU, by plans of 300 s; --help says more" \
         "  ./run.sh test [pytest arguments]          run the tests" \
         "  ./run.sh mutants [NAME ...]               plant small faults one by one, and see whether tests fail" \
         "  ./run.sh lint                             ruff and mypy" \

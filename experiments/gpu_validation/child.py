@@ -1,19 +1,16 @@
-"""The process of one step: `python -m kvarena.experiments.gpu_validation.child STEP DEVICE FOLDER SCRATCH CASE...`.
+"""What the process of one row does: it runs cases in order and writes a record after each.
 
-It runs the cases in order and writes a record after each. Where it dies, the parent knows from the records in which
-case that was. A fault on a GPU is an exception that leaves the context useless: then it asks for another process.
+Where it dies, the parent knows from the records in which case that was. A fault on a GPU is an exception that leaves
+the context useless: then it asks for another process.
 """
 
-import os
-import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from kvarena.errors import UserError
+from kvarena.experiments.gpu_validation.code import code_of
 from kvarena.experiments.gpu_validation.folder import Folder
-from kvarena.experiments.gpu_validation.plan import step_named
 from kvarena.experiments.gpu_validation.record import (
     FailedError,
     NotRunError,
@@ -28,14 +25,12 @@ from kvarena.experiments.gpu_validation.step import Context, Step
 START_ANOTHER = 64  # exit status: the last case is recorded, the rest needs a fresh process
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(step: Step, cases: Sequence[str], context: Context) -> int:
     """Run the cases. Returns the exit status."""
-    name, device, folder, scratch, *cases = arguments
-    step, context = step_named(name), Context(device, Path(folder), Path(scratch))
     for case in cases:
         record = ended(step, case, context)
         Folder(context.folder).add(record)
-        if record.result is Result.FAULTED or (record.result is Result.FAILED and not _context_works(device)):
+        if record.result is Result.FAULTED or (record.result is Result.FAILED and not _context_works(context.device)):
             return START_ANOTHER
     return 0
 
@@ -44,8 +39,8 @@ def ended(step: Step, case: str, context: Context) -> Record:
     """Run one case; whatever happens is its record."""
     start = time.perf_counter()
     result, reason, values = _outcome(step, case, context)
-    origin = Folder(context.folder).origin()
-    return Record(step.name, case, result, reason, values, round(time.perf_counter() - start, 2), now(), origin)
+    seconds, origin = round(time.perf_counter() - start, 2), Folder(context.folder).origin()
+    return Record(step.name, case, result, reason, values, seconds, now(), origin, code_of(step, case))
 
 
 def _outcome(step: Step, case: str, context: Context) -> tuple[Result, str, Values]:
@@ -74,13 +69,6 @@ def _context_works(device: str) -> bool:
 
     try:
         torch.cuda.synchronize()
-    except RuntimeError:
+    except Exception:  # of any kind: the next process finds out
         return False
     return True
-
-
-if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # tensors over addresses must not be taken down in an order of the interpreter's choice

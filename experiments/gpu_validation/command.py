@@ -10,17 +10,17 @@ from pathlib import Path
 
 from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation import matrix
-from kvarena.experiments.gpu_validation.folder import Folder
-from kvarena.experiments.gpu_validation.plan import STEPS, step_named
+from kvarena.experiments.gpu_validation.folder import LIMIT_BYTES, Folder
+from kvarena.experiments.gpu_validation.plan import ALL, ENVIRONMENT, ONE, PLANS, Planned, each_once
 from kvarena.experiments.gpu_validation.record import BAD, Record
-from kvarena.experiments.gpu_validation.session import Session
-from kvarena.experiments.gpu_validation.step import Step
+from kvarena.experiments.gpu_validation.session import Session, preload
+from kvarena.experiments.gpu_validation.step import step_named
 
 ALL_PASSED, SOMETHING_BAD, USER_ERROR, NO_GPU = 0, 1, 2, 4
 
 _EPILOG = """\
 exit status: 0 nothing failed, 1 something failed, faulted or timed out, 2 a mistake of yours, 4 there is no GPU.
-A second run over the same folder runs what has not passed yet."""
+A second run over the same folder runs what has not passed yet under the code as it is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,9 +40,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results: five flat files")
+    parser.add_argument("--plan", type=int, choices=PLANS, help="1: what all else rests on; 2: what failed, the rest")
     parser.add_argument("--only", action="append", metavar="STEP", help="run this step; may be repeated")
-    parser.add_argument("--list", action="store_true", help="print the steps and their cases")
-    parser.add_argument("--budget-s", type=float, default=480.0, metavar="S", help="of the whole session (480)")
+    parser.add_argument("--case", action="append", metavar="CASE", help="run this case; may be repeated")
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases, with the seconds they are assumed to take"
+    )
+    parser.add_argument("--budget-s", type=float, default=300.0, metavar="S", help="of the whole session (300)")
+    parser.add_argument(
+        "--max-mib", type=int, default=LIMIT_BYTES >> 20, metavar="N", help="of all that is written to DIR (16)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="EARLIER", help="an earlier session's folder: go on from there")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, with CPU kernels and host driver"
     )
@@ -54,12 +62,10 @@ def _run(given: argparse.Namespace) -> int:
     if given.docs:
         matrix.write_docs()
         return ALL_PASSED
-    steps = [STEPS[0], *map(step_named, given.only)] if given.only else list(STEPS)
-    steps = list(dict.fromkeys(steps))
     if given.list:
-        for step in steps:
-            print(f"{step.name} (at most {step.limit_s:g} s): {step.about}")
-            print("".join(f"    {case}\n" for case in step.cases(given.device)), end="")
+        for row, cases in _asked(given, []):
+            print(f"{row.step.name}, {row.case_s:g} s each: {row.step.about}")
+            print("".join(f"    {case}\n" for case in cases), end="")
         return ALL_PASSED
     if given.out is None:
         raise UserError("gpu-validation: --out DIR says where the results go")
@@ -69,15 +75,42 @@ def _run(given: argparse.Namespace) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {given.out}: the folder cannot be made: {error.strerror}") from error
-    return _status(_validated(Folder(given.out.resolve()), steps, given), given.device)
+    folder = Folder(given.out.resolve(), given.max_mib << 20)
+    if given.resume is not None:
+        folder.take_over(given.resume)
+    return _status(_validated(folder, _asked(given, folder.records()), given), given.device)
 
 
-def _validated(folder: Folder, steps: Sequence[Step], given: argparse.Namespace) -> list[Record]:
+def _asked(given: argparse.Namespace, records: Sequence[Record]) -> list[Planned]:
+    """What is to run, in order: the environment, then a plan's rows or all. Raises UserError for unknown names.
+
+    Plan 2 begins with what plan 1 has a record of: only what has not passed is run.
+    """
+    keys = {record.key for record in records}
+    steps = [ENVIRONMENT.step, *map(step_named, given.only)] if given.only else [row.step for row in ALL]
+    planned = each_once(PLANS[given.plan] if given.plan else ALL, given.device)
+    if given.plan == 2:
+        tried = [(row, [c for c in cases if (row.step.name, c) in keys]) for row, cases in each_once(ONE, given.device)]
+        planned = [planned[0], *tried, *planned[1:]]
+    planned = [(row, cases) for row, cases in planned if row.step in steps]
+    if given.case:
+        known = [case for _, cases in planned for case in cases]
+        if unknown := [case for case in given.case if case not in known]:
+            raise UserError(f"--case {unknown[0]}: no such case here. There are: {'; '.join(known)}")
+        planned = [
+            (row, cases if row is ENVIRONMENT else [c for c in cases if c in given.case]) for row, cases in planned
+        ]
+    return [(row, cases) for row, cases in planned if cases]
+
+
+def _validated(folder: Folder, planned: Sequence[Planned], given: argparse.Namespace) -> list[Record]:
     """Run the steps. Where the folder takes no more, the experiments' runs that are not in it yet are left outside."""
     with tempfile.TemporaryDirectory(prefix="kvarena-validation-", ignore_cleanup_errors=True) as scratch:
         try:
+            session = Session(folder, given.device, Path(scratch), given.budget_s)
             folder.unpack(Path(scratch))
-            return Session(folder, given.device, Path(scratch), given.budget_s).run(steps)
+            preload(planned)
+            return session.run(planned)
         except UserError as error:
             runs = Path(scratch, "runs")
             if not runs.is_dir():

@@ -4,30 +4,37 @@ validation.jsonl   a line for each case, as they come (record.py)
 matrix.md          the same as a table
 environment.json   machine, versions, commit
 log.txt            what the children printed
-kept.tar.xz        the experiments' runs, as results/ wants them
+kept.tar.xz        the experiments' runs, as results/ wants them; unfinished/ holds the cells of one that was killed
+
+Together they stay below a limit: what a borrowed machine sends back is limited.
 """
 
 import io
 import json
+import shutil
 import tarfile
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation import matrix, record
 from kvarena.experiments.gpu_validation.record import Origin, Record, Values
 from kvarena.harness.record.writing import explained, write_whole
 
-LARGE_BYTES = 1 << 20  # a table of single steps beyond this is not kept
+LIMIT_BYTES = 16 << 20  # of all files, unless told otherwise
+LOG_BYTES = 1 << 20  # of the log's end that is kept
+LEFT_OUT = "left-out.txt"  # in the archive: names of files that were too large
+_ARCHIVE = "kept.tar.xz"
 _SHOWN = ("torch", "triton", "vllm", "flashinfer-python", "flash-attn", "cuda-bindings")
 
 
 class Folder:
     """One folder of results."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.path, self._limit_bytes = path, limit_bytes
         self.records_file = path / "validation.jsonl"
         self.log = path / "log.txt"
 
@@ -69,30 +76,59 @@ class Folder:
         return Origin(found.get("device", "unknown"), libraries, commit + "+" * bool(dirty))
 
     def rewrite(self, scratch: Path) -> None:
-        """Bring the table and the archive up to date."""
+        """Bring the table and the archive up to date, and cut the log's beginning off where it grew long."""
         runs = scratch / "runs"
         with self._explained():
             write_whole(self.path / "matrix.md", matrix.written(self.records()))
+            if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
+                write_whole(self.log, self.log.read_bytes()[-LOG_BYTES:])
+            others = sum(file.stat().st_size for file in self.path.iterdir() if file.name != _ARCHIVE)
             if runs.is_dir():
-                write_whole(self.path / "kept.tar.xz", _packed(runs))
+                write_whole(self.path / _ARCHIVE, _packed(runs, self._limit_bytes - others))
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self.path, "What is recorded stays: once there is room, the same command goes on from there.")
 
+    def take_over(self, earlier: Path) -> None:
+        """Go on from another session's folder: its records, its log and its runs. Raises UserError where it has none.
+
+        A folder that has records of its own keeps them.
+        """
+        if not (earlier / self.records_file.name).is_file():
+            raise UserError(f"--resume {earlier}: holds no {self.records_file.name}, so it is no session's folder")
+        if not self.records_file.is_file():
+            with self._explained():
+                for file in earlier.iterdir():
+                    shutil.copyfile(file, self.path / file.name)
+
     def unpack(self, scratch: Path) -> None:
         """Take up the runs of an earlier session over the same folder."""
-        archive = self.path / "kept.tar.xz"
+        archive = self.path / _ARCHIVE
         if archive.is_file():
             with tarfile.open(archive) as tar:
                 tar.extractall(scratch / "runs", filter="data")
 
 
-def _packed(runs: Path) -> bytes:
-    """An archive with `<experiment>/<file>` of every finished run, the last one of each name."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
-        for file in sorted(runs.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(runs).parts)
-            if file.is_file() and not hidden and file.stat().st_size <= LARGE_BYTES:
+def _packed(runs: Path, limit_bytes: int) -> bytes:
+    """An archive of the runs; where it gets too large the largest files are left out, and named in it."""
+    files = sorted((file for file in runs.rglob("*") if _is_kept(file, runs)), key=lambda file: file.stat().st_size)
+    left_out: list[str] = []
+    while True:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:xz", preset=1) as tar:  # the GPU waits meanwhile
+            for file in sorted(files):
                 tar.add(file, file.relative_to(runs).as_posix())
-    return buffer.getvalue()
+            if left_out:
+                names = "\n".join(left_out).encode()
+                member = tarfile.TarInfo(LEFT_OUT)
+                member.size = len(names)
+                tar.addfile(member, io.BytesIO(names))
+        if buffer.tell() <= limit_bytes or not files:
+            return buffer.getvalue()
+        left_out.append(files.pop().relative_to(runs).as_posix())
+
+
+def _is_kept(file: Path, runs: Path) -> bool:
+    """A file of a finished run, or of a finished cell of one that was killed; none that was being written."""
+    hidden = [part for part in file.relative_to(runs).parts if part.startswith(".") and part != ".unfinished"]
+    return file.is_file() and not hidden

@@ -1,4 +1,4 @@
-"""Tables of what has run where: of one folder's records, and the one in docs/gpu.md of all that are kept.
+"""Tables of what has run where: of one folder's records, and those in docs/gpu.md of all that are kept and planned.
 
 ./run.sh gpu-validation --docs      rewrites the latter from results/*/gpu_validation/validation.jsonl
 """
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvarena.errors import UserError
-from kvarena.experiments.gpu_validation.plan import STEPS
+from kvarena.experiments.gpu_validation.plan import PLANS, RESERVE_S, Row
 from kvarena.experiments.gpu_validation.record import Record, Result, latest, read
+from kvarena.experiments.gpu_validation.step import STEPS
 from kvarena.harness.paths import RESULTS, ROOT
 
 DOCS = ROOT / "docs" / "gpu.md"
@@ -44,6 +45,26 @@ def of_all_steps(records: Iterable[Record]) -> str:
     )
 
 
+def of_plans() -> str:
+    """What either plan runs, and how long each part is assumed to take."""
+    parts = []
+    for number, rows in PLANS.items():
+        reserve = RESERVE_S if number > 1 else 0.0
+        lines = [_planned(row) for row in rows] + (
+            [f"| what failed | | {reserve:g} | a reserve |\n"] if reserve else []
+        )
+        seconds = sum(row.seconds for row in rows) + reserve
+        heading = f"### plan {number}: {seconds:g} s"
+        parts.append(f"{heading}\n\n| step | cases | assumed, s | why |\n|---|---|---|---|\n{''.join(lines)}")
+    return "\n".join(parts)
+
+
+def _planned(row: Row) -> str:
+    cases = row.cases("cuda")
+    shown = ", ".join(cases) if len(cases) <= 4 else f"{len(cases)}: {'; '.join(row.patterns)}"
+    return f"| {row.step.name} | {_escaped(shown)} | {row.seconds:g} | {_escaped(row.source)} |\n"
+
+
 def with_tables(text: str, tables: str) -> str:
     """The page `text` with these tables between its marks. Raises UserError where it has no marks."""
     before, begin, rest = text.partition(BEGIN)
@@ -55,7 +76,12 @@ def with_tables(text: str, tables: str) -> str:
 
 def write_docs() -> None:
     """Rewrite the tables in docs/gpu.md."""
-    DOCS.write_text(with_tables(DOCS.read_text(), of_all_steps(kept_records())))
+    DOCS.write_text(with_tables(DOCS.read_text(), tables(kept_records())))
+
+
+def tables(records: Iterable[Record]) -> str:
+    """All that is written into docs/gpu.md."""
+    return f"## The two plans\n\n{of_plans()}\n## What has run where\n\n{of_all_steps(records)}"
 
 
 def _line(case: str, record: Record | None) -> str:

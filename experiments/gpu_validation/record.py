@@ -58,6 +58,7 @@ class Record:
     seconds: float = 0.0
     at: str = ""  # UTC
     origin: Origin = field(default_factory=Origin)
+    code: str = ""  # hash of the files that the case uses
 
     @property
     def key(self) -> tuple[str, str]:

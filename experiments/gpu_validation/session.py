@@ -1,132 +1,148 @@
-"""One session: steps in order, each in a child process, until the budget is used up.
+"""One session: rows of a plan in order, each in a forked process, until the budget is used up.
 
-The parent never touches the GPU. It watches the records grow: a case that takes too long is killed with its
-process, and what was left of the step goes on in another one. Every case ends up with a record.
+The parent has imported everything, and never touches the GPU: a child is there at once, with a context of its own. The
+parent watches the records grow: a case that takes too long is killed with its process, and what was left of the row
+goes on in another one. Every case ends up with a record.
 """
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from typing import BinaryIO
 
-from kvarena.experiments.gpu_validation.child import START_ANOTHER
+from kvarena.experiments.gpu_validation import child
+from kvarena.experiments.gpu_validation.code import code_of
 from kvarena.experiments.gpu_validation.folder import Folder
-from kvarena.experiments.gpu_validation.plan import STEPS
+from kvarena.experiments.gpu_validation.plan import Planned, Row
 from kvarena.experiments.gpu_validation.record import Record, Result, now
-from kvarena.experiments.gpu_validation.step import Step
-from kvarena.harness.paths import ROOT
+from kvarena.experiments.gpu_validation.step import STEPS, Context, Step
 
 REHEARSAL_PATIENCE = 6  # the limits are those of a machine with a GPU; a small or busy one takes longer
 LEAST_S = 5.0  # with less than this left, nothing is started
 _POLL_S = 0.05
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS)
 
-Command = Callable[[Step, str, Folder, Path, Sequence[str]], list[str]]
 
-
-def child_command(step: Step, device: str, folder: Folder, scratch: Path, cases: Sequence[str]) -> list[str]:
-    """How a step's process is started."""
-    module = "kvarena.experiments.gpu_validation.child"
-    return [sys.executable, "-m", module, step.name, device, str(folder.path), str(scratch), *cases]
+def preload(planned: Sequence[Planned]) -> None:
+    """Import what the cases will use, once for all their processes. What is not installed is their finding."""
+    for row, cases in planned:
+        for name in (row.step.module, *(name for case in cases for name in row.step.uses(case))):
+            if name.startswith("kvarena."):
+                with suppress(ModuleNotFoundError):
+                    import_module(name)
 
 
 class Session:
-    """Runs steps and keeps the folder up to date."""
+    """Runs rows and keeps the folder up to date."""
 
-    def __init__(
-        self, folder: Folder, device: str, scratch: Path, budget_s: float, command: Command = child_command
-    ) -> None:
-        self._folder, self._device, self._scratch, self._command = folder, device, scratch, command
+    def __init__(self, folder: Folder, device: str, scratch: Path, budget_s: float) -> None:
+        self._folder, self._device, self._scratch = folder, device, scratch
         self._start = time.monotonic()
         self._end = self._start + budget_s
         self._patience = 1 if device == "cuda" else REHEARSAL_PATIENCE
 
-    def run(self, steps: Sequence[Step] = STEPS) -> list[Record]:
-        """Run what has not passed yet in this folder, of this code on this machine. Returns this session's records."""
+    def run(self, planned: Sequence[Planned]) -> list[Record]:
+        """Run what has not passed yet in this folder, of this code on this machine. Returns this session's records.
+
+        What has passed under other code waits until all else has run.
+        """
         before = self._folder.records()
-        for step in steps:
-            passed = set() if step is STEPS[0] else self._passed(before)
-            pending = [case for case in self._cases(step) if (step.name, case) not in passed]
-            if pending:
-                self._run_step(step, pending)
-                self._folder.rewrite(self._scratch)
+        first = [each for each in planned if each[0].step is STEPS[0]]
+        for row, cases in first:
+            self._run_row(row, cases)
+        rest = [each for each in planned if each[0].step is not STEPS[0]]
+        for stale in (False, True):
+            for row, cases in rest:
+                if due := [case for case in cases if self._is_due(before, row.step, case, stale)]:
+                    self._run_row(row, due)
         return self._folder.records()[len(before) :]
 
-    def _passed(self, before: Sequence[Record]) -> set[tuple[str, str]]:
+    def _is_due(self, before: Sequence[Record], step: Step, case: str, stale: bool) -> bool:
+        """Whether a case has never passed on this machine; or (`stale`) has, but under other code."""
+        codes = {
+            record.code
+            for record in before
+            if record.key == (step.name, case) and record.result is Result.PASSED and self._is_here(record)
+        }
+        return bool(codes) and code_of(step, case) not in codes if stale else not codes
+
+    def _is_here(self, record: Record) -> bool:
+        """Whether a record is of this machine and these libraries, whatever the commit."""
+        return (record.origin.device, record.origin.libraries) == self._here
+
+    @cached_property
+    def _here(self) -> tuple[str, str]:
         origin = Folder(self._folder.path).origin()
-        return {record.key for record in before if record.result is Result.PASSED and record.origin == origin}
+        return origin.device, origin.libraries
 
-    def _cases(self, step: Step) -> list[str]:
-        try:
-            return step.cases(self._device)
-        except ModuleNotFoundError as error:
-            self._note(step, "all", Result.NOT_RUN, f"needs {error.name}, not installed")
-            return []
-
-    def _run_step(self, step: Step, cases: list[str]) -> None:
-        deadline = min(time.monotonic() + self._patience * step.limit_s, self._end)
+    def _run_row(self, row: Row, cases: list[str]) -> None:
+        for case in cases:
+            code_of(row.step, case)  # read and parsed once, for all processes
+        deadline = min(time.monotonic() + self._patience * row.limit_s, self._end)
         while cases:
-            if (reason := self._refusal(step)) or deadline - time.monotonic() < LEAST_S:
+            if (reason := self._refusal(row)) or deadline - time.monotonic() < LEAST_S:
                 used_up = f"the {'session' if deadline == self._end else 'step'}'s time was used up"
                 for case in cases:
-                    self._note(step, case, Result.NOT_RUN, reason or used_up)
-                return
-            cases = self._run_child(step, cases, deadline)
+                    self._note(row.step, case, Result.NOT_RUN, reason or used_up)
+                break
+            cases = self._run_child(row, cases, deadline)
+        self._folder.rewrite(self._scratch)
 
-    def _refusal(self, step: Step) -> str:
+    def _refusal(self, row: Row) -> str:
         """Why nothing but the first step can run: there is no GPU."""
-        if self._device == "cpu" or step is STEPS[0]:
+        if self._device == "cpu" or row.step is STEPS[0]:
             return ""
         environment = Folder(self._folder.path).environment
         return "no CUDA device" if environment.get("cuda") is False else ""  # a step that ended early says nothing
 
-    def _run_child(self, step: Step, cases: list[str], deadline: float) -> list[str]:
+    def _run_child(self, row: Row, cases: list[str], deadline: float) -> list[str]:
         """Run one process; returns the cases that are left."""
-        known = len(self._folder.records())
+        known, step = len(self._folder.records()), row.step
         with self._folder.opened_log(f"{step.name}: {', '.join(cases)}") as log:
             started = log.tell()
-            process = subprocess.Popen(
-                self._command(step, self._device, self._folder, self._scratch, cases),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_environment(),
-                start_new_session=True,
-            )
-            reason, last = self._watch(process, step, known, deadline)
+            process = _forked(step, cases, Context(self._device, self._folder.path, self._scratch), log)
+            status, reason, last = self._watch(process, row, known, deadline)
         for record in self._folder.records()[known:]:
             self._show(record)
         left = cases[len(self._folder.records()) - known :]
-        if not left or process.returncode == START_ANOTHER:
+        if not left or status == child.START_ANOTHER:
             return left
-        result, why = _death(process.returncode, reason, _last_line(self._folder.log, started))
+        result, why = _death(status, reason, _last_line(self._folder.log, started))
         self._note(step, left[0], result, why, time.monotonic() - last)
         return left[1:]
 
-    def _watch(self, process: subprocess.Popen[bytes], step: Step, known: int, deadline: float) -> tuple[str, float]:
-        """Wait for the end, or bring it about. Returns why it was brought about, and when the last case began."""
-        last, done = time.monotonic(), known
+    def _watch(self, process: int, row: Row, known: int, deadline: float) -> tuple[int, str, float]:
+        """Wait for the end, or bring it about. Returns the exit status (minus a signal's number), why it was brought
+        about, and when the last case began.
+        """
+        last, done, limit_s = time.monotonic(), known, self._patience * row.case_limit_s
         try:
-            while process.poll() is None:
+            while True:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    return os.waitstatus_to_exitcode(status), "", last
                 time.sleep(_POLL_S)
                 if (count := len(self._folder.records())) > done:
                     last, done = time.monotonic(), count
                 time_s = time.monotonic()
-                if time_s > deadline:
-                    return "the step's or the session's time was used up", last
-                if time_s - last > (limit_s := self._patience * step.case_limit_s):
-                    return f"took longer than {limit_s:g} s", last
-            return "", last
+                late = "the step's or the session's time was used up" if time_s > deadline else ""
+                if late or time_s - last > limit_s:
+                    return _killed(process), late or f"took longer than {limit_s:g} s", last
         finally:
-            _kill(process)
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)  # whatever it has started
 
     def _note(self, step: Step, case: str, result: Result, reason: str, seconds: float = 0.0) -> None:
-        origin = Folder(self._folder.path).origin()
-        record = Record(step.name, case, result, reason, seconds=round(seconds, 2), at=now(), origin=origin)
+        origin, code = Folder(self._folder.path).origin(), code_of(step, case)
+        record = Record(step.name, case, result, reason, seconds=round(seconds, 2), at=now(), origin=origin, code=code)
         self._folder.add(record)
         self._show(record)
 
@@ -137,23 +153,39 @@ class Session:
         print(f"{elapsed:4.0f} s  {record.step}: {record.case}: {shown}"[:200], file=sys.stderr, flush=True)
 
 
-def _environment() -> dict[str, str]:
-    """Our package is found, and the checkout's root is not on the path (run.sh says why); nothing is compiled for
-    minutes in the middle of a session."""
-    paths = [str(ROOT / ".import"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONSAFEPATH": "1",
-        "FLASHINFER_DISABLE_JIT": "1",
-    }
+def _forked(step: Step, cases: Sequence[str], context: Context, log: BinaryIO) -> int:
+    """Start a process that runs the cases; it leads a group of its own, and what it says goes to the log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: a library's pool that sleeps holds no lock
+        process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.setsid()
+        os.environ["FLASHINFER_DISABLE_JIT"] = "1"  # it would compile for minutes
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        status = child.main(step, cases, context)
+    except SystemExit as left:
+        print(left)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)  # tensors over addresses must not be taken down in an order of the interpreter's choice
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process, and whatever it started."""
+def _killed(process: int) -> int:
+    """End the process, and whatever it started; minus the number of the signal."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)  # it may not lead its group yet
+    os.waitpid(process, 0)
+    return -signal.SIGKILL
 
 
 def _death(status: int, killed_because: str, last_line: str) -> tuple[Result, str]:

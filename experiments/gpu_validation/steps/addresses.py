@@ -31,6 +31,11 @@ def cases(device: str) -> list[str]:
     return list(_QUESTIONS)
 
 
+def uses(case: str) -> list[str]:
+    """Our kernel."""
+    return ["kvarena.kernels.triton_attention"]
+
+
 def run(case: str, context: Context) -> Values:
     """Answer one of them."""
     with closing(make_driver(context.device, 2 * MB if context.on_gpu else 64 * KB)) as driver:

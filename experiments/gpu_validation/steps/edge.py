@@ -39,6 +39,11 @@ def cases(device: str) -> list[str]:
     return [f"{name}, {edge}" for name in names for edge in EDGES]
 
 
+def uses(case: str) -> list[str]:
+    """The kernel."""
+    return [CATALOGUE[case.partition(", ")[0]][1]]
+
+
 def run(case: str, context: Context) -> Values:
     """Decode and prefill at the edge; a fault ends the process, or raises."""
     name, edge = case.split(", ")

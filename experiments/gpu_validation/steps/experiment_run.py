@@ -1,41 +1,47 @@
-"""An experiment of the project as a case: run by the command line, in a process of its own, and kept."""
+"""An experiment of the project as a case: as the command line runs it, in this process, and kept."""
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
+from kvarena.errors import UserError
+from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.harness.paths import CONF
+from kvarena.kernels.threads import set_compute_threads
 
 
 def finished(name: str, overrides: Sequence[str], context: Context, kept_as: str | None = None) -> Path:
-    """Run `experiment=name`; the folder of the run, of which a copy is kept as runs/<kept_as>.
+    """Run `experiment=name`; the folder of the run, kept as runs/<kept_as>.
 
-    Raises NotRunError where there is no such experiment or a package is missing, FailedError with its last line
-    where it fails.
+    Its cells are kept as they end: of a run that is killed they stay under runs/unfinished, and the same case goes on
+    from there. Raises FailedError with what the command line would say where it cannot be run.
     """
-    if not (CONF / "experiment" / f"{name}.yaml").is_file():
-        raise NotRunError(f"there is no experiment {name}")
-    home = context.scratch / "unsorted"
-    command = [sys.executable, "-m", "kvarena", f"experiment={name}", f"device={context.device}", *overrides]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "KVARENA_RUNS": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        complaint = _complaint(done.stdout) or f"ended with {done.returncode}"
-        raise NotRunError(complaint) if complaint.startswith("ModuleNotFoundError") else FailedError(complaint)
-    folder = (home / name / "latest").resolve()
-    shutil.copytree(folder, context.scratch / "runs" / (kept_as or name), dirs_exist_ok=True)
-    return folder
+    from kvarena.experiments.command.carry_out import carry_out
+    from kvarena.experiments.command.compose import compose_run
+    from kvarena.harness.record.record import Recorder
+
+    os.environ["KVARENA_RUNS"] = str(context.scratch / "runs" / "unfinished")
+    try:
+        run = compose_run(f"experiment={name}", f"device={context.device}", *overrides)
+        set_compute_threads(run.threads)
+        recorder = Recorder(run.experiment, run.plain())
+        outcome = carry_out(run, recorder)
+        folder = recorder.finish(outcome)
+    except UserError as error:
+        raise FailedError(str(error)) from error
+    kept = context.scratch / "runs" / (kept_as or name)
+    shutil.rmtree(kept, ignore_errors=True)
+    return folder.rename(kept)
+
+
+def files_of(experiment: str) -> list[str]:
+    """What a run of it uses, as a step's `uses` tells it."""
+    from kvarena.experiments.command.registry import get
+
+    groups = ("config.yaml", "systems.yaml", "base", "model", "scheduler", "engine", "trace", "arrival", "decoding")
+    conf = [f"conf/{group}" for group in (*groups, f"experiment/{experiment}.yaml")]
+    return [str(vars(get(experiment))["__name__"]), "kvarena.experiments.command.carry_out", "allocators", *conf]
 
 
 def medians(folder: Path, quantity: str) -> Values:
@@ -46,9 +52,3 @@ def medians(folder: Path, quantity: str) -> Values:
     rows = rows[rows.quantity == quantity].fillna({"x": ""})
     named = zip(rows.panel, rows.system, rows.x, rows.value, strict=True)
     return {f"{panel} {system} {x}".strip(): float(f"{value:.4g}") for panel, system, x, value in named}
-
-
-def _complaint(output: str) -> str:
-    """The line that says what went wrong: the one that begins with "error", else the last."""
-    lines = [line for line in output.strip().splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")

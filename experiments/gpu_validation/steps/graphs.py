@@ -12,6 +12,7 @@ from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, 
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.driver_contract import run_tests
 from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_run, serve
+from kvarena.experiments.gpu_validation.steps.served import uses as replay_uses
 from kvarena.harness.measured.decode_graphs import DecodeGraphs
 from kvarena.harness.measured.torch_executor import TorchExecutor
 from kvarena.harness.model.build import build_model
@@ -20,6 +21,7 @@ from kvarena.harness.scheduler.step import StepPlan
 from kvarena.kernels.view import BatchView
 
 KERNELS_ALONE = "kernels alone"
+_TESTS = "tests/kernels/test_gpu_adapters_on_gpu.py"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest logit
 
 
@@ -28,12 +30,17 @@ def cases(device: str) -> list[str]:
     return [*ALLOCATORS, KERNELS_ALONE]
 
 
+def uses(case: str) -> list[str]:
+    """The replay's files, or the tests and every kernel."""
+    return [_TESTS, "kernels"] if case == KERNELS_ALONE else replay_uses(case)
+
+
 def run(case: str, context: Context) -> Values:
     """Serve a small trace; in every decode step a replayed graph must give the step's own logits."""
     if case == KERNELS_ALONE:
         if not context.on_gpu:
             raise NotRunError("there are no CUDA graphs on a CPU")
-        return run_tests(ROOT / "tests" / "kernels" / "test_gpu_adapters_on_gpu.py", ["-k", "captured"], context)
+        return run_tests([ROOT / _TESTS], ["-k", "captured"], context)
     run = make_run(context)
     system = run.systems[ALLOCATORS.index(case)]
     both = serve(run, system, build_model(run.model, context.device), 1.25, BothWays).executor

@@ -47,6 +47,11 @@ def cases(device: str) -> list[str]:
     ]
 
 
+def uses(case: str) -> list[str]:
+    """The kernel."""
+    return [CATALOGUE[case.partition(", ")[0]][1]]
+
+
 def run(case: str, context: Context) -> Values:
     """Decode and prefill on every shape; the largest gap to float64, as a share of the largest output."""
     name, arrangement = case.split(", ")

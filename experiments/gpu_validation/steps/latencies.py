@@ -2,13 +2,14 @@
 
 from kvarena.experiments.gpu_validation.record import Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.experiment_run import finished, medians
+from kvarena.experiments.gpu_validation.steps.experiment_run import files_of, finished, medians
 
 # experiment -> overrides that keep it short on a GPU, and shorter in a rehearsal; the quantity that is shown
 _RUNS: dict[str, tuple[dict[str, list[str]], str]] = {
     "vmm_api_latency": (
         {
-            "cuda": ["params.mapped=[100,1000,10000]", "params.rounds=10", "params.calls=16"],
+            "cuda": ["params.mapped=[100,1000,10000]", "params.created=[100,1000]", "params.rounds=10",
+                     "params.calls=16"],
             "cpu": [
                 "params.page_groups=[64KB]", "params.mapped=[10]", "params.created=[10]", "params.runs=[1]",
                 "params.rounds=6", "params.calls=2",
@@ -26,6 +27,11 @@ _RUNS: dict[str, tuple[dict[str, list[str]], str]] = {
 def cases(device: str) -> list[str]:
     """The experiments."""
     return list(_RUNS)
+
+
+def uses(case: str) -> list[str]:
+    """The experiment."""
+    return files_of(case)
 
 
 def run(case: str, context: Context) -> Values:

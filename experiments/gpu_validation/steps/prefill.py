@@ -3,9 +3,11 @@
 from kvarena.experiments.gpu_validation.record import NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.decode import ALLOCATORS, KERNELS
-from kvarena.experiments.gpu_validation.steps.experiment_run import finished, medians
+from kvarena.experiments.gpu_validation.steps.experiment_run import files_of, finished, medians
+from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.registry import kernel_spec, missing
 
+EXPERIMENT = "prefill_throughput"
 _SHORT = {
     "cuda": ["model=yi-6b", "params.contexts=[1024,4096,16384]", "params.rounds=6"],
     "cpu": ["model=tiny-llama", "params.contexts=[64]", "params.rounds=6", "params.pool_bytes=16777216"],
@@ -17,10 +19,15 @@ def cases(device: str) -> list[str]:
     return list(KERNELS[device])
 
 
+def uses(case: str) -> list[str]:
+    """The experiment and the kernel."""
+    return [*files_of(EXPERIMENT), CATALOGUE[case][1]]
+
+
 def run(case: str, context: Context) -> Values:
     """Tokens/s by allocator and prompt length."""
     if reason := missing(kernel_spec(case)):
         raise NotRunError(reason)
     systems = f"systems=[{','.join(f'{allocator}-{case}' for allocator in ALLOCATORS)}]"
-    folder = finished("prefill_throughput", [systems, *_SHORT[context.device]], context, f"prefill_throughput_{case}")
+    folder = finished(EXPERIMENT, [systems, *_SHORT[context.device]], context, f"{EXPERIMENT}_{case}")
     return medians(folder, "prefill_throughput_vs_context")

@@ -7,8 +7,10 @@ batches differ then, and a matrix product of other shapes rounds otherwise, so t
 
 from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_run, serve
+from kvarena.experiments.gpu_validation.steps.served import ALLOCATORS, make_run, serve, uses
 from kvarena.harness.model.build import build_model
+
+__all__ = ["cases", "run", "uses"]
 
 MEMORY = {"memory for all": 1.25, "short of memory": 0.15}  # pool, over a longest row for every request
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.gpu_validation.step import Context
+from kvarena.experiments.gpu_validation.steps.experiment_run import files_of
 from kvarena.experiments.kit.replay import requests_of, workload_of
 from kvarena.harness.engine.engine import Engine
 from kvarena.harness.engine.serving import Serving
@@ -24,6 +25,11 @@ _SHORT = {
 }  # fmt: skip
 _ALIKE = ["experiment=memory_waste", "clock=measured", "arrival=all_at_once", "trace=random", "trace.num_requests=24",
           "trace.range_ratio=0.9"]  # fmt: skip
+
+
+def uses(case: str) -> list[str]:
+    """What a replay of either case uses: the experiment whose configuration it takes, and the kernel."""
+    return [*files_of("memory_waste"), "kvarena.kernels.triton_attention"]
 
 
 class Served(NamedTuple):

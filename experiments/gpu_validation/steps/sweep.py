@@ -41,6 +41,11 @@ def cases(device: str) -> list[str]:
     return [f"batch {batch}, context {context}" for batch, context in GRID[device]]
 
 
+def uses(case: str) -> list[str]:
+    """The experiment's configuration, and every kernel."""
+    return ["conf/experiment/attention_kernel.yaml", "conf/model/llama-3-8b.yaml", "kernels"]
+
+
 def run(case: str, context: Context) -> Values:
     """GB/s of every kernel and arrangement, their share of the reduction's, and the goal's ratio."""
     batch, tokens = (int(part.split()[1]) for part in case.split(", "))

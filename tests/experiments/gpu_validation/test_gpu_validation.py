@@ -1,8 +1,10 @@
 """gpu-validation: whatever happens to a child, every case has a record and the rest goes on."""
 
 import errno
-import json
+import faulthandler
 import os
+import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,52 +15,58 @@ from pathlib import Path
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.gpu_validation import command, matrix
-from kvarena.experiments.gpu_validation.child import START_ANOTHER
-from kvarena.experiments.gpu_validation.folder import LARGE_BYTES, Folder
-from kvarena.experiments.gpu_validation.plan import STEPS, step_named
+from kvarena.experiments.gpu_validation import child, command, matrix
+from kvarena.experiments.gpu_validation import session as sessions
+from kvarena.experiments.gpu_validation.folder import LEFT_OUT, Folder
+from kvarena.experiments.gpu_validation.plan import Row
 from kvarena.experiments.gpu_validation.record import Origin, Record, Result, append, fault_behind, latest, read
 from kvarena.experiments.gpu_validation.session import Session
-from kvarena.experiments.gpu_validation.step import Context, Step
+from kvarena.experiments.gpu_validation.step import STEPS, Context, Step, step_named
 from kvarena.experiments.gpu_validation.steps import sweep
-from kvarena.experiments.gpu_validation.steps.experiment_run import _complaint
 from kvarena.experiments.pagedattention import attention_kernel
 from kvarena.harness.paths import ROOT
 from kvarena.kernels.registry import get_kernel
-
-CHILD = f"""
-import os, signal, sys, time
-from pathlib import Path
-from kvarena.experiments.gpu_validation.folder import Folder
-from kvarena.experiments.gpu_validation.record import Record, Result, append
-folder, *cases = sys.argv[1:]
-for case in cases:
-    if case == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
-    if case == "killed": os.kill(os.getpid(), signal.SIGKILL)
-    if case == "hang":
-        Path(folder, "hanging").write_text(str(os.getpid()))
-        time.sleep(600)
-    if case == "exit": sys.exit("no such library")
-    result = Result.FAULTED if case == "fault" else Result.PASSED
-    append(Path(folder) / "validation.jsonl", Record("step", case, result, origin=Folder(Path(folder)).origin()))
-    if case == "fault": sys.exit({START_ANOTHER})
-"""
 
 
 @dataclass(frozen=True)
 class FakeStep(Step):
     names: tuple[str, ...] = ()
 
+    @property
+    def module(self):
+        return "kvarena.experiments.gpu_validation.record"
+
     def cases(self, device):
         return list(self.names)
 
+    def uses(self, case):
+        return ()
 
-def fake(*names, limit_s=60.0, case_limit_s=20.0):
-    return FakeStep("step", "about", limit_s, case_limit_s, names=names)
+    def run(self, case, context):
+        match case:
+            case "segfault":
+                faulthandler.disable()
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                (context.folder / "hanging").write_text(str(os.getpid()))
+                time.sleep(600)
+            case "exit":
+                sys.exit("no such library")
+            case "fault":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {}
 
 
-def fake_command(step, device, folder, scratch, cases):
-    return [sys.executable, "-S", "-c", CHILD, str(folder.path), *cases]
+class FakeRow(Row):
+    limit_s, case_limit_s = 60.0, 20.0  # in place of the properties
+
+
+def fake(*names, limit_s=60.0, case_limit_s=20.0, name="step"):
+    row = FakeRow(FakeStep(name, "about", names=names), ("*",), 1.0, "none")
+    row.limit_s, row.case_limit_s = limit_s, case_limit_s
+    return row, list(names)
 
 
 class TimeOfHangs:
@@ -77,11 +85,12 @@ class TimeOfHangs:
 
 
 def session(path, budget_s=60.0, cuda=True):
+    path.mkdir(exist_ok=True)
     folder = Folder(path)
     folder.write_environment(
         {"device": "a-gpu", "cuda": cuda, "libraries": {"torch": "2"}, "git": {"commit": "c" * 40}}
     )
-    return Session(folder, "cuda", path / "scratch", budget_s, fake_command)
+    return Session(folder, "cuda", path / "scratch", budget_s)
 
 
 def outcomes(records):
@@ -127,12 +136,21 @@ def test_time_is_limited(tmp_path, which):
     assert records[2].reason == f"the {which}'s time was used up"
 
 
-def test_what_has_passed_is_not_run_again(tmp_path):
+def test_what_has_passed_is_not_run_again(tmp_path, monkeypatch):
     session(tmp_path).run([fake("a", "fault")])
     assert outcomes(session(tmp_path).run([fake("a", "fault", "b")])) == [("fault", "faulted"), ("b", "passed")]
+    assert outcomes(session(tmp_path).run([fake("b")])) == []
+    monkeypatch.setattr(sessions, "code_of", lambda step, case: "other")
+    monkeypatch.setattr(child, "code_of", lambda step, case: "other")
+    again = session(tmp_path).run([fake("a"), fake("c", name="new")])
+    assert outcomes(again) == [("c", "passed"), ("a", "passed")]  # what passed under other code waits for all else
+
+
+def test_another_machine_or_library_is_another_result(tmp_path):
+    session(tmp_path).run([fake("a")])
     other = session(tmp_path)
-    Folder(tmp_path).write_environment({"device": "a-gpu", "cuda": True, "git": {"commit": "d" * 40}})
-    assert outcomes(other.run([fake("a")])) == [("a", "passed")]  # that was other code
+    Folder(tmp_path).write_environment({"device": "another", "cuda": True})
+    assert outcomes(other.run([fake("a")])) == [("a", "passed")]
 
 
 def test_without_a_gpu_nothing_runs_and_everything_is_recorded(tmp_path):
@@ -147,17 +165,23 @@ def test_few_flat_files_and_the_runs(tmp_path):
     runs = tmp_path / "scratch" / "runs"
     (runs / "decode").mkdir(parents=True)
     (runs / "decode" / "summary.csv").write_text("kept\n")
-    (runs / "decode" / "steps.parquet").write_bytes(bytes(LARGE_BYTES + 1))
-    (runs / ".unfinished").write_text("")
+    (runs / "decode" / "steps.parquet").write_bytes(random.Random(0).randbytes(1 << 20))
+    (runs / ".being-written").write_text("")
+    cell = runs / "unfinished" / "decode" / ".unfinished" / "1a2b" / "16384-tokens-16"
+    cell.mkdir(parents=True)
+    (cell / "steps.parquet").write_text("a cell")
     out = tmp_path / "out"
     out.mkdir()
-    folder = Folder(out)
+    folder = Folder(out, limit_bytes=1 << 20)
     folder.write_environment({})
-    Session(folder, "cpu", tmp_path / "scratch", 60.0, fake_command).run([fake("a")])
+    Session(folder, "cpu", tmp_path / "scratch", 60.0).run([fake("a")])
     files = {"validation.jsonl", "matrix.md", "log.txt", "environment.json", "kept.tar.xz"}
     assert {path.name for path in out.iterdir()} == files
     with tarfile.open(out / "kept.tar.xz") as tar:
-        assert tar.getnames() == ["decode/summary.csv"]
+        kept = ["decode/summary.csv", cell.relative_to(runs).as_posix() + "/steps.parquet"]
+        assert tar.getnames() == [*kept, LEFT_OUT]
+        assert tar.extractfile(LEFT_OUT).read() == b"decode/steps.parquet"
+    assert sum(file.stat().st_size for file in out.iterdir()) <= 1 << 20
     folder.unpack(tmp_path / "again")
     assert (tmp_path / "again" / "runs" / "decode" / "summary.csv").read_text() == "kept\n"
 
@@ -184,17 +208,14 @@ def test_the_latest_record_counts_unless_it_was_not_run():
 
 @pytest.fixture
 def disk_of(monkeypatch):
-    """Lets `disk_of(n)` take n more bytes of records: what begins below the limit and does not fit is cut there."""
+    """Lets `disk_of(n)` take files of n bytes, whoever writes: what begins below and does not fit is cut there."""
 
     def limit(num_bytes):
-        left = [num_bytes]
-
         def write(descriptor, line):
-            taken = write_all(descriptor, line[: left[0]])
-            left[0] -= taken
-            if not taken:
+            left = num_bytes - os.fstat(descriptor).st_size
+            if left <= 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return taken
+            return write_all(descriptor, line[:left])
 
         write_all = os.write
         monkeypatch.setattr("kvarena.experiments.gpu_validation.record.os.write", write)
@@ -206,7 +227,7 @@ def disk_of(monkeypatch):
 def test_a_line_that_does_not_fit_is_not_begun(tmp_path, disk_of, room):
     kept = Record("s", "a", Result.PASSED)
     Folder(tmp_path).add(kept)
-    disk_of(room)
+    disk_of((tmp_path / "validation.jsonl").stat().st_size + room)
     with pytest.raises(UserError, match="no space"):
         Folder(tmp_path).add(Record("s", "b", Result.PASSED, reason="x" * 200))
     assert read(tmp_path / "validation.jsonl") == [kept]
@@ -215,8 +236,9 @@ def test_a_line_that_does_not_fit_is_not_begun(tmp_path, disk_of, room):
 def test_a_full_disk_ends_the_session_with_one_message_and_whole_records(tmp_path, monkeypatch, disk_of, capsys):
     """The child's record of `b` does not fit, nor what the parent would say of that."""
     monkeypatch.setattr(command, "Session", lambda folder, *_: session(folder.path))
-    monkeypatch.setattr(command, "STEPS", [fake("a", "exit", "b")])
-    disk_of(50)
+    monkeypatch.setattr(command, "_asked", lambda *_: [fake("a", "exit", "b")])
+    session(tmp_path / "whole").run([fake("a")])
+    disk_of((tmp_path / "whole" / "validation.jsonl").stat().st_size + 50)
     with pytest.raises(SystemExit) as left:
         command.main(["--out", str(tmp_path)])
     assert left.value.code == command.USER_ERROR
@@ -233,12 +255,13 @@ def test_runs_that_the_folder_does_not_take_are_left_outside(tmp_path, monkeypat
         def __init__(self, folder, device, scratch, budget_s):
             self._runs = scratch / "runs" / "decode"
 
-        def run(self, steps):
+        def run(self, planned):
             self._runs.mkdir(parents=True)
             (self._runs / "summary.csv").write_text("kept\n")
             raise UserError("no space is left there.")
 
     monkeypatch.setattr(command, "Session", Full)
+    monkeypatch.setattr(command, "preload", lambda planned: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit):
         command.main(["--out", str(tmp_path / "out")])
@@ -272,7 +295,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, monkeypatch, name
 
 def test_docs_show_every_case_of_every_step_as_kept_records_have_it():
     page = matrix.DOCS.read_text()
-    assert matrix.with_tables(page, matrix.of_all_steps(matrix.kept_records())) == page
+    assert matrix.with_tables(page, matrix.tables(matrix.kept_records())) == page
 
 
 def test_tables_take_kept_records_and_no_rehearsal():
@@ -324,23 +347,24 @@ def test_cases_are_told_apart(device):
         assert len(set(names)) == len(names)
 
 
-def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch):
-    """The real children, with the CPU's kernels and the host's driver."""
-    steps = ["addresses", "edge", "kernels", "graphs"]
-    with pytest.raises(SystemExit) as left:
-        command.main(
-            ["--out", str(tmp_path), "--device", "cpu", "--budget-s", "1500", *(f"--only={step}" for step in steps)]
-        )
+def test_a_rehearsal_on_the_cpu(tmp_path):
+    """The real cases in a process of their own, with the CPU's kernels and the host's driver."""
+    steps = ["addresses", "edge", "decode", "graphs"]
+    only = [f"--only={step}" for step in steps]
+    command_line = [sys.executable, "-P", "-m", "kvarena", "gpu-validation", "--out", str(tmp_path), "--device=cpu"]
+    done = subprocess.run([*command_line, *only], capture_output=True, text=True, check=False)
+    assert done.returncode == command.ALL_PASSED, done.stderr + (tmp_path / "log.txt").read_text()
     records = read(tmp_path / "validation.jsonl")
-    assert left.value.code == command.ALL_PASSED
-    assert [record for record in records if record.result is Result.NOT_RUN and "GPU" not in record.reason] == [
-        record for record in records if record.case == "kernels alone"
-    ]
+    assert {record.key for record in records if record.result is Result.NOT_RUN} == {
+        ("addresses", "a tensor through the CUDA array interface"), ("graphs", "kernels alone")
+    }  # fmt: skip
     assert [record.key for record in records] == [
         (step, case) for step in ["environment", *steps] for case in step_named(step).cases("cpu")
     ]
-    assert all(record.origin.device == "cpu" for record in records[1:])
-    assert json.loads((tmp_path / "environment.json").read_text())["kernels"]["numba"] == "present"
+    assert all(record.origin.device == "cpu" and record.code for record in records)
+    with tarfile.open(tmp_path / "kept.tar.xz") as tar:
+        kept = {name.partition("/")[0] for name in tar.getnames()}
+    assert kept == {"decode_throughput_numba_batch_2", "decode_throughput_numba_batch_2_graphs"}
 
 
 @pytest.mark.parametrize("error", [UserError("no block tables"), RuntimeError("off by 1"), TypeError("an argument")])
@@ -388,12 +412,6 @@ def test_one_token_past_the_edge_is_a_fault(more, past, faults):
     )
     assert (done.returncode == -11) == faults, done.stderr
     assert faults or done.returncode == 0, done.stderr
-
-
-def test_the_line_that_says_what_went_wrong():
-    assert _complaint("warming up\nerror: no pool\nresults: none\n") == "error: no pool"
-    assert _complaint("Traceback\nValueError: no\n\n") == "ValueError: no"
-    assert _complaint("") == ""
 
 
 def closed_after_a_fault():
