@@ -61,7 +61,7 @@ def of_plans() -> str:
 
 def _planned(row: Row) -> str:
     cases = row.cases("cuda")
-    shown = ", ".join(cases) if len(cases) <= 4 else f"{len(cases)}: {'; '.join(row.patterns)}"
+    shown = "; ".join(cases) if len(cases) <= 4 else f"{len(cases)}: {'; '.join(row.patterns)}"
     return f"| {row.step.name} | {_escaped(shown)} | {row.seconds:g} | {_escaped(row.source)} |\n"
 
 
