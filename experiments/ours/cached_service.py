@@ -22,6 +22,7 @@ from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
 from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.file_trace import states_ids
 
 
 @dataclass
@@ -29,8 +30,10 @@ class Params:
     """`params.*` of conf/experiment/prefix_cache.yaml; null there means: by the profile."""
 
     capacities_gb: list[float] = field(default_factory=list)  # of the pool, in counts
-    block_tokens: int = MOONCAKE_BLOCK  # of the trace's ids; of a chat's, which has none of its own
-    context: int | None = None  # longest prompt + output; null: a file's longest, else the model's
+    block_tokens: int = MOONCAKE_BLOCK  # of a block whose ids are counted, of a chat: it states no ids of its own
+    context: int | None = (
+        None  # longest prompt + output; null: a file's longest where time is modelled, else the model's
+    )
     serve_requests: int | None = None  # the first of the trace, to be served; null: all
     serve_tp: int = 1  # devices that share the model then
     repeats: int = 1  # times that it is served, with and without the cache in turn
@@ -52,9 +55,10 @@ QUANTITIES = {  # metric -> quantity, unit, factor
 
 def with_ids(trace: TraceConfig) -> TraceConfig:
     """The trace with the ids of its blocks, where it has them: then it has no conversations to be put in order."""
-    if trace.path is None or trace.format != "mooncake":
+    if trace.path is None:
         return trace
-    return replace(trace, keep_hash_ids=True, new_conversation=None)
+    kept = replace(trace, keep_hash_ids=trace.keep_hash_ids or None, new_conversation=None)
+    return kept if states_ids(kept) else trace
 
 
 def with_cache(system: System, requests: int, on: bool = True) -> System:

@@ -52,8 +52,11 @@ def unread(run: Run[Params]) -> dict[str, str]:
         "allocator.max_rows": "there are as many rows as requests, so that memory alone limits what is kept",
         "model.tp": "params.serve_tp is how many devices share the model when it is served",
     }
-    if cached_service.with_ids(run.trace).keep_hash_ids:
+    if cached_service.with_ids(run.trace).keep_hash_ids is not False:
         unused["trace.new_conversation"] = "the blocks' ids say what prompts share"
+        unused["params.block_tokens"] = "it is for chats; trace.block_tokens says what an id of a file stands for"
+    if run.clock == "measured":
+        unused["params.context"] = "no position is stretched under clock=measured; trace.max_tokens bounds a sequence"
     return unused
 
 
@@ -61,7 +64,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
     _check(run.params)
     trace = _trace(run)
-    run = replace(run, params=replace(run.params, context=_context(run, trace)))
+    run = replace(run, params=replace(run.params, context=_limit(run) or int(trace.total_tokens.max())))
     for system in run.systems:
         _policy(run, trace, system, None)  # refuses before it counts
     service = cached_service.Service(run)
@@ -83,18 +86,19 @@ def _check(params: Params) -> None:
 
 def _trace(run: Run[Params]) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
-    limit = None if run.trace.path is not None else run.params.context or run.model.max_tokens
     config = cached_service.with_ids(run.trace)
-    trace = told(config, load_trace(config, limit))
+    trace = told(config, load_trace(config, _limit(run)))
     if config.new_conversation is not None and trace.conversation_ids is not None:
         trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
-    return replace(trace, hash_ids=block_ids(trace, run.params.block_tokens))
+    block_tokens = trace.block_tokens or run.params.block_tokens
+    return replace(trace, hash_ids=block_ids(trace, block_tokens), block_tokens=block_tokens)
 
 
-def _context(run: Run[Params], trace: Trace) -> int:
-    """Tokens of the longest sequence: what is asked for, the trace's own where it is a file, or the model's."""
-    own = run.model.max_tokens if run.trace.path is None else int(trace.total_tokens.max())
-    return int(run.params.context or own)
+def _limit(run: Run[Params]) -> int | None:
+    """Tokens of the longest sequence: what is asked for, or the model's; None: a file's longest, where nobody computes."""
+    if run.trace.path is not None and run.clock == "modelled" and run.params.context is None:
+        return None
+    return run.context
 
 
 def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float | None) -> Policy:
@@ -112,11 +116,11 @@ def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float |
 
 
 def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
-    assert trace.hash_ids is not None
+    assert trace.hash_ids is not None and trace.block_tokens is not None
     rows = []
     for capacity_gb in [None, *run.params.capacities_gb]:
         policy = _policy(run, trace, system, capacity_gb)
-        hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, run.params.block_tokens)
+        hits = count_hits(policy, trace.hash_ids, trace.prompt_tokens, trace.block_tokens)
         found = {"hit_tokens": hits.hit_tokens, "ratio": hits.ratio, "kept_gb": hits.cached_bytes / 1e9}
         unit = {"unit_tokens": hits.unit_tokens, "refused": hits.refused}
         if capacity_gb is not None:
@@ -128,11 +132,11 @@ def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
 
 def _blocks(run: Run[Params], trace: Trace) -> pd.DataFrame:
     """Blocks of the trace itself, without a limit: what any cache of blocks of that size could find."""
-    assert trace.hash_ids is not None
+    assert trace.hash_ids is not None and trace.block_tokens is not None
     counts = {
         "blocks": sum(map(len, trace.hash_ids)),
         "hit_blocks:every_id": count_ids(trace.hash_ids),
-        "hit_blocks:whole_blocks": count_blocks(trace.hash_ids, trace.prompt_tokens, run.params.block_tokens),
+        "hit_blocks:whole_blocks": count_blocks(trace.hash_ids, trace.prompt_tokens, trace.block_tokens),
     }
     return pd.DataFrame({"quantity": counts.keys(), "count": counts.values()})
 

@@ -56,6 +56,7 @@ class TraceAccount:
     left_out: dict[str, int] = field(default_factory=dict)  # rule -> requests that were taken, and cannot be served
     shuffled: bool = False
     arrivals: Arrivals | None = None  # None: nothing arrives, the lengths alone are used
+    assumed: list[str] = field(default_factory=list)  # of a file's units, which nobody has said
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> "TraceAccount":
@@ -84,7 +85,8 @@ class TraceAccount:
         parts = [self._records(), *cut, self._taken(), *left_out, self._served()]
         means = f"mean prompt {self.mean_prompt_tokens:.4g}, output {self.mean_output_tokens:.4g} tokens"
         line = f"trace {self.name}, {self.source}: {', '.join([*filter(None, parts), means])}"
-        return line if self.arrivals is None else f"{line}; arrivals: {self.arrivals}"
+        arrivals = [] if self.arrivals is None else [f"arrivals: {self.arrivals}"]
+        return "; ".join([line, *arrivals, *(f"assumed: {each}" for each in self.assumed)])
 
     def quantities(self) -> dict[str, tuple[float, str]]:
         """Name -> value and unit, for summary.csv: of records where there are any, of losses where there were."""
@@ -155,6 +157,7 @@ def account_of(
         cut=_cut(facts),
         shuffled=facts.get("shuffle", False),
         arrivals=arrivals,
+        assumed=list(facts.get("assumed", ())),
     )
 
 
@@ -165,7 +168,8 @@ def _mean(lengths: Ints) -> float:
 def _dropped(facts: Mapping[str, Any]) -> dict[str, int]:
     over = f"over {facts.get('max_total')}"
     by_filter = over if facts.get("recipe") == "fits_context" else f"by {facts.get('recipe')}"
-    rules = (("malformed", "malformed"), ("without_request", "without a request"), ("filtered", by_filter))
+    rules = (("malformed", "malformed"), ("without_request", "without a request"), ("failed", "failed with no output"),
+             ("filtered", by_filter))  # fmt: skip
     counts = {rule: facts.get(key, 0) for key, rule in (*rules, ("over_long", over)) if facts.get(key)}
     return {rule: int(count) for rule, count in counts.items()}
 

@@ -17,8 +17,8 @@ MOONCAKE_BLOCK = 512  # tokens
 def block_ids(trace: Trace, block_tokens: int = MOONCAKE_BLOCK) -> tuple[Ints, ...]:
     """One array of ids for each request, [ceil(prompt / block)]: the trace's own, else those of its conversations.
 
-    Raises UserError for a trace that has neither, or whose histories are cut: a cut prompt begins somewhere else in
-    every turn, so that nothing of it is found again.
+    block_tokens: of a block of a conversation. Raises UserError for a trace that has neither, or whose histories are
+    cut: a cut prompt begins somewhere else in every turn, so that nothing of it is found again.
     """
     if trace.hash_ids is not None:
         return trace.hash_ids

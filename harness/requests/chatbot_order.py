@@ -8,17 +8,20 @@ come. The paper's runs used 0.5 for vLLM and 0.1 for Orca.
 import random
 
 import numpy as np
+import pandas as pd
 
 from kvarena.harness.trace.trace import Ints
 
 
 def chatbot_order(conversation_ids: Ints, new_conversation: float, seed: int) -> Ints:
-    """The order of arrival of turns that stand conversation by conversation: positions, [N], each once.
+    """The order of arrival of turns: positions, [N], each once. Those of a conversation keep theirs.
 
     Where no conversation is under way, the next arrival begins one. Draws from Python's generator as the artifact does.
     """
     draw = random.Random(seed)
-    begins = np.flatnonzero(np.diff(conversation_ids, prepend=conversation_ids[:1] - 1))
+    numbers = pd.factorize(conversation_ids)[0]
+    turns = np.argsort(numbers, kind="stable")  # conversation by conversation, as most files have them
+    begins = np.flatnonzero(np.diff(numbers[turns], prepend=-1))
     new = [(int(a), int(b)) for a, b in zip(begins, [*begins[1:], len(conversation_ids)], strict=True)]
     draw.shuffle(new)
     under_way: list[tuple[int, int]] = []  # (next turn, end)
@@ -36,4 +39,4 @@ def chatbot_order(conversation_ids: Ints, new_conversation: float, seed: int) ->
             del source[place]
         else:
             source[place] = (turn + 1, end)
-    return np.array(order, np.int64)
+    return turns[np.array(order, np.int64)]

@@ -37,7 +37,7 @@ def block_spans(ids: Ints, block_tokens: int, prompt_tokens: int) -> tuple[Span,
     starts = range(0, prompt_tokens, block_tokens)
     return tuple(
         Span((block & _64_BITS, _BLOCK), start, min(start + block_tokens, prompt_tokens))
-        for block, start in zip(ids.tolist(), starts, strict=False)
+        for block, start in zip(ids.tolist(), starts, strict=True)
     )
 
 

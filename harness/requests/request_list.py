@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from kvarena.errors import UserError
-from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK
 from kvarena.harness.requests.decoding import DecodingConfig
 from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.prefix import Prefix
@@ -42,7 +41,7 @@ def spans_of_prompts(workload: Workload) -> list[tuple[Span, ...]]:
     """
     prompts = workload.prompt_tokens.tolist()
     if workload.hash_ids is not None:
-        return [block_spans(ids, MOONCAKE_BLOCK, n) for ids, n in zip(workload.hash_ids, prompts, strict=True)]
+        return [block_spans(ids, workload.block_tokens, n) for ids, n in zip(workload.hash_ids, prompts, strict=True)]
     is_cut = workload.provenance.get("trace", {}).get("cut_prompt") is not None
     if workload.conversation_ids is None or is_cut:
         return [()] * len(prompts)

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvarena.errors import UserError
 from kvarena.harness.accounts.trace_account import Arrivals, TraceAccount, account_of
+from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK
 from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.seeded import Floats, Ints
 from kvarena.harness.trace.arrival import DRAWN, PS, ArrivalConfig, check, draw_arrivals
@@ -26,6 +27,7 @@ class Workload:
     provenance: dict[str, Any] = field(default_factory=dict)
     conversation_ids: Ints | None = None
     hash_ids: tuple[Ints, ...] | None = None
+    block_tokens: int = MOONCAKE_BLOCK  # that an id of hash_ids stands for
     account: TraceAccount | None = None  # of the trace as a whole, also in `first`
 
     def __len__(self) -> int:
@@ -37,7 +39,7 @@ class Workload:
         return Workload(
             self.prompt_tokens[:count], self.output_tokens[:count], self.arrival_ps[:count], self.provenance,
             None if ids is None else ids[:count], None if self.hash_ids is None else self.hash_ids[:count],
-            self.account,
+            self.block_tokens, self.account,
         )  # fmt: skip
 
     @property
@@ -85,7 +87,7 @@ def make_workload(
     facts = {"trace": requests.provenance, "arrival": asdict(arrival) | {"seed": seed}, "account": asdict(account)}
     return Workload(
         requests.prompt_tokens, requests.output_tokens, times, facts, requests.conversation_ids, requests.hash_ids,
-        account,
+        requests.block_tokens or MOONCAKE_BLOCK, account,
     )  # fmt: skip
 
 

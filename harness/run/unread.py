@@ -12,6 +12,7 @@ from kvarena.errors import UserError
 from kvarena.harness.run.run import Run
 from kvarena.harness.scheduler.registry import config_class
 from kvarena.harness.trace.conversation_table import has_conversations
+from kvarena.harness.trace.load import load_trace
 
 Unread = Iterator[tuple[str, str]]  # key, or group, and what to write instead
 
@@ -81,7 +82,8 @@ def _model(run: Run[object]) -> Unread:
         yield "model.shard_only", "model.tp=1 has no shards; model.tp=2 and more have"
 
 
-_FILE_ONLY = ("format", "data_files", "split", "tokenizer", "on_bad_record", "shuffle", "keep_hash_ids", "prefix_path")
+_FILE_ONLY = ("format", "time_unit", "block_tokens", "data_files", "split", "tokenizer", "on_bad_record", "shuffle",
+              "keep_hash_ids", "prefix_path")  # fmt: skip
 _GIVEN_ONLY = ("prompt_tokens", "output_tokens", "range_ratio")
 _CHATS_ONLY = ("cut_prompt", "cut_output", "new_conversation")
 
@@ -254,7 +256,10 @@ def _allocator(run: Run[object]) -> Unread:
 
 def _shares_prompts(run: Run[object]) -> bool:
     trace = run.trace
-    return trace.keep_hash_ids or trace.new_conversation is not None
+    if trace.keep_hash_ids is not False or trace.new_conversation is not None:
+        return True
+    is_read = trace.path is not None and trace.tokenizer is None and "trace" in run.reads
+    return is_read and load_trace(trace, run.context).conversation_ids is not None
 
 
 def _decodes(run: Run[object], method: str) -> bool:

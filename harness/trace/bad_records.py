@@ -1,7 +1,12 @@
 """What becomes of malformed records: the first one stops the load, or they are counted and reported."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvarena.errors import UserError
 
@@ -41,3 +46,21 @@ class BadRecords:
             _log.warning(
                 "%s: skipped %d malformed records: %s%s", self.source, self.count, "; ".join(self.reasons), more
             )
+
+
+class Faults:
+    """What is wrong with the records of a table, column by column: the first fault of a record is its reason."""
+
+    def __init__(self, count: int) -> None:
+        self.right: NDArray[np.bool_] = np.ones(count, np.bool_)  # [N]: without a fault so far
+        self._found: list[tuple[NDArray[np.bool_], Callable[[int], str]]] = []
+
+    def add(self, wrong: NDArray[np.bool_], reason: Callable[[int], str]) -> None:
+        """Note a fault of the records `wrong` [N]; `reason` gives that of the record at a position."""
+        self._found.append((wrong, reason))
+        self.right &= ~wrong
+
+    def tell(self, numbers: Any, bad: BadRecords) -> None:
+        """Every malformed record goes to `bad`, in order; `numbers` [N] are theirs in the source."""
+        for i in np.flatnonzero(~self.right).tolist():
+            bad.add(int(numbers[i]), next(reason(i) for wrong, reason in self._found if wrong[i]))

@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from kvarena.harness.trace.arrival import LONGEST_S
-from kvarena.harness.trace.bad_records import BadRecords
+from kvarena.harness.trace.bad_records import BadRecords, Faults
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.formats import DATE, LengthFormat, shown
 from kvarena.harness.trace.recipes import NO_LIMIT
 from kvarena.harness.trace.trace import Ints
+from kvarena.harness.trace.turns import conversation_numbers, without_history
+from kvarena.harness.trace.units import PER_SECOND, Floats, Mask, Units, units_of
+
+
+_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
 @dataclass
@@ -21,45 +27,137 @@ class Columns:
     numbers: Any  # [N] number of each record in its source, from 1
     prompt: Any
     output: Any
+    form: LengthFormat | None = None  # None: of text, whose tokens were counted
     arrival: Any = None
-    arrival_is: str = "seconds"
-    conversation: Any = None  # equal for the turns of one conversation
-    hash_ids: Any = None  # lists of whole numbers
+    conversation: Any = None  # texts, equal for the turns of one conversation
+    num_ids: Any = None  # numbers of ids of its blocks, NaN where a record has none: they tell the units
+    hash_ids: Any = None  # these ids as they stood, where they are kept
 
 
-def check_columns(columns: Columns, bad: BadRecords) -> dict[str, Any]:
-    """Lengths and times of the well-formed records; each malformed one goes to `bad` with its reason.
+class Checked(NamedTuple):
+    """What the well-formed records state."""
 
-    Whether the records have times is for the well-formed ones to say: a malformed record with a time makes none of the
-    others malformed. Returns record, prompt_tokens, output_tokens [n] int64, arrival_s [n] float64, conversation_id [n]
-    (numbered as they come) and hash_ids where there are.
+    # record, prompt_tokens, output_tokens [n] int64; arrival_s [n] float64, conversation_id [n] int64 (numbered as they
+    # come) and hash_ids where there are
+    clean: dict[str, Any]
+    facts: dict[str, Any]  # for the trace's provenance: units, and requests that failed
+
+
+def check_columns(columns: Columns, config: TraceConfig, bad: BadRecords) -> Checked:
+    """What the well-formed records state; each malformed one goes to `bad` with its reason.
+
+    Whether the records have times, and in which units, is for the well-formed ones to say: a malformed record with a
+    time makes none of the others malformed. Raises UserError where a unit must be told.
     """
     prompt, output = _number(columns.prompt), _number(columns.output)
-    wrong = _wrong_length(prompt) | _wrong_length(output)
-    arrival = None
+    faults = Faults(len(prompt))
+    faults.add(_wrong_length(prompt), lambda i: f"prompt length is {_fault(columns.prompt[i], prompt[i])}")
+    failed = faults.right & (output == 0) & (columns.form is not None and columns.form.zero_output_fails)
+    faults.add(_wrong_length(output) & ~failed, lambda i: f"output length is {_fault(columns.output[i], output[i])}")
+    units = _units(columns, config, prompt, faults.right & ~failed)
+    found: dict[str, Any] = {"prompt_tokens": prompt, "output_tokens": output}
     if columns.arrival is not None:
-        arrival = _seconds(columns.arrival, columns.arrival_is, ~wrong)
-        timed = (arrival >= 0) & (arrival < LONGEST_S)
-        if (timed & ~wrong).any():
-            wrong |= ~timed
-        else:
-            wrong |= ~np.asarray(pd.Series(columns.arrival, dtype=object).isna())
-            arrival = None
-    for i in np.flatnonzero(wrong):
-        bad.add(int(columns.numbers[i]), _reason(columns, int(i), prompt[i], output[i]))
-    kept = np.flatnonzero(~wrong)
-    clean: dict[str, Any] = {
-        "record": np.asarray(columns.numbers, np.int64)[kept],
-        "prompt_tokens": prompt[kept].astype(np.int64),
-        "output_tokens": output[kept].astype(np.int64),
-    }
-    if arrival is not None:
-        clean["arrival_s"] = arrival[kept]
-    if columns.conversation is not None:
-        clean["conversation_id"] = pd.factorize(np.asarray(columns.conversation))[0][kept]
+        found["arrival_s"] = _arrivals(columns, units, failed, faults)
     if columns.hash_ids is not None:
-        clean["hash_ids"] = _named([columns.hash_ids[i] for i in kept])
-    return clean
+        found["hash_ids"] = _ids(columns, units, prompt, failed, faults)
+    if columns.conversation is not None:
+        found["conversation_id"] = conversation_numbers(columns.conversation)
+        _check_turns(found, failed, faults)
+    faults.tell(columns.numbers, bad)
+    kept = np.flatnonzero(faults.right & ~failed)
+    clean: dict[str, Any] = {"record": np.asarray(columns.numbers, np.int64)[kept]}
+    for name, values in found.items():
+        if name == "hash_ids":
+            clean[name] = _named([values[i] for i in kept])
+        elif values is not None:
+            clean[name] = values[kept] if name == "arrival_s" else values[kept].astype(np.int64)
+    facts: dict[str, Any] = {} if units is None else units._asdict()
+    return Checked(clean, facts | ({"failed": int(failed.sum())} if failed.any() else {}))
+
+
+def _number(values: Any) -> Floats:
+    """Numbers, NaN where there is none; counts of tokens are far below 2**53, so that float64 states them exactly."""
+    return np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), np.float64)
+
+
+def _wrong_length(values: Floats) -> Mask:
+    right: Mask = (values >= 1) & (values <= NO_LIMIT) & (values == np.floor(values))
+    return ~right
+
+
+def _fault(raw: Any, value: float) -> str:
+    if raw is None:
+        return "empty"
+    if np.isnan(value):
+        return f"{raw!r}, not a number"
+    if value < 1:
+        return f"{value:.17g}, below 1"
+    return f"{value:.17g}, beyond {NO_LIMIT}" if value > NO_LIMIT else f"{value:.17g}, not a whole number"
+
+
+def _units(columns: Columns, config: TraceConfig, prompt: Floats, counted: Mask) -> Units | None:
+    """Units by the records that are counted; None for text."""
+    if columns.form is None:
+        return None
+    nothing = np.full(len(prompt), np.nan)
+    is_number = columns.arrival is not None and (columns.form.time_unit != DATE or config.time_unit is not None)
+    stamps = _number(columns.arrival) if is_number else nothing
+    num_ids = nothing if columns.num_ids is None else np.asarray(columns.num_ids, np.float64)
+    return units_of(config, columns.form, stamps[counted], prompt[counted], num_ids[counted])
+
+
+def _arrivals(columns: Columns, units: Units | None, failed: Mask, faults: Faults) -> Floats | None:
+    """Seconds since the trace began, [N]; None where no well-formed record has a time, which no other then may have."""
+    assert columns.form is not None and units is not None, "text has no times"
+    counted = faults.right & ~failed
+    arrival = _seconds(columns.arrival, units.time_unit, counted, columns.form.from_first)
+    timed = (arrival >= 0) & (arrival < LONGEST_S)
+    has_times = bool((timed & counted).any())
+    wanted = "a date" if units.time_unit == DATE else f"{_NAMES[units.time_unit]} since the trace began"
+
+    def reason(i: int) -> str:
+        stamp = repr(columns.arrival[i]) if isinstance(columns.arrival[i], str) else columns.arrival[i]
+        return f"arrival is {stamp}, not {wanted}, at most {LONGEST_S:.0f} s after it"
+
+    wrong = ~timed if has_times else ~np.asarray(pd.Series(columns.arrival, dtype=object).isna())
+    faults.add(wrong & counted, reason)
+    return arrival if has_times else None
+
+
+def _seconds(values: Any, unit: str, counted: Mask, from_first: bool) -> Floats:
+    """Seconds, NaN where a stamp cannot be read; dates, and clocks that began before, count from the first counted."""
+    if unit == DATE:
+        stamps = pd.Series(values)
+        if stamps.dtype == object:  # 2023 is no year, but a number whose unit nobody says
+            stamps = stamps.mask(pd.to_numeric(stamps, errors="coerce").notna())
+        dates = pd.to_datetime(stamps, format="ISO8601", errors="coerce", utc=True)
+        first = dates[counted].min()
+        near = dates.where(dates.dt.year <= first.year + 1)  # a difference of centuries would not fit into 64 bits
+        return np.asarray((near - first) / pd.Timedelta(seconds=1), np.float64)
+    numbers = _number(values)
+    finite = numbers[counted & np.isfinite(numbers)]
+    return (numbers - (finite.min() if from_first and len(finite) else 0)) / PER_SECOND[unit]
+
+
+def _ids(columns: Columns, units: Units | None, prompt: Floats, failed: Mask, faults: Faults) -> Any:
+    """Lists of ids, [N]; None where no record has any. There is one for each block of a prompt, the last is not full."""
+    if all(ids is None for ids in columns.hash_ids):
+        return None
+    wrong = np.array([not _are_ids(ids) for ids in columns.hash_ids], np.bool_)
+    faults.add(wrong & ~failed, lambda i: f"hash_ids is {shown(columns.hash_ids[i])}, not a list of whole numbers")
+    block = units.block_tokens if units is not None else None
+    assert block is not None, "units_of says what an id stands for, where there are ids"
+    with np.errstate(invalid="ignore"):
+        blocks = np.ceil(prompt / block)
+    number = np.asarray(columns.num_ids, np.float64)
+    faults.add(
+        (number != blocks) & faults.right & ~failed,
+        lambda i: (
+            f"{number[i]:.0f} hash_ids, where {prompt[i]:.0f} tokens are {blocks[i]:.0f} blocks of {block} "
+            "(trace.block_tokens)"
+        ),
+    )
+    return columns.hash_ids
 
 
 def _named(ids: list[list[int]]) -> list[Ints]:
@@ -73,41 +171,21 @@ def _named(ids: list[list[int]]) -> list[Ints]:
     return [names[end - len(each) : end] for each, end in zip(ids, ends, strict=True)]
 
 
-def _number(values: Any) -> NDArray[np.float64]:
-    """Numbers, NaN where there is none; counts of tokens are far below 2**53, so that float64 states them exactly."""
-    return np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), np.float64)
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(each) is int for each in ids)
 
 
-def _wrong_length(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    right: NDArray[np.bool_] = (values >= 1) & (values <= NO_LIMIT) & (values == np.floor(values))
-    return ~right
-
-
-def _seconds(values: Any, unit: str, counted: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Seconds since the trace began, NaN where a stamp cannot be read; dates count from the first of those counted."""
-    if unit == "date":
-        dates = pd.to_datetime(pd.Series(values), format="ISO8601", errors="coerce", utc=True)
-        first = dates[counted].min()
-        near = dates.where(dates.dt.year <= first.year + 1)  # a difference of centuries would not fit into 64 bits
-        return np.asarray((near - first) / pd.Timedelta(seconds=1), np.float64)
-    return _number(values) / (1000 if unit == "milliseconds" else 1)
-
-
-def _reason(columns: Columns, i: int, prompt: float, output: float) -> str:
-    for name, raw, value in (("prompt", columns.prompt[i], prompt), ("output", columns.output[i], output)):
-        if _wrong_length(np.array([value]))[0]:
-            return f"{name} length is {_fault(raw, value)}"
-    assert columns.arrival is not None
-    wanted = "a date" if columns.arrival_is == "date" else f"{columns.arrival_is} since the trace began"
-    stamp = repr(columns.arrival[i]) if isinstance(columns.arrival[i], str) else columns.arrival[i]
-    return f"arrival is {stamp}, not {wanted}, at most {LONGEST_S:.0f} s after it"
-
-
-def _fault(raw: Any, value: float) -> str:
-    if raw is None:
-        return "empty"
-    if np.isnan(value):
-        return f"{raw!r}, not a number"
-    if value < 1:
-        return f"{value:.17g}, below 1"
-    return f"{value:.17g}, beyond {NO_LIMIT}" if value > NO_LIMIT else f"{value:.17g}, not a whole number"
+def _check_turns(found: dict[str, Any], failed: Mask, faults: Faults) -> None:
+    """Note the turns that do not hold what their conversation has said before."""
+    at = np.flatnonzero(faults.right & ~failed)
+    columns = {name: values[at] for name, values in found.items() if values is not None and name != "hash_ids"}
+    short = without_history(
+        columns["conversation_id"],
+        columns["prompt_tokens"].astype(np.int64),
+        columns["output_tokens"].astype(np.int64),
+        columns.get("arrival_s"),
+    )
+    reasons = {int(at[i]): reason for i, reason in short.items()}
+    wrong = np.zeros(len(failed), np.bool_)
+    wrong[list(reasons)] = True
+    faults.add(wrong, lambda i: reasons[i])

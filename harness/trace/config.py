@@ -9,7 +9,9 @@ class TraceConfig:
 
     name: str = "trace"
     path: str | None = None  # local file, or the name of a data set on the Hugging Face hub (owner/name)
-    format: str | None = None  # sharegpt, alpaca, wmt16, azure, mooncake, lengths; null: seen from the content
+    format: str | None = None  # a name of formats.py; null: seen from the fields
+    time_unit: str | None = None  # of a file's stamps: s, ms, us, ns; null: as units.py finds it
+    block_tokens: int | None = None  # tokens that an id of a file's hash_ids stands for; null: as units.py finds it
     data_files: str | None = None  # hub only: the file of the data set to load
     split: str = "train"  # hub only
     tokenizer: str | None = None  # folder or hub name; needed where the file holds text
@@ -25,7 +27,7 @@ class TraceConfig:
     seed: int = 0
     mix: dict[str, float] | None = None  # shares of requests by method of decoding (decoding/mix.py); null: all alike
     shuffle: bool = False  # files only: put the records into a random order before the first are taken
-    keep_hash_ids: bool = False  # mooncake only: keep the ids of each prompt's blocks
+    keep_hash_ids: bool | None = False  # keep the ids of each prompt's blocks; null: where a file has them
     cut_prompt: int | None = None  # longer prompts keep their last so many tokens, as a chat's history is cut
     cut_output: int | None = None  # longer outputs end there
     new_conversation: float | None = (

@@ -3,6 +3,7 @@ costs the line it stands on, and none below.
 """
 
 import csv
+import json
 import re
 import sys
 from array import array
@@ -16,7 +17,9 @@ from kvarena.errors import UserError
 from kvarena.harness.files.text_file import check_text
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.columns import Columns
-from kvarena.harness.trace.formats import LengthFormat, fitting, no_format, shown
+from kvarena.harness.trace.config import TraceConfig
+from kvarena.harness.trace.formats import CONVERSATION, DATE, HASH_IDS, LengthFormat, fitting, no_format, shown
+from kvarena.harness.trace.records import number_of_ids
 
 _SEPARATORS = ",;\t|"
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)  # no 1_000, 0x10, inf
@@ -30,15 +33,15 @@ class _Column(NamedTuple):
     values: Any
 
 
-def read_csv(lines: Iterable[str], format_name: str | None, bad: BadRecords) -> tuple[LengthFormat, Columns]:
+def read_csv(lines: Iterable[str], config: TraceConfig, bad: BadRecords) -> tuple[LengthFormat, Columns]:
     """Columns of the lines below a header; a line that does not fit it goes to `bad`. Blank lines do not count.
 
     lines: of text, at least one not blank. Raises UserError for a header that fits no format, and for one alone.
     """
     csv.field_size_limit(sys.maxsize)  # of the process: a long value is no fault
     records = filter(str.strip, lines)
-    form, names, separator = _header(next(records), format_name, bad.source)
-    columns = _columns(form, names, bad.source)
+    form, names, separator = _header(next(records), config.format, bad.source)
+    columns = _columns(form, names, config, bad.source)
     numbers, number = array("q"), 0
     for number, line in enumerate(records, start=1):
         try:
@@ -52,14 +55,17 @@ def read_csv(lines: Iterable[str], format_name: str | None, bad: BadRecords) -> 
                 column.values.append(value)
     if not number:
         raise UserError(f"{bad.source}: holds no record, only a header: {', '.join(names)}")
-    read = {name: each.values if each.read is str else np.asarray(each.values) for name, each in columns.items()}
+    read = {name: np.asarray(each.values) if isinstance(each.values, array) else each.values for name, each in columns.items()}
+    ids = read.get(HASH_IDS)
     return form, Columns(
         numbers=np.asarray(numbers),
         prompt=read[form.prompt],
         output=read[form.output],
+        form=form,
         arrival=read.get(form.arrival),
-        arrival_is=form.arrival_is,
-        conversation=read.get("conversation_id"),
+        conversation=read.get(CONVERSATION),
+        num_ids=None if ids is None else [number_of_ids(each) for each in ids],
+        hash_ids=None if config.keep_hash_ids is False else ids,
     )
 
 
@@ -82,19 +88,20 @@ def _header(line: str, format_name: str | None, source: str) -> tuple[LengthForm
     raise no_format(by_separator[","], format_name, source)
 
 
-def _columns(form: LengthFormat, names: list[str], source: str) -> dict[str, _Column]:
+def _columns(form: LengthFormat, names: list[str], config: TraceConfig, source: str) -> dict[str, _Column]:
     """What is read of each column that there is. Raises UserError for one that stands twice."""
     kinds: dict[str, Callable[[str], Any]] = {
         form.prompt: partial(_length, "prompt"),
         form.output: partial(_length, "output"),
-        form.arrival: str if form.arrival_is == "date" else _time,
-        "conversation_id": str,
+        form.arrival: str if form.time_unit == DATE and config.time_unit is None else _time,
+        CONVERSATION: str,
+        HASH_IDS: _list,
     }
     for name in kinds:
         if names.count(name) > 1:
             raise UserError(f"{source}: column {name} stands twice")
     return {
-        name: _Column(names.index(name), read, [] if read is str else array("d"))
+        name: _Column(names.index(name), read, [] if read in (str, _list) else array("d"))
         for name, read in kinds.items()
         if name in names
     }
@@ -129,5 +136,13 @@ def _time(text: str) -> float:
     if not text.strip():
         return np.nan
     if not _NUMBER.fullmatch(text):
-        raise ValueError(f"arrival is {shown(text)}, not a number of seconds or milliseconds")
+        raise ValueError(f"arrival is {shown(text)}, not a number")
     return float(text)
+
+
+def _list(text: str) -> Any:
+    """A list as JSON writes it, `[1, 2]`; None for an empty field, the text itself for any other."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        return text

@@ -22,12 +22,26 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 
 def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
     """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
-    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
-    trace = _kept(fields, recipe, max_tokens, tuple(hashes(files_of(config)).values()))
+    trace = _kept(*_source(config), recipe, max_tokens)
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
     count = len(trace) if count is None else count
     facts = {"shuffle": config.shuffle, "seed": config.seed, "requests": count, "rounds": -(-count // len(trace))}
-    return trace.take(np.resize(order, count)).noting(**facts)
+    taken = trace.take(np.resize(order, count)).noting(**facts)
+    if taken.conversation_ids is None or trace.conversation_ids is None:
+        return taken
+    again = np.arange(count) // len(trace) * (1 + trace.conversation_ids.max())  # said once more is by somebody else
+    return replace(taken, conversation_ids=taken.conversation_ids + again)
+
+
+def states_ids(config: TraceConfig) -> bool:
+    """Whether the records of `config.path` state ids of their blocks, which `config` keeps where there are."""
+    return _read(*_source(config), False)[0].hash_ids is not None
+
+
+def _source(config: TraceConfig) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """All of a configuration that says what is read and kept of a file, and what the files hold."""
+    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
+    return fields, tuple(hashes(files_of(config)).values())
 
 
 def files_of(config: TraceConfig) -> Iterator[str]:
@@ -40,13 +54,13 @@ def files_of(config: TraceConfig) -> Iterator[str]:
     yield from (str(file) for file in words if file.is_file() and file.suffix not in _WEIGHTS)
 
 
-@lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
-def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, held: tuple[str, ...]) -> Trace:
-    """Every request that the recipe keeps and the context holds, and the counts of the others. held: by its files."""
+@lru_cache(maxsize=4)
+def _read(fields: tuple[Any, ...], held: tuple[str, ...], any_first_turn: bool) -> tuple[Trace, Ints]:
+    """Every well-formed record, and its number in the file. held: by the files that it is read from."""
     from kvarena.harness.trace.reading import read  # imports pandas and pyarrow, which take a while
 
     config = TraceConfig(*fields)
-    clean, facts = read(config, recipe)
+    clean, facts = read(config, Recipe("none", any_first_turn=any_first_turn))
     whole = Trace(
         name=Path(str(config.path)).stem,
         source=str(config.path),
@@ -55,24 +69,34 @@ def _kept(fields: tuple[Any, ...], recipe: Recipe, max_tokens: int | None, held:
         arrival_s=clean.get("arrival_s"),
         conversation_ids=clean.get("conversation_id"),
         hash_ids=tuple(clean["hash_ids"]) if "hash_ids" in clean else None,
+        block_tokens=facts.get("block_tokens"),
+        provenance=facts,
     )
+    return whole, clean["record"]
+
+
+@lru_cache(maxsize=4)  # a sweep over rates or seeds reads its file once
+def _kept(fields: tuple[Any, ...], held: tuple[str, ...], recipe: Recipe, max_tokens: int | None) -> Trace:
+    """Every request that the recipe keeps and the context holds, and the counts of the others."""
+    config = TraceConfig(*fields)
+    whole, numbers = _read(fields, held, recipe.any_first_turn)
     trace = whole.cut(config.cut_prompt, config.cut_output)
     kept = np.flatnonzero(recipe.keeps(trace.prompt_tokens, trace.output_tokens))
     # Who asks for a filter hears of what it should have left out; else the context is the filter.
     over_long = BadRecords(trace.source, "skip" if config.filter is None else config.on_bad_record)
-    fitting = _within_context(trace, kept, clean["record"], max_tokens, over_long)
+    fitting = _within_context(trace, kept, numbers, max_tokens, over_long)
     if config.filter is not None:  # else the run says it in the line of its trace
         over_long.report()
-    facts = {**facts, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
+    facts = {**whole.provenance, "recipe": recipe.name, "filtered": len(trace) - len(kept)}
     facts |= {"over_long": over_long.count, "over_long_reasons": over_long.reasons, "kept": len(fitting)}
     facts |= {"max_total": max_tokens} | {
         f"{name}s_cut": int((getattr(whole, f"{name}_tokens") != getattr(trace, f"{name}_tokens"))[fitting].sum())
         for name in ("prompt", "output")
     }
     if not len(fitting):
-        counts = ("read", "malformed", "without_request", "filtered", "over_long")
+        counts = ("read", "malformed", "without_request", "failed", "filtered", "over_long")
         raise UserError(
-            f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts)}) by filter "
+            f"{config.path}: no request is left ({', '.join(f'{key} {facts[key]}' for key in counts if key in facts)}) by filter "
             f"{recipe.name} and a context of {max_tokens or 'any number of'} tokens; trace.filter=none drops fewer, "
             "trace.cut_prompt=N and trace.cut_output=N shorten them"
         )

@@ -16,16 +16,28 @@ class MalformedError(ValueError):
     """A record that is not what its format says; the message is the reason."""
 
 
+CONVERSATION, HASH_IDS = "conversation_id", "hash_ids"  # fields that any record of lengths may have too
+DATE = "date"  # a stamp that is no number, but a point in time as ISO 8601 writes it
+
+
 @dataclass(frozen=True, slots=True)
 class LengthFormat:
-    """Names of the fields of a format that states token counts."""
+    """Names of the fields of a format that states token counts, and the units that it counts in (`units.py`).
+
+    A record may also have a CONVERSATION (`turns.py`) and HASH_IDS.
+    """
 
     name: str
     prompt: str
     output: str
     arrival: str
-    arrival_is: str = "seconds"  # of {"seconds", "milliseconds", "date"}, since the trace began
+    time_unit: str = "s"  # of units.SECONDS, or DATE
     arrival_needed: bool = True
+    from_first: bool = False  # its clock began before the trace: the first record arrives at 0
+    block_tokens: int | None = None  # tokens of a block that an id of hash_ids stands for
+    told_by: tuple[str, ...] = ()  # further fields, which tell it where nobody names it
+    shared: bool = False  # its fields are other formats' too: unless it is named, its units are a guess
+    zero_output_fails: bool = False  # an output of no token is a request that failed, and no fault of the record
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -116,14 +128,21 @@ def _wmt16(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
     return text_field(pair, "en"), text_field(pair, "de")
 
 
+_BLOCKS = ("input_length", "output_length", "timestamp")  # of Mooncake's, and of whoever followed it
 FORMATS: tuple[Format, ...] = (  # the first that fits is taken
     TextFormat("sharegpt", ("conversations",), _sharegpt),
     TextFormat("alpaca", ("instruction", "output"), _alpaca),
     TextFormat("wmt16", ("translation",), _wmt16, few_shot=True),
     TextFormat("sharegpt", ("messages",), _messages),
-    LengthFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "date"),
+    LengthFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", DATE, from_first=True),  # 2023 and 2024
     LengthFormat("azure", "prompt_tokens", "output_tokens", "arrival_s"),
-    LengthFormat("mooncake", "input_length", "output_length", "timestamp", "milliseconds"),
+    LengthFormat("bailian", *_BLOCKS, "s", block_tokens=16, told_by=("chat_id", "parent_chat_id")),
+    LengthFormat("mooncake", *_BLOCKS, "ms", block_tokens=512, told_by=(HASH_IDS,), shared=True),
+    LengthFormat("guidellm", *_BLOCKS, "s", from_first=True, block_tokens=512, shared=True),
+    LengthFormat("guidellm", "prompt_tokens_count", "output_tokens_count", "timestamp", "s", False, from_first=True),
+    LengthFormat("burstgpt", "Request tokens", "Response tokens", "Timestamp", from_first=True, zero_output_fails=True),
+    LengthFormat("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", arrival_needed=False),
+    LengthFormat("splitwise", "prompt_size", "token_size", "arrival_timestamp", arrival_needed=False),
     LengthFormat("lengths", "prompt_tokens", "output_tokens", "arrival_s", arrival_needed=False),
 )
 
@@ -138,11 +157,17 @@ def candidates(name: str | None) -> list[Format]:
 
 def fitting(fields: Collection[str], name: str | None) -> Format | None:
     """The format that these fields fit, of that name if one is given."""
-    return next((each for each in candidates(name) if set(each.required) <= set(fields)), None)
+    return next((each for each in candidates(name) if set(_telling(each, name)) <= set(fields)), None)
+
+
+def _telling(form: Format, name: str | None) -> tuple[str, ...]:
+    """The fields that a record of this format has, and by which it is told where nobody names it."""
+    told_by = form.told_by if name is None and isinstance(form, LengthFormat) else ()
+    return (*form.required, *told_by)
 
 
 def no_format(fields: Collection[str], name: str | None, source: str) -> UserError:
     """The refusal of a source whose fields fit no format."""
-    needed = "; ".join(f"{each.name}: {', '.join(each.required)}" for each in candidates(name))
+    needed = "; ".join(f"{each.name}: {', '.join(_telling(each, name))}" for each in candidates(name))
     stated = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in list(fields)[:40])
     return UserError(f"{source}: its fields ({stated or 'none'}) fit no format. Needed are: {needed}")

@@ -9,6 +9,7 @@ from kvarena.harness.trace.length_table import length_table, sample, table_names
 from kvarena.harness.trace.published_files import filter_of
 from kvarena.harness.trace.recipes import recipe
 from kvarena.harness.trace.trace import Trace
+from kvarena.harness.trace.units import check_units
 
 DEFAULT_REQUESTS = 1000  # drawn where neither a file nor the user nor the arrivals say how many
 
@@ -28,6 +29,7 @@ def load_trace(config: TraceConfig, max_tokens: int | None = None, num_requests:
     if count is not None and count < 1:
         raise UserError(f"trace.num_requests={count}: must be at least 1")
     _check_cuts(config)
+    check_units(config)
     if config.path is not None:
         return file_trace(config, rule, limit, count)
     count = DEFAULT_REQUESTS if count is None else count

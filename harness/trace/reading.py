@@ -16,7 +16,7 @@ from kvarena.harness.trace.columns import Columns, check_columns
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.csv_file import read_csv
 from kvarena.harness.trace.few_shot import few_shot
-from kvarena.harness.trace.formats import TextFormat
+from kvarena.harness.trace.formats import HASH_IDS, TextFormat
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.records import Records, detect, length_columns, looks_like, well_formed
 from kvarena.harness.trace.texts import Texts, count_tokens, load_tokenizer, no_tokenizer
@@ -47,13 +47,13 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
     else:
         origin = {"hub": source, "data_files": config.data_files, "split": config.split}
         columns, facts = _read_records(enumerate(_from_hub(config), start=1), config, recipe, bad)
-    clean = check_columns(columns, bad)
+    clean, counted = check_columns(columns, config, bad)
     bad.report()
-    if config.keep_hash_ids and "hash_ids" not in clean:
-        raise UserError(f"trace.keep_hash_ids: {source} has none; Mooncake's JSONL does")
-    seen = len(clean["record"]) + bad.count + facts["without_request"]
+    if config.keep_hash_ids and HASH_IDS not in clean:
+        raise UserError(f"trace.keep_hash_ids: {source} has none; Mooncake's and Bailian's JSON lines do")
+    seen = len(clean["record"]) + bad.count + facts["without_request"] + counted.get("failed", 0)
     counts = {"read": seen, "malformed": bad.count, "malformed_reasons": bad.reasons}
-    return Reading(clean, origin | facts | counts)
+    return Reading(clean, origin | facts | counted | counts)
 
 
 def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords) -> tuple[Columns, dict[str, Any]]:
@@ -65,7 +65,7 @@ def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords)
         if not first:
             raise UserError(f"trace.path={path}: is empty")
         if first.lstrip()[0] not in "[{":
-            form, columns = read_csv(chain([first], file), config.format, bad)
+            form, columns = read_csv(chain([first], file), config, bad)
             return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
         file.seek(0)
         text = file.read()
@@ -91,7 +91,7 @@ def _read_records(
     if isinstance(form, TextFormat):
         columns, facts = _count_texts(records, form, config, recipe, bad)
         return columns, {"format": form.name, "tokenizer": config.tokenizer} | facts
-    columns = length_columns(records, form, config.keep_hash_ids, bad)
+    columns = length_columns(records, form, config.keep_hash_ids is not False, bad)
     return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
 
 

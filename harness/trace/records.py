@@ -3,12 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from itertools import chain
+from math import nan
 from typing import Any, TypeVar
 
 from kvarena.errors import UserError
 from kvarena.harness.trace.bad_records import BadRecords
 from kvarena.harness.trace.columns import Columns
-from kvarena.harness.trace.formats import Format, LengthFormat, MalformedError, fitting, no_format, shown
+from kvarena.harness.trace.formats import (
+    CONVERSATION,
+    DATE,
+    HASH_IDS,
+    Format,
+    LengthFormat,
+    MalformedError,
+    fitting,
+    no_format,
+    shown,
+)
 
 Records = Iterator[tuple[int, Any]]  # (number from 1, value)
 Stated = TypeVar("Stated")
@@ -61,28 +72,47 @@ def well_formed(
 
 def length_columns(records: Records, form: LengthFormat, keep_hash_ids: bool, bad: BadRecords) -> Columns:
     """Columns of records that state token counts."""
-    columns = Columns([], [], [], [], form.arrival_is, hash_ids=[] if keep_hash_ids else None)
-    for number, record in well_formed(records, form, lambda record: _check_types(record, form, keep_hash_ids), bad):
+    columns = Columns([], [], [], form, [], [], num_ids=[], hash_ids=[] if keep_hash_ids else None)
+    has_ids = False
+    for number, record in well_formed(records, form, lambda record: _check_types(record, form), bad):
         columns.numbers.append(number)
         columns.prompt.append(record[form.prompt])
         columns.output.append(record[form.output])
         columns.arrival.append(record.get(form.arrival))
+        columns.conversation.append(_id_text(record.get(CONVERSATION)))
+        has_ids |= CONVERSATION in record
+        ids = record.get(HASH_IDS)
+        columns.num_ids.append(number_of_ids(ids))
         if keep_hash_ids:
-            columns.hash_ids.append(record["hash_ids"])
+            columns.hash_ids.append(ids)
     if all(stamp is None for stamp in columns.arrival):
         columns.arrival = None
+    if not has_ids:
+        columns.conversation = None
     return columns
 
 
-def _check_types(record: Mapping[str, Any], form: LengthFormat, keep_hash_ids: bool) -> Mapping[str, Any]:
+def number_of_ids(ids: Any) -> float:
+    """How many ids of blocks a record has; NaN where there are none to be counted."""
+    return len(ids) if isinstance(ids, list) else nan
+
+
+def _check_types(record: Mapping[str, Any], form: LengthFormat) -> Mapping[str, Any]:
     for key in (form.prompt, form.output, form.arrival):
-        allowed = (str, datetime) if key == form.arrival and form.arrival_is == "date" else (int, float)
+        dates = key == form.arrival and form.time_unit == DATE
+        allowed = (str, datetime, int, float) if dates else (int, float)
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
-            raise MalformedError(f"{key} is {shown(value)}, not a {'date' if str in allowed else 'number'}")
-        if isinstance(value, int) and abs(value) > 2**53:  # nor would it convert to a float
+            raise MalformedError(f"{key} is {shown(value)}, not a {'date' if dates else 'number'}")
+        if isinstance(value, int) and abs(value) > (2**63 if key == form.arrival else 2**53):  # no float states it
             raise MalformedError(f"{key} is {shown(value)}, beyond any trace")
-    ids = record.get("hash_ids")
-    if keep_hash_ids and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
-        raise MalformedError(f"hash_ids is {shown(ids)}, not a list of whole numbers")
     return record
+
+
+def _id_text(value: Any) -> str:
+    """A conversation's id as a text that no other value has, empty where there is none. Raises MalformedError."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise MalformedError(f"{CONVERSATION} is {shown(value)}, neither a text nor a number")
+    return repr(value)

@@ -19,7 +19,8 @@ class Trace:
     output_tokens: Ints
     arrival_s: NDArray[np.float64] | None = None  # recorded, in seconds since the trace began
     conversation_ids: Ints | None = None  # equal for the turns of one conversation
-    hash_ids: tuple[Ints, ...] | None = None  # ids of each prompt's blocks, in Mooncake's traces
+    hash_ids: tuple[Ints, ...] | None = None  # ids of each prompt's blocks, in Mooncake's traces and those like them
+    block_tokens: int | None = None  # tokens of a block that an id stands for
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
