@@ -95,7 +95,7 @@ def _trace(run: Run[Params]) -> Trace:
 
 
 def _limit(run: Run[Params]) -> int | None:
-    """Tokens of the longest sequence: what is asked for, or the model's; None: a file's longest, where nobody computes."""
+    """Tokens of the longest sequence, as asked for, or the model's; None: a file's longest, where nobody computes."""
     if run.trace.path is not None and run.clock == "modelled" and run.params.context is None:
         return None
     return run.context
@@ -116,7 +116,8 @@ def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float |
 
 
 def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
-    assert trace.hash_ids is not None and trace.block_tokens is not None
+    assert trace.hash_ids is not None
+    assert trace.block_tokens is not None
     rows = []
     for capacity_gb in [None, *run.params.capacities_gb]:
         policy = _policy(run, trace, system, capacity_gb)
@@ -132,7 +133,8 @@ def _count(run: Run[Params], trace: Trace, system: System) -> Frames:
 
 def _blocks(run: Run[Params], trace: Trace) -> pd.DataFrame:
     """Blocks of the trace itself, without a limit: what any cache of blocks of that size could find."""
-    assert trace.hash_ids is not None and trace.block_tokens is not None
+    assert trace.hash_ids is not None
+    assert trace.block_tokens is not None
     counts = {
         "blocks": sum(map(len, trace.hash_ids)),
         "hit_blocks:every_id": count_ids(trace.hash_ids),

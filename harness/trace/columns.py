@@ -16,7 +16,6 @@ from kvarena.harness.trace.trace import Ints
 from kvarena.harness.trace.turns import conversation_numbers, without_history
 from kvarena.harness.trace.units import PER_SECOND, Floats, Mask, Units, units_of
 
-
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
@@ -67,9 +66,11 @@ def check_columns(columns: Columns, config: TraceConfig, bad: BadRecords) -> Che
     kept = np.flatnonzero(faults.right & ~failed)
     clean: dict[str, Any] = {"record": np.asarray(columns.numbers, np.int64)[kept]}
     for name, values in found.items():
+        if values is None:
+            continue
         if name == "hash_ids":
             clean[name] = _named([values[i] for i in kept])
-        elif values is not None:
+        else:
             clean[name] = values[kept] if name == "arrival_s" else values[kept].astype(np.int64)
     facts: dict[str, Any] = {} if units is None else units._asdict()
     return Checked(clean, facts | ({"failed": int(failed.sum())} if failed.any() else {}))
@@ -108,7 +109,8 @@ def _units(columns: Columns, config: TraceConfig, prompt: Floats, counted: Mask)
 
 def _arrivals(columns: Columns, units: Units | None, failed: Mask, faults: Faults) -> Floats | None:
     """Seconds since the trace began, [N]; None where no well-formed record has a time, which no other then may have."""
-    assert columns.form is not None and units is not None, "text has no times"
+    assert columns.form is not None
+    assert units is not None, "text has no times"
     counted = faults.right & ~failed
     arrival = _seconds(columns.arrival, units.time_unit, counted, columns.form.from_first)
     timed = (arrival >= 0) & (arrival < LONGEST_S)
@@ -128,7 +130,7 @@ def _seconds(values: Any, unit: str, counted: Mask, from_first: bool) -> Floats:
     """Seconds, NaN where a stamp cannot be read; dates, and clocks that began before, count from the first counted."""
     if unit == DATE:
         stamps = pd.Series(values)
-        if stamps.dtype == object:  # 2023 is no year, but a number whose unit nobody says
+        if not pd.api.types.is_datetime64_any_dtype(stamps):  # 2023 is no year, but a number whose unit nobody says
             stamps = stamps.mask(pd.to_numeric(stamps, errors="coerce").notna())
         dates = pd.to_datetime(stamps, format="ISO8601", errors="coerce", utc=True)
         first = dates[counted].min()
@@ -140,7 +142,7 @@ def _seconds(values: Any, unit: str, counted: Mask, from_first: bool) -> Floats:
 
 
 def _ids(columns: Columns, units: Units | None, prompt: Floats, failed: Mask, faults: Faults) -> Any:
-    """Lists of ids, [N]; None where no record has any. There is one for each block of a prompt, the last is not full."""
+    """Lists of ids, [N]; None where no record has any. There is one for each block of a prompt, full or not."""
     if all(ids is None for ids in columns.hash_ids):
         return None
     wrong = np.array([not _are_ids(ids) for ids in columns.hash_ids], np.bool_)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from itertools import chain
 from math import nan
+from types import NoneType
 from typing import Any, TypeVar
 
 from kvarena.errors import UserError
@@ -106,13 +107,13 @@ def _check_types(record: Mapping[str, Any], form: LengthFormat) -> Mapping[str, 
             raise MalformedError(f"{key} is {shown(value)}, not a {'date' if dates else 'number'}")
         if isinstance(value, int) and abs(value) > (2**63 if key == form.arrival else 2**53):  # no float states it
             raise MalformedError(f"{key} is {shown(value)}, beyond any trace")
+    talk = record.get(CONVERSATION)
+    if isinstance(talk, bool) or not isinstance(talk, (str, int, float, NoneType)):
+        raise MalformedError(f"{CONVERSATION} is {shown(talk)}, neither a text nor a number")
     return record
 
 
 def _id_text(value: Any) -> str:
-    """A conversation's id as a text that no other value has, empty where there is none. Raises MalformedError."""
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise MalformedError(f"{CONVERSATION} is {shown(value)}, neither a text nor a number")
-    return repr(value)
+    """A conversation's id as a text that no other id has, empty where there is none."""
+    blank = value is None or value != value or (isinstance(value, str) and not value.strip())
+    return "" if blank else repr(value)
