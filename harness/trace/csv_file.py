@@ -55,7 +55,10 @@ def read_csv(lines: Iterable[str], config: TraceConfig, bad: BadRecords) -> tupl
                 column.values.append(value)
     if not number:
         raise UserError(f"{bad.source}: holds no record, only a header: {', '.join(names)}")
-    read = {name: np.asarray(each.values) if isinstance(each.values, array) else each.values for name, each in columns.items()}
+    read = {
+        name: np.asarray(each.values) if isinstance(each.values, array) else each.values
+        for name, each in columns.items()
+    }
     ids = read.get(HASH_IDS)
     return form, Columns(
         numbers=np.asarray(numbers),
