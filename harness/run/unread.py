@@ -246,7 +246,7 @@ def _scheduler(run: Run[object]) -> Unread:
 
 def _allocator(run: Run[object]) -> Unread:
     """Fields that need something of the requests: prompts that begin alike, beams, or more sequences than one."""
-    if not (_shares_prompts(run) or "caching" in run.reads):
+    if "allocator.prefix_cache" in run.given and not ("caching" in run.reads or _shares_prompts(run)):
         yield "allocator.prefix_cache", f"no prompt of trace={run.trace.name} begins as another's; those of chats do"
     if not ("beams" in run.reads or _decodes(run, "beam")):
         yield "allocator.copy_beams", "no beams run; decoding=beam has them"
@@ -255,6 +255,7 @@ def _allocator(run: Run[object]) -> Unread:
 
 
 def _shares_prompts(run: Run[object]) -> bool:
+    """Whether prompts are known to begin alike; of a file, whether it has conversations."""
     trace = run.trace
     if trace.keep_hash_ids is not False or trace.new_conversation is not None:
         return True
