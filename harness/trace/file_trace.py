@@ -98,7 +98,8 @@ def _kept(fields: tuple[Any, ...], held: tuple[str, ...], recipe: Recipe, max_to
         lost = ", ".join(f"{key} {facts[key]}" for key in counts if key in facts)
         raise UserError(
             f"{config.path}: no request is left ({lost}) by filter {recipe.name} and a context of "
-            f"{max_tokens or 'any number of'} tokens; trace.filter=none drops fewer, trace.cut_prompt=N and trace.cut_output=N shorten them"
+            f"{max_tokens or 'any number of'} tokens; trace.filter=none drops fewer, trace.cut_prompt=N and "
+            "trace.cut_output=N shorten them"
         )
     return trace.take(fitting).noting(**facts)
 

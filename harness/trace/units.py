@@ -59,8 +59,8 @@ def _block(config: TraceConfig, form: LengthFormat, prompts: Floats, num_ids: Fl
         return best, ""
     if list(fitting.values()).count(fitting[best]) > 1:
         raise UserError(
-            f"trace.block_tokens: how many tokens an id of {config.path} stands for is not to be seen from its prompts: "
-            "say it (512 in Mooncake's traces, 16 in Bailian's)"
+            f"trace.block_tokens: what an id of {config.path} stands for is not to be seen from its prompts: say how "
+            "many tokens (512 in Mooncake's traces, 16 in Bailian's)"
         )
     return best, f"an id stands for {best} tokens, by their number (trace.block_tokens)"
 
