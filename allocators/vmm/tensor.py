@@ -1,13 +1,11 @@
 """Torch tensors over reserved addresses."""
 
-import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvarena.allocators.vmm.dlpack import bytes_at
 from kvarena.allocators.vmm.driver import Driver
 
 
@@ -23,37 +21,18 @@ def strided_tensor(
     span_bytes = dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides_bytes, strict=True))
     if any(stride % dtype.itemsize for stride in strides_bytes) or math.prod(shape) == 0:
         raise ValueError(f"no tensor of shape {tuple(shape)}, strides {tuple(strides_bytes)} bytes, {dtype}")
-    span = _host_bytes(driver, base, span_bytes) if driver.device == "cpu" else _gpu_bytes(driver, base, span_bytes)
+    device = torch.device(driver.device, driver.ordinal) if driver.device == "cuda" else torch.device(driver.device)
     strides = tuple(stride // dtype.itemsize for stride in strides_bytes)
-    return span.view(dtype).as_strided(tuple(shape), strides)
+    return bytes_at(base, span_bytes, device, driver).view(dtype).as_strided(tuple(shape), strides)
 
 
-def _host_bytes(driver: Driver, base: int, num_bytes: int) -> Tensor:
-    buffer = (ctypes.c_char * num_bytes).from_address(base)
-    buffer.driver = driver  # type: ignore[attr-defined]  # the buffer outlives no driver
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+def bytes_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
+    """[num_bytes] uint8 over an address of `device`; keeps `owner` alive as long as the tensor and its views.
 
-
-def _gpu_bytes(driver: Driver, base: int, num_bytes: int) -> Tensor:
-    """Through DLPack; through the CUDA array interface where this torch will not have it.
-
-    Some versions of torch ask the driver whose the address of a CUDA array is, which fails as long as nothing is
-    mapped there; with DLPack they take our word.
+    Torch takes our word for the address. Its other ways do not do: the CUDA array interface asks the driver whose the
+    address is, which fails as long as nothing is mapped there; DLPack tells of a tensor's end through a callback, and
+    one in Python loses the exception that the tensor may be dying of. An attribute of a storage lives as long as it.
     """
-    device = torch.device(driver.device, driver.ordinal)
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    try:
-        return bytes_at(base, num_bytes, device, driver)
-    except (RuntimeError, ValueError, BufferError, NotImplementedError):
-        tensor = torch.as_tensor(_CudaArray(driver, base, num_bytes), device=device)
-    if tensor.data_ptr() != base:
-        raise RuntimeError(f"torch {torch.__version__} copies a tensor over {driver.device} addresses")
-    return tensor
-
-
-class _CudaArray:
-    """Bytes at an address, as the CUDA array interface describes them."""
-
-    def __init__(self, driver: Driver, base: int, num_bytes: int) -> None:
-        self.driver = driver  # torch keeps this object, and so the memory, alive
-        self.__cuda_array_interface__ = {"version": 3, "typestr": "|u1", "shape": (num_bytes,), "data": (base, False)}
+    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
+    storage.owner = owner  # type: ignore[attr-defined]  # one more
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

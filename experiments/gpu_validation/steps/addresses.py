@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from kvarena.allocators.sizes import GB, KB, MB
-from kvarena.allocators.vmm import tensor as over
-from kvarena.allocators.vmm.dlpack import bytes_at
 from kvarena.allocators.vmm.driver import Driver, OutOfPhysicalMemory
 from kvarena.allocators.vmm.drivers import make_driver
-from kvarena.allocators.vmm.tensor import strided_tensor
-from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
+from kvarena.allocators.vmm.tensor import bytes_at, strided_tensor
+from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps.kernels import SHAPES, check, kernel_to_run
 from kvarena.harness.measured.memory import available_bytes
@@ -42,7 +40,7 @@ def run(case: str, context: Context) -> Values:
         return _QUESTIONS[case](driver, context)
 
 
-def _through_dlpack(driver: Driver, context: Context) -> Values:
+def _before_anything_is_mapped(driver: Driver, context: Context) -> Values:
     """A tensor is made before anything is mapped, and is the memory that is mapped later."""
     size = driver.page_group_bytes
     base = driver.reserve(SLOTS * size)
@@ -54,18 +52,6 @@ def _through_dlpack(driver: Driver, context: Context) -> Values:
     _require(span.data_ptr() == base, "the tensor lies elsewhere")
     _require(int(span[2 * size : 4 * size].sum(dtype=torch.int64)) == 14 * size, "other bytes were read back")
     return {"making the tensor, us": round(taken_us, 1)}
-
-
-def _through_the_array_interface(driver: Driver, context: Context) -> Values:
-    """The other way to a tensor, for a torch that refuses DLPack."""
-    if not context.on_gpu:
-        raise NotRunError("the CUDA array interface is a GPU's")
-    size = driver.page_group_bytes
-    base = driver.reserve(size)
-    driver.map(base, 0, driver.create(1))
-    array = torch.as_tensor(over._CudaArray(driver, base, size), device="cuda")
-    _require(array.data_ptr() == base, "torch copied it")
-    return {}
 
 
 def _scattered_and_aliased(driver: Driver, context: Context) -> Values:
@@ -154,8 +140,7 @@ def _out_of_memory(driver: Driver, context: Context) -> Values:
 
 
 _QUESTIONS: dict[str, Callable[[Driver, Context], Values]] = {
-    "a tensor before anything is mapped (DLPack)": _through_dlpack,
-    "a tensor through the CUDA array interface": _through_the_array_interface,
+    "a tensor before anything is mapped": _before_anything_is_mapped,
     "scattered page-groups, aliases": _scattered_and_aliased,
     "what new memory holds": _new_memory,
     "one unmap over several mappings": _unmapped_at_once,
