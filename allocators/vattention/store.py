@@ -82,11 +82,11 @@ class VirtualStore(Store):
                 self.driver.clear(self._handles)
             self.tensors = self._make_tensors(shape)
             self._layers = self._make_layers(shape.num_layers)
+            self._copy = ByteCopies(self._bases, self.tensors[0].device)
+            self.driver.prepare()
         except BaseException:
             self.close()
             raise
-        self._copy = ByteCopies(self._bases, self.tensors[0].device)
-        self.driver.prepare()
         self._at_start = self.driver.totals()
 
     def _make_tensors(self, shape: ModelShape) -> list[Tensor]:
@@ -177,25 +177,34 @@ class VirtualStore(Store):
             )
 
     def _perform(self, actions: Sequence[Action], fence: Callable[[], object]) -> None:
-        for kind, runs in groupby(_runs(actions), key=lambda run: type(run[0])):
-            if kind is CopyRow:
-                self._copy(Runs.of_rows([action for run in runs for action in run], self._row_bytes))
-                fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
-            elif kind is Map:
-                self.driver.map_runs([where for run in runs for where in self._in_every_tensor(run)])
-            elif kind is Unmap:
-                fence()  # a kernel may be reading what goes
-                for run in runs:
-                    for base in self._bases:
-                        self.driver.unmap(base, self._offset(run[0]), len(run))
-            else:
-                raise ValueError(f"VirtualStore performs no {kind.__name__}")
+        """Where one fails, all that was mapped and unmapped before it is undone; copies are not, nobody reads them."""
+        undo: list[tuple[Callable[[Sequence[MapRun]], None], list[MapRun]]] = []
+        try:
+            for kind, runs in groupby(_runs(actions), key=lambda run: type(run[0])):
+                if kind is CopyRow:
+                    self._copy(Runs.of_rows([action for run in runs for action in run], self._row_bytes))
+                    fence = kernels_so_far(self.driver.device)  # what is unmapped next may be being copied
+                elif kind is Map:
+                    where = [place for run in runs for place in self._in_every_tensor(run)]
+                    self.driver.map_runs(where)
+                    undo.append((self.driver.unmap_runs, where))
+                elif kind is Unmap:
+                    where = [place for run in runs for place in self._in_every_tensor(run)]
+                    fence()  # a kernel may be reading what goes
+                    self.driver.unmap_runs(where)
+                    undo.append((self.driver.map_runs, where))
+                else:
+                    raise ValueError(f"VirtualStore performs no {kind.__name__}")
+        except BaseException:
+            for reverse, where in reversed(undo):
+                reverse(where)
+            raise
 
     def _offset(self, where: Map | Unmap) -> int:
         """Bytes from the start of a tensor to a page-group of a row."""
         return where.row * self._row_bytes + where.ordinal * self._page_group
 
-    def _in_every_tensor(self, run: Sequence[Map]) -> Iterator[MapRun]:
+    def _in_every_tensor(self, run: Sequence[Map | Unmap]) -> Iterator[MapRun]:
         """Page-groups side by side in a row, tensor by tensor."""
         offset, per_tensor = self._offset(run[0]), self._policy.page_groups_per_tensor
         for tensor, base in enumerate(self._bases):

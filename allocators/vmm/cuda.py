@@ -189,24 +189,14 @@ def _give_back(
     cuda: CudaContext, ranges: dict[int, AddressRange], handles: dict[int, Any], page_group_bytes: int
 ) -> list[CudaError]:
     """Wait, unmap, free, release, let go of the context. Returns what failed; the rest is given back all the same."""
-    failed: list[CudaError] = []
-
-    def attempt(function: str, *arguments: Any) -> None:
-        try:
-            cuda(function, *arguments)
-        except CudaError as error:
-            failed.append(error)
-
-    attempt("cuCtxSynchronize")  # kernels may still be reading
+    calls: list[tuple[Any, ...]] = [("cuCtxSynchronize",)]  # kernels may still be reading
     for addresses in ranges.values():
         for slot, count in _runs(addresses.handles):
-            attempt("cuMemUnmap", addresses.base + slot * page_group_bytes, count * page_group_bytes)
-        attempt("cuMemAddressFree", addresses.base, addresses.num_slots * page_group_bytes)
-    for handle in handles.values():
-        attempt("cuMemRelease", handle)
+            calls.append(("cuMemUnmap", addresses.base + slot * page_group_bytes, count * page_group_bytes))
+        calls.append(("cuMemAddressFree", addresses.base, addresses.num_slots * page_group_bytes))
+    calls += [("cuMemRelease", handle) for handle in handles.values()]
     handles.clear()
-    attempt("cuDevicePrimaryCtxRelease", cuda.device)
-    return failed
+    return [*cuda.give_back(calls), *cuda.give_back([("cuDevicePrimaryCtxRelease", cuda.device)])]
 
 
 def _runs(slots: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,8 @@
 """`cuda.bindings.driver`, with every result checked and one device's primary context current in every thread."""
 
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from kvarena.allocators.vmm.driver import DriverError
@@ -42,8 +44,25 @@ class CudaContext:
         return int(free), int(total)
 
     def release(self) -> None:
-        """Let go of the context; torch keeps it alive as long as it needs it."""
-        self._checked("cuDevicePrimaryCtxRelease", self.device)
+        """Let go of the context; torch keeps it alive as long as it needs it. Raises CudaError where that failed."""
+        for error in self.give_back([("cuDevicePrimaryCtxRelease", self.device)]):
+            raise error
+
+    def give_back(self, calls: Iterable[tuple[Any, ...]]) -> list[CudaError]:
+        """Make every one of these calls, and once more, in order, those that failed; returns how they failed at first.
+
+        What failed once may have kept others from succeeding: no range is freed before all of it is unmapped.
+        """
+        failed: list[tuple[tuple[Any, ...], CudaError]] = []
+        for call in calls:
+            try:
+                self(*call)
+            except CudaError as error:
+                failed.append((call, error))
+        for call, _ in failed:
+            with suppress(CudaError):
+                self(*call)
+        return [error for _, error in failed]
 
     def _checked(self, function: str, *arguments: Any) -> Any:
         result, *values = getattr(self.api, function)(*arguments)

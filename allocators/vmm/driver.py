@@ -39,7 +39,7 @@ class AddressRange:
 
 
 class MapRun(NamedTuple):
-    """Page-groups to map side by side."""
+    """Page-groups to map, or that are mapped, side by side."""
 
     base: int  # of the reservation
     offset: int  # bytes
@@ -108,7 +108,8 @@ class Driver(ABC):
             finally:
                 self.unmap(base, 0, len(handles))
         finally:
-            self.free(base)
+            if not self._ranges[base].handles:  # else unmapping failed, and `close` has to
+                self.free(base)
 
     def map(self, base: int, offset: int, handles: Sequence[int]) -> None:
         """Map page-groups side by side from `base + offset` (bytes) on: all of them, or none."""
@@ -124,6 +125,15 @@ class Driver(ABC):
             except BaseException:
                 for base, offset, handles in runs[:done]:
                     self.unmap(base, offset, len(handles))
+                raise
+
+    def unmap_runs(self, runs: Sequence[MapRun]) -> None:
+        """Unmap several runs, in order: all of them, or none."""
+        for done, (base, offset, handles) in enumerate(runs):
+            try:
+                self.unmap(base, offset, len(handles))
+            except BaseException:
+                self.map_runs(runs[:done])
                 raise
 
     def unmap(self, base: int, offset: int, count: int) -> None:
