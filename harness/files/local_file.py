@@ -8,7 +8,7 @@ from kvarena.errors import UserError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe, which can be read only once; write it to a file first",
+    stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -30,7 +30,8 @@ def local_file(name: str, key: str = "trace.path") -> Path | None:
     except (OSError, RuntimeError, ValueError) as error:  # no access, no such home, a NUL in the name
         raise UserError(f"{key}={name}: cannot be read: {error}") from error
     if not stat.S_ISREG(mode):
-        raise UserError(f"{key}={name}: is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise UserError(f"{key}={name}: is {kind}, not a file (what is read here is read more than once)")
     if not os.access(path, os.R_OK):
         raise UserError(f"{key}={name}: cannot be read: you have no permission to")
     return path

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvarena.harness.files.content import REVISION, hashes
+from kvarena.harness.files.hub_name import is_hub_name
 from kvarena.harness.trace.file_trace import files_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _revisions(run: "Run[object]") -> Iterator[tuple[str, str]]:
     named = [("dataset", path) for path in _traces(run)]
     named += [("model", name) for name in (run.trace.tokenizer, _checkpoint(run)) if name is not None]
     for kind, name in named:
-        if name.count("/") == 1 and not Path(name).expanduser().exists():
+        if is_hub_name(name) and not Path(name).exists():
             found = _revision(name, kind)
             if found is not None:
                 yield name, f"{REVISION}{found}"
@@ -60,10 +61,13 @@ def _revisions(run: "Run[object]") -> Iterator[tuple[str, str]]:
 def _revision(name: str, kind: str) -> str | None:
     """What the hub says that `main` is now; where it cannot be asked, what was last downloaded; else None."""
     from huggingface_hub import HfApi, constants  # half a second, for hub names alone
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     try:
         return HfApi().repo_info(name, repo_type=kind, timeout=10).sha
+    except HFValidationError:
+        return None
     except Exception:  # no network, no such name, no access: whoever loads it says so
         cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / "main"
         return cached.read_text().strip() if cached.is_file() else None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from functools import lru_cache
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def files_of(config: TraceConfig) -> Iterator[str]:
     prefix = None if config.examples is None else prefix_path(config)
     if prefix is not None:
         yield str(prefix)
-    words = [] if config.tokenizer is None else sorted(Path(config.tokenizer).glob("*"))
+    tokenizer = config.tokenizer or ""
+    words = sorted(Path(tokenizer).glob("*")) if isdir(tokenizer) else []
     yield from (str(file) for file in words if file.is_file() and file.suffix not in _WEIGHTS)
 
 

@@ -1,12 +1,12 @@
 """A trace's records, from a local file or the hub: checked one by one, and what the clean ones state."""
 
-import re
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvarena.errors import UserError
 from kvarena.harness.files.content import check_unchanged, sha256
+from kvarena.harness.files.hub_name import is_hub_name
 from kvarena.harness.files.json_file import json_records
 from kvarena.harness.files.local_file import local_file
 from kvarena.harness.files.parquet_file import is_parquet, parquet_records
@@ -20,9 +20,6 @@ from kvarena.harness.trace.formats import HASH_IDS, TextFormat
 from kvarena.harness.trace.recipes import Recipe
 from kvarena.harness.trace.records import Records, detect, length_columns, looks_like, well_formed
 from kvarena.harness.trace.texts import Texts, count_tokens, load_tokenizer, no_tokenizer
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".parquet", ".gz")
 
 
 class Reading(NamedTuple):
@@ -42,11 +39,11 @@ def read(config: TraceConfig, recipe: Recipe) -> Reading:
         origin: dict[str, Any] = {"path": str(path), "sha256": sha256(path)}
         columns, facts = _read_file(path, config, recipe, bad)
         check_unchanged({str(path): origin["sha256"]})
-    elif not _HUB_NAME.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+    elif not is_hub_name(source):
         raise UserError(f"trace.path={source}: no such file (nor is it a hub's owner/name)")
     else:
         origin = {"hub": source, "data_files": config.data_files, "split": config.split}
-        columns, facts = _read_records(enumerate(_from_hub(config), start=1), config, recipe, bad)
+        columns, facts = _read_records(_from_hub(config), config, recipe, bad)
     clean, counted = check_columns(columns, config, bad)
     bad.report()
     if config.keep_hash_ids and HASH_IDS not in clean:
@@ -73,11 +70,13 @@ def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords)
     return _read_records(records, config, recipe, bad)
 
 
-def _from_hub(config: TraceConfig) -> Any:
+def _from_hub(config: TraceConfig) -> Records:
     import datasets  # takes a second
 
     try:
-        return datasets.load_dataset(config.path, data_files=config.data_files, split=config.split)
+        yield from enumerate(
+            datasets.load_dataset(config.path, data_files=config.data_files, split=config.split), start=1
+        )
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
         raise UserError(
             f"trace.path={config.path}: no such file, and from the hub it does not load: {error}"

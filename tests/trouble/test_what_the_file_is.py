@@ -204,6 +204,18 @@ def test_names_that_no_file_can_have(name):
         load_trace(TraceConfig(path=name))
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "a/" + "x" * 100, "-a/b", "a/b.csv", "a/b/c"])
+def test_names_that_no_data_set_can_have_ask_nobody(name, ran, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *name, **keys: pytest.fail("it was asked for"))
+    with pytest.raises(UserError, match=r"trace\.path="):
+        ran("memory_waste", f"trace.path={name}")
+
+
+def test_a_name_that_the_hub_cannot_have_is_told(ran):
+    with pytest.raises(UserError, match=r"a/b\.\.c"):
+        ran("memory_waste", "trace.path=a/b..c")
+
+
 def test_a_file_of_somebody_else(tmp_path, monkeypatch):
     path = tmp_path / "trace.csv"
     path.write_text(CSV)
