@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
+import matplotlib as mpl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,6 +29,7 @@ _MULTIRUN = {"-m", "--multirun"}
 
 def main() -> None:
     """Run what the arguments say and leave with its status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    mpl.rcdefaults()  # figures look and are lettered alike, whatever the user's matplotlibrc says
     sys.exit(guarded(lambda: _command(sys.argv[1:])))
 
 

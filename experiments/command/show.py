@@ -7,16 +7,32 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from kvarena.experiments.command.streams import say
 from kvarena.experiments.kit.legend import shown
 from kvarena.experiments.kit.refused import refusals_said
 from kvarena.experiments.kit.tables import Grid, print_grid
 from kvarena.harness.record.record import Outcome
 from kvarena.harness.run.published import OURS
 
+NARROW = 40  # columns; in fewer no number would be in one piece
+
 
 def outcome(done: Outcome, folder: Path) -> None:
-    """The headline quantity as systems x points (or x its kinds, `quantity:kind`), then where everything is."""
+    """What was found, then where everything is, whatever becomes of the rest."""
+    try:
+        _found(done)
+        figure = folder / "figure.png"
+        print(f"figure:  {figure if figure.is_file() else 'none: it could not be drawn'}")
+        print(f"frames:  {folder / 'summary.csv'}, {', '.join(sorted(path.name for path in folder.glob('*.parquet')))}")
+    finally:
+        say(f"results: {folder}")
+
+
+def _found(done: Outcome) -> None:
+    """The headline quantity as systems x points (or x its kinds, `quantity:kind`), and the kinds of its numbers."""
     console = Console()
+    if console.width < NARROW:
+        console = Console(width=NARROW)
     kinds = done.summary.quantity.str.split(":").str[0]
     rows = done.summary[kinds == done.headline]
     for _, part in rows.groupby(["paper", "figure", "panel", "unit"], sort=False):
@@ -28,9 +44,6 @@ def outcome(done: Outcome, folder: Path) -> None:
     print(_kinds_of(done.summary))
     if remark := done.measured.notes.get("remark"):
         print(remark)
-    print(f"figure:  {folder / 'figure.png'}")
-    print(f"frames:  {folder / 'summary.csv'}, {', '.join(sorted(path.name for path in folder.glob('*.parquet')))}")
-    print(f"results: {folder}")
 
 
 def _print(console: Console, rows: pd.DataFrame, headline: str) -> None:

@@ -35,7 +35,7 @@ class Progress:
         """Name what runs now."""
         self._bar.update(self._task, description=f"{self._name}: {what}")
         if not self._console.is_terminal:
-            self._console.print(f"{self._name}: {what}", highlight=False, markup=False, emoji=False)
+            self._console.print(f"{self._name}: {what}", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def advance(self, count: int = 1) -> None:
         """Count finished work."""
