@@ -366,5 +366,9 @@ MUTANTS = [
     *of("kvarena/caches.py", "trouble/test_other_user.py",
         ("anybody's folder is trusted", "return folder if trusted and can_write(folder) else None", "return folder"),
     ),
+    *of("allocators/vmm/host.py", "trouble/test_other_user.py",
+        ("the limit of a file's size is not asked for",
+         "if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < num_bytes:", "if False:"),
+    ),
 ]
 # fmt: on

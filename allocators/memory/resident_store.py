@@ -14,7 +14,7 @@ from kvarena.allocators.memory.store import DriverCalls, Physical, Store
 from kvarena.allocators.policy import Action, Policy
 from kvarena.allocators.sizes import round_up
 from kvarena.allocators.vmm.driver import Driver
-from kvarena.allocators.vmm.drivers import granularity_of, make_driver
+from kvarena.allocators.vmm.drivers import granularity_of, make_driver_of_one
 
 
 class ResidentStore(Store):
@@ -26,7 +26,7 @@ class ResidentStore(Store):
         """Maps the policy's pool at `self.base`; `addressed_bytes` from there on may be spanned by tensors."""
         shape.check(policy.kv_layout)
         pool_bytes = round_up(policy.pool_bytes, granularity_of(device))
-        self.driver: Driver = make_driver(device, pool_bytes)
+        self.driver: Driver = make_driver_of_one(device, pool_bytes)
         try:
             self.base = self.driver.reserve(max(pool_bytes, addressed_bytes))
             pool = self.driver.create(1)

@@ -1,10 +1,13 @@
 """The driver of a device."""
 
+import sys
+from functools import cache
+
 import torch
 
 from kvarena.allocators.vmm.cuda import CudaDriver, granularity_of_gpu
 from kvarena.allocators.vmm.driver import Driver
-from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.host import AnonymousDriver, HostDriver, no_memfd
 from kvarena.errors import UserError
 
 
@@ -14,6 +17,19 @@ def make_driver(device: torch.device | str, page_group_bytes: int) -> Driver:
     if _is_cpu(device):
         return HostDriver(page_group_bytes)
     return CudaDriver(page_group_bytes, device.index or 0)
+
+
+def make_driver_of_one(device: torch.device | str, num_bytes: int) -> Driver:
+    """A driver of one page-group that is mapped once. Such needs no memfd; said where there is none."""
+    if _is_cpu(torch.device(device)) and sys.platform == "linux" and (why := no_memfd(num_bytes)):
+        _say(f"resident pools lie in anonymous memory, for {why}")
+        return AnonymousDriver(num_bytes)
+    return make_driver(device, num_bytes)
+
+
+@cache
+def _say(what: str) -> None:
+    print(what, file=sys.stderr)
 
 
 def granularity_of(device: torch.device | str) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvarena.allocators.vmm.available import available_bytes
+from kvarena.allocators.vmm.host import no_memfd
 
 _BUDDYINFO = Path("/proc/buddyinfo")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -23,19 +24,28 @@ def scattered_pages_held() -> Iterator[int]:
     """Hold the free memory that lies in short runs; yields how many bytes. To be used around the
     creation of everything that is to be compared; costs about a second per GB.
 
-    Holds at most half of what is available, and nothing where the system does not tell.
+    Holds at most half of what is available, and nothing where the system does not tell, or does not let us.
     """
     scattered = min(scattered_bytes(), available_bytes() // 2) // _PAGE * _PAGE
-    if scattered == 0:
-        yield 0
-        return
+    fd = _held(scattered) if scattered else None
+    try:
+        yield 0 if fd is None else scattered
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _held(num_bytes: int) -> int | None:
+    """A memfd of so much memory; None where the system has none, or none so large."""
+    if no_memfd(num_bytes):
+        return None
     fd = os.memfd_create("kvarena-fragments")
     try:
-        os.ftruncate(fd, scattered)
-        os.posix_fallocate(fd, 0, scattered)
-        yield scattered
-    finally:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError:
         os.close(fd)
+        return None
+    return fd
 
 
 def scattered_bytes() -> int:

@@ -13,6 +13,7 @@ A handle is the index of a page-group in the memfd, so that a run of ascending h
 import ctypes
 import errno
 import os
+import resource
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,10 +41,18 @@ class HostDriver(Driver):
         super().__init__(page_group_bytes)
         self._mappings = mappings
         self._next_handle = 0
-        self._fd = _open_memfd()
+        self._fd = self._open()
         # Runs at close(), or when the last tensor over our addresses is gone; at exit the system does it.
         self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges, page_group_bytes, mappings)
         self._give_back.atexit = False
+
+    def _open(self) -> int:
+        if why := no_memfd():
+            raise UserError(
+                f"page-groups are mapped from a memfd, and {why}. Systems whose pool is resident from the start, as of "
+                "static and paged, do without one on Linux; clock=modelled runs anywhere"
+            )
+        return os.memfd_create("kvarena")
 
     def counted_bytes(self) -> int:
         """Blocks of the memfd, not the process's resident size: that counts an alias twice."""
@@ -61,10 +70,7 @@ class HostDriver(Driver):
     def _create(self, count: int) -> list[int]:
         first, num_bytes = self._next_handle, count * self.page_group_bytes
         offset = first * self.page_group_bytes
-        if num_bytes > (available := available_bytes()):
-            raise OutOfPhysicalMemory(
-                f"cannot create {format_bytes(num_bytes)} of page-groups: {format_bytes(available)} of memory are free"
-            )
+        _check_room(num_bytes)
         with self._call("create"):
             os.ftruncate(self._fd, offset + num_bytes)
             try:
@@ -163,19 +169,68 @@ class HostDriver(Driver):
             yield
         except OSError as error:
             if error.errno in _NO_MEMORY:
-                raise OutOfPhysicalMemory(f"{kind}: the system is out of memory or space ({error.strerror})") from error
+                raise OutOfPhysicalMemory(
+                    f"{kind}: the system is out of memory or space ({error.strerror}){_of_addresses()}"
+                ) from error
+            if error.errno == errno.EFBIG:
+                raise UserError(f"{kind}: page-groups lie in a memfd, and {_too_large()}") from error
             raise DriverError(f"{kind} failed: {error}") from error
         finally:
             self._count(kind, started_ns, calls)
 
 
-def _open_memfd() -> int:
-    if not hasattr(os, "memfd_create"):
-        raise UserError(
-            "this platform has no memfd (os.memfd_create), which every allocator takes its memory from: "
-            "measured runs need Linux; clock=modelled runs anywhere"
+class AnonymousDriver(HostDriver):
+    """One page-group at one place, of memory without a file: it begins with its mapping, and ends with it.
+
+    For a pool that is mapped whole and once, where there is no memfd.
+    """
+
+    def _open(self) -> int:
+        return libc.NO_FILE
+
+    def counted_bytes(self) -> int:
+        """Pages that are there, of those mapped."""
+        mapped = [self._address(each, slot) for each in self._ranges.values() for slot in each.handles]
+        return sum(libc.resident_bytes(address, self.page_group_bytes) for address in mapped)
+
+    def _create(self, count: int) -> list[int]:
+        if count > 1 or self._num_maps:
+            raise ValueError("memory without a file is one page-group")
+        _check_room(self.page_group_bytes)
+        return [0]
+
+    def _release(self, handles: Sequence[int]) -> None:
+        """Nothing is left."""
+
+
+def no_memfd(num_bytes: int = 0) -> str | None:
+    """Why there can be no memfd of this size; None where there can."""
+    if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < num_bytes:
+        return _too_large()
+    try:
+        os.close(os.memfd_create("kvarena"))
+    except AttributeError:
+        return "this platform has no memfd (os.memfd_create), which came with Linux"
+    except OSError as error:  # not known to the kernel, refused by a container, no descriptor left
+        return f"the system refuses it: memfd_create: {error.strerror}"
+    return None
+
+
+def _too_large() -> str:
+    return f"a file may have {format_bytes(resource.getrlimit(resource.RLIMIT_FSIZE)[0])} at most here (ulimit -f)"
+
+
+def _of_addresses() -> str:
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if most == resource.RLIM_INFINITY else f"; addresses are limited to {format_bytes(most)} (ulimit -v)"
+
+
+def _check_room(num_bytes: int) -> None:
+    """Raises OutOfPhysicalMemory for more than the machine has left: the kernel would not refuse, but kill."""
+    if num_bytes > (available := available_bytes()):
+        raise OutOfPhysicalMemory(
+            f"cannot create {format_bytes(num_bytes)} of page-groups: {format_bytes(available)} of memory are free"
         )
-    return os.memfd_create("kvarena")
 
 
 def _ascending_runs(handles: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -192,4 +247,5 @@ def _give_back(fd: int, ranges: dict[int, AddressRange], page_group_bytes: int, 
         libc.unmap_addresses(addresses.base, addresses.num_slots * page_group_bytes)
         slots = [addresses.handles.get(slot) for slot in range(addresses.num_slots)]
         mappings.take(-1 - count_boundaries(slots))
-    os.close(fd)
+    if fd != libc.NO_FILE:
+        os.close(fd)

@@ -17,6 +17,7 @@ _FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _OVER_RESERVED = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
 
+NO_FILE = -1  # anonymous memory in place of a file
 FileRun = tuple[int, int, int]  # address, bytes, offset in the file
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,8 +33,12 @@ def reserve_addresses(num_bytes: int, address: int | None = None) -> int:
 
 
 def map_file(address: int, num_bytes: int, fd: int, offset: int) -> None:
-    """Map a run of a file over reserved addresses, its page tables filled in: no fault is left for the first touch."""
-    _mmap(address, num_bytes, _READ_WRITE, _OVER_RESERVED, fd, offset)
+    """Map a run of a file over reserved addresses, its page tables filled in: no fault is left for the first touch.
+
+    NO_FILE: pages that are zero, and of the same kind as a memfd's.
+    """
+    anonymous = mmap.MAP_ANONYMOUS if fd == NO_FILE else 0
+    _mmap(address, num_bytes, _READ_WRITE, _OVER_RESERVED | anonymous, fd, 0 if anonymous else offset)
 
 
 def map_files(fd: int, runs: Sequence[FileRun]) -> None:
@@ -68,6 +73,15 @@ def allocate_file(fd: int, offset: int, num_bytes: int) -> None:
     os.posix_fallocate(fd, offset, num_bytes)
     flags = mmap.MAP_SHARED | _MAP_POPULATE
     unmap_addresses(_mmap(None, num_bytes, _READ_WRITE, flags, fd, offset), num_bytes)
+
+
+def resident_bytes(address: int, num_bytes: int) -> int:
+    """Bytes of mapped memory that are in physical pages, as the kernel has it."""
+    page = mmap.PAGESIZE
+    pages = np.zeros(-(-num_bytes // page), dtype=np.uint8)
+    if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_void_p(pages.ctypes.data)):
+        raise _error("mincore")
+    return int((pages & 1).sum()) * page
 
 
 def punch_file(fd: int, offset: int, num_bytes: int) -> None:

@@ -43,7 +43,17 @@ def guarded(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues with what is still missing", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _says_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {error or 'the system has no more'}", file=sys.stderr)
+        return USER_ERROR
     return 0
+
+
+def _says_out_of_memory(error: Exception) -> bool:
+    """Python has a class for it; torch has one for GPUs, and raises a RuntimeError on the host."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
 def _command(arguments: list[str]) -> None:

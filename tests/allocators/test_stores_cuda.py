@@ -37,8 +37,8 @@ def policy_of(name: str, pool_bytes: int, dtype: str = "float32", **options) -> 
 def fake(monkeypatch):
     """Every store takes its memory from this fake GPU, of 64 KB granularity."""
     gpu = FakeCuda(granularity=64 * KB)
-    for store in ("memory.resident_store", "vattention.store"):
-        monkeypatch.setattr(f"kvarena.allocators.{store}.make_driver", lambda device, size: FakedCudaDriver(size, gpu))
+    for made in ("memory.resident_store.make_driver_of_one", "vattention.store.make_driver"):
+        monkeypatch.setattr(f"kvarena.allocators.{made}", lambda device, size: FakedCudaDriver(size, gpu))
     monkeypatch.setattr("kvarena.allocators.memory.resident_store.granularity_of", lambda device: gpu.granularity)
     return gpu
 

@@ -1,18 +1,29 @@
 """Issue G, number 11: another user's machine, where the home, the checkout or the system gives nothing."""
 
+import errno
 import os
 import pwd
+import resource
 import stat
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kvarena.allocators.sizes import KB, MB
+from kvarena.allocators.vmm import drivers, fragments
+from kvarena.allocators.vmm.host import HostDriver
+from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.caches import own_folder, settle, shared_folder
 from kvarena.errors import UserError
+from kvarena.experiments.command.cli import USER_ERROR, guarded
 from kvarena.kernels import jit
 
+POOL = 2 * MB
 CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
 
 
@@ -132,3 +143,79 @@ def test_numba_compiles_wherever_it_may_keep_its_code(
         assert folder.is_relative_to(machine / "tmp")
         assert [path.suffix for path in sorted(folder.rglob("*.nb?"))] == [".nbc", ".nbi"]
     assert ("compiles anew" in said) == (not temporary)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def refused(number: int) -> Callable[..., int]:
+    """A system call that fails, as a container's filter lets it."""
+
+    def call(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.EPERM, errno.EMFILE, "absent", "ulimit -f"])
+def without_memfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A system where no memfd can hold a pool."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if request.param == "absent":
+        monkeypatch.delattr(os, "memfd_create")
+    elif request.param == "ulimit -f":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (POOL // 2, hard))
+    else:
+        monkeypatch.setattr(os, "memfd_create", refused(request.param))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("without_memfd")
+def test_a_resident_pool_needs_no_memfd(capsys: pytest.CaptureFixture[str]) -> None:
+    drivers._say.cache_clear()
+    for _ in range(2):
+        driver = drivers.make_driver_of_one("cpu", POOL)
+        base, handles = driver.reserve(2 * POOL), driver.create(1)
+        driver.map(base, 0, handles)
+        assert driver.mapped_bytes == driver.counted_bytes() == POOL
+        memory = strided_tensor(driver, base, torch.int32, (POOL // 4,), (4,))
+        assert not memory.any()
+        memory[:] = 7
+        assert int(memory.sum(dtype=torch.int64)) == 7 * POOL // 4
+        driver.close()
+    assert capsys.readouterr().err.count("anonymous memory") == 1
+
+
+@pytest.mark.usefixtures("without_memfd")
+def test_memory_on_demand_needs_one_and_says_why_there_is_none() -> None:
+    with pytest.raises(UserError, match="memfd"), closing(drivers.make_driver("cpu", 64 * KB)) as driver:
+        driver.create(POOL // (64 * KB))
+
+
+@pytest.mark.usefixtures("without_memfd")
+def test_fragments_are_not_held_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fragments, "scattered_bytes", lambda: POOL)
+    with fragments.scattered_pages_held() as held:
+        assert held == 0
+
+
+def test_with_a_memfd_a_resident_pool_lies_in_it() -> None:
+    with closing(drivers.make_driver_of_one("cpu", POOL)) as driver:
+        assert type(driver) is HostDriver
+
+
+def test_a_machine_without_the_memory_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def too_much_of_the_hosts() -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    def too_much_of_pythons() -> None:
+        bytes(1 << 62)
+
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    assert [guarded(command) for command in (too_much_of_the_hosts, too_much_of_pythons)] == [USER_ERROR] * 2
+    assert capsys.readouterr().err.count("out of memory") == 2
+    with pytest.raises(RuntimeError, match="a bug"):
+        guarded(broken)

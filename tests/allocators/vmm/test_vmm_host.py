@@ -231,7 +231,7 @@ def test_when_giving_back_fails_nothing_has_changed(driver, monkeypatch, call, s
 
 def test_a_platform_without_memfd(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(UserError, match=r"no memfd.*need Linux"):
+    with pytest.raises(UserError, match="no memfd"):
         HostDriver(SIZE)
 
 
