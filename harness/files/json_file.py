@@ -10,7 +10,7 @@ from kvarena.harness.files.text_file import check_text
 
 _SPACE = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"\s*([,\]]?)\s*")
-_OBJECT = re.compile(r"\{")
+_OBJECT = re.compile(r'\{(?=\s*")')  # with a name in it; a brace within a text hardly ever looks so
 _UNREADABLE = (ValueError, RecursionError)  # nested too deep
 
 
@@ -116,11 +116,6 @@ def _next_record(text: str, at: int, is_record: Callable[[Any], bool]) -> tuple[
     return at, False
 
 
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins here, and where it ends. Raises ValueError or RecursionError."""
-    return _DECODER.raw_decode(text, at)
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object. Raises ValueError for a key that stands in it twice: nobody can say which one is meant."""
     value = dict(pairs)
@@ -141,4 +136,5 @@ def _end_of_line(text: str, at: int) -> int:
     return len(text) if end < 0 else end
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+# The value that begins at a place of a text, and where it ends. Raises ValueError or RecursionError.
+_decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
