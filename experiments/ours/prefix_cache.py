@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -88,7 +89,9 @@ def _trace(run: Run[Params]) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
     config = cached_service.with_ids(run.trace)
     trace = told(config, load_trace(config, _limit(run)))
-    if config.new_conversation is not None and trace.conversation_ids is not None:
+    if run.arrival.process == "recorded" and trace.arrival_s is not None:
+        trace = trace.take(np.argsort(trace.arrival_s, kind="stable"))
+    elif config.new_conversation is not None and trace.conversation_ids is not None:
         trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
     block_tokens = trace.block_tokens or run.params.block_tokens
     return replace(trace, hash_ids=block_ids(trace, block_tokens), block_tokens=block_tokens)

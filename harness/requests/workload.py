@@ -76,7 +76,7 @@ def make_workload(
         times = draw_arrivals(arrival, trace.num_requests, seed)
         _check_not_empty(times, arrival)
         requests = load_trace(trace, max_tokens, len(times))
-    if trace.new_conversation is not None:
+    if trace.new_conversation is not None and arrival.process != "recorded":  # else turns come as they are recorded
         requests = requests.take(chatbot_order(_conversations(requests), trace.new_conversation, seed))
     elif arrival.process == "artifact":
         requests = _shuffled(requests, seed)

@@ -135,6 +135,8 @@ def _arrival(run: Run[object]) -> Unread:
         yield "arrival.quantum_s", f"arrival={process} falls on no grid; arrival=artifact does"
     if process in ("constant", "recorded", "all_at_once"):
         yield "arrival.seed", f"arrival={process} draws nothing"
+    if process == "recorded":
+        yield "trace.new_conversation", "turns come as the file records them; arrival=poisson arrival.rate=N draws them"
 
 
 def _decoding(run: Run[object]) -> Unread:

@@ -100,6 +100,27 @@ def test_turns_of_many_at_once_keep_their_order(csv: Callable) -> None:
         assert len(prompts) == (3, 2)[number]
 
 
+def test_strangers_share_nothing(ran: Callable, csv: Callable, lines: Callable) -> None:
+    """In CSV as in JSON lines; and a conversation is found again in both."""
+    systems = ("systems=[paged]", "params.capacities_gb=[1]", "params.repeats=1")
+    prompts = (640, 656, 800, 1600)
+    for talk, expected in (("", 0), ("a", 100 * (640 + 656 + 800) / sum(prompts))):
+        rows = csv(*(f"{talk},{prompt},1,{i}" for i, prompt in enumerate(prompts)), header=f"{HEADER},arrival_s")
+        turns = [({"conversation_id": talk, "arrival_s": i}, prompt) for i, prompt in enumerate(prompts)]
+        for path in (rows, lines(*turns)):
+            done = ran("prefix_cache", f"trace.path={path}", "trace.block_tokens=16", *systems)
+            for quantity in ("hit_ratio_unlimited", "reused_share:with_cache"):
+                assert done.value(quantity) == {"paged/lean": pytest.approx(expected)}
+
+
+def test_turns_come_as_they_are_recorded(lines: Callable) -> None:
+    """Also where an experiment would begin new conversations among those that go on."""
+    turns = [({"conversation_id": i % 3, "arrival_s": 9 - i}, 30 - i) for i in range(9)]
+    config = TraceConfig(path=lines(*turns), new_conversation=0.5)
+    workload = make_workload(config, ArrivalConfig("recorded"))
+    assert workload.prompt_tokens.tolist() == [*range(22, 31)]
+
+
 def test_a_file_that_is_repeated_is_said_by_others(csv: Callable) -> None:
     trace = load_trace(TraceConfig(path=csv("a,10,1", "b,20,1", "a,11,1")), num_requests=7)
     assert trace.conversation_ids is not None
