@@ -24,6 +24,7 @@ from kvarena.experiments.command import registry
 from kvarena.experiments.command.carry_out import drawn_if_possible
 from kvarena.experiments.command.multirun import SEEDS
 from kvarena.experiments.command.over_seeds import over_seeds
+from kvarena.experiments.command.paths import parsed
 from kvarena.harness.record.provenance import identity
 from kvarena.harness.record.record import (
     ADVICE,
@@ -159,7 +160,14 @@ def _plan() -> Plain:
 
 def differing(jobs: Sequence[Sequence[str]]) -> list[str]:
     """For each job, those of its overrides that not all have: "trace.seed=1"."""
-    return [", ".join(o for o in own if not all(o in other for other in jobs)) for own in jobs]
+    return [", ".join(_words(o) for o in own if not all(o in other for other in jobs)) for own in jobs]
+
+
+def _words(override: str) -> str:
+    """An override without the quotes that Hydra wants around a text."""
+    [read] = parsed([override])
+    value = read.value()
+    return f"{read.get_key_element()}={value}" if isinstance(value, str) else override
 
 
 def _key(override: str) -> str:
