@@ -85,7 +85,7 @@ def summary_of(run: Run[object], frames: Frames) -> pd.DataFrame:
 def _of_traces(run: Run[object], frames: Frames) -> Iterator[SummaryRow]:
     """The account of each trace, whatever serves it."""
     for each in frames[TRACES].to_dict("records") if TRACES in frames else ():
-        label, source = f"{registry.ACCOUNT}{each['trace']}", each["trace"].partition(": ")[2]
+        label, source = f"{replays.ACCOUNT}{each['trace']}", each["trace"].partition(": ")[2]
         names = named(replace(run, reads=()), label=label, detail=source, counted=True)
         yield row(each["value"], quantity=each["quantity"], unit=each["unit"], **names)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.errors import UserError
-from kvarena.experiments.kit.refused import is_of_refusals, say_refusals
+from kvarena.experiments.kit.beside import is_account, say_beside
 from kvarena.harness.config import names
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow
@@ -67,25 +67,21 @@ def named(overrides: Sequence[str]) -> str:
     return chosen[-1]
 
 
-ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
-
-
 def drawn(name: str, summary: pd.DataFrame) -> Figure:
-    """The figure of an experiment's own rows, with what its systems refused; accounts of traces are in the table.
+    """The figure of an experiment's own rows, and beside it which requests it leaves out.
 
     No name in it is a formula.
     """
     literal = summary.map(lambda value: value.replace("$", r"\$") if isinstance(value, str) else value)
     figure = get(name).draw(own_rows(literal))
-    say_refusals(figure, literal)
+    say_beside(figure, literal)
     figure.draw_without_rendering()  # texts are laid out now: a fault in them must not wait until the figure is saved
     return figure
 
 
 def own_rows(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows of the experiment itself, without those that account for its traces, and for what was refused."""
-    others = summary.label.str.startswith(ACCOUNT) | is_of_refusals(summary)
-    return summary[~others].reset_index(drop=True)
+    return summary[~is_account(summary)].reset_index(drop=True)
 
 
 def resolved(config: DictConfig, overrides: Sequence[str]) -> Run[object]:

@@ -8,8 +8,8 @@ import pandas as pd
 from rich.console import Console
 
 from kvarena.experiments.command.streams import say
+from kvarena.experiments.kit.beside import said_beside
 from kvarena.experiments.kit.legend import shown
-from kvarena.experiments.kit.refused import refusals_said
 from kvarena.experiments.kit.tables import Grid, print_grid
 from kvarena.harness.record.record import Outcome
 from kvarena.harness.run.published import OURS
@@ -37,7 +37,7 @@ def _found(done: Outcome) -> None:
     rows = done.summary[kinds == done.headline]
     for _, part in rows.groupby(["paper", "figure", "panel", "unit"], sort=False):
         _print(console, part, done.headline)
-    if said := refusals_said(done.summary):
+    if said := said_beside(done.summary):
         print(said)
     if rows.empty:
         print(f"no rows of {done.headline}; the summary has {_listed(kinds) or 'none at all'}")

@@ -21,6 +21,7 @@ from kvarena.experiments.kit.quantities import Quantity, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
+from kvarena.experiments.kit.windows import window_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import Average, averages, shares, usage_of, window
@@ -110,7 +111,7 @@ def _variants(run: Run[Params]) -> Iterator[tuple[System, float]]:
 
 
 def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Workload) -> Frames:
-    steps = window(replayer.serve(system, workload).steps, run.params.window_s)
+    steps = window(replayer.serve(system, workload).steps, window_of(run, workload, run.params.window_s))
     means = averages(steps)
     mean = means[means.average == Average.OVER_ITERATIONS].iloc[0]
     point = {

@@ -182,7 +182,7 @@ def _counts(axis: Axes, summary: pd.DataFrame) -> None:
     curves(axis, found, {str(label): f": {value:.4g} tokens in a unit" for label, value in tokens.items()})
     if len(unlimited):
         top = float(unlimited.value.max())
-        axis.set_ylim(0, 1.1 * top)
+        axis.set_ylim(0, 1.1 * top or 1)  # where nothing is found
         axis.axhline(top, color="#999999", ls=":", lw=1)
         axis.annotate(f"without a limit: {top:.1f} %", (0.02, top), xycoords=("axes fraction", "data"),
                       va="bottom", fontsize=8)  # fmt: skip

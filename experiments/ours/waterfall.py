@@ -25,6 +25,7 @@ from kvarena.experiments.kit.panels import Panel, bars, drawn
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import seeds_of, unread_seeds
+from kvarena.experiments.kit.windows import window_of
 from kvarena.harness.record.capacity import capacity, paired_ratio
 from kvarena.harness.record.metrics import latencies
 from kvarena.harness.record.record import Frames, Measured, Recorder
@@ -104,7 +105,11 @@ def _cell(run: Run[Params], replayer: Replayer, system: System, overload: Worklo
     """One system under one seed: the mean batch under overload, and the capacity."""
     params: Params = run.params
     _, steps, _ = replayer.serve(system, overload)
-    batch = averages(window(steps, params.window_s)).set_index("average").batch[Average.OVER_ITERATIONS]
+    batch = (
+        averages(window(steps, window_of(run, overload, params.window_s)))
+        .set_index("average")
+        .batch[Average.OVER_ITERATIONS]
+    )
     point: dict[str, object] = {
         "system": system.name,
         "seed": seed,

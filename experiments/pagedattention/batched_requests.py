@@ -20,6 +20,7 @@ from kvarena.experiments.kit.panels import Panel, bars, drawn
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, trace_named, workload_of
 from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
+from kvarena.experiments.kit.windows import window_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.statistics import median_interval
 from kvarena.harness.record.summary import Names, SummaryRow, row
@@ -134,8 +135,9 @@ def _checked(run: Run[Params]) -> list[Load]:
 
 
 def _cell(run: Run[Params], replayer: Replayer, system: System, load: Load, seed: int) -> Frames:
-    requests, steps, _ = replayer.serve(system, workload_of(load.run_of(run), seed=seed))
-    means = averages(window(steps, load.window_s)).assign(
+    workload = workload_of(load.run_of(run), seed=seed)
+    requests, steps, _ = replayer.serve(system, workload)
+    means = averages(window(steps, window_of(run, workload, load.window_s, "params.loads"))).assign(
         system=system.name, peak=int(steps.requests.max()), preemptions=int(steps.preempted.sum())
     )
     memory = by_interval(steps, run.params.record_every_s)

@@ -20,6 +20,7 @@ from kvarena.experiments.kit.panels import Panel, drawn, stacked
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.kit.seeds import first_seed_alone, seed_rows, seeded, seeds_of, unread_seeds
+from kvarena.experiments.kit.windows import window_of
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import (
@@ -78,7 +79,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
 
 def _cell(run: Run[Params], replayer: Replayer, system: System, workload: Workload) -> Frames:
     requests, steps, _ = replayer.serve(system, workload)
-    means = averages(window(steps, run.params.window_s)).assign(system=system.name)
+    means = averages(window(steps, window_of(run, workload, run.params.window_s))).assign(system=system.name)
     memory = by_interval(steps, run.params.record_every_s)
     return {"averages": means, "memory_by_interval": memory, "requests": requests}
 

@@ -25,11 +25,13 @@ from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.quantities import Quantity, columns, rows
 from kvarena.experiments.kit.reads import reads
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
+from kvarena.experiments.kit.windows import window_of
 from kvarena.experiments.pagedattention.parallel_sampling import unread_of_sequences, with_rows
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow
 from kvarena.harness.record.time_averages import PS, check_window, window
 from kvarena.harness.requests.decoding import DecodingConfig
+from kvarena.harness.requests.workload import Workload
 from kvarena.harness.run.published import named
 from kvarena.harness.run.run import Run
 from kvarena.harness.run.systems import System
@@ -99,17 +101,20 @@ def _ways(run: Run[Params]) -> Iterator[DecodingConfig]:
 
 
 def _cell(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> Frames:
-    steps = window(_steps(run, replayer, system, decoding), run.params.window_s)
+    workload = workload_of(run)
+    bounds_s = window_of(run, workload, run.params.window_s)
+    steps = window(_steps(replayer, system, workload, decoding, bounds_s), bounds_s)
     said = {"system": system.name, "decoding": decoding.name, "n": decoding.n, "survival": decoding.survival}
     return {"savings": pd.DataFrame([{**said, **savings(steps)}])}
 
 
-def _steps(run: Run[Params], replayer: Replayer, system: System, decoding: DecodingConfig) -> pd.DataFrame:
+def _steps(
+    replayer: Replayer, system: System, workload: Workload, decoding: DecodingConfig, bounds_s: list[float] | None
+) -> pd.DataFrame:
     """The step log, exact up to the end of the window: whoever still waits then need not be served.
 
     Serves the first requests to arrive, and more of them until one of those waits at the end of the window.
     """
-    workload, bounds_s = workload_of(run), run.params.window_s
     count = len(workload) if bounds_s is None else max(1, len(workload) // FEWER)
     while True:
         requests, steps, _ = replayer.serve(system, workload.first(count), decoding)

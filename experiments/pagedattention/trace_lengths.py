@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from kvarena.errors import UserError
 from kvarena.experiments.kit.panels import Panel, drawn, published_of
 from kvarena.experiments.kit.replay import trace_named
-from kvarena.harness.accounts.told import told
+from kvarena.harness.accounts.told import tell_once, told
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import Evidence, Names, SummaryRow, published_values, row
 from kvarena.harness.run.published import OURS, is_earned, named
@@ -30,6 +30,8 @@ HEADLINE = "mean_length"
 READS = {"modelled": ("trace",), "measured": ("trace",)}
 FIGURE = "fig11"
 COUNTS = "histogram_count_vs_bin_left"
+OUTSIDE = "records_outside_of_bins"
+DIGITS = 6  # of x in summary.csv: bins must not be so narrow that two begin alike
 
 
 @dataclass
@@ -91,7 +93,10 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
 
 
 def _of_trace(run: Run[Params], name: str) -> Run[Params]:
-    return replace(run, trace=trace_named(run, name, run.params.paths.get(name)))
+    """The run with one of its traces; those of Fig 11 have the figure's filter where they are the paper's own data."""
+    panels = map(run.published[FIGURE].panel, run.published[FIGURE].panels)
+    keys = next((panel.trace_keys for panel in panels if panel.trace == name), {})
+    return replace(run, trace=replace(trace_named(run, name, run.params.paths.get(name)), **keys))
 
 
 def _whole(config: TraceConfig) -> Trace:
@@ -111,12 +116,19 @@ def _histogram(run: Run[Params], config: TraceConfig, side: str, lengths: Ints) 
     bins = run.params.bins.get(config.name)
     asked = any(key.startswith(f"params.bins.{config.name}") or key == "params.bins" for key in run.given)
     if bins is None or not (asked or is_published(config)):
-        ends = [int(lengths.min()), int(lengths.max()) + (lengths.min() == lengths.max())]
+        ends = [int(lengths.min()), int(lengths.max())]
+        asked = False
     else:
         ends = bins.prompt if side == "input" else bins.output
-    if len(ends) != 2 or ends[0] >= ends[1]:
+    if asked and (len(ends) != 2 or ends[0] >= ends[1]):
         raise UserError(f"params.bins.{config.name}: {ends} is not [shortest, longest]")
-    counts, edges = np.histogram(lengths, bins=run.params.num_bins, range=(ends[0], ends[1]))
+    if ends[0] == ends[1]:
+        return pd.DataFrame({"left": [float(ends[0])], "count": [len(lengths)]})
+    narrowest = max(1, 2 * 10 ** (len(str(ends[1])) - DIGITS))
+    num_bins = max(1, min(run.params.num_bins, (ends[1] - ends[0]) // narrowest))
+    counts, edges = np.histogram(lengths, bins=num_bins, range=(ends[0], ends[1]))
+    if outside := len(lengths) - counts.sum():
+        tell_once(f"{config.name}: {outside} of {len(lengths)} {side} lengths lie outside of {ends}, and in no bin")
     return pd.DataFrame({"left": edges[:-1], "count": counts})
 
 
@@ -135,6 +147,8 @@ def summarize(run: Run[Params], frames: Frames) -> Iterator[SummaryRow]:
             if is_earned(names):
                 names["x"] = _as_published(left, names)
             yield row(count, quantity=COUNTS, unit="records", **names)
+        if outside := found["num_records"] - counts["count"].sum():
+            yield row(outside, quantity=OUTSIDE, unit="records", **ours())
         for quantity in ("length_p50", "length_p90", "length_p99", "num_records"):
             unit = "records" if quantity == "num_records" else "tokens"
             yield row(found[quantity], quantity=quantity, unit=unit, **ours())
@@ -165,7 +179,12 @@ def _panel(axis: Axes, ours: pd.DataFrame) -> None:
         dots = theirs[(theirs.system == system) & (theirs.quantity == COUNTS)]
         if len(dots):
             axis.plot(dots.x + width / 2, dots.value / total / width, "k.", ms=2.5, label=f"{system}, published counts")
-        longest = max(longest, float(bins.x[bins.value.cumsum() < 0.9995 * total].max()))
+        outside = float(own.value[own.quantity == OUTSIDE].sum())
+        longest = max(
+            longest, float(bins.x[bins.value[::-1].cumsum()[::-1] > 0.0005 * (total - outside)].max()) + width
+        )
+        if outside:
+            axis.plot([], [], " ", label=f"{system}: {outside:.0f} lie in no bin")
         printed = theirs[(theirs.system == system) & (theirs.quantity == "mean_length")]["value"]
         for value in printed:
             axis.axvline(value, color=colour, lw=0.8, ls="--", label=f"{system}, published mean {value:.2f}")
@@ -174,4 +193,6 @@ def _panel(axis: Axes, ours: pd.DataFrame) -> None:
     axis.set_title(f"{title}\n{_source(ours)}", fontsize=8)
 
 
-draw = partial(drawn, panels=[Panel(_panel, f"{COUNTS}|num_records|{HEADLINE}", "density", "tokens")], width=6)
+draw = partial(
+    drawn, panels=[Panel(_panel, f"{COUNTS}|num_records|{HEADLINE}|{OUTSIDE}", "density", "tokens")], width=6
+)

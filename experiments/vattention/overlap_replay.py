@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from kvarena.errors import UserError
 from kvarena.experiments.kit.replay import Replayer, workload_of
 from kvarena.experiments.vattention.mapped_system import on_gpus, the_system, with_driver_calls
 from kvarena.experiments.vattention.overlap_cell import Params, Way, geometries, system_in
@@ -36,8 +37,13 @@ def replayed(run: Run[Params]) -> Frames:
 
 
 def decode_only(steps: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The first `count` iterations without a prompt token; a row of the log is one iteration."""
+    """The first `count` iterations without a prompt token; a row of the log is one iteration.
+
+    Raises UserError where there is none.
+    """
     rows = steps[(steps.prefills == 0) & (steps.decodes > 0)].iloc[:count]
+    if rows.empty:
+        raise UserError("no iteration only decodes: every output is of one token, or prompts are fed all the time")
     assert (rows.steps == 1).all(), "the replay was walked step by step"
     return pd.DataFrame(
         {

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from kvarena.harness.accounts.trace_account import TraceAccount
 
+ACCOUNT = "trace "  # begins the label of rows that say what became of a trace
+
 
 class Range(NamedTuple):
     """One quantity over the replays of a trace."""

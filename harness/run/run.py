@@ -23,6 +23,7 @@ from kvarena.harness.run.systems import System
 from kvarena.harness.trace.arrival import UNDRAWN, ArrivalConfig
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.file_arrivals import chosen_arrivals
+from kvarena.harness.trace.published_files import is_published
 
 CHECKPOINT = "checkpoint"
 _KEYS = (*GROUPS[1:], *PLAIN_KEYS, "name", "params", "profiles", "published")
@@ -100,13 +101,14 @@ class Run(Generic[P]):
     def plain(self) -> Plain:
         """The run as plain data: what is hashed, and written to config.yaml."""
         return {
-            key: [asdict(s) for s in value] if key == "systems" else _plain(value)
+            key: [asdict(s) for s in value] if key == "systems" else plain(value)
             for key, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
             if key not in _STATED
         }
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A dataclass as a mapping; everything else as it is."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
@@ -150,7 +152,7 @@ def resolve(
         clock=config.clock,
         device=device,
         model=model,
-        trace=typed(TraceConfig, _filled("trace", config.trace, profile.get("trace"), given), "trace"),
+        trace=_trace(config, profile, given),
         arrival=typed(
             ArrivalConfig, _filled("arrival", config.arrival, _drawn(config.arrival, profile), given), "arrival"
         ),
@@ -170,6 +172,8 @@ def resolve(
     check_given_params(run.params, given)
     told.forget()  # what a run says of its traces it says anew
     run = replace(run, files=contents(run))  # before anything is read: what changes later is noticed
+    if "arrival" not in run.reads:
+        return run
     chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
     return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by)
 
@@ -226,6 +230,13 @@ def _filled(group: str, node: DictConfig, profile: DictConfig | None, given: Seq
     filed = {key: OmegaConf.to_container(filled[key]) for key in inner if filled.get(key) is not None}
     parts = {key: OmegaConf.merge(value, kept[key]) for key, value in filed.items()}  # plain: keys may be added
     return OmegaConf.create({**filled, **kept, **parts})
+
+
+def _trace(config: DictConfig, profile: DictConfig, given: Sequence[str]) -> TraceConfig:
+    """The trace; somebody's own file is repeated only where so many requests are asked for: no paper's number does."""
+    trace = typed(TraceConfig, _filled("trace", config.trace, profile.get("trace"), given), "trace")
+    asked = {"trace.num_requests", "trace.repeat"} & set(given)
+    return trace if trace.path is None or asked or is_published(trace) else replace(trace, repeat=False)
 
 
 def _drawn(arrival: DictConfig, profile: DictConfig) -> DictConfig | None:

@@ -7,9 +7,12 @@ fitted step no efficiency. tests/experiments/test_every_key.py tries every key o
 
 from collections.abc import Iterator, Mapping
 
+from omegaconf import OmegaConf
+
 from kvarena.allocators.options import option
 from kvarena.errors import UserError
-from kvarena.harness.run.run import Run
+from kvarena.harness.config import load
+from kvarena.harness.run.run import Run, plain
 from kvarena.harness.scheduler.registry import config_class
 from kvarena.harness.trace.conversation_table import has_conversations
 from kvarena.harness.trace.load import load_trace
@@ -33,12 +36,19 @@ def check_read(run: Run[object], own: Mapping[str, str]) -> None:
 
 
 def _with_parts(run: Run[object]) -> Iterator[str]:
-    """The given keys, and those within a mapping that was written whole: `params.paths={sharegpt: FILE}`."""
+    """The given keys, and those within a mapping that was written whole: `params.paths={sharegpt: FILE}`.
+
+    Hydra merges it into the file's, whose own parts nobody wrote.
+    """
+    filed = OmegaConf.to_container(load("experiment", run.experiment).get("params") or OmegaConf.create())
+    assert isinstance(filed, dict)
     for key in run.given:
         yield key
-        value = getattr(run.params, key.removeprefix("params."), None) if key.startswith("params.") else None
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{name}" for name, part in value.items() if part is not None)
+        group, _, name = key.partition(".")
+        value, kept = getattr(run.params, name, None), filed.get(name) or {}
+        if group == "params" and isinstance(value, Mapping):
+            parts = {part: plain(it) for part, it in value.items() if it is not None}
+            yield from (f"{key}.{part}" for part, it in parts.items() if it != kept.get(part))
 
 
 def _covers(rule: str, key: str) -> bool:
@@ -83,7 +93,7 @@ def _model(run: Run[object]) -> Unread:
 
 
 _FILE_ONLY = ("format", "time_unit", "block_tokens", "data_files", "split", "tokenizer", "on_bad_record", "shuffle",
-              "keep_hash_ids", "prefix_path")  # fmt: skip
+              "keep_hash_ids", "prefix_path", "repeat")  # fmt: skip
 _GIVEN_ONLY = ("prompt_tokens", "output_tokens", "range_ratio")
 _CHATS_ONLY = ("cut_prompt", "cut_output", "new_conversation")
 
@@ -95,6 +105,8 @@ def _trace(run: Run[object]) -> Unread:
     if trace.path is not None:
         for key in ("table", *_GIVEN_ONLY):
             yield f"trace.{key}", f"lengths come from trace.path={trace.path}"
+        if trace.num_requests is None:
+            yield "trace.repeat", "as many are served as arrive, or the whole file: it is for trace.num_requests=N"
         if not (trace.shuffle or trace.mix):
             yield from _no_seed(run, "trace.seed", "the file's order is kept; trace.shuffle=true draws one")
         return

@@ -23,6 +23,7 @@ class TraceConfig:
     output_tokens: int | None = None  # given lengths: the output's
     range_ratio: float = 0.0  # given lengths: uniform within length * (1 -+ range_ratio)
     num_requests: int | None = None  # null: as many as arrive, else the whole file, 1000 without one
+    repeat: bool = True  # files only: one that has fewer than num_requests is gone through again
     max_tokens: int | None = None  # longest prompt + output allowed; null: the model's context
     seed: int = 0
     mix: dict[str, float] | None = None  # shares of requests by method of decoding (decoding/mix.py); null: all alike

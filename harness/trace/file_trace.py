@@ -21,11 +21,16 @@ from kvarena.harness.trace.trace import Ints, Trace
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # no tokenizer reads them
 
 
-def file_trace(config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None) -> Trace:
-    """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short."""
+def file_trace(
+    config: TraceConfig, recipe: Recipe, max_tokens: int | None, count: int | None, repeat: bool = True
+) -> Trace:
+    """The first `count` requests that the recipe keeps, in the file's order or shuffled; repeated if too short.
+
+    repeat: else all of them once.
+    """
     trace = _kept(*_source(config), recipe, max_tokens)
     order = Stream(config.seed, "shuffle").permutation(len(trace)) if config.shuffle else np.arange(len(trace))
-    count = len(trace) if count is None else count
+    count = len(trace) if count is None or (count > len(trace) and not repeat) else count
     facts = {"shuffle": config.shuffle, "seed": config.seed, "requests": count, "rounds": -(-count // len(trace))}
     taken = trace.take(np.resize(order, count)).noting(**facts)
     if taken.conversation_ids is None or trace.conversation_ids is None:
@@ -41,8 +46,8 @@ def states_ids(config: TraceConfig) -> bool:
 
 def _source(config: TraceConfig) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """All of a configuration that says what is read and kept of a file, and what the files hold."""
-    fields = astuple(replace(config, seed=0, shuffle=False, num_requests=None, mix=None, new_conversation=None))
-    return fields, tuple(hashes(files_of(config)).values())
+    free = replace(config, seed=0, shuffle=False, num_requests=None, repeat=True, mix=None, new_conversation=None)
+    return astuple(free), tuple(hashes(files_of(config)).values())
 
 
 def files_of(config: TraceConfig) -> Iterator[str]:

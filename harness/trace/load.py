@@ -31,7 +31,7 @@ def load_trace(config: TraceConfig, max_tokens: int | None = None, num_requests:
     _check_cuts(config)
     check_units(config)
     if config.path is not None:
-        return file_trace(config, rule, limit, count)
+        return file_trace(config, rule, limit, count, repeat=config.repeat or num_requests is not None)
     count = DEFAULT_REQUESTS if count is None else count
     if config.table is not None and has_conversations(config.table):
         return sample_conversations(config.table, count, config.seed, config.cut_prompt, config.cut_output, limit)

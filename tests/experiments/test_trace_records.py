@@ -12,6 +12,7 @@ from tiny import TINY, Unwritten, resolved
 
 from kvarena.experiments.command import registry
 from kvarena.experiments.command.carry_out import REFUSALS, TRACES, carry_out, measure, summary_of
+from kvarena.harness.accounts import replays
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.run.run import Run
 
@@ -48,7 +49,7 @@ def same_records(run: Run, one: Measured, other: Measured) -> pd.DataFrame:
     pd.testing.assert_frame_equal(one.frames[TRACES], other.frames[TRACES])
     summary = summary_of(run, one.frames)
     pd.testing.assert_frame_equal(summary_of(run, other.frames), summary)
-    return summary[summary.label.str.startswith(registry.ACCOUNT)]
+    return summary[summary.label.str.startswith(replays.ACCOUNT)]
 
 
 @pytest.mark.parametrize(("experiment", "clock"), PAIRS)
