@@ -118,7 +118,11 @@ class VirtualStore(Store):
             self._perform(actions, kernels_so_far(self.driver.device))
 
     def apply_in_background(self, actions: Sequence[Action]) -> None:
-        """Map and unmap in the worker thread."""
+        """Map and unmap in the worker thread.
+
+        No row is copied there: on a GPU the copy would be launched beside the kernels, and wait for none of them.
+        """
+        assert not any(isinstance(action, CopyRow) for action in actions), "rows are copied in the kernels' stream"
         if actions:
             self._wait()
             fence = kernels_so_far(self.driver.device)

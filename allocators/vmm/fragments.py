@@ -3,7 +3,7 @@
 The kernel hands out its smallest free fragments first. Of pools created one after the other, the first is therefore
 made of single pages from all over the memory and the last of long runs, and reading the first can take half as long
 again (`benchmarks/memory_placement.py`): an order of creation, mistaken for a difference between allocators. While
-the fragments are held by a throw-away memfd, pools are made of long runs, as on a GPU.
+the fragments are held by a throw-away memfd, pools are made of long runs, as on a GPU, whose memory is its own.
 """
 
 import os
@@ -20,13 +20,14 @@ _RUN_ORDER = 6  # free runs of 2^6 pages (256 KB) or more are long enough; 4 lef
 
 
 @contextmanager
-def scattered_pages_held() -> Iterator[int]:
+def scattered_pages_held(device: str = "cpu") -> Iterator[int]:
     """Hold the free memory that lies in short runs; yields how many bytes. To be used around the
     creation of everything that is to be compared; costs about a second per GB.
 
-    Holds at most half of what is available, and nothing where the system does not tell, or does not let us.
+    Holds at most half of what is available, and nothing for pools of a GPU, or where the system does not tell, or does
+    not let us.
     """
-    scattered = min(scattered_bytes(), available_bytes() // 2) // _PAGE * _PAGE
+    scattered = min(scattered_bytes(), available_bytes() // 2) // _PAGE * _PAGE if device == "cpu" else 0
     fd = _held(scattered) if scattered else None
     try:
         yield 0 if fd is None else scattered

@@ -1,5 +1,6 @@
 """One cell of `decode_throughput`: every system at one batch size, checked against each other, then interleaved."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Protocol
@@ -40,7 +41,7 @@ def measure_cell(run: Run[Params], model: Model, read: StreamingRead, prompts: l
     pool_bytes = _pool_bytes(run, len(prompts))
     batches: dict[str, FixedBatch] = {}
     try:
-        with scattered_pages_held():  # else the first pools are made of scattered pages, and read slower
+        with scattered_pages_held(run.device.kind):  # else the first pools are made of scattered pages, and read slower
             for system in run.systems:
                 batches[system.name] = resident(run, system, model, prompts, pool_bytes)
         check_steps(run, batches)
@@ -109,9 +110,14 @@ def _rounds(params: Params, batches: dict[str, FixedBatch]) -> Iterator[dict[str
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             for step in range(params.steps_per_round):
-                record: StepRecord = batches[name].step()
+                record = _told(batches[name], batches[name].step())
                 leaves = batches[name].leaves()
                 yield {"system": name, "round": number, "step": step, **record._asdict(), **leaves}
+
+
+def _told(batch: FixedBatch, record: StepRecord) -> StepRecord:
+    """A step without the parts that only a full queue of the device tells: launched one by one, short kernels wait."""
+    return record if batch.executor.queue_full else record._replace(append_s=math.nan, attention_s=math.nan)
 
 
 def _account(name: str, batch: FixedBatch, before: float, after: float) -> dict[str, object]:

@@ -67,7 +67,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     device = torch.device(run.device.kind)
     prompts, trace_notes = _prompts(run)
     model = build_model(run.model, device)
-    with scattered_pages_held():
+    with scattered_pages_held(run.device.kind):
         read = StreamingRead(device)
     cells = [
         Cell(f"{'trace' if kind == TRACE else f'{kind}-tokens'}-{batch}",

@@ -77,7 +77,7 @@ def measure(run: Run[Params], model: Model, number: int) -> Frames:
     pool_bytes = len(prompts) * _row_bytes(run, model)
     batches: dict[str, FixedBatch] = {}
     try:
-        with scattered_pages_held():
+        with scattered_pages_held(run.device.kind):
             turn = number % len(MEASURED)  # which pages a pool gets depends on those made before it
             for way in MEASURED[turn:] + MEASURED[:turn]:
                 system = system_in(way, the_system(run))

@@ -4,6 +4,7 @@ A sample is one prefill: seconds of the step, of attention in it, and of what th
 server finds that has been running for a while: a prompt takes the place of one as long, so rows are inherited.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -117,7 +118,8 @@ class _Lane:
         for request in self._scheduler.finished:
             self._executor.finish(request)
         phases = self._executor.phases
-        return {"context": tokens, "prefill_s": time.duration_ps / PS_PER_S, "attention_s": phases["attention"],
+        attention_s = phases["attention"] if self._executor.queue_full else math.nan  # else the host's time is in it
+        return {"context": tokens, "prefill_s": time.duration_ps / PS_PER_S, "attention_s": attention_s,
                 "mapping_s": phases["actions"]}  # fmt: skip
 
 

@@ -94,7 +94,8 @@ def _ratios(run: Run[Params], samples: pd.DataFrame) -> Iterator[SummaryRow]:
             names = _pair(run, over, under, tokens)
             if is_earned(names) or _one_kernel(over, under):
                 ratio = above.attention_s.to_numpy() / below[tokens].attention_s.to_numpy()
-                yield row(median_interval(ratio), quantity=RATIO, unit="ratio", **names)
+                if pd.notna(ratio).all():
+                    yield row(median_interval(ratio), quantity=RATIO, unit="ratio", **names)
 
 
 def _pair(run: Run[Params], over: System, under: System, tokens: int) -> Names:

@@ -141,7 +141,8 @@ class Serving:
 
         model = self._shared_model or build_model(self.run.model, self.run.device.kind)
         kernel, seed = get_kernel(self.system.kernel.name), model.config.seed
-        return (self._executor or TorchExecutor)(model, self.store, kernel, seed, self.run.engine.cuda_graphs)
+        graphs_up_to = self.context if self.run.engine.cuda_graphs else None
+        return (self._executor or TorchExecutor)(model, self.store, kernel, seed, graphs_up_to)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -7,7 +7,8 @@ is copied into buffers of the graph's own before it is replayed:
     tokens [B] int64, lengths [B] int32, and rows [B] or a block table [B, blocks] int32
 
 Kernels cut their work by the longest sequence, so there is one graph for each batch size and each longest length,
-rounded up to a power of two. Neither paper's engine had graphs, so they are off unless asked for.
+rounded up to a power of two, or to the longest that there can be: in every layout alike. Neither paper's engine had
+graphs, so they are off unless asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ from kvarena.allocators.memory.staging import indices_on
 from kvarena.errors import UserError
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.view import BatchView, LayerCache
 
 SHORTEST = 256  # tokens; no graphs for lengths below it alone
@@ -53,20 +53,26 @@ class Buffers(NamedTuple):
 class DecodeGraphs:
     """The decode steps of one model, store and kernel."""
 
-    def __init__(self, kernel: AttentionKernel, device: torch.device, capture: Capture | None = None) -> None:
-        """On a CPU steps run over the same buffers, uncaptured. Raises UserError for a kernel that cannot be held."""
+    def __init__(
+        self, kernel: AttentionKernel, device: torch.device, up_to: int, capture: Capture | None = None
+    ) -> None:
+        """For sequences of `up_to` tokens at most. On a CPU steps run over the same buffers, uncaptured.
+
+        Raises UserError for a kernel that cannot be held.
+        """
         if device.type == "cuda" and not kernel.spec.in_graph:
             able = ", ".join(name for name, (spec, *_) in CATALOGUE.items() if spec.in_graph)
             raise UserError(
                 f"engine.cuda_graphs=true: kernel {kernel.spec.name} asks the host in each step, so that no CUDA graph "
                 f"can hold it. These can be captured: {able}"
             )
+        self._up_to = up_to
         self._capture = capture or (CudaCapture() if device.type == "cuda" else lambda step: step)
         self._graphs: dict[tuple[int, int], tuple[Buffers, Step]] = {}  # (batch size, longest length) -> graph
 
     def run(self, forward: Forward, tokens: Sequence[int], view: BatchView, cache: LayerCache) -> Tensor:
         """One decode step: logits [B, V], overwritten by the next one. `cache` is any layer's."""
-        longest = rounded_up(view.max_length, cache)
+        longest = rounded_up(view.max_length, self._up_to)
         key = view.batch_size, longest
         if key not in self._graphs:
             buffers = _buffers(view, longest, cache)
@@ -80,10 +86,9 @@ class DecodeGraphs:
         return len(self._graphs)
 
 
-def rounded_up(length: int, cache: LayerCache) -> int:
-    """The longest length of the graph that serves `length`: a power of two, or all that a row can hold."""
-    longest = max(SHORTEST, 1 << (length - 1).bit_length())
-    return longest if cache.layout is Layout.PAGED else min(longest, cache.block_size)
+def rounded_up(length: int, up_to: int) -> int:
+    """The longest length of the graph that serves `length`: a power of two, or the longest that there can be."""
+    return min(max(SHORTEST, 1 << (length - 1).bit_length()), max(length, up_to))
 
 
 def _buffers(view: BatchView, longest: int, cache: LayerCache) -> Buffers:

@@ -8,13 +8,20 @@ import torch
 
 
 class Stopwatch:
-    """Adds up named phases of a step. On a GPU phases are pairs of events, read when the step has ended."""
+    """Adds up named phases of a step. On a GPU phases are pairs of events, read when the step has ended.
+
+    Between two events lies the device's work only where its queue did not run empty meanwhile: else the host's
+    launching is in it. `queue_full` says whether the last step's never did, from one phase to the next.
+    """
+
+    queue_full = True  # of a CPU, which queues nothing
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = (
             [] if device.type == "cuda" else None
         )
         self._seconds: dict[str, float] = {}
+        self._ran_empty = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -25,6 +32,7 @@ class Stopwatch:
             self.add(name, time.perf_counter() - start)
         else:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._ran_empty |= bool(self._events) and self._events[-1][2].query()  # type: ignore[no-untyped-call]
             first.record()
             yield
             last.record()
@@ -41,5 +49,6 @@ class Stopwatch:
             for name, first, last in self._events:
                 self.add(name, first.elapsed_time(last) / 1e3)
             self._events.clear()
+            self.queue_full, self._ran_empty = not self._ran_empty, False
         seconds, self._seconds = self._seconds, {}
         return seconds

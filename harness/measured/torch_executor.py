@@ -13,7 +13,6 @@ from kvarena.allocators.policy import CopyBlock, CopyRow, SwapIn, SwapOut
 from kvarena.harness.decoding.decoder import Decoder
 from kvarena.harness.measured.decode_graphs import DecodeGraphs
 from kvarena.harness.measured.stopwatch import Stopwatch
-from kvarena.harness.measured.timed_call import wait_for
 from kvarena.harness.model.contract import Attend, Model
 from kvarena.harness.requests.group import Group
 from kvarena.harness.requests.request import Request
@@ -35,31 +34,31 @@ class TorchExecutor(Executor):
     """Runs plans on one model, one store and one kernel; `tokens` are the known ones, by seq_id.
 
     `phases` holds the seconds of the last step: actions, view, append, attention, and the whole `step`. A step that
-    was replayed as a graph has no append or attention of its own. A step that copies waits for its copies, so that
-    they are timed; one that does not stays asynchronous.
+    was replayed as a graph has no append or attention of its own. Copies are only launched: the device's own clock
+    times them, and nobody waits for them.
     """
 
     def __init__(
-        self, model: Model, store: Store, kernel: AttentionKernel, seed: int = 0, cuda_graphs: bool = False
+        self, model: Model, store: Store, kernel: AttentionKernel, seed: int = 0, graphs_up_to: int | None = None
     ) -> None:
-        """`cuda_graphs`: steps that only decode are captured. Raises UserError where the kernel cannot be."""
+        """`graphs_up_to`: steps that only decode are captured, of sequences of so many tokens at most.
+
+        Raises UserError where the kernel cannot be.
+        """
         self.model, self.store, self.kernel = model, store, kernel
         self.phases: dict[str, float] = {}
         self.logits: Tensor | None = None  # [B, V] of the last step, decodes first
         self._decoder = Decoder(model.config.vocab_size, seed)
         self.tokens = self._decoder.tokens
-        self._watch = Stopwatch(model.device)
-        self._graphs = DecodeGraphs(kernel, model.device) if cuda_graphs else None
+        self._watch, self._copying = Stopwatch(model.device), Stopwatch(model.device)
+        self._graphs = None if graphs_up_to is None else DecodeGraphs(kernel, model.device, graphs_up_to)
 
     def execute(self, plan: StepPlan) -> StepTime:
         """Run one iteration and feed every finished row its next token."""
         copies = any([isinstance(action, COPIES) for action in plan.actions])
-        if copies:
-            wait_for(self.model.device)  # else what earlier steps left to do would count as this one's copies
         start = time.perf_counter_ns()
-        self.store.apply(plan.actions)
-        if copies:
-            wait_for(self.model.device)  # a GPU's copies have only been launched
+        with self._copying.phase("copies") if copies else nullcontext():
+            self.store.apply(plan.actions)
         applied = time.perf_counter_ns()
         views = self._views(plan)
         self.store.apply_in_background(plan.ahead)
@@ -67,11 +66,16 @@ class TorchExecutor(Executor):
         self.logits = self._forward(plan, views)
         self._decoder.deliver(plan, self.logits)
         end = time.perf_counter_ns()
-        self._watch.add("actions", (applied - start) / 1e9)
         self._watch.add("view", (viewed - applied) / 1e9)
         self._watch.add("step", (end - start) / 1e9)
         self.phases = self._watch.read()
-        return StepTime((end - start) * 1000, stall_ps=(applied - start) * 1000)
+        self.phases["actions"] = max((applied - start) / 1e9, self._copying.read().get("copies", 0.0))
+        return StepTime((end - start) * 1000, stall_ps=round(1e12 * self.phases["actions"]))
+
+    @property
+    def queue_full(self) -> bool:
+        """Whether the last step's append and attention are the device's time alone (`stopwatch.py`)."""
+        return self._watch.queue_full
 
     def finish(self, request: Request) -> None:
         """Forget the tokens of a finished request."""

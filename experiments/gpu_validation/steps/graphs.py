@@ -58,7 +58,7 @@ class BothWays(TorchExecutor):
     @cached_property
     def graphs(self) -> DecodeGraphs:
         """One for each size of batch."""
-        return DecodeGraphs(self.kernel, self.model.device)
+        return DecodeGraphs(self.kernel, self.model.device, self.model.config.max_tokens)
 
     def _forward(self, plan: StepPlan, views: tuple[BatchView | None, BatchView | None]) -> Tensor:
         plain = super()._forward(plan, views)

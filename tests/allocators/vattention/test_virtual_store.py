@@ -8,7 +8,7 @@ import torch
 
 from kvarena.allocators.kv_layout import attention_layout
 from kvarena.allocators.memory.model_shape import ModelShape
-from kvarena.allocators.policy import Admission, CopyBlock, Map, Sequence, Unmap
+from kvarena.allocators.policy import Admission, CopyBlock, CopyRow, Map, Sequence, Unmap
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vattention import cores
 from kvarena.allocators.vattention.policy import VAttentionConfig, VAttentionPolicy
@@ -101,6 +101,14 @@ def test_waiting_for_the_background_is_counted(monkeypatch):
     calls = store.driver_calls()
     assert (calls.critical, calls.background) == (0, TENSORS)
     assert calls.waited_s > 0
+    store.close()
+
+
+def test_no_row_is_copied_in_the_background():
+    """There it would run beside the kernels that write what it copies."""
+    _, store = make()
+    with pytest.raises(AssertionError, match="in the kernels' stream"):
+        store.apply_in_background([Map(0, 0, 0, 0), CopyRow(0, 0, 1, 0, 64)])
     store.close()
 
 

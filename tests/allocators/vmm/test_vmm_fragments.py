@@ -52,6 +52,11 @@ def test_a_system_that_does_not_tell(machine):
         assert memfds() == []
 
 
+def test_a_gpus_pools_are_not_made_of_them(machine):
+    with scattered_pages_held("cuda") as held:
+        assert (held, memfds()) == (0, [])
+
+
 def test_memory_is_given_back_when_the_body_fails(machine):
     with pytest.raises(RuntimeError, match="body"), scattered_pages_held():
         raise RuntimeError("body")

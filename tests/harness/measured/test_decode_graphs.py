@@ -26,10 +26,8 @@ from kvarena.harness.requests.request import Request
 from kvarena.harness.scheduler.registry import config_class as scheduler_class
 from kvarena.harness.scheduler.registry import make_scheduler
 from kvarena.kernels.kernel import AttentionKernel
-from kvarena.kernels.layout import Layout
 from kvarena.kernels.reference import reference_attention
 from kvarena.kernels.registry import get_kernel, kernel_spec
-from kvarena.kernels.view import LayerCache
 
 LENGTHS = [(250, 12), (7, 30), (40, 9), (3, 25), (31, 20)]  # the first crosses into graphs of 512 tokens
 MAX_TOKENS = 600
@@ -166,7 +164,7 @@ def served(model, allocator, kernel, graphs=None):
     )
     shape = (model.config.num_layers, model.config.num_kv_heads, model.config.head_size)
     store = make_store(policy, *shape, "float32")
-    executor = TorchExecutor(model, store, kernel, cuda_graphs=graphs is not None)
+    executor = TorchExecutor(model, store, kernel)
     if graphs is not None:
         executor._graphs = graphs
     tokens = {}
@@ -182,7 +180,9 @@ def served(model, allocator, kernel, graphs=None):
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_fixed_buffers_yield_the_same_tokens(model, allocator):
     plain, _ = served(model, allocator, get_kernel("numba"))
-    fixed, executor = served(model, allocator, get_kernel("numba"), DecodeGraphs(get_kernel("numba"), model.device))
+    fixed, executor = served(
+        model, allocator, get_kernel("numba"), DecodeGraphs(get_kernel("numba"), model.device, MAX_TOKENS)
+    )
     assert fixed == plain
     assert len(executor._graphs) >= len(LENGTHS)  # one for each batch size, as requests end one by one
 
@@ -192,7 +192,7 @@ def test_replayed_operations_yield_the_same_tokens(model, allocator, monkeypatch
     monkeypatch.setattr(torch_executor, "append", append_by_operations)
     plain, _ = served(model, allocator, Operations())
     gpu = Gpu(monkeypatch)
-    graphs = DecodeGraphs(Operations(), model.device, CudaCapture())
+    graphs = DecodeGraphs(Operations(), model.device, MAX_TOKENS, CudaCapture())
     replayed, executor = served(model, allocator, Operations(), graphs)
     assert replayed == plain
     decode_steps = max(output for _, output in LENGTHS) - 1
@@ -230,29 +230,34 @@ def test_buffers_never_move(model, monkeypatch):
     monkeypatch.setattr(decode_graphs.Buffers, "fill", watched)
     for allocator in ALLOCATORS:
         seen.clear()
-        served(model, allocator, get_kernel("numba"), DecodeGraphs(get_kernel("numba"), model.device))
+        served(model, allocator, get_kernel("numba"), DecodeGraphs(get_kernel("numba"), model.device, MAX_TOKENS))
         assert {len(addresses) for addresses in seen.values()} == {1}
         assert len({address for addresses in seen.values() for one in addresses for address in one}) == 4 * len(seen)
 
 
 @pytest.mark.parametrize(
-    ("layout", "length", "longest"),
-    [
-        (Layout.PAGED, 1, SHORTEST),
-        (Layout.PAGED, SHORTEST, SHORTEST),
-        (Layout.PAGED, SHORTEST + 1, 2 * SHORTEST),
-        (Layout.CONTIGUOUS, SHORTEST + 1, 300),  # a row ends there
-        (Layout.CONTIGUOUS, 300, 300),
-        (Layout.CONTIGUOUS, 3, SHORTEST),
-    ],
+    ("length", "longest"),
+    [(1, SHORTEST), (SHORTEST, SHORTEST), (SHORTEST + 1, 2 * SHORTEST), (600, 700), (700, 700)],
 )
-def test_longest_length_of_a_graph(layout, length, longest):
-    rows = torch.empty(2, 300, 1, 16)
-    assert rounded_up(length, LayerCache(layout, rows, rows)) == longest
+def test_longest_length_of_a_graph(length, longest):
+    assert rounded_up(length, up_to=700) == longest
+
+
+def test_every_layout_is_captured_for_the_same_longest_length(model, monkeypatch):
+    """Else a kernel would cut its work otherwise over one of them, and be compared for that."""
+    longest = {}
+    buffers = decode_graphs._buffers
+    for allocator in ALLOCATORS:
+        seen = longest.setdefault(allocator, set())
+        monkeypatch.setattr(
+            decode_graphs, "_buffers", lambda view, most, cache, seen=seen: seen.add(most) or buffers(view, most, cache)
+        )
+        served(model, allocator, get_kernel("numba"), DecodeGraphs(get_kernel("numba"), model.device, MAX_TOKENS))
+    assert len({frozenset(seen) for seen in longest.values()}) == 1
 
 
 def test_a_kernel_that_asks_the_host_is_refused_on_a_gpu():
     kernel = get_kernel("sdpa")
     assert kernel.spec == kernel_spec("sdpa")
     with pytest.raises(UserError, match=r"kernel sdpa .*fa2, fa3, .*triton"):
-        DecodeGraphs(kernel, torch.device("cuda"))
+        DecodeGraphs(kernel, torch.device("cuda"), MAX_TOKENS)
