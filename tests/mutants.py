@@ -23,6 +23,13 @@ def of(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Mutant]:
 
 # fmt: off
 MUTANTS = [
+    *of("allocators/vattention/store.py", "allocators/test_stores_cuda.py",
+        ("what was done before a call failed stays so",
+         "for reverse, where in reversed(undo):", "for reverse, where in undo[:0]:"),
+    ),
+    *of("allocators/vmm/cuda_context.py", "allocators/vmm/test_vmm_cuda_failures.py",
+        ("what failed in closing is not tried again", "for call, _ in failed:", "for call, _ in failed[:0]:"),
+    ),
     *of("allocators/paged/block_pool.py", "allocators/paged/test_sharing_blocks.py",
         ("a fork counts one block for all", "self.num_extra += len(blocks)", "self.num_extra += 1"),
     ),

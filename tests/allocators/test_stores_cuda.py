@@ -184,6 +184,22 @@ def test_a_page_group_is_mapped_in_every_tensor_or_in_none(fake, function, after
     assert fake.nothing_left
 
 
+def test_what_was_mapped_and_unmapped_before_a_call_failed_is_undone(fake):
+    actions = [Map(0, 1, 0, 1), Unmap(0, 0, 0, 0), Map(0, 2, 0, 0)]
+    _, store = virtual(fake)
+    store.apply([Map(0, 0, 0, 0)])
+    before = fake.state
+    for after in range((2 + 1 + 2) * TENSORS):
+        fake.fail(after=after)
+        with pytest.raises(DriverError):
+            store.apply(actions)
+        assert fake.state == before
+    store.apply(actions)
+    assert fake.mapped_bytes == 2 * TENSORS * 64 * KB
+    store.close()
+    assert fake.nothing_left
+
+
 @pytest.mark.parametrize("name", ["static", "paged", "vattention"])
 def test_a_pool_larger_than_the_gpu_leaves_nothing_behind(fake, name):
     fake.total_bytes = 3 * MB

@@ -5,6 +5,7 @@ across the bus are torch's calls, and an operation that meets their errors has t
 """
 
 import gc
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from kvarena.allocators.memory.store import Store
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.stores import make_store
+from kvarena.allocators.testing.sharing_programs import Programs
 from kvarena.allocators.vmm.cuda import CudaDriver
 from kvarena.allocators.vmm.driver import DriverError, MapRun
 from kvarena.allocators.vmm.drivers import granularity_of
@@ -25,8 +27,11 @@ from kvarena.errors import UserError
 
 pytestmark = pytest.mark.gpu  # chosen with the others
 
-LAYERS, HEADS, SIZE, TOKENS = 2, 2, 16, 64
-OPTIONS = {"paged": {"swap_bytes": 64 * KB}, "vattention": {"page_group": "64KB", "max_rows": 4}}
+LAYERS, HEADS, SIZE, TOKENS = 2, 8, 64, 96  # 2 KB of K a token in a layer: 32 tokens fill a page-group
+OPTIONS = {
+    "paged": {"swap_bytes": MB},
+    "vattention": {"page_group": "64KB", "max_rows": 6, "deferred_reclamation": False},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,7 @@ def small_page_groups():
 
 def store_of(name: str) -> Store:
     config = config_class(name)(name=name, **OPTIONS.get(name, {}))
-    policy = make_policy(config, attention_layout(LAYERS, HEADS, SIZE, "float32"), MB, TOKENS)
+    policy = make_policy(config, attention_layout(LAYERS, HEADS, SIZE, "float32"), 4 * MB, TOKENS)
     return make_store(policy, LAYERS, HEADS, SIZE, "float32", "cuda")
 
 
@@ -205,4 +210,23 @@ def test_asking_for_the_granularity_leaves_nothing_whichever_call_fails():
     assert granularity_of("cuda") == 64 * KB
     for after in range(SHIM.calls - before):
         failing(lambda: granularity_of("cuda"), after, UNKNOWN)
+        assert settled() == start
+
+
+@pytest.mark.parametrize("name", ["paged", "vattention"])
+def test_whichever_call_fails_while_groups_are_served_closing_leaves_nothing(name):
+    """Groups share, are swapped, end: real policies say what is done. Where they are then, nobody takes up again."""
+
+    def serve() -> None:
+        store = store_of(name)
+        try:
+            Programs(store._policy, store, LAYERS).play(random.Random(2).randrange, 60)
+        finally:
+            store.close()
+
+    start, before = settled(), SHIM.calls
+    serve()
+    calls = SHIM.calls - before
+    for after in range(0, calls, 1 + calls // 16):
+        failing(serve, after, UNKNOWN)
         assert settled() == start
