@@ -17,7 +17,7 @@ _BEGINNING = 1024  # bytes that tell what a file is
 
 @contextmanager
 def opened(path: Path) -> Iterator[TextIO]:
-    """The text, every end of line a line feed. A byte that is not UTF-8 comes as half of a surrogate pair.
+    """The text, every end of line a line feed. What its encoding does not have comes as half of a surrogate pair.
 
     Raises UserError for what is no text, and for a file that breaks off or cannot be read.
     """
@@ -30,7 +30,8 @@ def opened(path: Path) -> Iterator[TextIO]:
             refuse(beginning, path)
             encoding = json.detect_encoding(beginning)
             file.seek(0)
-            yield TextIOWrapper(file, encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict")
+            kept = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"  # for `check_text` to see
+            yield TextIOWrapper(file, encoding, errors=kept)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is gzip, and broken or cut short: {error}") from error
     except UnicodeDecodeError as error:

@@ -66,6 +66,13 @@ def test_bytes_that_are_no_text_cost_their_record(loaded, records, tokenizer, br
     assert (file.prompts, file.bad) == ([7, 9], [2])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_half_of_a_pair_costs_its_record_in_any_encoding(loaded, encoding):
+    rows = "note,prompt_tokens,output_tokens\nx,7,2\n\ud83d,8,2\n\U0001f44d,9,2\n"
+    file = loaded(rows.encode(encoding, "surrogatepass"))
+    assert (file.prompts, file.bad) == ([7, 9], [2])
+
+
 def test_what_is_not_taken_cannot_spoil_a_record(loaded, records, tokenizer):
     file = loaded(records(CHAT, '{"id": "\\ud83d", ' + CHAT[1:], CHAT), tokenizer=tokenizer)
     assert (file.prompts, file.bad) == ([3, 3, 3], [])
