@@ -70,3 +70,15 @@ def write(folder: Path, name: str) -> Path:
     else:
         frames[name]().to_csv(path, index=False)
     return path
+
+
+def write_tokenizer(folder: Path) -> str:
+    """A tokenizer: a word is a token, and every text begins with one BOS, as with OPT's and LLaMA's. Its folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    return str(folder)

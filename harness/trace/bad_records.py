@@ -1,6 +1,7 @@
 """What becomes of malformed records: the first one stops the load, or they are counted and reported."""
 
 import logging
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,32 +18,42 @@ POLICIES = ("error", "skip")
 
 @dataclass(slots=True)
 class BadRecords:
-    """The malformed records of one source."""
+    """The malformed records of one source. They come in no order: some are seen only when all have been read."""
 
     source: str
     policy: str  # trace.on_bad_record
     count: int = 0
-    reasons: list[str] = field(default_factory=list)  # the first few
+    _first: list[tuple[int, str]] = field(default_factory=list)  # number and reason of the first few, in order
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UserError(f"trace.on_bad_record={self.policy}: must be one of {', '.join(POLICIES)}")
 
+    @property
+    def reasons(self) -> list[str]:
+        """Of the first few."""
+        return [f"record {number}: {reason}" for number, reason in self._first]
+
     def add(self, number: int, reason: str) -> None:
-        """Count record `number` (from 1) as malformed. Raises UserError where such a record stops the load."""
-        if self.policy == "error":
+        """Count record `number` (from 1) as malformed."""
+        self.count += 1
+        if len(self._first) < _SHOWN or number < self._first[-1][0]:
+            insort(self._first, (number, reason))
+            del self._first[_SHOWN:]
+
+    def stop(self) -> None:
+        """Raises UserError where the first of the records so far stops the load."""
+        if self.count and self.policy == "error":
             raise UserError(
-                f"{self.source}, record {number}: {reason} (trace.on_bad_record=skip counts and reports such records "
+                f"{self.source}, {self.reasons[0]} (trace.on_bad_record=skip counts and reports such records "
                 "and goes on)"
             )
-        self.count += 1
-        if len(self.reasons) < _SHOWN:
-            self.reasons.append(f"record {number}: {reason}")
 
     def report(self) -> None:
-        """Log what was skipped, if anything was."""
+        """Stop, or log what was skipped, if anything was."""
+        self.stop()
         if self.count:
-            more = f" and {self.count - len(self.reasons)} more" if self.count > len(self.reasons) else ""
+            more = f" and {self.count - len(self._first)} more" if self.count > len(self._first) else ""
             _log.warning(
                 "%s: skipped %d malformed records: %s%s", self.source, self.count, "; ".join(self.reasons), more
             )

@@ -127,18 +127,33 @@ def _arrivals(columns: Columns, units: Units | None, failed: Mask, faults: Fault
 
 
 def _seconds(values: Any, unit: str, counted: Mask, from_first: bool) -> Floats:
-    """Seconds, NaN where a stamp cannot be read; dates, and clocks that began before, count from the first counted."""
+    """Seconds, NaN where a stamp cannot be read. Dates, and clocks that began before, count from the first counted.
+
+    That is the first of those near the middle one: a stamp that is far off makes none of the others malformed.
+    """
     if unit == DATE:
-        stamps = pd.Series(values)
-        if not pd.api.types.is_datetime64_any_dtype(stamps):  # 2023 is no year, but a number whose unit nobody says
-            stamps = stamps.mask(pd.to_numeric(stamps, errors="coerce").notna())
-        dates = pd.to_datetime(stamps, format="ISO8601", errors="coerce", utc=True)
-        first = dates[counted].min()
-        near = dates.where(dates.dt.year <= first.year + 1)  # a difference of centuries would not fit into 64 bits
-        return np.asarray((near - first) / pd.Timedelta(seconds=1), np.float64)
+        return _seconds_of_dates(values, counted)
     numbers = _number(values)
-    finite = numbers[counted & np.isfinite(numbers)]
-    return (numbers - (finite.min() if from_first and len(finite) else 0)) / PER_SECOND[unit]
+    known = np.sort(numbers[counted & np.isfinite(numbers)])
+    if not from_first or not len(known):
+        return numbers / PER_SECOND[unit]
+    near = np.abs(known - known[len(known) // 2]) < LONGEST_S * PER_SECOND[unit]
+    return (numbers - float(known[near][0])) / PER_SECOND[unit]
+
+
+def _seconds_of_dates(values: Any, counted: Mask) -> Floats:
+    stamps = pd.Series(values)
+    if not pd.api.types.is_datetime64_any_dtype(stamps):  # 2023 is no year, but a number whose unit nobody says
+        stamps = stamps.mask(pd.to_numeric(stamps, errors="coerce").notna())
+    dates = pd.to_datetime(stamps, format="ISO8601", errors="coerce", utc=True)
+    known = dates[counted].dropna().sort_values()
+    if known.empty:
+        return np.full(len(dates), np.nan)
+    middle = known.iloc[len(known) // 2]
+    near = dates.where((dates.dt.year - middle.year).abs() <= 1)  # a span of centuries would not fit into 64 bits
+    from_middle = np.asarray((near - middle) / pd.Timedelta(seconds=1), np.float64)
+    first = near[counted & (np.abs(from_middle) < LONGEST_S)].min()
+    return np.asarray((near - first) / pd.Timedelta(seconds=1), np.float64)
 
 
 def _ids(columns: Columns, units: Units | None, prompt: Floats, failed: Mask, faults: Faults) -> Any:

@@ -99,6 +99,7 @@ def _count_texts(
 ) -> tuple[Columns, dict[str, Any]]:
     """Columns of the texts' token counts; how many records hold no request; the prefix if there is one."""
     stated = list(well_formed(records, form, lambda record: form.texts(record, recipe), bad))
+    bad.stop()  # before a tokenizer is asked for
     if config.tokenizer is None:
         raise no_tokenizer(str(config.path), form.name)
     shots = few_shot(config) if form.few_shot else None

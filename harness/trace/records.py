@@ -20,6 +20,7 @@ from kvarena.harness.trace.formats import (
     fitting,
     no_format,
     shown,
+    text_field,
 )
 
 Records = Iterator[tuple[int, Any]]  # (number from 1, value)
@@ -40,6 +41,7 @@ def detect(records: Records, format_name: str | None, bad: BadRecords) -> tuple[
                 return form, chain(passed, records)
             fields |= dict.fromkeys(map(str, value))
     if not passed:
+        bad.stop()
         raise UserError(f"{bad.source}: holds no record{''.join(f'; {reason}' for reason in bad.reasons)}")
     raise no_format(fields, format_name, bad.source)
 
@@ -107,6 +109,8 @@ def _check_types(record: Mapping[str, Any], form: LengthFormat) -> Mapping[str, 
             raise MalformedError(f"{key} is {shown(value)}, not a {'date' if dates else 'number'}")
         if isinstance(value, int) and abs(value) > (2**63 if key == form.arrival else 2**53):  # no float states it
             raise MalformedError(f"{key} is {shown(value)}, beyond any trace")
+        if isinstance(value, str):
+            text_field(record, key)  # that it can be written
     talk = record.get(CONVERSATION)
     if isinstance(talk, bool) or not isinstance(talk, (str, int, float, NoneType)):
         raise MalformedError(f"{CONVERSATION} is {shown(talk)}, neither a text nor a number")

@@ -124,6 +124,31 @@ def test_a_well_formed_record_with_a_time_asks_the_others_for_one(write):
     assert (trace.provenance["malformed"], trace.arrival_s.tolist()) == (2, [3])
 
 
+def test_the_first_of_all_bad_records_is_named_whenever_it_is_seen(write):
+    rows = [GOOD, GOOD | {"output_tokens": 0}, GOOD | {"output_tokens": "x"}]
+    path = write("".join(f"{json.dumps(row)}\n" for row in rows) + "{,\n")
+    with pytest.raises(UserError, match="record 2: output length is 0"):
+        load_trace(TraceConfig(path=path))
+    reasons = load_trace(TraceConfig(path=path, on_bad_record="skip")).provenance["malformed_reasons"]
+    assert [reason[:8] for reason in reasons] == ["record 2", "record 3", "record 4"]
+
+
+@pytest.mark.parametrize("far", ["0023-11-16", "1023-11-16", "2023-01-16", "2024-11-16", "9023-11-16"])
+def test_a_date_that_is_far_off_costs_its_own_record(write, far):
+    rows = [f"{far} 18:15:45,1,1", "2023-11-16 18:15:46,1,1", "2023-11-16 18:15:48,1,1"]
+    path = write("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert (trace.provenance["malformed"], trace.arrival_s.tolist()) == (1, [0, 2])
+
+
+@pytest.mark.parametrize("far", ["0", "5e12"])
+def test_a_clock_that_is_far_off_costs_its_own_record(write, far):
+    rows = [f"{far},1,1", "1700000000.5,1,1", "1700000002.5,1,1"]
+    path = write("\n".join(["timestamp,prompt_tokens_count,output_tokens_count", *rows]))
+    trace = load_trace(TraceConfig(path=path, on_bad_record="skip"))
+    assert (trace.provenance["malformed"], trace.arrival_s.tolist()) == (1, [0, 2])
+
+
 def test_dates_count_from_the_first_well_formed_record(write):
     rows = "1970-01-01,0,1\n2023-11-16 18:15:46,1,1\n2023-11-16 18:15:48,1,1\n"
     path = write(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
