@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from kvarena.errors import UserError
 from kvarena.harness.trace.arrival import LONGEST_S
 from kvarena.harness.trace.bad_records import BadRecords, Faults
 from kvarena.harness.trace.config import TraceConfig
@@ -99,12 +100,25 @@ def _fault(raw: Any, value: float) -> str:
 def _units(columns: Columns, config: TraceConfig, prompt: Floats, counted: Mask) -> Units | None:
     """Units by the records that are counted; None for text."""
     if columns.form is None:
+        _check_used(config, False, False)
         return None
     nothing = np.full(len(prompt), np.nan)
     is_number = columns.arrival is not None and (columns.form.time_unit != DATE or config.time_unit is not None)
     stamps = _number(columns.arrival) if is_number else nothing
     num_ids = nothing if columns.num_ids is None else np.asarray(columns.num_ids, np.float64)
+    _check_used(config, columns.arrival is not None, columns.conversation is not None or bool((num_ids > 0).any()))
     return units_of(config, columns.form, stamps[counted], prompt[counted], num_ids[counted])
+
+
+def _check_used(config: TraceConfig, has_times: bool, has_blocks: bool) -> None:
+    """Raises UserError for a unit of what the source does not state."""
+    if config.time_unit is not None and not has_times:
+        raise UserError(f"trace.time_unit={config.time_unit}: {config.path} records no times")
+    if config.block_tokens is not None and not has_blocks:
+        raise UserError(
+            f"trace.block_tokens={config.block_tokens}: {config.path} says nothing of what prompts share: neither "
+            "hash_ids nor conversation_id"
+        )
 
 
 def _arrivals(columns: Columns, units: Units | None, failed: Mask, faults: Faults) -> Floats | None:

@@ -47,14 +47,15 @@ class LengthFormat:
 
 @dataclass(frozen=True, slots=True)
 class TextFormat:
-    """A format that states text: `texts` gives (prompt, output), or None for a record that holds no request.
+    """A format that states text: `texts` gives (prompt, output), or None for a record that holds no request. An output
+    may be a number of tokens.
 
     few_shot: the prompt is a question, to be asked behind an instruction and examples (few_shot.py).
     """
 
     name: str
     required: tuple[str, ...]
-    texts: Callable[[Mapping[str, Any], Recipe], tuple[str, str] | None]
+    texts: Callable[[Mapping[str, Any], Recipe], tuple[str, str | float] | None]
     few_shot: bool = False
 
 
@@ -128,6 +129,14 @@ def _wmt16(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
     return text_field(pair, "en"), text_field(pair, "de")
 
 
+def _guidellm(record: Mapping[str, Any], recipe: Recipe) -> tuple[str, float]:
+    """A prompt, and how many tokens to answer it with."""
+    output = record["output_tokens_count"]
+    if isinstance(output, bool) or not isinstance(output, int | float):
+        raise MalformedError(f"output_tokens_count is {shown(output)}, not a number")
+    return text_field(record, "prompt"), output
+
+
 _BLOCKS = ("input_length", "output_length", "timestamp")  # of Mooncake's, and of whoever followed it
 FORMATS: tuple[Format, ...] = (  # the first that fits is taken
     TextFormat("sharegpt", ("conversations",), _sharegpt),
@@ -139,6 +148,7 @@ FORMATS: tuple[Format, ...] = (  # the first that fits is taken
     LengthFormat("bailian", *_BLOCKS, "s", block_tokens=16, told_by=("chat_id", "parent_chat_id")),
     LengthFormat("mooncake", *_BLOCKS, "ms", block_tokens=512, told_by=(HASH_IDS,), shared=True),
     LengthFormat("guidellm", *_BLOCKS, "s", from_first=True, block_tokens=512, shared=True),
+    TextFormat("guidellm", ("prompt", "output_tokens_count"), _guidellm),
     LengthFormat("guidellm", "prompt_tokens_count", "output_tokens_count", "timestamp", "s", False, from_first=True),
     LengthFormat("burstgpt", "Request tokens", "Response tokens", "Timestamp", from_first=True, zero_output_fails=True),
     LengthFormat("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", arrival_needed=False),

@@ -15,7 +15,7 @@ class Texts(NamedTuple):
 
     number: int  # in its source, from 1
     prompt: str
-    output: str
+    output: str | float  # or its number of tokens
 
 
 def load_tokenizer(name: str) -> Any:
@@ -45,12 +45,12 @@ def count_tokens(texts: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Col
     return columns
 
 
-def _counted(batch: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Iterator[tuple[int, int, int]]:
+def _counted(batch: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Iterator[tuple[int, int, float]]:
     """(number, tokens of the prompt, of the output): all at once, or one by one to see which is refused."""
     try:
         prompts, outputs = (
-            tokenizer([getattr(each, side) for each in batch], verbose=False)["input_ids"]
-            for side in ("prompt", "output")
+            tokenizer(side, verbose=False)["input_ids"]
+            for side in ([each.prompt for each in batch], [str(each.output) for each in batch])
         )
     except Exception as error:  # whatever a tokenizer raises
         if len(batch) == 1:
@@ -60,7 +60,7 @@ def _counted(batch: Sequence[Texts], tokenizer: Any, bad: BadRecords) -> Iterato
             yield from _counted([each], tokenizer, bad)
     else:
         for each, prompt, output in zip(batch, prompts, outputs, strict=True):
-            yield each.number, len(prompt), len(output)
+            yield each.number, len(prompt), len(output) if isinstance(each.output, str) else each.output
 
 
 def no_tokenizer(source: str, format_name: str) -> UserError:

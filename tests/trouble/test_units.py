@@ -170,6 +170,25 @@ def _number(text: str) -> str | float | int:
         return text
 
 
+def test_guidellms_prompts_are_text(tmp_path: Path, tokenizer: str) -> None:
+    records = [{"prompt": "a b c", "output_tokens_count": 5}, {"prompt": "d", "output_tokens_count": 0},
+               {"prompt": "e", "output_tokens_count": "7"}]  # fmt: skip
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trace = load_trace(TraceConfig(path=str(path), tokenizer=tokenizer, on_bad_record="skip"))
+    assert trace.provenance["format"] == "guidellm"
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([4], [5])
+    assert trace.provenance["malformed"] == 2
+
+
+@pytest.mark.parametrize("keys", [{"time_unit": "ms"}, {"block_tokens": 16}])
+def test_units_of_what_a_file_does_not_state(tmp_path: Path, keys: dict) -> None:
+    path = tmp_path / "lengths.csv"
+    path.write_text("prompt_tokens,output_tokens\n1,2\n")
+    with pytest.raises(UserError, match=f"trace.{next(iter(keys))}="):
+        load_trace(TraceConfig(path=str(path), **keys))
+
+
 def test_requests_that_failed_are_no_malformed_records(tmp_path: Path) -> None:
     """BurstGPT's: no token came back."""
     path = tmp_path / "burst.csv"
