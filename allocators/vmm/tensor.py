@@ -33,6 +33,7 @@ def bytes_at(address: int, num_bytes: int, device: torch.device, owner: object) 
     address is, which fails as long as nothing is mapped there; DLPack tells of a tensor's end through a callback, and
     one in Python loses the exception that the tensor may be dying of. An attribute of a storage lives as long as it.
     """
-    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
+    span = torch.empty(0, dtype=torch.uint8, device=device)
+    storage = torch._C._construct_storage_from_data_pointer(address, span.device, num_bytes)  # of a numbered GPU
     storage.owner = owner  # type: ignore[attr-defined]  # one more
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    return span.set_(storage)

@@ -11,6 +11,7 @@ tensors, so it is told a little less than the truth, here alone:
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -97,6 +98,12 @@ def on_gpu(x: object) -> bool:
     return isinstance(x, torch.device | str) and str(x).split(":")[0] == "cuda"
 
 
+def storage_at(construct: Callable[..., object], address: int, device: torch.device, num_bytes: int) -> object:
+    """A GPU's, which has a number, or the host's: in either case it lies on the host."""
+    assert device in (GPU, HOST)
+    return construct(address, HOST, num_bytes)
+
+
 class Event:
     """`torch.cuda.Event` over the bindings."""
 
@@ -144,7 +151,6 @@ def pytest_configure() -> None:
     cuda.mem_get_info = lambda device=None: CONTEXT.free_and_total_bytes()
     cuda.get_device_name = lambda device=None: "a shim of CUDA's driver"
     cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=4)
-    construct = torch._C._construct_storage_from_data_pointer
-    torch._C._construct_storage_from_data_pointer = lambda address, device, size: construct(address, HOST, size)
+    torch._C._construct_storage_from_data_pointer = partial(storage_at, torch._C._construct_storage_from_data_pointer)
     interpreter.GridExecutor = Launched
     OnTheShim().__enter__()  # for the rest of the process
