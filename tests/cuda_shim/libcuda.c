@@ -297,6 +297,7 @@ int cuEventRecord(Event *event, void *stream) {
     return event->recorded = 1, clock_gettime(CLOCK_MONOTONIC, &event->at), SUCCESS;
 }
 int cuEventSynchronize(Event *event) { CALL_IN_CONTEXT; return event ? SUCCESS : INVALID_HANDLE; }
+int cuEventQuery(Event *event) { CALL_IN_CONTEXT; return event ? SUCCESS : INVALID_HANDLE; }
 int cuEventElapsedTime_v2(float *ms, Event *first, Event *last) {
     CALL_IN_CONTEXT;
     REQUIRE(first && last && first->recorded && last->recorded, INVALID_HANDLE);

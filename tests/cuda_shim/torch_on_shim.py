@@ -117,6 +117,10 @@ class Event:
     def synchronize(self) -> None:
         CONTEXT("cuEventSynchronize", self.event)
 
+    def query(self) -> bool:
+        CONTEXT("cuEventQuery", self.event)
+        return True
+
     def elapsed_time(self, last: "Event") -> float:
         return CONTEXT("cuEventElapsedTime", self.event, last.event)
 
