@@ -13,12 +13,12 @@ REVISION = "revision "  # in place of a hash: what the hub calls the content of 
 _SETTLED_NS = 2_000_000_000  # a file older than the coarsest clock of a file system does not change unseen
 
 
-def hashes(paths: Iterable[str | None]) -> dict[str, str]:
+def hashes(paths: Iterable[str | None], key: str = "trace.path") -> dict[str, str]:
     """The hash of the content of each of these files, by path; names that nothing has are left out.
 
-    Raises UserError for what cannot be read.
+    key: what the user set them with. Raises UserError for what cannot be read.
     """
-    files = {path: local_file(path) for path in paths if path is not None}
+    files = {path: local_file(path, key) for path in paths if path is not None}
     return {path: sha256(file) for path, file in files.items() if file is not None}
 
 
@@ -36,7 +36,7 @@ def check_unchanged(files: Mapping[str, str]) -> None:
     What was measured since belongs to neither content.
     """
     for path, before in files.items():
-        if not before.startswith(REVISION) and hashes([path]).get(path) != before:
+        if not before.startswith(REVISION) and hashes([path], "file").get(path) != before:
             raise UserError(
                 f"{path}: was changed, or taken away, while this run read it. What was being measured is not kept; the "
                 "same command runs with what the file holds then. Let the files of a run be until it has ended"

@@ -1,5 +1,6 @@
 """The files that a run's numbers depend on, beside the project's own: runs are one only where these hold the same."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvarena.harness.files.content import REVISION, hashes
 from kvarena.harness.files.hub_name import is_hub_name
-from kvarena.harness.trace.file_trace import files_of
+from kvarena.harness.trace.file_trace import read_with
+from kvarena.kernels.registry import kernel_spec
 
 if TYPE_CHECKING:
     from kvarena.harness.run.run import Run
@@ -26,16 +28,19 @@ class ReadsFiles(Protocol):
 
 def contents(run: "Run[object]") -> dict[str, str]:
     """The hash of each file that the run reads, by path; of a name on the hub its revision, where that is known."""
-    return {**hashes(_files(run)), **dict(_revisions(run))}
+    return {**hashes(_traces(run)), **hashes(_others(run), "file"), **dict(_revisions(run))}
 
 
-def _files(run: "Run[object]") -> Iterator[str]:
-    """Of traces, and of a checkpoint that is computed with."""
+def _others(run: "Run[object]") -> Iterator[str]:
+    """What traces are read with, the weights that are computed with, and libraries of kernels that a variable names."""
     for path in _traces(run):
-        yield from files_of(replace(run.trace, path=path))
+        yield from read_with(replace(run.trace, path=path))
     if _checkpoint(run) is not None:
         folder = Path(str(run.model.checkpoint)).expanduser()
         yield from (str(file) for pattern in _OF_CHECKPOINT for file in sorted(folder.glob(pattern)))
+    if run.clock == "measured":
+        variables = (kernel_spec(system.kernel.name).library_variable for system in run.systems)
+        yield from (os.environ[variable] for variable in variables if os.environ.get(variable))
 
 
 def _traces(run: "Run[object]") -> list[str]:

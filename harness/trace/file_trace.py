@@ -47,12 +47,11 @@ def states_ids(config: TraceConfig) -> bool:
 def _source(config: TraceConfig) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """All of a configuration that says what is read and kept of a file, and what the files hold."""
     free = replace(config, seed=0, shuffle=False, num_requests=None, repeat=True, mix=None, new_conversation=None)
-    return astuple(free), tuple(hashes(files_of(config)).values())
+    return astuple(free), (*hashes([config.path]).values(), *hashes(read_with(config), "file").values())
 
 
-def files_of(config: TraceConfig) -> Iterator[str]:
-    """Everything that a trace of a file is read from: the file, what its prompts begin with, and its tokenizer."""
-    yield str(config.path)
+def read_with(config: TraceConfig) -> Iterator[str]:
+    """The files that a trace's file is read with: what its prompts begin with, and its tokenizer's."""
     prefix = None if config.examples is None else prefix_path(config)
     if prefix is not None:
         yield str(prefix)

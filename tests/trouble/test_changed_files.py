@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -231,6 +233,16 @@ def test_a_tokenizer_in_a_models_folder_does_not_read_its_weights(tmp_path: Path
     overrides = texts(tmp_path)
     (tmp_path / "tokenizer" / "model.safetensors").touch()
     assert not [path for path in compose_run(*overrides).files if path.endswith("safetensors")]
+
+
+def test_a_kernels_library_that_a_variable_names_is_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "fa3.so"
+    library.touch()
+    monkeypatch.setenv("KVARENA_FA3_SO", str(library))
+    run = compose_run("experiment=memory_waste", "clock=measured", "device=cpu")
+    assert contents.contents(run) == {}, "its kernels need none"
+    with_library = replace(run, systems=(replace(run.systems[0], kernel=SimpleNamespace(name="fa3")),))
+    assert list(contents.contents(with_library)) == [str(library)]
 
 
 def test_a_name_on_the_hub_is_known_by_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
