@@ -111,8 +111,8 @@ def drawn_if_possible(experiment: str, summary: pd.DataFrame) -> Figure | None:
     """The figure of a summary; None where drawing fails, which is said: the tables do not wait for it."""
     try:
         return registry.drawn(experiment, summary)
-    except Exception:
-        say_undrawn()
+    except Exception as error:
+        say_undrawn(error)
         return None
 
 

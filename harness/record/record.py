@@ -15,13 +15,13 @@ import os
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import matplotlib as mpl
@@ -158,15 +158,17 @@ def write_outcome(folder: Path, outcome: Outcome, config: dict[str, Any]) -> Non
         write_summary(folder, outcome)
     except OSError:
         raise
-    except Exception:
-        say_undrawn()
+    except Exception as error:
+        say_undrawn(error)
         write_summary(folder, replace(outcome, figure=None))
 
 
-def say_undrawn() -> None:
-    """What to say of a figure whose drawing has just failed."""
-    traceback.print_exc()
-    print("The figure cannot be drawn (above); all else is written.", file=sys.stderr)
+def say_undrawn(error: Exception) -> None:
+    """What to say of a figure whose drawing failed."""
+    what = (str(error).strip().splitlines() or [""])[0]
+    at = extract_tb(error.__traceback__)[-1]
+    where = f"{type(error).__name__} at {at.filename}:{at.lineno}"
+    print(f"the figure cannot be drawn, and all else is written. {where}: {what}", file=sys.stderr)
 
 
 def write_measured(folder: Path, measured: Measured, config: dict[str, Any]) -> None:

@@ -67,6 +67,8 @@ def test_a_run_whose_figure_fails_is_whole_but_for_it_and_says_so(
         cli._run(compose_run(*SMALL), list(SMALL), [0])
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"results: {(runs / 'latest').resolve()}"
+    assert "Error at /" in said.err
+    assert "Traceback" not in said.err
     assert {path.name for path in (runs / "latest").iterdir()} >= {"summary.csv", "requests.parquet", "config.yaml"}
     assert not list((runs / "latest").glob("figure.*"))
     assert len(read_frames(runs / "latest")["requests"])
