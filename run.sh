@@ -105,6 +105,12 @@ set_up() { # set_up LOCK: bring .venv up to a lock file
     exec 9>&-
 }
 
+without_caches() { # in a checkout that is read-only, or another user's
+    [[ ! -w $root ]] || return 0
+    say "$root cannot be written: ruff, mypy and pytest keep no caches"
+    export RUFF_NO_CACHE=true MYPY_CACHE_DIR=/dev/null PYTEST_ADDOPTS="-p no:cacheprovider ${PYTEST_ADDOPTS:-}"
+}
+
 lint() { # all three, whatever the first says
     local status=0
     "$python" -m ruff check . || status=1
@@ -135,9 +141,9 @@ export PYTHONSAFEPATH=1
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # two OpenMP pools (torch's, numba's) that spin stall each other
 
 case $1 in
-    test) shift; cd -- "$root"; exec "$python" -m pytest "$@" ;;
+    test) shift; cd -- "$root"; without_caches; exec "$python" -m pytest "$@" ;;
     mutants) shift; exec "$python" "$root/.ci/mutants.py" "$@" ;;
-    lint) cd -- "$root"; lint ;;
+    lint) cd -- "$root"; without_caches; lint ;;
     lock) exec "$python" "$root/.ci/lock.py" ;;
     *) exec "$python" -m kvarena "$@" ;;
 esac
