@@ -31,6 +31,11 @@ _PACKAGE = Path(__file__).resolve().parent
 @cache
 def cache_folder() -> Path | None:
     """Folder of the machine code of this version of the package; None where none can be written."""
+    settings: Any = numba.config
+    if chosen := settings.CACHE_DIR:  # NUMBA_CACHE_DIR
+        if can_write(Path(chosen)):
+            return Path(chosen)
+        _say(f"NUMBA_CACHE_DIR={chosen} cannot be written, and numba's machine code is kept elsewhere")
     digest = hashlib.sha256()
     for source in sorted(_PACKAGE.glob("*.py")):
         text = source.read_bytes()
@@ -41,7 +46,7 @@ def cache_folder() -> Path | None:
     for parent in (_PACKAGE / "__pycache__", own and own / "kvarena", shared_folder()):
         if parent is not None and can_write(parent / name):
             return parent / name
-    print("no folder can be written: numba's machine code is not kept, and each run compiles anew", file=sys.stderr)
+    _say("numba's machine code is not kept, and each run compiles anew: no folder can be written")
     return None
 
 
@@ -53,13 +58,33 @@ def jit(function: Function, *, parallel: bool = False, fastmath: bool = False) -
     """
     settings: Any = numba.config
     chosen = settings.CACHE_DIR
-    folder = chosen or cache_folder()
+    folder = cache_folder()
     options = _OPTIONS | {"parallel": parallel, "fastmath": fastmath}
     if folder is None:
         return cast(Function, numba.njit(function, **options))
     # Numba's key does not tell serial code from parallel code of one function: a folder each.
-    settings.CACHE_DIR = str(Path(folder) / ("parallel" if parallel else "serial"))
+    settings.CACHE_DIR = str(folder / ("parallel" if parallel else "serial"))
     try:
-        return cast(Function, numba.njit(function, cache=True, **options))
+        compiled = numba.njit(function, cache=True, **options)
     finally:
         settings.CACHE_DIR = chosen
+    _keep_if_there_is_room(compiled)
+    return cast(Function, compiled)
+
+
+def _keep_if_there_is_room(compiled: Any) -> None:
+    """Let machine code that cannot be written be used all the same: a full disk or quota is none of its business."""
+    save = compiled._cache.save_overload
+
+    def save_or_say(signature: object, data: object) -> None:
+        try:
+            save(signature, data)
+        except OSError as error:
+            _say(f"numba's machine code is not kept, and each run compiles anew: {error}")
+
+    compiled._cache.save_overload = save_or_say
+
+
+@cache
+def _say(what: str) -> None:
+    print(what, file=sys.stderr)

@@ -12,7 +12,7 @@ def compiled(signature: str, loop: Callable[..., Any]) -> Callable[..., Any]:
         try:
             machine_code: Callable[..., Any] = numba.njit(signature, nogil=True, boundscheck=False, cache=cache)(loop)
             return machine_code
-        except RuntimeError:  # no folder can be written
+        except (RuntimeError, OSError):  # no folder can be written, or it is full
             if not cache:
                 raise
     raise AssertionError

@@ -208,11 +208,15 @@ def no_memfd(num_bytes: int = 0) -> str | None:
     if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < num_bytes:
         return _too_large()
     try:
-        os.close(os.memfd_create("kvarena"))
+        fd = os.memfd_create("kvarena")
+        try:
+            os.posix_fallocate(fd, 0, HostDriver.granularity)
+        finally:
+            os.close(fd)
     except AttributeError:
         return "this platform has no memfd (os.memfd_create), which came with Linux"
     except OSError as error:  # not known to the kernel, refused by a container, no descriptor left
-        return f"the system refuses it: memfd_create: {error.strerror}"
+        return f"the system refuses memfd_create, or fallocate in it: {error.strerror}"
     return None
 
 

@@ -4,7 +4,9 @@ import errno
 import os
 import pwd
 import resource
+import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +23,7 @@ from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.caches import own_folder, settle, shared_folder
 from kvarena.errors import UserError
 from kvarena.experiments.command.cli import USER_ERROR, guarded
+from kvarena.harness.paths import ROOT
 from kvarena.kernels import jit
 
 POOL = 2 * MB
@@ -145,11 +148,27 @@ def test_numba_compiles_wherever_it_may_keep_its_code(
     assert ("compiles anew" in said) == (not temporary)
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------
+def test_a_full_disk_does_not_stop_numba(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder can be made and the first bytes written; then the quota is used up."""
+    monkeypatch.setattr(jit, "cache_folder", lambda: machine / "tmp")
+    jit._say.cache_clear()
+
+    @jit.jit
+    def total(values: np.ndarray) -> float:
+        return values.sum() + 2
+
+    with monkeypatch.context() as full:
+        full.setattr("numba.core.caching.IndexDataCacheFile._save_data", refused(errno.ENOSPC))
+        assert total(np.arange(4.0)) == 8
+    assert total(np.arange(4)) == 8  # another signature, which is kept
+    assert capsys.readouterr().err.count("compiles anew") == 1
+    assert list((machine / "tmp").rglob("*.nbc"))
 
 
 def refused(number: int) -> Callable[..., int]:
-    """A system call that fails, as a container's filter lets it."""
+    """A system call that fails."""
 
     def call(*arguments: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -157,7 +176,10 @@ def refused(number: int) -> Callable[..., int]:
     return call
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.EPERM, errno.EMFILE, "absent", "ulimit -f"])
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.EPERM, errno.EMFILE, "absent", "fallocate", "ulimit -f"])
 def without_memfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A system where no memfd can hold a pool."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -165,6 +187,8 @@ def without_memfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delattr(os, "memfd_create")
     elif request.param == "ulimit -f":
         resource.setrlimit(resource.RLIMIT_FSIZE, (POOL // 2, hard))
+    elif request.param == "fallocate":
+        monkeypatch.setattr(os, "posix_fallocate", refused(errno.EPERM))
     else:
         monkeypatch.setattr(os, "memfd_create", refused(request.param))
     yield
@@ -219,3 +243,19 @@ def test_a_machine_without_the_memory_is_told_without_a_traceback(capsys: pytest
     assert capsys.readouterr().err.count("out of memory") == 2
     with pytest.raises(RuntimeError, match="a bug"):
         guarded(broken)
+
+
+def test_a_checkout_that_cannot_be_written_keeps_no_caches_of_tools() -> None:
+    """Where pytest could not make its cache, its warning would be an error."""
+    with tempfile.TemporaryDirectory() as name:
+        python = Path(name, "python")
+        python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$RUFF_NO_CACHE,$MYPY_CACHE_DIR,$PYTEST_ADDOPTS"\n')
+        python.chmod(0o755)
+        shutil.copy(ROOT / "run.sh", name)
+        Path(name).chmod(0o555)
+        done = subprocess.run(
+            [Path(name, "run.sh"), "test"], env={"KVARENA_PYTHON": str(python), "PATH": os.environ["PATH"]},
+            capture_output=True, text=True, check=True, user=None if os.geteuid() else 12345,
+        )  # fmt: skip
+    assert done.stdout.strip() == "true,/dev/null,-p no:cacheprovider"
+    assert name in done.stderr
