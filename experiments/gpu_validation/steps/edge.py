@@ -73,7 +73,7 @@ def at_the_edge(driver: Driver, context: Context, more: int, prefill: bool) -> B
     if context.on_gpu:
         assert view.rows is not None
         starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cuda")
-        view = BatchView(view.lengths.cuda(), starts, view.rows.cuda(), None, view.max_length, view.max_queries)
+        view = BatchView(view.lengths.to("cuda"), starts, view.rows.to("cuda"), None, view.max_length, view.max_queries)
     return Batch(q, LayerCache(Layout.CONTIGUOUS, k, v), view)
 
 

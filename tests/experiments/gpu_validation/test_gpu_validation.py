@@ -355,9 +355,7 @@ def test_a_rehearsal_on_the_cpu(tmp_path):
     done = subprocess.run([*command_line, *only], capture_output=True, text=True, check=False)
     assert done.returncode == command.ALL_PASSED, done.stderr + (tmp_path / "log.txt").read_text()
     records = read(tmp_path / "validation.jsonl")
-    assert {record.key for record in records if record.result is Result.NOT_RUN} == {
-        ("addresses", "a tensor through the CUDA array interface"), ("graphs", "kernels alone")
-    }  # fmt: skip
+    assert [record.key for record in records if record.result is Result.NOT_RUN] == [("graphs", "kernels alone")]
     assert [record.key for record in records] == [
         (step, case) for step in ["environment", *steps] for case in step_named(step).cases("cpu")
     ]
