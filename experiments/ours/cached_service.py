@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ from kvarena.harness.trace.file_trace import states_ids
 class Params:
     """`params.*` of conf/experiment/prefix_cache.yaml; null there means: by the profile."""
 
+    takes_whole_files: ClassVar[bool] = True
     capacities_gb: list[float] = field(default_factory=list)  # of the pool, in counts
     block_tokens: int = MOONCAKE_BLOCK  # of a block whose ids are counted, of a chat: it states no ids of its own
     context: int | None = (

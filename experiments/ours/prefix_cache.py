@@ -65,7 +65,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Count the hits of every system's cache, without a limit and at every capacity; then serve."""
     _check(run.params)
     trace = _trace(run)
-    run = replace(run, params=replace(run.params, context=_limit(run) or int(trace.total_tokens.max())))
+    run = replace(run, params=replace(run.params, context=run.limit or int(trace.total_tokens.max())))
     for system in run.systems:
         _policy(run, trace, system, None)  # refuses before it counts
     service = cached_service.Service(run)
@@ -88,20 +88,13 @@ def _check(params: Params) -> None:
 def _trace(run: Run[Params]) -> Trace:
     """Requests with the ids of their blocks: a file's, or a chat's own."""
     config = cached_service.with_ids(run.trace)
-    trace = told(config, load_trace(config, _limit(run)))
+    trace = told(config, load_trace(config, run.limit))
     if run.arrival.process == "recorded" and trace.arrival_s is not None:
         trace = trace.take(np.argsort(trace.arrival_s, kind="stable"))
     elif config.new_conversation is not None and trace.conversation_ids is not None:
         trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
     block_tokens = trace.block_tokens or run.params.block_tokens
     return replace(trace, hash_ids=block_ids(trace, block_tokens), block_tokens=block_tokens)
-
-
-def _limit(run: Run[Params]) -> int | None:
-    """Tokens of the longest sequence, as asked for, or the model's; None: a file's longest, where nobody computes."""
-    if run.trace.path is not None and run.clock == "modelled" and run.params.context is None:
-        return None
-    return run.context
 
 
 def _policy(run: Run[Params], trace: Trace, system: System, capacity_gb: float | None) -> Policy:

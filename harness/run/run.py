@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,6 +52,13 @@ class Stretched(Protocol):
         """Tokens of the longest sequence; None: the model's."""
 
 
+@runtime_checkable
+class TakesWholeFiles(Stretched, Protocol):
+    """Params of an experiment whose engines stretch positions to a file's longest request, unless `context` is set."""
+
+    takes_whole_files: ClassVar[bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Run(Generic[P]):
     """One resolved run of one experiment; `P` is the dataclass of its own keys. `Run[object]` is of any."""
@@ -86,6 +93,12 @@ class Run(Generic[P]):
         stretched = self.params.context if isinstance(self.params, Stretched) else None
         context = stretched or self.model.max_tokens
         return min(context, self.trace.max_tokens or context)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens above which a request of the trace is left out; None: its longest says how long sequences get."""
+        whole = isinstance(self.params, TakesWholeFiles) and self.params.context is None
+        return None if whole and self.trace.path is not None and self.clock == "modelled" else self.context
 
     def kernel_of(self, system: System) -> str:
         """The kernel that runs; under the modelled clock the engine, whose constants price a whole step."""
@@ -174,7 +187,7 @@ def resolve(
     run = replace(run, files=contents(run))  # before anything is read: what changes later is noticed
     if "arrival" not in run.reads:
         return run
-    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.context)
+    chosen = chosen_arrivals(run.trace, run.arrival, overrides, run.limit)
     return replace(run, arrival=chosen.arrival, arrival_chosen=chosen.by)
 
 

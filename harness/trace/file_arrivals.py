@@ -27,10 +27,12 @@ class Chosen(NamedTuple):
     by: str
 
 
-def chosen_arrivals(trace: TraceConfig, arrival: ArrivalConfig, overrides: Sequence[str], context: int) -> Chosen:
+def chosen_arrivals(
+    trace: TraceConfig, arrival: ArrivalConfig, overrides: Sequence[str], context: int | None
+) -> Chosen:
     """The arrivals of a run. `arrival` is the experiment's, with all that the user and the profile changed.
 
-    overrides: the user's own, of the command line; context: tokens of the longest sequence.
+    overrides: the user's own, of the command line; context: tokens of the longest sequence; None: whatever the file has.
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if any(key.partition(".")[0] == "arrival" and key != _CUT for key in keys):

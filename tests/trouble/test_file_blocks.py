@@ -56,6 +56,16 @@ def test_what_is_counted_is_served(ran: Callable, lines: Callable, block: int, k
     assert done.value("blocks") == {"trace": 6144 // block}
 
 
+def test_modelled_prompts_may_be_longer_than_the_models(ran: Callable, lines: Callable) -> None:
+    """All of them: positions are stretched, unless a context is asked for, which leaves them out."""
+    path = lines(512, 20_000, 30_000)
+    done = ran("prefix_cache", f"trace.path={path}", "systems=[paged]", "params.capacities_gb=[100]")
+    assert done.value("hit_ratio_unlimited") == {"paged/lean": pytest.approx(100 * 39 * 512 / 50_000)}
+    assert done.value("prefill_tokens:without_cache") == {"paged/lean": 50_000}
+    with pytest.raises(UserError, match="no request is left"):
+        refused("prefix_cache", f"trace.path={path}", "params.context=16384")
+
+
 def test_spans_are_the_files_blocks(lines: Callable) -> None:
     for block, said in ((16, None), (512, None), (48, 48)):
         config = TraceConfig(path=lines(block, 600, 1100), keep_hash_ids=True, block_tokens=said, time_unit="ms")
