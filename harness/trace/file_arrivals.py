@@ -32,7 +32,7 @@ def chosen_arrivals(
 ) -> Chosen:
     """The arrivals of a run. `arrival` is the experiment's, with all that the user and the profile changed.
 
-    overrides: the user's own, of the command line; context: tokens of the longest sequence; None: whatever the file has.
+    overrides: the user's own, of the command line; context: tokens of the longest sequence; None: what the file has.
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if any(key.partition(".")[0] == "arrival" and key != _CUT for key in keys):
