@@ -30,11 +30,13 @@ def parquet_records(path: Path, bad: Callable[[int, str], None]) -> Iterator[tup
                     number += 1
                     try:
                         record = row.as_py()
-                    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time before year 1
+                    except Exception as error:  # text that is not UTF-8, a time before year 1, and what else there is
                         bad(number, str(error))
                     else:
                         yield number, record
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever pyarrow makes of a broken file: its names need not be text either
         raise UserError(
             f"{path}: begins like parquet, and cannot be read as such after {number} rows: {error}"
         ) from error

@@ -138,6 +138,7 @@ WHAT = {
     "gzip of other content": (LONG[:-8] + bytes(4) + LONG[-4:], "gzip, and broken or cut short"),
     "parquet cut short": (PARQUET[:-10], "begins like parquet"),
     "parquet of four bytes": (b"PAR1", "begins like parquet"),
+    "parquet whose names are no text": (PARQUET.replace(b"output_tokens", b"\xfeutput_tokens"), "begins like parquet"),
     "parquet broken within": (b"PAR1" + bytes(100) + PARQUET[104:], "begins like parquet"),
     "UTF-16 cut short": (CSV.encode("utf-16")[:-1], "utf-16"),
     "NUL bytes": (bytes(4096), "NUL bytes"),
