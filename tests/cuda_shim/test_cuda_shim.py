@@ -24,7 +24,13 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler, to
 HERE = Path(__file__).parent
 ALLOCATORS = ROOT / "tests" / "allocators"
 MARKED_GPU = ["vmm", "memory", "test_stores_cuda.py", "test_sharing.py"]
-SHIMMED = ["shimmed_addresses.py", "shimmed_failures.py", "shimmed_kernels.py", "shimmed_serving.py"]
+SHIMMED = [
+    "shimmed_addresses.py",
+    "shimmed_failures.py",
+    "shimmed_kernels.py",
+    "shimmed_misuse.py",
+    "shimmed_serving.py",
+]
 NOT_HERE = [
     "test_a_fence_waits_for_what_was_launched_and_no_more",  # kernels run beside the host
     "test_pools_of_a_gpu_are_the_gpus_bytes",  # 2 GB of the host's memory
