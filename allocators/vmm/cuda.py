@@ -65,6 +65,10 @@ class CudaDriver(Driver):
         free, _ = self._cuda.free_and_total_bytes()
         return self._free_at_start - free
 
+    def idle(self) -> None:
+        """Ask for the driver's version."""
+        self._call("idle", "cuDriverGetVersion")
+
     def _reserve(self, num_bytes: int) -> int:
         return int(self._call("reserve", "cuMemAddressReserve", num_bytes, self.granularity, 0, 0))
 

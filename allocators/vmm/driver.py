@@ -179,6 +179,10 @@ class Driver(ABC):
     def counted_bytes(self) -> int:
         """Physical bytes of this driver as the operating system or the device's driver counts them."""
 
+    @abstractmethod
+    def idle(self) -> None:
+        """Call the system for nothing, counted as `idle`: what making and counting any call takes by itself."""
+
     def totals(self) -> CallTotals:
         """Calls of all kinds so far."""
         return CallTotals(sum(c.calls for c in self.calls.values()), sum(c.ns for c in self.calls.values()))

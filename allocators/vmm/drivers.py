@@ -1,11 +1,14 @@
 """The driver of a device."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 
 from kvarena.allocators.vmm.cuda import CudaDriver, granularity_of_gpu
+from kvarena.allocators.vmm.cuda_context import CudaContext
 from kvarena.allocators.vmm.driver import Driver
 from kvarena.allocators.vmm.host import AnonymousDriver, HostDriver, no_memfd
 from kvarena.errors import UserError
@@ -30,6 +33,18 @@ def make_driver_of_one(device: torch.device | str, num_bytes: int) -> Driver:
 @cache
 def _say(what: str) -> None:
     print(what, file=sys.stderr)
+
+
+@contextmanager
+def lasting_context(device: torch.device | str) -> Iterator[None]:
+    """Keep a GPU's context meanwhile: else the last driver to close takes it down, and the next makes it anew."""
+    device = torch.device(device)
+    context = None if _is_cpu(device) else CudaContext(device.index or 0)
+    try:
+        yield
+    finally:
+        if context is not None:
+            context.release()
 
 
 def granularity_of(device: torch.device | str) -> int:

@@ -37,6 +37,7 @@ def _one_life(device: str, size: int, before: Callable[[], None]) -> list[Sample
     driver = make_driver(device, size)
     try:
         before()
+        driver.idle()
         base = driver.reserve(size)
         handles = driver.create(1)
         driver.map(base, 0, handles)

@@ -147,6 +147,9 @@ class FakeCuda:
         require(properties.type == bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED)
         return (self.granularity,)
 
+    def _cuDriverGetVersion(self):
+        return (13000,)
+
     def _cuMemGetInfo(self):
         self._in_context()
         return self.total_bytes - self.created_bytes, self.total_bytes

@@ -13,7 +13,7 @@ from kvarena.allocators.vmm.host import HostDriver
 from kvarena.errors import UserError
 from kvarena.experiments.command.carry_out import carry_out, summarize
 from kvarena.experiments.command.compose import compose_run
-from kvarena.experiments.vattention import allocation_bandwidth, driver_samples
+from kvarena.experiments.vattention import allocation_bandwidth, driver_samples, vmm_api_latency
 from kvarena.experiments.vattention.decode_need import decode_need, need_rows
 from kvarena.experiments.vattention.driver_calls import SYSTEM_CALLS, computing, timed_us
 from kvarena.harness.modelled.device_model import DeviceConfig
@@ -68,6 +68,7 @@ def on_the_fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     for module in (driver_samples, allocation_bandwidth):
         monkeypatch.setattr(module, "make_driver", lambda device, size: fake_cuda.FakedCudaDriver(size))
+    monkeypatch.setattr(vmm_api_latency, "lasting_context", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(driver_samples, "computing", lambda device: contextlib.nullcontext(lambda: None))
 
     def measured(*overrides: str, name: str = A100) -> pd.DataFrame:
@@ -90,7 +91,7 @@ def test_every_call_is_measured_by_page_group_and_along_every_sweep(latency):
     summary = latency
     assert list(summary.columns) == COLUMNS
     assert (summary.value > 0).all()
-    assert (summary.n == 6).all()
+    assert (summary[summary.quantity != "api_latency_floor"].n == 6).all()  # the floor is taken with every size
     assert set(summary.unit) == {"us"}
     table3 = summary[summary.quantity == "api_latency"]
     assert set(table3.panel) == {"64KB, 1 x cpu", "2MB, 1 x cpu"}
@@ -100,6 +101,9 @@ def test_every_call_is_measured_by_page_group_and_along_every_sweep(latency):
     assert points["api_latency_vs_created"] == [1, 5]
     assert points["api_latency_per_page_group_vs_run"] == [1, 8]
     assert len(summary[summary.quantity == "api_latency_beside_kernels"]) == len(table3)
+    floor = summary[summary.quantity == "api_latency_floor"]
+    assert len(floor) == 1
+    assert floor.value.item() < table3.value.max()
 
 
 def test_the_hosts_calls_do_not_wear_the_papers_names(latency):
@@ -121,7 +125,7 @@ def test_on_a_gpu_every_call_of_table_3_stands_beside_the_published_one(on_the_f
 def test_another_gpu_earns_no_number_of_an_a100(on_the_fake):
     summary = on_the_fake(*LATENCY, "params.page_groups=[2MB]", name="NVIDIA H200")
     assert set(summary.paper) == {"kvarena"}
-    assert set(summary.label) == set(SYSTEM_CALLS["cuda"].values())
+    assert set(summary.label) == {*SYSTEM_CALLS["cuda"].values(), "a call that does nothing"}
 
 
 def test_every_call_on_a_gpu_is_one_of_table_3():
