@@ -1,20 +1,17 @@
-"""Small files of every format of traces, in every container that it may come in, with what each record states.
+"""Records of every format of traces, and what each one states.
 
 Nothing here is the loader's: the fields and units are those of docs/traces.md, written down a second time.
 """
 
-import io
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 
 T = TypeVar("T")
 Record = dict[str, object]
@@ -114,6 +111,8 @@ def number_of(value: object, text: bool, from_first: bool) -> tuple[float | None
 def date(value: object) -> tuple[float | None, bool]:
     """(seconds since 1970 of a date, whether it is written as in Azure's files)."""
     plain = PLAIN_DATE.fullmatch(str(value)) is not None
+    if number_of(value, isinstance(value, str), True)[0] is not None:
+        return None, False  # of a unit that nobody says
     try:
         stamp = datetime.fromisoformat(str(value)) if plain else pd.to_datetime(value, format="ISO8601", utc=True)
         return (None, False) if pd.isna(stamp) else (stamp.replace(tzinfo=stamp.tzinfo or UTC).timestamp(), plain)
@@ -125,16 +124,16 @@ def states_lengths(record: Mapping[str, object], text: bool, fields: Fields, uni
     """Of a record that states token counts."""
     prompt, prompt_plain = count(record[fields.prompt], text)
     output, output_plain = count(record[fields.output], text)
-    if fields.zero_fails and prompt and output == 0:
-        return DROPPED
-    if not prompt or not output:
+    failed = fields.zero_fails and output == 0
+    if not prompt or not (output or failed):
         return BAD
     plain, stamp, value = prompt_plain and output_plain, None, record.get(fields.stamp)
-    if value not in (None, "") and value == value:  # a NaN of parquet is no time
+    blank = value is None or value != value or (text and not str(value).strip())  # a NaN of parquet is no time
+    if not blank:
         stamp, stamp_plain = date(value) if unit == DATE else number_of(value, text, from_first)
         plain = plain and stamp_plain
         if stamp is None:
-            return BAD
+            return Verdict("either") if failed else BAD
     elif fields.needed or fields.stamp in record:
         plain = False
     ids = None if text else record.get("hash_ids")
@@ -144,6 +143,8 @@ def states_lengths(record: Mapping[str, object], text: bool, fields: Fields, uni
         ids, plain = None, False
     conversation = record.get("conversation_id") or ""
     plain = plain and isinstance(conversation, str)
+    if failed:
+        return DROPPED if plain else Verdict("either")
     stated = Stated(prompt, output, stamp, None if ids is None else tuple(ids), str(conversation).strip())
     return Verdict("kept" if plain else "either", stated)
 
@@ -200,19 +201,23 @@ def words(pick: Pick) -> str:
     return " ".join(pick(('say "it"', "a, b", "x", "[y]", "{z", "häßlich")) for _ in range(pick(range(1, 6))))
 
 
-def _first_round(record: Mapping[str, list[Mapping[str, str]]]) -> object:
+def _first_round(turns: str, speaker: str, text: str, record: Mapping[str, list[Mapping[str, str]]]) -> object:
     """A question and the answer right behind it. Raises KeyError for a speaker before them whom nobody knows."""
-    turns = record["conversations"]
-    for before, turn in zip([{}, *turns], turns, strict=False):
-        speaker = SPEAKERS[turn["from"].lower()]
-        if speaker == "assistant" and SPEAKERS.get(str(before.get("from")).lower()) == "human":
-            return before["value"], turn["value"]
+    for before, turn in zip([{}, *record[turns]], record[turns], strict=False):
+        answers = SPEAKERS[turn[speaker].lower()] == "assistant"
+        if answers and SPEAKERS.get(str(before.get(speaker)).lower()) == "human":
+            return before[text], turn[text]
     return None
 
 
 def _sharegpt(pick: Pick) -> Record:
     speakers = pick((("human", "gpt"), ("gpt", "human", "model"), ("system", "User", "Assistant"), ("human",), ()))
     return {"id": "x", "conversations": [{"from": who, "value": words(pick)} for who in speakers]}
+
+
+def _messages(pick: Pick) -> Record:
+    speakers = pick((("user", "assistant"), ("system", "user", "assistant"), ("user", "user"), ("system",)))
+    return {"messages": [{"role": who, "content": words(pick)} for who in speakers]}
 
 
 def _ids(block: int) -> Callable[[Pick, int], Record]:
@@ -231,7 +236,7 @@ _STAMPED = ("input_length", "output_length", "timestamp")
 _GUIDE = Fields("prompt_tokens_count", "output_tokens_count", "timestamp", needed=False)
 _BURST = Fields("Request tokens", "Response tokens", "Timestamp", zero_fails=True)
 KINDS = (  # in the order in which a file's fields are compared with them
-    texts("sharegpt", ("conversations",), _sharegpt, _first_round),
+    texts("sharegpt", ("conversations",), _sharegpt, partial(_first_round, "conversations", "from", "value")),
     texts(
         "alpaca",
         ("instruction", "output"),
@@ -244,6 +249,7 @@ KINDS = (  # in the order in which a file's fields are compared with them
         lambda pick: {"translation": {"en": words(pick), "de": words(pick)}},
         lambda record: (PREFIX + record["translation"]["en"] + " =>", record["translation"]["de"]),
     ),
+    texts("sharegpt", ("messages",), _messages, partial(_first_round, "messages", "role", "content")),
     lengths("azure", Fields("ContextTokens", "GeneratedTokens", "TIMESTAMP"), DATE, lambda *_: {}, from_first=True),
     lengths("azure", Fields("prompt_tokens", "output_tokens", "arrival_s"), 1, lambda *_: {}),
     lengths(
@@ -270,34 +276,3 @@ def fitting(fields: Sequence[str], name: str | None) -> Kind | None:
         if name in (None, kind.name) and needed <= set(fields):
             return kind
     return None
-
-
-def write_csv(records: Sequence[Record], quote_all: bool) -> str:
-    """Rows below a header; text with commas or quotes is quoted, or everything is."""
-
-    def cell(value: object) -> str:
-        text = "" if value is None else str(value)
-        return '"' + text.replace('"', '""') + '"' if quote_all or set(text) & set('",') else text
-
-    fields = list(dict.fromkeys(key for record in records for key in record))
-    rows = [fields, *([record.get(key) for key in fields] for record in records)]
-    return "".join(",".join(map(cell, row)) + "\n" for row in rows)
-
-
-def write_json(records: Sequence[object], lines: bool, indent: int | None) -> str:
-    """One object a line, or an array of them."""
-    if lines:
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if indent:
-        return json.dumps(records, ensure_ascii=False, indent=indent)
-    return "[" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "]"
-
-
-def write_parquet(records: Sequence[Record]) -> bytes | None:
-    """A row each; None where they do not fit into columns of one type."""
-    file = io.BytesIO()
-    try:
-        pa.parquet.write_table(pa.Table.from_pylist(records), file)
-    except (pa.ArrowException, OverflowError, TypeError, AttributeError):
-        return None
-    return file.getvalue()

@@ -4,7 +4,8 @@ import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trace_makers import KINDS, Kind, Pick, Record, write_csv, write_json, write_parquet
+from trace_containers import write_csv, write_json, write_parquet
+from trace_makers import DATE, KINDS, Kind, Pick, Record
 
 TEXT = (
     "soon",
@@ -53,9 +54,11 @@ class TraceFile:
     content: bytes
     format: str | None  # trace.format
     keep_hash_ids: bool = False
+    time_unit: str | None = None  # trace.time_unit
 
     def __repr__(self) -> str:
-        return f"{self.kind.name} {self.container}, {self.mutation}, format={self.format}: {self.content!r}"
+        given = f"format={self.format}, time_unit={self.time_unit}"
+        return f"{self.kind.name} {self.container}, {self.mutation}, {given}: {self.content!r}"
 
 
 # Of records: (records, kind, pick) -> what the file holds in their place.
@@ -123,7 +126,19 @@ def _nested(records: list[Record], kind: Kind, pick: Pick) -> list[object]:
     return [*records[:at], changed, *records[at + 1 :]]
 
 
+def _other_unit(records: list[Record], kind: Kind, pick: Pick) -> list[object]:
+    """Stamps count in something else."""
+    factor = pick((1000, 0.001, 10**9))
+    fields = [key for key, value in records[0].items() if isinstance(value, float) or key.lower() == "timestamp"]
+    for record in records:
+        for key in fields:
+            value = record[key]
+            record[key] = value * factor if isinstance(value, int | float) else 1700158546 * factor
+    return [*records]
+
+
 RECORDS = {
+    "another unit": _other_unit,
     "a wrong value": _field,
     "a field missing": _missing,
     "values swapped": _swapped,
@@ -241,16 +256,24 @@ def trace_file(pick: Pick, mutation: str | None = None, kind: Kind | None = None
         content = gzip.compress(content, 1)
     if mutation in BYTES and content:
         content = BYTES[mutation](content, pick)
-    with_ids = container != "csv" and kind.name in ("mooncake", "bailian")
-    name = container + (".gz" if zipped else "")
-    return TraceFile(kind, name, mutation, content, pick((None, kind.name)), with_ids and pick((False, True)))
+    has_ids = kind.name in ("mooncake", "bailian") and container != "csv"
+    has_clock, alike = kind.in_csv and kind.unit != DATE, mutation != "something else"
+    return TraceFile(
+        kind,
+        container + (".gz" if zipped else ""),
+        mutation,
+        content,
+        format=pick((None, kind.name)),
+        keep_hash_ids=has_ids and alike and pick((False, True)),
+        time_unit=pick((None, None, None, "s", "ms")) if has_clock and alike else None,
+    )
 
 
 def _written(records: list[object], container: str, mutation: str, pick: Pick) -> bytes:
     if container == "parquet":
         return write_parquet(records) or write_parquet([{"a": 1}]) or b""  # type: ignore[arg-type]
     if container == "csv":
-        text = write_csv(records, quote_all=pick((False, False, True)))  # type: ignore[arg-type]
+        text = write_csv(records, pick((False, False, True)), pick(",,,;\t|"))  # type: ignore[arg-type]
     else:
         text = write_json(records, container == "jsonl", pick((None, 1)))
     if mutation in TEXTS and text:

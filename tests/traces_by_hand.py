@@ -18,6 +18,7 @@ import pyarrow.parquet
 from trace_makers import BAD, Kind, Verdict, fitting
 
 LONGEST_S = 104 * 86400  # of a trace
+UNITS = {"s": 1, "ms": 0.001}
 BROKEN = object()  # a record that cannot be read
 
 
@@ -44,9 +45,9 @@ class Expected(NamedTuple):
     unit: float = 1  # of its stamps, in seconds
 
 
-def expected(content: bytes, format_name: str | None) -> Expected:
-    """The verdict on each record of a file."""
-    found = _content(content)
+def expected(content: bytes, format_name: str | None, time_unit: str | None = None) -> Expected:
+    """The verdict on each record of a file that is loaded with this trace.format and trace.time_unit."""
+    found = _content(content, format_name)
     kind = _kind(found, format_name)
     if kind is None:
         return Expected([], None, True)
@@ -57,18 +58,18 @@ def expected(content: bytes, format_name: str | None) -> Expected:
         verdicts = [BAD if each.stated and each.stated.stamp is None else each for each in verdicts]
     verdicts = _turns(verdicts)
     stamps = [each.stated.stamp for each in (*verdicts, *(beyond or ())) if each.stated and each.stated.stamp]
-    unit, sure = _unit(kind, stamps, format_name)
+    unit, sure = (UNITS[time_unit], bool(stamps)) if time_unit else _unit(kind, stamps, format_name)
     if kind.from_first:
-        verdicts = [_if_timely(each, stamps) for each in verdicts]
+        verdicts = [_if_timely(each, stamps, LONGEST_S / unit) for each in verdicts]
     sure = sure and found.readable and any(each.fate == "kept" for each in verdicts)
     return Expected(verdicts, kind, not sure, beyond, unit)
 
 
-def _if_timely(verdict: Verdict, stamps: Sequence[float]) -> Verdict:
+def _if_timely(verdict: Verdict, stamps: Sequence[float], longest: float) -> Verdict:
     """Doubtful where the clock says what most of the file's does not: nobody knows which are right."""
     if verdict.stated is None or verdict.stated.stamp is None:
         return verdict
-    near = sum(abs(stamp - verdict.stated.stamp) < LONGEST_S for stamp in stamps)
+    near = sum(abs(stamp - verdict.stated.stamp) < longest for stamp in stamps)
     return verdict if 2 * near > len(stamps) else Verdict("either", verdict.stated)
 
 
@@ -116,7 +117,7 @@ def _verdict(record: object, kind: Kind, text: bool) -> Verdict:
     return Verdict("either", verdict.stated) if isinstance(record, Doubtful) else verdict
 
 
-def _content(content: bytes) -> Content:
+def _content(content: bytes, format_name: str | None) -> Content:
     if content.startswith(b"PAR1"):
         try:
             return Content(pa.parquet.read_table(io.BytesIO(content)).to_pylist())
@@ -139,13 +140,16 @@ def _content(content: bytes) -> Content:
     lines = [line for line in text.split("\n") if line.strip()]
     if text.lstrip()[:1] == "{":
         return Content(list(_values(lines)), readable=readable)
-    table = _table(lines)
+    table = _table(lines, format_name)
     return table._replace(readable=readable and table.readable)
 
 
-def _table(lines: Sequence[str]) -> Content:
-    names = [name.strip() for name in next(csv.reader(lines[:1]), [])]
-    rows = [_fields(line) for line in lines[1:]]
+def _table(lines: Sequence[str], format_name: str | None) -> Content:
+    """Of a CSV, by the first separator with which its header fits a format."""
+    headers = {each: next(csv.reader(lines[:1], delimiter=each), []) for each in ",;\t|"}
+    separator = next((each for each, names in headers.items() if fitting([*map(str.strip, names)], format_name)), ",")
+    names = [name.strip() for name in headers[separator]]
+    rows = [_fields(line, separator) for line in lines[1:]]
     return Content(
         [
             type(row)(zip(names, row.values(), strict=True)) if row and len(row) == len(names) else BROKEN
@@ -156,14 +160,15 @@ def _table(lines: Sequence[str]) -> Content:
     )
 
 
-def _fields(line: str) -> dict[int, object] | None:
+def _fields(line: str, separator: str) -> dict[int, object] | None:
     """Of one line of a CSV, by place; None where a quote does not close on it."""
     if line.count('"') % 2:
         return None
+    odd = re.search("[\udc80-\udcff]", line)  # bytes that are not UTF-8
     try:
-        fields, odd = next(csv.reader([line], strict=True)), re.search("[\udc80-\udcff]", line)  # bytes, not UTF-8
+        fields = next(csv.reader([line], delimiter=separator, strict=True))
     except csv.Error:
-        fields, odd = next(csv.reader([line])), True
+        fields, odd = next(csv.reader([line], delimiter=separator)), True
     return (Doubtful if odd else dict)(enumerate(fields))
 
 

@@ -14,10 +14,12 @@ from trace_mutations import TraceFile
 from traces_by_hand import Expected, expected
 
 from kvarena.errors import UserError
-from kvarena.harness.trace import TraceConfig, reading
+from kvarena.harness.trace import TraceConfig, load_trace, reading
 from kvarena.harness.trace.recipes import recipe
 
 SHOWN = 5  # reasons that a load tells in full
+CONTEXT = 8000  # tokens: fewer than what half of the made records ask for
+DROPPED_BY = ("without_request", "failed", "filtered", "over_long")
 
 
 class Loaded(NamedTuple):
@@ -44,6 +46,7 @@ class Loader:
     refused: int = 0
     loaded: int = 0
     records: int = 0
+    written: int = 0
     patches: pytest.MonkeyPatch = field(default_factory=pytest.MonkeyPatch)
 
     def __post_init__(self) -> None:
@@ -52,29 +55,33 @@ class Loader:
 
     def load(self, file: TraceFile, on_bad_record: str) -> Loaded:
         """Through a file on disk. Raises UserError."""
-        path = self.folder / "file"
+        found, facts = reading.read(self._config(file, on_bad_record), recipe("none", None))
+        return Loaded(
+            {name: [as_plain(each) for each in values] for name, values in found.items()},
+            facts["read"],
+            facts["malformed"],
+            sum(facts.get(rule, 0) for rule in DROPPED_BY[:2]),
+            [int(re.match(r"record (\d+): ", reason)[1]) for reason in facts["malformed_reasons"]],
+        )
+
+    def _config(self, file: TraceFile, on_bad_record: str) -> TraceConfig:
+        self.written += 1
+        path = self.folder / f"file{self.written % 2}"  # another than before, whatever a clock says of it
         path.write_bytes(file.content)
-        config = TraceConfig(
+        return TraceConfig(
             path=str(path),
             format=file.format,
+            time_unit=file.time_unit,
             on_bad_record=on_bad_record,
             tokenizer=self.tokenizer,
             keep_hash_ids=file.keep_hash_ids,
             examples=1,
             prefix_path=str(self.folder / "prefix.json"),
         )
-        found, facts = reading.read(config, recipe("none", None))
-        return Loaded(
-            {name: [as_plain(each) for each in values] for name, values in found.items()},
-            facts["read"],
-            facts["malformed"],
-            sum(facts.get(rule, 0) for rule in ("without_request", "failed")),
-            [int(re.match(r"record (\d+): ", reason)[1]) for reason in facts["malformed_reasons"]],
-        )
 
     def complaints(self, file: TraceFile) -> list[str]:
         """Of a record that is not accounted for, or otherwise than with its own values."""
-        right = expected(file.content, file.format)
+        right = expected(file.content, file.format, file.time_unit)
         try:
             loaded = self.load(file, "skip")
         except UserError as error:
@@ -87,7 +94,9 @@ class Loader:
         if right.kind is None:
             return ["loaded, though it fits no format"]
         found = unaccounted(right, loaded)
-        return found if found or not loaded.malformed else self._first_named(file, loaded.told[0])
+        if loaded.malformed and not found:
+            found = self._first_named(file, loaded.told[0])
+        return found or self._filtered(file, loaded)
 
     def _first_named(self, file: TraceFile, first: int) -> list[str]:
         """With trace.on_bad_record=error."""
@@ -96,6 +105,20 @@ class Loader:
         except UserError as error:
             return [] if f"record {first}:" in str(error) else [f"record {first} is the first bad one, not: {error}"]
         return [f"record {first} is bad, and does not stop the load"]
+
+    def _filtered(self, file: TraceFile, loaded: Loaded) -> list[str]:
+        """Within a context."""
+        pairs = zip(loaded.columns["prompt_tokens"], loaded.columns["output_tokens"], strict=True)
+        fitting = [pair for pair in pairs if sum(pair) <= CONTEXT]
+        try:
+            trace = load_trace(self._config(file, "skip"), max_tokens=CONTEXT)
+        except UserError as error:
+            return [f"refused, though {len(fitting)} fit: {error}"] if fitting else []
+        facts = trace.provenance
+        lost = sum(facts.get(rule, 0) for rule in (*DROPPED_BY, "malformed"))
+        taken = [*zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)]
+        right = taken == fitting and facts["read"] == loaded.read == len(taken) + lost
+        return [] if right else [f"within {CONTEXT} tokens {taken} of {facts['read']}, {lost} lost, not {fitting}"]
 
 
 def unaccounted(right: Expected, loaded: Loaded) -> list[str]:
