@@ -54,7 +54,7 @@ def read_csv(lines: Iterable[str], config: TraceConfig, bad: BadRecords) -> tupl
             for column, value in zip(columns.values(), values, strict=True):
                 column.values.append(value)
     if not number:
-        raise UserError(f"{bad.source}: holds no record, only a header: {', '.join(names)}")
+        raise UserError(f"{bad.source}: holds no record, only a header")
     read = {
         name: np.asarray(each.values) if isinstance(each.values, array) else each.values
         for name, each in columns.items()

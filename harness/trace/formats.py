@@ -179,5 +179,5 @@ def _telling(form: Format, name: str | None) -> tuple[str, ...]:
 def no_format(fields: Collection[str], name: str | None, source: str) -> UserError:
     """The refusal of a source whose fields fit no format."""
     needed = "; ".join(f"{each.name}: {', '.join(_telling(each, name))}" for each in candidates(name))
-    stated = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in list(fields)[:40])
+    stated = ", ".join((name if name.isprintable() else repr(name))[:40] for name in list(fields)[:40])
     return UserError(f"{source}: its fields ({stated or 'none'}) fit no format. Needed are: {needed}")

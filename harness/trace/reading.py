@@ -1,6 +1,6 @@
 """A trace's records, from a local file or the hub: checked one by one, and what the clean ones state."""
 
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +58,13 @@ def _read_file(path: Path, config: TraceConfig, recipe: Recipe, bad: BadRecords)
     if is_parquet(path):
         return _read_records(parquet_records(path, bad.add), config, recipe, bad)
     with opened(path) as file:
-        first = next(filter(str.strip, file), "")
-        if not first:
+        beginning = next(filter(str.strip, iter(partial(file.read, 4096), "")), "").lstrip()
+        if not beginning:
             raise UserError(f"trace.path={path}: is empty")
-        if first.lstrip()[0] not in "[{":
-            form, columns = read_csv(chain([first], file), config, bad)
-            return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
         file.seek(0)
+        if beginning[0] not in "[{":
+            form, columns = read_csv(file, config, bad)
+            return columns, {"format": form.name, "tokenizer": None, "without_request": 0}
         text = file.read()
     records = json_records(text, bad.add, lambda value: looks_like(value, config.format))
     return _read_records(records, config, recipe, bad)

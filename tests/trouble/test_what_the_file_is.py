@@ -174,8 +174,10 @@ def test_json_of_no_whole_record_says_where_it_breaks(content, tmp_path):
             load_trace(TraceConfig(path=str(path), on_bad_record=policy))
 
 
-def test_a_long_line_is_not_quoted_whole(said):
+def test_a_first_line_is_quoted_so_that_it_can_be_printed(said):
     assert len(said("x" * 100_000 + "," + "y," * 10_000)) < 5000
+    for line in ("\x1b[2J,a\n", "\n\ufeffprompt_tokens,output_tokens\n", '{"\\ud83d": 1, "\\u0007": 2}'):
+        assert said(line).isprintable()
 
 
 def test_a_pipe_a_socket_a_device_and_a_folder(tmp_path):
