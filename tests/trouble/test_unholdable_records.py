@@ -16,7 +16,7 @@ CHAT = '{"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "v
 BAD_LENGTHS = {
     "nested 3,000 deep": '{"a":' * 3000 + "1" + "}" * 3000,
     "nested as deep as can be read": '{"prompt_tokens": ' + "[" * 900 + "]" * 900 + ', "output_tokens": 2}',
-    "lists 3,000 deep": '{"a": ' + "[" * 3000 + "]" * 3000 + ', "prompt_tokens": 7, "output_tokens": 2}',
+    "lists 100,000 deep": '{"a": ' + "[" * 100_000 + "]" * 100_000 + ', "prompt_tokens": 7, "output_tokens": 2}',
     "10 to the 400": f'{{"prompt_tokens": {10**400}, "output_tokens": 2}}',
     "5,000 digits": f'{{"prompt_tokens": {"9" * 5000}, "output_tokens": 2}}',
     "beyond a float": '{"prompt_tokens": 1e999, "output_tokens": 2}',
