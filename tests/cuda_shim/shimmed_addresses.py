@@ -11,7 +11,7 @@ from kvarena.experiments.gpu_validation.step import Context
 from kvarena.experiments.gpu_validation.steps import addresses
 from kvarena.kernels.random_batch import Shapes
 
-pytestmark = pytest.mark.gpu  # chosen with the others
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwatched")]  # chosen with the others
 
 IN_TIME = "mapping beside running kernels"  # of large products, which take the host a minute
 

@@ -4,8 +4,6 @@ Run by `test_cuda_shim.py`. Policy, scheduler, executor, store, driver and kerne
 is told, by `torch_on_shim`, that the shim's memory is a GPU's.
 """
 
-import sys
-
 import pytest
 import torch
 from torch_on_shim import SHIM, launches
@@ -43,14 +41,11 @@ def served(device: str, memory: float, left_out: str = "") -> dict[str, Served]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_page_groups():
-    """Smaller than a GPU's, so that a tiny model's rows have several; and nobody notes statements, which takes long."""
-    watching = sys.gettrace()
-    sys.settrace(None)
+def small_page_groups(unwatched):
+    """Smaller than a GPU's, so that a tiny model's rows have several."""
     SHIM.sizes(granularity=64 * KB)
     yield
     SHIM.sizes()
-    sys.settrace(watching)
 
 
 @pytest.fixture(scope="module")
