@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from kvarena.errors import UserError
@@ -18,7 +20,7 @@ from kvarena.experiments.command import cli, sweep
 from kvarena.experiments.command.carry_out import carry_out
 from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.replay import Replayer
-from kvarena.experiments.pagedattention import memory_waste
+from kvarena.experiments.pagedattention import memory_waste, trace_lengths
 from kvarena.harness.files import content
 from kvarena.harness.model import load_preset
 from kvarena.harness.record.record import Recorder, read_frames
@@ -125,9 +127,12 @@ def test_a_file_that_changes_during_a_cell_ends_the_run_and_the_cell_is_not_kept
         with pytest.raises(UserError, match=r"own\.csv: was changed"):
             start(*SMALL, f"trace.path={path}")
     assert set(prompts(start(*SMALL, f"trace.path={path}")).values()) == {480}
-    write(120)  # back again: the first cell was measured of it
+    write(120)  # back again: of the first cell alone it is known that it was measured of this
     run = compose_run(*SMALL, f"trace.path={path}")
-    Recorder(run.experiment, run.plain()).cell("0-orca-max", lambda: pytest.fail("measured again"))
+    again = Recorder(run.experiment, run.plain())
+    again.cell("0-orca-max", lambda: pytest.fail("measured again"))
+    with pytest.raises(ZeroDivisionError):
+        again.cell("0-paged", lambda: {"steps": pd.DataFrame({"a": [1 / 0]})})
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -254,68 +259,64 @@ def test_a_name_on_the_hub_is_known_by_its_revision(monkeypatch: pytest.MonkeyPa
     content.check_unchanged(run.files)
 
 
-class Sweeping:
-    """Runs sweeps as the command line does, in this process."""
+@pytest.fixture
+def swept(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Counts one file twice, by two jobs of a sweep, as the command line does; its status.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
+    meanwhile: what happens before the second job.
+    """
+    monkeypatch.setattr(trace_lengths, "draw", lambda _: Figure())
+    overrides = [LENGTHS, "params.traces=[sharegpt]", f"trace.path={tmp_path}/own.csv", "params.num_bins=16,32"]
+    whole = cli._job
 
-    def __call__(self, *overrides: str) -> int:
-        self._patch.setattr("sys.argv", ["kvarena"])
+    def sweep_it(meanwhile: Callable[[], object] = lambda: None) -> int:
+        def job(config: DictConfig, own: list[str]) -> None:
+            if "params.num_bins=32" in own:
+                meanwhile()
+            whole(config, own)
+
+        monkeypatch.setattr(cli, "_job", job)
+        monkeypatch.setattr("sys.argv", ["kvarena"])
         try:
-            return cli.guarded(lambda: cli._command(["-m", *SMALL, *overrides]))
+            return cli.guarded(lambda: cli._command(["-m", *overrides]))
         except SystemExit as left:
             return int(left.code or 0)
 
+    return sweep_it
 
-@pytest.fixture
-def sweeping(monkeypatch: pytest.MonkeyPatch) -> Sweeping:
-    return Sweeping(monkeypatch)
+
+def means(folder: Path) -> set[float]:
+    """Mean prompts of all jobs of the last sweep."""
+    table = read_frames(folder)["statistics"]
+    return set(table[table.side == "input"].mean_length)
+
+
+def killed_now() -> None:
+    raise KeyboardInterrupt
 
 
 def test_jobs_of_a_killed_sweep_go_on_only_where_their_file_holds_the_same(
-    sweeping: Sweeping, write: Callable[..., str], runs: Path, monkeypatch: pytest.MonkeyPatch
+    swept: Callable[..., int], write: Callable[..., str], tmp_path: Path
 ) -> None:
-    path, whole = write(120), cli.carry_out
-    asked = (f"trace.path={path}", "trace.num_requests=16,32")
-
-    def killed(run: Any, recorder: Any) -> Any:
-        if run.trace.num_requests == 32:
-            raise KeyboardInterrupt
-        return whole(run, recorder)
-
-    with monkeypatch.context() as here:
-        here.setattr(cli, "carry_out", killed)
-        assert sweeping(*asked) == cli.INTERRUPTED
+    write(120)
+    assert swept(killed_now) == cli.INTERRUPTED
     write(480)
-    assert sweeping(*asked) == 0
-    folder = (runs / "latest").resolve()
-    assert [set(prompts(job).values()) for job in sorted((folder / "jobs").iterdir())] == [{480}, {480}]
-    frames = read_frames(folder)["requests"]
-    assert set(frames.prompt_tokens) == {480}
+    assert swept() == 0
+    folder = tmp_path / "runs" / "trace_lengths" / "latest"
+    assert [means(job) for job in (folder / "jobs").iterdir()] == [{480}, {480}]
+    assert means(folder) == {480}
 
 
 def test_a_file_that_changes_between_two_jobs_makes_no_table(
-    sweeping: Sweeping, write: Callable[..., str], runs: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    path, whole = write(120), cli.carry_out
-    asked = (f"trace.path={path}", "trace.num_requests=16,32")
-
-    def changing(run: Any, recorder: Any) -> Any:
-        outcome = whole(run, recorder)
-        if run.trace.num_requests == 16:
-            write(480)
-        return outcome
-
-    with monkeypatch.context() as here:
-        here.setattr(cli, "carry_out", changing)
-        assert sweeping(*asked) == cli.USER_ERROR
+    swept: Callable[..., int], write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(120)
+    assert swept(lambda: write(480)) == cli.USER_ERROR
     assert "own.csv: was changed" in capsys.readouterr().err
-    assert not (runs / "latest").exists()
-    assert sweeping(*asked) == 0
-    assert "already measured by this sweep" in capsys.readouterr().err
-    assert set(read_frames(runs / "latest")["requests"].prompt_tokens) == {480}
+    folder = tmp_path / "runs" / "trace_lengths" / "latest"
+    assert not folder.exists()
+    assert swept() == 0
+    assert means(folder) == {480}
 
 
 @pytest.fixture(autouse=True)
