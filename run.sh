@@ -23,6 +23,7 @@ usage() {
         "  ./run.sh report                           write results/report.html and results/SCORECARD.md" \
         "  ./run.sh claim=ID [key=value ...]         run what one claim of the papers needs, and judge it" \
         "  ./run.sh gpu-validation --out DIR         run what needs a GPU, by plans of 300 s; --help says more" \
+        "  ./run.sh gpu-kit --out DIR                gather what a GPU without a network needs; --help says more" \
         "  ./run.sh test [pytest arguments]          run the tests" \
         "  ./run.sh mutants [NAME ...]               plant small faults one by one, and see whether tests fail" \
         "  ./run.sh lint                             ruff and mypy" \

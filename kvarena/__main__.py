@@ -15,6 +15,10 @@ try:
         from kvarena.experiments.gpu_validation.command import main as validate
 
         validate(sys.argv[2:])
+    elif sys.argv[1:2] == ["gpu-kit"]:
+        from kvarena.experiments.gpu_validation.kit import main as make_kit
+
+        make_kit(sys.argv[2:])
     else:
         from kvarena.experiments.command.cli import main
 

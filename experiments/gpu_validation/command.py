@@ -11,6 +11,7 @@ from pathlib import Path
 from kvarena.errors import UserError
 from kvarena.experiments.gpu_validation import matrix
 from kvarena.experiments.gpu_validation.folder import LIMIT_BYTES, Folder
+from kvarena.experiments.gpu_validation.kit import unpacked
 from kvarena.experiments.gpu_validation.plan import ALL, ENVIRONMENT, ONE, PLANS, Planned, each_once
 from kvarena.experiments.gpu_validation.record import BAD, Record
 from kvarena.experiments.gpu_validation.session import Session, preload
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-s", type=float, default=300.0, metavar="S", help="of the whole session (300)")
     parser.add_argument(
         "--max-mib", type=int, default=LIMIT_BYTES >> 20, metavar="N", help="of all that is written to DIR (16)"
+    )
+    parser.add_argument(
+        "--kit", type=Path, metavar="KIT", help="what ./run.sh gpu-kit made: libraries that are not here"
     )
     parser.add_argument("--resume", type=Path, metavar="EARLIER", help="an earlier session's folder: go on from there")
     parser.add_argument(
@@ -109,6 +113,8 @@ def _validated(folder: Folder, planned: Sequence[Planned], given: argparse.Names
         try:
             session = Session(folder, given.device, Path(scratch), given.budget_s)
             folder.unpack(Path(scratch))
+            if given.kit is not None:
+                unpacked(given.kit, Path(scratch))
             preload(planned)
             return session.run(planned)
         except UserError as error:
