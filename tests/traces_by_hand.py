@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 from trace_makers import BAD, Kind, Verdict, fitting
+from trace_mutations import TraceFile
 
 LONGEST_S = 104 * 86400  # of a trace
 UNITS = {"s": 1, "ms": 0.001}
@@ -45,24 +46,33 @@ class Expected(NamedTuple):
     unit: float = 1  # of its stamps, in seconds
 
 
-def expected(content: bytes, format_name: str | None, time_unit: str | None = None) -> Expected:
-    """The verdict on each record of a file that is loaded with this trace.format and trace.time_unit."""
-    found = _content(content, format_name)
-    kind = _kind(found, format_name)
+def expected(file: TraceFile) -> Expected:
+    """The verdict on each record of a file."""
+    found = _content(file.content, file.format)
+    kind = _kind(found, file.format)
     if kind is None:
         return Expected([], None, True)
     text = found.fields is not None
     verdicts = [_verdict(record, kind, text) for record in found.records]
     beyond = None if found.beyond is None else [_verdict(record, kind, text) for record in found.beyond]
-    if any(each.fate == "kept" and each.stated and each.stated.stamp is not None for each in verdicts):
-        verdicts = [BAD if each.stated and each.stated.stamp is None else each for each in verdicts]
+    timed = [each.fate for each in (*verdicts, *(beyond or ())) if each.stated and each.stated.stamp is not None]
+    if timed:
+        verdicts = [_untimed(each, "kept" in timed) for each in verdicts]
     verdicts = _turns(verdicts)
     stamps = [each.stated.stamp for each in (*verdicts, *(beyond or ())) if each.stated and each.stated.stamp]
-    unit, sure = (UNITS[time_unit], bool(stamps)) if time_unit else _unit(kind, stamps, format_name)
+    unit, sure = (UNITS[file.time_unit], bool(stamps)) if file.time_unit else _unit(kind, stamps, file.format)
     if kind.from_first:
         verdicts = [_if_timely(each, stamps, LONGEST_S / unit) for each in verdicts]
-    sure = sure and found.readable and any(each.fate == "kept" for each in verdicts)
-    return Expected(verdicts, kind, not sure, beyond, unit)
+    kept = [each.stated for each in verdicts if each.fate == "kept" and each.stated]
+    has_what_is_asked = any(not file.keep_hash_ids or each.ids is not None for each in kept)
+    return Expected(verdicts, kind, not (sure and found.readable and has_what_is_asked), beyond, unit)
+
+
+def _untimed(verdict: Verdict, sure: bool) -> Verdict:
+    """Bad where it has no time: others have one, or may have."""
+    if verdict.stated is None or verdict.stated.stamp is not None:
+        return verdict
+    return BAD if sure else Verdict("either", verdict.stated)
 
 
 def _if_timely(verdict: Verdict, stamps: Sequence[float], longest: float) -> Verdict:
@@ -130,7 +140,7 @@ def _content(content: bytes, format_name: str | None) -> Content:
             return Content(readable=False)
     encoding = json.detect_encoding(content)
     try:
-        text = content.decode(encoding, errors="surrogateescape" if "utf-8" in encoding else "strict")
+        text = content.decode(encoding, errors="surrogateescape" if "utf-8" in encoding else "surrogatepass")
     except UnicodeDecodeError:
         return Content(readable=False)
     readable = "utf-8" in encoding or content.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -156,7 +166,7 @@ def _table(lines: Sequence[str], format_name: str | None) -> Content:
             for row in rows
         ],
         names,
-        readable=not re.search("[\0\udc80-\udcff]", lines[0] if lines else ""),
+        readable=not re.search("[\0\ud800-\udfff]", lines[0] if lines else ""),
     )
 
 
@@ -164,7 +174,7 @@ def _fields(line: str, separator: str) -> dict[int, object] | None:
     """Of one line of a CSV, by place; None where a quote does not close on it."""
     if line.count('"') % 2:
         return None
-    odd = re.search("[\udc80-\udcff]", line)  # bytes that are not UTF-8
+    odd = re.search("[\ud800-\udfff]", line)  # what cannot be decoded
     try:
         fields = next(csv.reader([line], delimiter=separator, strict=True))
     except csv.Error:

@@ -81,7 +81,7 @@ class Loader:
 
     def complaints(self, file: TraceFile) -> list[str]:
         """Of a record that is not accounted for, or otherwise than with its own values."""
-        right = expected(file.content, file.format, file.time_unit)
+        right = expected(file)
         try:
             loaded = self.load(file, "skip")
         except UserError as error:
