@@ -2,6 +2,9 @@
 
 import torch
 
+from kvarena.allocators.sizes import format_bytes
+from kvarena.allocators.vmm.available import available_bytes
+from kvarena.errors import UserError
 from kvarena.harness.model.config import ModelConfig
 from kvarena.harness.model.contract import Model
 from kvarena.harness.model.llama import Llama
@@ -12,9 +15,15 @@ from kvarena.harness.model.weights import Weights, random_weights
 def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model:
     """Make the model, or its shard (`config.shard_only`), with random weights or those of `config.checkpoint`.
 
-    Raises UserError for a checkpoint that is missing, incomplete or of other sizes.
+    Raises UserError for a checkpoint that is missing, incomplete or of other sizes, and for more weights than the host
+    has memory for: it would not refuse, but kill. A GPU refuses.
     """
     local, device = config.on_one_device(), torch.device(device)
+    if device.type == "cpu" and local.weight_bytes > (left := available_bytes()):
+        raise UserError(
+            f"model={config.name}: its weights take {format_bytes(local.weight_bytes)} as {local.dtype}, and "
+            f"{format_bytes(left)} of memory are left here. A smaller model fits, or clock=modelled needs no weights"
+        )
     if local.checkpoint is None:
         return assemble(local, random_weights(local, device))
     from kvarena.harness.model.checkpoint import load_checkpoint  # reads safetensors: only where one is asked for

@@ -6,6 +6,10 @@ import pytest
 
 from kvarena.allocators.vmm.available import available_bytes
 from kvarena.cgroups import cpu_quota, memory_left
+from kvarena.errors import UserError
+from kvarena.harness.config import load, typed
+from kvarena.harness.model import build
+from kvarena.harness.model.config import ModelConfig
 from kvarena.kernels import threads
 
 GB = 2**30
@@ -131,3 +135,14 @@ def test_the_environment_says_how_many_threads(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(threads, "usable_cores", lambda: 16)
     assert threads.default_threads() == expected
+
+
+def test_a_model_larger_than_the_memory_left_is_refused_before_the_kernel_kills_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = typed(ModelConfig, load("model", "tiny-llama"), "model")
+    monkeypatch.setattr(build, "available_bytes", lambda: config.weight_bytes - 1)
+    with pytest.raises(UserError, match="model=tiny-llama: its weights take"):
+        build.build_model(config)
+    monkeypatch.setattr(build, "available_bytes", lambda: config.weight_bytes)
+    build.build_model(config)
