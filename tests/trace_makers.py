@@ -3,6 +3,7 @@
 Nothing here is the loader's: the fields and units are those of docs/traces.md, written down a second time.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -136,10 +137,15 @@ def states_lengths(record: Mapping[str, object], text: bool, fields: Fields, uni
             return Verdict("either") if failed else BAD
     elif fields.needed or fields.stamp in record:
         plain = False
-    ids = None if text else record.get("hash_ids")
+    ids = record.get("hash_ids")
+    if text and ids:
+        try:
+            ids = json.loads(str(ids))
+        except (ValueError, RecursionError):
+            ids = "no list"
     if isinstance(ids, list) and all(type(each) is int for each in ids):
         plain = plain and len(ids) == -(-prompt // (fields.block or 512))
-    elif not text and (fields.block or "hash_ids" in record):
+    elif fields.block or "hash_ids" in record:
         ids, plain = None, False
     conversation = record.get("conversation_id") or ""
     plain = plain and isinstance(conversation, str)

@@ -256,8 +256,8 @@ def trace_file(pick: Pick, mutation: str | None = None, kind: Kind | None = None
         content = gzip.compress(content, 1)
     if mutation in BYTES and content:
         content = BYTES[mutation](content, pick)
-    has_ids = kind.name in ("mooncake", "bailian") and container != "csv"
-    has_clock, alike = kind.in_csv and kind.unit != DATE, mutation != "something else"
+    has_ids, has_clock = kind.name in ("mooncake", "bailian"), kind.in_csv and kind.unit != DATE
+    alike = mutation != "something else"
     return TraceFile(
         kind,
         container + (".gz" if zipped else ""),
