@@ -25,6 +25,7 @@ from kvarena.kernels.threads import set_compute_threads
 USER_ERROR, INTERRUPTED = 2, 130
 _HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c", "--version"}
 _MULTIRUN = {"-m", "--multirun"}
+_written: list[Path] = []  # folders of this process's runs: `latest` may be another's
 
 
 def main() -> None:
@@ -135,7 +136,7 @@ def _claim(claim_id: str, more: list[str]) -> None:
         sys.argv[1:] = [*(each for each in needed if keys_of([each])[0] not in written), *more]
         print(f"{claim_id} needs: ./run.sh {' '.join(sys.argv[1:])}", file=sys.stderr)
         _command(sys.argv[1:])
-    print_verdict(judged(claim, runs_folder() / registry.named(needed) / "latest" if needed else None))
+    print_verdict(judged(claim, _written[-1] if needed else None))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -180,6 +181,7 @@ def _run(run: Run[object], overrides: list[str], place: list[int]) -> None:
         recorder.finish(outcome)
         return sweep.note(job, overrides, place)
     folder = recorder.finish(outcome)
+    _written.append(folder)
     show.outcome(outcome, folder)
     _check_drawn(folder)
 
