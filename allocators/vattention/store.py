@@ -8,7 +8,7 @@ handle for each tensor and number: number n of tensor t is handle t * page_group
 numbers of a row are one run of memory, one call and one mapping.
 
 Actions for the background run in one worker thread beside the forward pass. Maps go to the driver in one batch, which
-on the host is one call without the interpreter's lock, and the thread keeps off the core of the one it works for: what
+is one call without the interpreter's lock, and the thread keeps off the core of the one it works for: what
 shares either with the forward pass hides nothing. Whoever needs the mappings next waits for the thread, and hears there
 if it failed.
 """

@@ -2,7 +2,8 @@
 
     reserve   cuMemAddressReserve
     create    cuMemCreate, once for each page-group: physical memory without an address
-    map       cuMemMap, once for each, then one cuMemSetAccess over the whole run: mapped memory starts inaccessible
+    map       cuMemMap, once for each, then one cuMemSetAccess over the whole run: mapped memory starts inaccessible;
+              many runs are one call of a compiled loop (`cuda_loop.py`)
     unmap     cuMemUnmap, once over the run: its range may span several whole mappings
     clear     cuMemsetD8 over the run, and a wait
     release   cuMemRelease, once for each
@@ -16,14 +17,17 @@ A handle of ours is the number of a page-group, ascending; the driver's own hand
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.vmm.cuda_context import CudaContext, CudaError
-from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, OutOfPhysicalMemory
+from kvarena.allocators.vmm.driver import AddressRange, Driver, DriverError, MapRun, OutOfPhysicalMemory
 from kvarena.errors import UserError
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
@@ -50,6 +54,8 @@ class CudaDriver(Driver):
         except BaseException:
             self._cuda.release()
             raise
+        self._loop: Callable[..., int] | None = None
+        self._own_api = api is not None  # which the loop, that calls the library, would pass by
         self._handles: dict[int, Any] = {}  # number of a page-group -> the driver's handle
         self._next_handle = 0
         # Runs at close(), or when the last tensor over our addresses is gone; at exit the system does it.
@@ -102,6 +108,54 @@ class CudaDriver(Driver):
                 self._call("unmap", "cuMemUnmap", start, mapped)
             raise
 
+    def prepare(self) -> None:
+        """Load the compiled loop, where there is numba to compile it."""
+        if not self._own_api:
+            with suppress(ModuleNotFoundError):
+                from kvarena.allocators.vmm.cuda_loop import cuda_loop
+
+                self._loop = cuda_loop()
+
+    def map_runs(self, runs: Sequence[MapRun]) -> None:
+        """Map several runs, in order: all of them, or none. One call, without the interpreter's lock."""
+        if self._loop is None:
+            return super().map_runs(runs)
+        entered: list[tuple[AddressRange, int, Sequence[int]]] = []
+        try:
+            for run in runs:
+                addresses, slot = self._mappable(*run)
+                self._enter(addresses, slot, run.handles)  # a later run may want the same
+                entered.append((addresses, slot, run.handles))
+            self._map_at_once(self._loop, entered)
+        except BaseException:
+            for addresses, slot, handles in entered:
+                self._strike(addresses, slot, len(handles))
+            raise
+        return None
+
+    def _map_at_once(self, loop: Callable[..., int], runs: Sequence[tuple[AddressRange, int, Sequence[int]]]) -> None:
+        from kvarena.allocators.vmm.cuda_loop import rows
+
+        size, addresses, run_ends = self.page_group_bytes, [], []
+        for where, slot, handles in runs:
+            addresses += [self._address(where, slot + i) for i in range(len(handles))]
+            run_ends += [0] * (len(handles) - 1) + [size * len(handles)]
+        numbers = [int(self._handles[handle]) for _, _, handles in runs for handle in handles]
+        groups, done = rows(addresses, numbers, run_ends), np.zeros(2, dtype=np.int64)
+        self._cuda.enter()
+        started_ns = perf_counter_ns()
+        result = loop(groups, done, size, self._access.getPtr())
+        calls, accessible = done.tolist()
+        self._count("map", started_ns, calls)
+        self._count("set_access", perf_counter_ns(), accessible)
+        if not result:
+            return
+        denied = run_ends[calls - 1] and np.count_nonzero(run_ends[:calls]) == accessible
+        function, kind = ("cuMemSetAccess", "set_access") if denied else ("cuMemMap", "map")
+        for address in addresses[: calls if denied else calls - 1]:
+            self._call("unmap", "cuMemUnmap", address, size)
+        self._raise(kind, CudaError(function, self._cuda.api.CUresult(result)))
+
     def _unmap(self, addresses: AddressRange, slot: int, count: int) -> None:
         self._call("unmap", "cuMemUnmap", self._address(addresses, slot), count * self.page_group_bytes)
 
@@ -136,12 +190,16 @@ class CudaDriver(Driver):
         try:
             return self._cuda(function, *arguments)
         except CudaError as error:
-            if error.result != _OUT_OF_MEMORY:
-                raise
-            free, total = map(format_bytes, self._cuda.free_and_total_bytes())
-            raise OutOfPhysicalMemory(f"{kind}: {error}; {free} of the GPU's {total} is free") from error
+            self._raise(kind, error)
         finally:
             self._count(kind, started_ns)
+
+    def _raise(self, kind: str, error: CudaError) -> NoReturn:
+        """Running out of memory is an outcome, with what is left; every other failure an error."""
+        if error.result != _OUT_OF_MEMORY:
+            raise error
+        free, total = map(format_bytes, self._cuda.free_and_total_bytes())
+        raise OutOfPhysicalMemory(f"{kind}: {error}; {free} of the GPU's {total} is free") from error
 
 
 def granularity_of_gpu(ordinal: int = 0, api: Any = None) -> int:

@@ -33,10 +33,14 @@ class CudaContext:
 
     def __call__(self, function: str, *arguments: Any) -> Any:
         """Call a function of the driver in this context. Raises CudaError with the name of what it returned."""
+        self.enter()
+        return self._checked(function, *arguments)
+
+    def enter(self) -> None:
+        """Make this context the current one of this thread."""
         if not getattr(self._threads, "entered", False):
             self._checked("cuCtxSetCurrent", self._primary)
             self._threads.entered = True
-        return self._checked(function, *arguments)
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         """Memory of the GPU, whoever uses it."""

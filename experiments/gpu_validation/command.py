@@ -14,7 +14,7 @@ from kvarena.experiments.gpu_validation.folder import LIMIT_BYTES, Folder
 from kvarena.experiments.gpu_validation.kit import unpacked
 from kvarena.experiments.gpu_validation.plan import ALL, ENVIRONMENT, ONE, PLANS, Planned, each_once
 from kvarena.experiments.gpu_validation.record import BAD, Record
-from kvarena.experiments.gpu_validation.session import Session, preload
+from kvarena.experiments.gpu_validation.session import Session, compile_once, preload
 from kvarena.experiments.gpu_validation.step import step_named
 
 ALL_PASSED, SOMETHING_BAD, USER_ERROR, NO_GPU = 0, 1, 2, 4
@@ -116,6 +116,8 @@ def _validated(folder: Folder, planned: Sequence[Planned], given: argparse.Names
             if given.kit is not None:
                 unpacked(given.kit, Path(scratch))
             preload(planned)
+            if given.device == "cuda":
+                compile_once()
             return session.run(planned)
         except UserError as error:
             runs = Path(scratch, "runs")

@@ -40,6 +40,14 @@ def preload(planned: Sequence[Planned]) -> None:
                     import_module(name)
 
 
+def compile_once() -> None:
+    """Compile what the driver maps with, before any process needs it; without numba it does without."""
+    with suppress(ModuleNotFoundError, RuntimeError):
+        from kvarena.allocators.vmm.cuda_loop import cuda_loop
+
+        cuda_loop()
+
+
 class Session:
     """Runs rows and keeps the folder up to date."""
 

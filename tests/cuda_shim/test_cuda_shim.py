@@ -29,6 +29,7 @@ SHIMMED = [
     "shimmed_failures.py",
     "shimmed_kernels.py",
     "shimmed_misuse.py",
+    "shimmed_map_runs.py",
     "shimmed_serving.py",
 ]
 NOT_HERE = [

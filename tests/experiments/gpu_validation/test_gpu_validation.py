@@ -262,6 +262,7 @@ def test_runs_that_the_folder_does_not_take_are_left_outside(tmp_path, monkeypat
 
     monkeypatch.setattr(command, "Session", Full)
     monkeypatch.setattr(command, "preload", lambda planned: None)
+    monkeypatch.setattr(command, "compile_once", lambda: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit):
         command.main(["--out", str(tmp_path / "out")])
