@@ -8,17 +8,18 @@ dataclass afterwards (`typed`).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kvarena.allocators.registry import allocator_names, preset
 from kvarena.errors import UserError
+from kvarena.harness.kinds import is_of, kind_of
 from kvarena.harness.paths import CONF
 from kvarena.kernels.registry import kernel_names
 
@@ -75,13 +76,29 @@ def parsed(path: Path) -> Any:
 def typed(schema: type[T], node: object, where: str) -> T:
     """`node` as an instance of the dataclass `schema`. Raises UserError for unknown keys and wrong types."""
     try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node)))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ConfigKeyError as error:
         raise no_such_key(f"{where}.{error.full_key or error.key}", field_names(schema, where)) from error
-    except ValidationError as error:
-        raise UserError(f"{where}.{error.full_key or error.key}: {str(error.msg).splitlines()[0]}") from error
     except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+        for key, value in node.items() if isinstance(node, Mapping) else ():
+            _check_alone(schema, str(key), value, where)
+        at = "." + key if (key := str(getattr(error, "full_key", None) or "")) else ""
+        raise UserError(f"{where}{at}: {str(error).splitlines()[0]}") from error
+    for name, hint in get_type_hints(schema).items():  # OmegaConf lets a list pass where a mapping has words
+        if not is_of(hint, value := getattr(made, name)):
+            raise UserError(f"{where}.{name}={value}: must be {kind_of(hint)}")
+    return cast(T, made)
+
+
+def _check_alone(schema: type, key: str, value: object, where: str) -> None:
+    """Raises UserError where this value of a field alone is what does not fit."""
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+    except (OmegaConfBaseException, ValueError) as error:
+        full_key = str(getattr(error, "full_key", None) or key)
+        if "." in full_key:  # of a field of its own
+            raise UserError(f"{where}.{full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}.{key}={value}: must be {kind_of(get_type_hints(schema)[key])}") from error
 
 
 def changed(config: Any, group: str, free: Sequence[str] = ()) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
         for choice in wanted:
             if choice not in names(group):
                 raise UserError(f"{group}={choice}: no such {group}. There are: {', '.join(names(group))}")
-    for key, _ in map(_split, overrides):
+    for key, value in map(_split, overrides):
         root, _, rest = key.partition(".")
         if root == "hydra" or "/" in root or "@" in root:
             continue
@@ -142,6 +159,7 @@ def check_overrides(overrides: Sequence[str], schema_of: Callable[[str, str | No
                     f"There are: {', '.join(name for name in names(root) if name != ALL)}"
                 )
             _check_path(schema_of(root, owner), root, rest)
+            _check_shape(schema_of(root, owner), key, rest, value)
 
 
 def _check_it_sets(override: str, experiment: str) -> None:
@@ -170,6 +188,14 @@ def _check_path(schema: type | None, where: str, path: str) -> None:
         _check_path(inner, f"{where}.{name}", rest)
     elif rest and not _may_have_parts(inner):
         raise _no_parts(f"{where}.{name}", rest)
+
+
+def _check_shape(schema: type | None, key: str, name: str, value: str) -> None:
+    """Refuse a list where a mapping belongs, and a mapping where a list does: Hydra cannot merge them."""
+    hint = get_type_hints(schema).get(name) if schema else None
+    mapping = _may_have_parts(hint)
+    if hint is not None and value[:1] == ("[" if mapping else "{") and hint is not Any:
+        raise UserError(f"{key}={value}: must be {kind_of(hint)}")
 
 
 def _may_have_parts(hint: Any) -> bool:
@@ -223,8 +249,9 @@ def _quoted(override: str) -> str:
 
 
 def keys_of(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The keys that the command line names, dotted: `model`, `arrival.rate`."""
-    return tuple(dict.fromkeys(key for key, _ in map(_split, overrides)))
+    """The keys that the command line names, dotted: `model`, `arrival.rate`. `model=auto` names none."""
+    asked = (key for key, value in map(_split, overrides) if not (key in GROUPS and value == AUTO))
+    return tuple(dict.fromkeys(asked))
 
 
 def fields_set(group: str, overrides: Sequence[str]) -> DictConfig:

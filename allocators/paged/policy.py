@@ -52,6 +52,8 @@ class PagedConfig:
         check_block_size(self.block_size)
         check_shares(watermark=self.watermark)
         parse_bytes(self.swap_bytes, "allocator.swap_bytes")
+        if isinstance(self.swap_bytes, str):
+            self.swap_bytes = "".join(self.swap_bytes.split())  # as labels have it
 
 
 @allocator(PagedConfig())

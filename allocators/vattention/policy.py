@@ -21,6 +21,7 @@ from kvarena.allocators.kv_layout import KVLayout
 from kvarena.allocators.limits import check_counts, check_shares
 from kvarena.allocators.policy import Action, Admission, Policy, Sequence
 from kvarena.allocators.registry import allocator
+from kvarena.allocators.sizes import format_bytes
 from kvarena.allocators.usage import Usage
 from kvarena.allocators.vattention.aliasing import Aliases
 from kvarena.allocators.vattention.books import Books
@@ -32,6 +33,8 @@ from kvarena.allocators.vattention.rows import Rows
 from kvarena.allocators.vattention.sharing import SharedRows
 from kvarena.errors import UserError
 from kvarena.kernels.layout import Layout
+
+MOST_ROWS = 1 << 20  # a replay has no more sequences at once
 
 
 @dataclass
@@ -54,9 +57,11 @@ class VAttentionConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for an option out of range."""
-        checked_page_group(self.page_group)
+        self.page_group = format_bytes(checked_page_group(self.page_group))
         check_shares(watermark=self.watermark, reclaim_threshold=self.reclaim_threshold)
         check_counts(max_rows=self.max_rows, eager_groups=self.eager_groups)
+        if self.max_rows > MOST_ROWS:
+            raise UserError(f"allocator.max_rows: {self.max_rows} is not at most {MOST_ROWS}")
         if self.read_past is not None and self.read_past < 0:
             raise UserError(f"allocator.read_past: {self.read_past} is not at least 0, or null")
 

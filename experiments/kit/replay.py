@@ -106,15 +106,19 @@ class Replayer:
     """Serves workloads with the systems of a run. Under the measured clock all systems share one model, and each first
     serves two short requests: what is compiled or loaded then is not timed.
 
-    `jump=False` has the log of a modelled replay keep every iteration by itself.
+    `jump=False` has the log of a modelled replay keep every iteration by itself; `sharing`: requests are of several
+    sequences, or share a prefix, whatever the run says of decoding.
     """
 
-    def __init__(self, run: Run[object], *, jump: bool = True) -> None:
+    def __init__(self, run: Run[object], *, jump: bool = True, sharing: bool = False) -> None:
         """Raises UserError for a system of the run that cannot serve here at all: before any of them is replayed."""
         self._run, self._jump = run, jump
+        sharing = sharing or run.decoding.n > 1 or not {"n1"}.issuperset(run.trace.mix or ())
         for system in run.systems:
             serving = Serving(run, system)
             _ = serving.scheduler
+            if sharing and serving.policy.sharing is None:
+                raise UserError(f"systems: {system.name} serves no requests of several sequences, and shares no prefix")
             if run.clock == "modelled":
                 _ = serving.step_model
         self._warm: set[tuple[str, str]] = set()

@@ -38,6 +38,7 @@ COUNTED = {  # quantity -> figure that states it, unit, allocator of which it is
     "most_unwritten_blocks_of_a_sequence": ("s4.3", "blocks", "paged"),
     "most_groups_mapped_per_tensor_in_decode": ("s6.1.1", "page-groups", "vattention"),
 }
+MOST_SAMPLES = 10_000  # rows of summary.csv for each of who holds what
 
 
 @dataclass
@@ -59,10 +60,10 @@ def unread(run: Run[Params]) -> dict[str, str]:
 def measure(run: Run[Params], recorder: Recorder) -> Measured:
     """Replay, step by step. A second's work: there are no cells to continue with.
 
-    Raises UserError for too few samples.
+    Raises UserError for too few samples, or too many.
     """
-    if run.params.samples < 2:
-        raise UserError(f"params.samples={run.params.samples}: at least 2")
+    if not 2 <= run.params.samples <= MOST_SAMPLES:
+        raise UserError(f"params.samples={run.params.samples}: at least 2, at most {MOST_SAMPLES}")
     workload = workload_of(run)
     films = {system.name: film(run, system, workload) for system in run.systems}
     frames = {

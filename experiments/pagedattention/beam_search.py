@@ -68,7 +68,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
 
 
 def _lines(run: Run[Params]) -> Iterator[Line]:
-    replayer = Replayer(run)
+    replayer = Replayer(run, sharing=True)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         for survival in (SURVIVAL,) if run.clock == "measured" else (SURVIVAL, *BAND):
             compared = survival == SURVIVAL

@@ -74,7 +74,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
 
 def _lines(run: Run[Params]) -> Iterator[Line]:
     """The engine's constants come from Fig 12a, with one sequence a request."""
-    replayer = Replayer(run)
+    replayer = Replayer(run, sharing=True)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         decoding = DecodingConfig("parallel", n=panel.n)
         for system in with_rows(run.systems, run.params.max_rows):

@@ -94,7 +94,7 @@ def _check_shared(panel: Panel, trace: Plain, figure: str) -> None:
 
 
 def _lines(run: Run[Params]) -> Iterator[Line]:
-    replayer = Replayer(run)
+    replayer = Replayer(run, sharing=True)
     for figure, panel in chosen_panels(run.params.panels, run.params.only).items():
         own, prefix = _panel_run(run, panel), Prefix(PREFIX_ID, panel.prefix_tokens)
         for system in run.systems:

@@ -82,7 +82,7 @@ def measure(run: Run[Params], recorder: Recorder) -> Measured:
         raise UserError(
             f"params.n={run.params.n}, params.survivals={run.params.survivals}: at least one n, and nothing twice"
         )
-    replayer = Replayer(run)
+    replayer = Replayer(run, sharing=True)
     cells = [
         Cell(f"{system.name} {way.name} n={way.n} {way.survival}", partial(_cell, run, replayer, system, way))
         for system in with_rows(run.systems, run.params.max_rows)

@@ -116,8 +116,11 @@ def _with_options(system: System, options: dict[str, Any], where: str) -> System
     there = [field.name for field in fields(system.allocator) if field.name != "name"]
     for key in (key for key in options if key not in there):
         raise UserError(f"systems: {where}: {system.allocator.name} has no option {key}. There are: {', '.join(there)}")
-    allocator = typed(type(system.allocator), asdict(system.allocator) | options, "allocator")
-    said = "-".join(slug(f"{key}={value}") for key, value in options.items())
+    try:
+        allocator = typed(type(system.allocator), asdict(system.allocator) | options, "allocator")
+    except UserError as error:
+        raise UserError(f"systems: {where}: {error}") from error
+    said = "-".join(slug(f"{key}={getattr(allocator, key)}") for key in options)
     return replace(system, name=f"{system.name}-{said}", allocator=allocator, variant=described(allocator, options))
 
 

@@ -146,6 +146,7 @@ def resolve(
     device, kind = _device(config)
     profile = config.profiles.get(kind) or OmegaConf.create()
     listed = config.systems or profile.get("systems") or []
+    listed = [listed] if isinstance(listed, str) else listed
     _check_listed(listed, config.systems, given)
     stated = kept(listed, config.allocator.name, config.kernel.name)
     if "systems" in given:
@@ -193,8 +194,8 @@ def resolve(
 
 def _check_listed(listed: Sequence[str], written: Sequence[str] | None, given: Sequence[str]) -> None:
     """Raises UserError for systems that are no list, and for a list that the user wrote and left empty."""
-    if isinstance(listed, str):
-        raise UserError(f"systems={listed}: is a list; write systems=[{listed}]")
+    if not isinstance(listed, Sequence):
+        raise UserError(f"systems={listed}: is a list of names, or one name. {there_are()}")
     if "systems" in given and (not listed or (written is not None and not written)):
         raise UserError(f"systems={written}: no system is left to run. {there_are()}")
 

@@ -11,6 +11,7 @@ from kvarena.errors import UserError
 from kvarena.harness.seeded import Floats, Ints, Stream
 
 PS = 10**12  # picoseconds of a second
+MOST_REQUESTS = 10**8
 LONGEST_S = 9e6  # 104 days: what a signed 64-bit clock in picoseconds holds
 
 
@@ -63,6 +64,9 @@ def draw_arrivals(config: ArrivalConfig, num_requests: int | None, seed: int) ->
     if num_requests is None and config.duration_s is None:
         raise UserError("how many arrivals? Set arrival.duration_s or trace.num_requests")
     assert config.rate is not None
+    most = min(config.rate * (config.duration_s or math.inf), num_requests or math.inf)
+    if most > MOST_REQUESTS:
+        raise UserError(f"{config} are {most:.3g} arrivals; a replay has at most {MOST_REQUESTS:.0e}")
     if config.process == "artifact":
         times = _artifact(config, seed)
     elif config.process == "constant":

@@ -1,6 +1,7 @@
 """A trace by its configuration."""
 
 from kvarena.errors import UserError
+from kvarena.harness.trace.arrival import MOST_REQUESTS
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.constant_lengths import given_lengths
 from kvarena.harness.trace.conversation_table import has_conversations, sample_conversations
@@ -28,6 +29,8 @@ def load_trace(config: TraceConfig, max_tokens: int | None = None, num_requests:
     count = config.num_requests if num_requests is None else num_requests
     if count is not None and count < 1:
         raise UserError(f"trace.num_requests={count}: must be at least 1")
+    if count is not None and count > MOST_REQUESTS:
+        raise UserError(f"trace.num_requests={count}: must be at most {MOST_REQUESTS}")
     _check_cuts(config)
     check_units(config)
     if config.path is not None:
