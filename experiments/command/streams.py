@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,11 @@ class _Lasting(io.RawIOBase):
         self.failure: OSError | None = None
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        if self.failure is None:
+        while self.failure is None:
             try:
                 return os.write(self._number, data)
+            except BlockingIOError:  # whoever gave us the descriptor has it not wait: the reader is slow, not gone
+                select.select((), (self._number,), ())
             except OSError as error:
                 self.failure = error
         return memoryview(data).nbytes

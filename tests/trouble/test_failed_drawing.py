@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -140,6 +141,19 @@ def test_readers_who_leave_end_nothing() -> None:
     done = printing(stderr=writing)
     os.close(writing)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "results: here")
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_wait_gets_all() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    process = subprocess.Popen([sys.executable, "-P", "-c", PRINTING], stdout=writing)
+    os.close(writing)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(0.5)  # the pipe is full by now
+    with open(reading, encoding="utf-8") as pipe:
+        lines = pipe.read().splitlines()
+    assert process.wait(10) == 0
+    assert (len(lines[0]), lines[1]) == (len("2±1 \\udcff") * 9999, "results: here")
 
 
 def test_a_command_in_the_poorest_of_surroundings(tmp_path: Path) -> None:
