@@ -26,6 +26,7 @@ usage() {
         "  ./run.sh gpu-kit --out DIR                gather what a GPU without a network needs; --help says more" \
         "  ./run.sh test [pytest arguments]          run the tests" \
         "  ./run.sh mutants [NAME ...]               plant small faults one by one, and see whether tests fail" \
+        "  ./run.sh benchmark NAME [arguments]       run a program of benchmarks/" \
         "  ./run.sh lint                             ruff and mypy" \
         "  ./run.sh lock                             write the lock files anew from what .venv holds" \
         "  ./run.sh --help                           this text" \
@@ -112,6 +113,12 @@ without_caches() { # in a checkout that is read-only, or another user's
     export RUFF_NO_CACHE=true MYPY_CACHE_DIR=/dev/null PYTEST_ADDOPTS="-p no:cacheprovider ${PYTEST_ADDOPTS:-}"
 }
 
+benchmark() {
+    local names=$(cd -- "$root/benchmarks" && echo *.py)
+    [[ -f $root/benchmarks/${1:-}.py ]] || die "no benchmark '${1:-}'; there are: ${names//.py/}"
+    exec "$python" "$root/benchmarks/$1.py" "${@:2}"
+}
+
 lint() { # all three, whatever the first says
     local status=0
     "$python" -m ruff check . || status=1
@@ -130,7 +137,7 @@ if [[ $python ]]; then
     is_recent "$python" || die "KVARENA_PYTHON=$KVARENA_PYTHON is not a Python >= 3.11 that runs"
 else
     set_up requirements.lock
-    case $1 in test | mutants | lint | lock) set_up requirements-dev.lock ;; esac
+    case $1 in test | mutants | lint | lock | benchmark) set_up requirements-dev.lock ;; esac
     python=$venv/bin/python
     PYTHONPATH='' # what lies there could hide what the lock pins
 fi
@@ -143,6 +150,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # two OpenMP pools (torch's, 
 
 case $1 in
     test) shift; cd -- "$root"; without_caches; exec "$python" -m pytest "$@" ;;
+    benchmark) shift; benchmark "$@" ;;
     mutants) shift; exec "$python" "$root/.ci/mutants.py" "$@" ;;
     lint) cd -- "$root"; without_caches; lint ;;
     lock) exec "$python" "$root/.ci/lock.py" ;;

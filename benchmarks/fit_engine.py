@@ -1,6 +1,6 @@
 """The three constants of an engine of 2023 (per step, per sequence, per token), fitted to curves of Fig 12.
 
-    benchmarks/fit_engine.py --systems orca-max orca-pow2 orca-oracle --lengths <the artifact's ShareGPT lengths>
+    ./run.sh benchmark fit_engine --systems orca-max orca-pow2 orca-oracle --lengths <the artifact's ShareGPT lengths>
 
 Fitting some systems' curves and predicting the others' is the test out of sample that a fit to all cannot give. A
 coarse grid, then a simplex from each of its best points: near the knee the error is no smooth function of the

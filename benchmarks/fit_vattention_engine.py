@@ -1,6 +1,6 @@
 """Fit the constants of conf/engine/sarathi2024.yaml again, from the published points that it names, and print them.
 
-    python benchmarks/fit_vattention_engine.py
+    ./run.sh benchmark fit_vattention_engine
 
 Efficiencies are geometric means: of Table 7's attention times for decode, of Table 6's at 64K tokens for prefill. The
 host's six constants minimize the squared log errors of step time over Fig 8 at batch 1 and 32, both models together:

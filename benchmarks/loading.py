@@ -1,6 +1,6 @@
 """What it takes to load a million requests from a CSV: seconds and memory of a fresh process, imports included.
 
-    .venv/bin/python -P benchmarks/loading.py
+    ./run.sh benchmark loading
 
 Beside it what this machine takes to do less with the same bytes: only read them, split them into lines, parse them with
 Python's csv. At most 5 s and 500 MB is asked of the loader.

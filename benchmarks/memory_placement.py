@@ -1,6 +1,6 @@
 """Do equal pools read equally fast? Streaming reads of pools that differ in the physical pages they got, and no more.
 
-    .venv/bin/python -P benchmarks/memory_placement.py [--pools 6] [--mib 256]
+    ./run.sh benchmark memory_placement [--pools 6] [--mib 256]
 
 Pools are created one after the other, as they come and with the machine's scattered free pages held back, and read in
 random order with one thread. Where the intervals of two pools lie apart, so would those of two allocators that each

@@ -1,6 +1,6 @@
 """How many files of traces, whole or with one thing wrong, are loaded with a record unaccounted for: of 10,000 none.
 
-    .venv/bin/python -P benchmarks/mutated_files.py [COUNT [FIRST]]
+    ./run.sh benchmark mutated_files [COUNT [FIRST]]
 
 tests/trouble/test_mutated_files.py says what is demanded, of 200 files. Here a file is what its number draws, from
 FIRST on: one that is complained of is made again with `trace_file(random.Random(number).choice)`.

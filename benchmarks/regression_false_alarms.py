@@ -1,6 +1,6 @@
 """How often the regression gate cries wolf on unchanged code, and how often it sleeps through twice the time.
 
-    .venv/bin/python -P benchmarks/regression_false_alarms.py [--exact 300] [--timed 20] [--doctored 20]
+    ./run.sh benchmark regression_false_alarms [--exact 300] [--timed 20] [--doctored 20]
 
 exact      tier 1, in processes of different hash seeds, against the first of them: about a second each on a free core
 timed      tier 2, this tree against itself: about half a minute each

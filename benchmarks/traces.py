@@ -1,6 +1,6 @@
 """What a million requests cost: drawn from a table, given times. CPU seconds, ratios to plain numpy.
 
-    .venv/bin/python -P benchmarks/traces.py
+    ./run.sh benchmark traces
 
 Plain numpy draws as many (prompt, output, gap) without the joint distribution, the bounds, or the promise that a seed
 gives the same trace on every platform. The artifact draws 100 numbers per second of the trace, whatever the rate.

@@ -1,6 +1,6 @@
 """Which tiles, stages and splits suit our GPU kernel best: GB/s of K/V that it reads, over a plain reduction's.
 
-    .venv/bin/python -P benchmarks/triton_decode.py [--batch 32 --context 16384]
+    ./run.sh benchmark triton_decode [--batch 32 --context 16384]
 
 The shapes are those that `kernels/triton_launch.py` may choose from, timed as experiment=attention_kernel times kernels
 (which says how near all of them come to what the memory gives). Goal: 0.7 of FA3 at batch 32, context 16384.

@@ -15,7 +15,7 @@ from kvarena.experiments.vattention.block_size_kernel import FIGURE, HEADLINE
 from kvarena.experiments.vattention.random_blocks import DrawnBlocks
 from kvarena.harness.model import load_preset
 from kvarena.harness.modelled.device_model import DeviceConfig
-from kvarena.harness.record.record import Recorder
+from kvarena.harness.record.record import Outcome, Recorder
 from kvarena.harness.run.published import is_earned, named
 from kvarena.kernels.kernel import AttentionKernel
 from kvarena.kernels.registry import get_kernel, kernel_spec
@@ -28,14 +28,19 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     run = compose_run(*SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARENA_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return carry_out(run, Recorder(run.experiment, run.plain())).summary
+        return carry_out(run, Recorder(run.experiment, run.plain()))
 
 
-def test_every_size_is_compared_with_blocks_of_16(summary: pd.DataFrame) -> None:
+@pytest.fixture(scope="module")
+def summary(outcome: Outcome) -> pd.DataFrame:
+    return outcome.summary
+
+
+def test_every_size_is_compared_with_blocks_of_16(outcome: Outcome, summary: pd.DataFrame) -> None:
     ratios = summary[summary.quantity == HEADLINE]
     assert set(ratios.paper) == {"kvarena"}
     assert set(ratios.panel) == {
@@ -44,10 +49,10 @@ def test_every_size_is_compared_with_blocks_of_16(summary: pd.DataFrame) -> None
     assert set(ratios.system) == {"block 64/numba", "block 64/gather_sdpa"}
     assert set(ratios.x) == {1, 3}
     assert (ratios.n == 6).all()
-    times = summary[summary.quantity == "decode_kernel_time_vs_batch"].set_index(["panel", "kernel", "x", "system"])
-    for key, value in ratios.set_index(["panel", "kernel", "x"]).value.items():
-        over = times.value[(*key, f"block 64/{key[1]}")] / times.value[(*key, f"block 16/{key[1]}")]
-        assert value == pytest.approx(over, rel=1), "of the same order: medians of ratios and of times differ"
+    times = outcome.measured.frames["samples"].pivot_table("call_s", ["tables", "kernel", "batch", "round"], "block_size")
+    of_rounds = (times[64] / times[16]).groupby(["tables", "kernel", "batch"]).median()
+    for _, row in ratios.iterrows():
+        assert row.value == pytest.approx(of_rounds[row.panel.split(", ")[2], row.kernel, row.x]), "pairs of one round"
 
 
 def test_the_working_set_depends_on_the_block_as_published_alone(summary: pd.DataFrame) -> None:
