@@ -59,7 +59,7 @@ def unread(run: Run[Params]) -> dict[str, str]:
     unused["trace.mix"] = "it says how requests are decoded, not how long they are"
     listed = f"params.traces names the traces: {', '.join(params.traces)}"
     if run.trace.name not in params.traces:
-        unused["trace"] = listed
+        unused["trace"] = f"{listed}; params.traces=[{run.trace.name}] counts this one"
     elif params.paths.get(run.trace.name):
         unused["trace.path"] = f"params.paths.{run.trace.name} is its file"
     for key, values in (("paths", params.paths), ("bins", params.bins)):
@@ -165,11 +165,14 @@ def _source(rows: pd.DataFrame) -> str:
     return "counted in the data" if set(rows.evidence) == {Evidence.EXACT} else "drawn from a length table"
 
 
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # of a trace's input and output, in turn
+
+
 def _panel(axis: Axes, ours: pd.DataFrame) -> None:
     """Densities as Fig 11 draws them, and the published counts where the trace is the figure's."""
     longest, theirs, earned = 0.0, published_of(ours), ours[ours.paper != OURS]
-    for system, colour in (("input", "#0072B2"), ("output", "#D55E00")):
-        own = ours[ours.label == system]
+    for number, system in enumerate(dict.fromkeys(ours.label)):  # a sweep's labels go on with what differs
+        own, colour = ours[ours.label == system], _COLOURS[number % len(_COLOURS)]
         bins = own[own.quantity == COUNTS].sort_values("x")
         total = own[own.quantity == "num_records"]["value"].iloc[0]
         mean = own[own.quantity == "mean_length"]["value"].iloc[0]

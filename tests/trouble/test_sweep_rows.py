@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -130,3 +131,13 @@ def test_jobs_of_an_earlier_try_that_nobody_asks_for_now_have_no_row() -> None:
     again = Jobs(("a=1",), ("a=2",))
     assert again.rows() == ["paged [a=1]", "paged [a=2]"]
     assert len(list((again.folder / "jobs").iterdir())) == 2
+
+
+def test_a_sweep_of_lengths_is_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its labels go on with what differs: in one panel, and in one for each file."""
+    for files, bins in (([lengths(tmp_path / "a.csv")], "1,2"), ([lengths(tmp_path / f"{n}.csv") for n in "bc"], "1")):
+        monkeypatch.setattr("sys.argv", ["kvarena"])
+        asked = ["params.traces=[sharegpt]", f"trace.path={','.join(files)}", f"params.num_bins={bins}"]
+        assert cli.guarded(partial(cli._command, ["-m", "experiment=trace_lengths", *asked])) == 0
+        os.environ.pop(sweep._VARIABLE, None)
+    assert (runs.parent / "trace_lengths" / "latest" / "figure.png").is_file()
