@@ -75,7 +75,11 @@ def make_workload(
     else:
         times = draw_arrivals(arrival, trace.num_requests, seed)
         _check_not_empty(times, arrival)
-        requests = load_trace(trace, max_tokens, len(times))
+        if trace.path is not None and trace.num_requests is not None and not trace.repeat:
+            requests = load_trace(replace(trace, num_requests=len(times)), max_tokens)
+            times = times[: len(requests)]
+        else:
+            requests = load_trace(trace, max_tokens, len(times))
     if trace.new_conversation is not None and arrival.process != "recorded":  # else turns come as they are recorded
         requests = requests.take(chatbot_order(_conversations(requests), trace.new_conversation, seed))
     elif arrival.process == "artifact":

@@ -46,6 +46,8 @@ def check(config: ArrivalConfig) -> None:
             raise UserError(f"arrival.{key}={value}: must be a number above 0")
     if config.duration_s is not None and config.duration_s > LONGEST_S:
         raise UserError(f"arrival.duration_s={config.duration_s}: must be at most {LONGEST_S:.0f}")
+    if config.rate is not None and config.rate > PS:
+        raise UserError(f"arrival.rate={config.rate:g}: must be at most {PS:.0e}, for the clock counts picoseconds")
     if config.process in DRAWN and config.rate is None:
         raise UserError(f"arrival={config.process} needs arrival.rate, in requests/s")
     if config.process == "all_at_once" and config.duration_s is not None:

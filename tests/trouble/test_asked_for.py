@@ -11,6 +11,7 @@ from kvarena.experiments.command.compose import compose_run
 from kvarena.experiments.kit.published_models import runs_by_model
 from kvarena.harness.config import names, typed
 from kvarena.harness.kinds import is_of
+from kvarena.harness.trace.arrival import ArrivalConfig, draw_arrivals
 
 WASTE = "experiment=memory_waste"
 
@@ -118,3 +119,9 @@ def test_what_no_machine_holds_is_refused(override: str, ran: Callable) -> None:
     with pytest.raises(UserError, match=r"at (most|least)"):
         ran("memory_timeline", "trace.num_requests=9" if "rate" not in override else "trace.num_requests=999999999999",
             "systems=paged", override)  # fmt: skip
+
+
+@pytest.mark.parametrize("process", ["poisson", "gamma", "constant", "artifact", "sarathi"])
+def test_arrivals_closer_than_the_clock_counts(process: str) -> None:
+    with pytest.raises(UserError, match=r"arrival\.rate=1e\+308"):
+        draw_arrivals(ArrivalConfig(process, rate=1e308, duration_s=5.0), 2, 0)

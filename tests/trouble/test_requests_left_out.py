@@ -62,6 +62,12 @@ def test_what_arrives_for_so_long_repeats_a_file_and_the_figure_says_so(ran: Cal
     assert f"own.csv: {repeated:.0f} requests are repeats" in done.words
 
 
+def test_a_file_is_gone_through_once_however_many_arrive(ran: Callable, own: Callable) -> None:
+    keys = ("systems=[paged]", f"trace.path={own('100,20', '50,10')}", "trace.num_requests=5", "arrival.duration_s=5")
+    assert list(ran("memory_waste", *keys, "trace.repeat=false").value("requests_served").values()) == [2]
+    assert list(ran("memory_waste", *keys).value("requests_served").values()) == [5]
+
+
 def test_recorded_arrivals_of_a_short_file_are_its_own(ran: Callable, own: Callable) -> None:
     """A paper's number of requests does not turn them into drawn ones."""
     rows = ("90,10,0", "80,20,2", "70,5,4")
