@@ -158,7 +158,8 @@ def _seconds(values: Any, unit: str, counted: Mask, from_first: bool) -> Floats:
 def _seconds_of_dates(values: Any, counted: Mask) -> Floats:
     stamps = pd.Series(values)
     if not pd.api.types.is_datetime64_any_dtype(stamps):  # 2023 is no year, but a number whose unit nobody says
-        stamps = stamps.mask(pd.to_numeric(stamps, errors="coerce").notna())
+        today = stamps.astype(str).str.strip().str.lower().isin(["now", "today"])  # pandas reads the clock there
+        stamps = stamps.mask(today | pd.to_numeric(stamps, errors="coerce").notna())
     dates = pd.to_datetime(stamps, format="ISO8601", errors="coerce", utc=True)
     known = dates[counted].dropna().sort_values()
     if known.empty:

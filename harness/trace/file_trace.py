@@ -102,10 +102,12 @@ def _kept(fields: tuple[Any, ...], held: tuple[str, ...], recipe: Recipe, max_to
     if not len(fitting):
         counts = ("read", "malformed", "without_request", "failed", "filtered", "over_long")
         lost = ", ".join(f"{key} {facts[key]}" for key in counts if key in facts)
+        advice = "trace.filter=none drops fewer, trace.cut_prompt=N and trace.cut_output=N shorten them"
+        if not len(whole):
+            advice = "; ".join(facts["malformed_reasons"]) or "nothing of it asks for an answer"
         raise UserError(
             f"{config.path}: no request is left ({lost}) by filter {recipe.name} and a context of "
-            f"{max_tokens or 'any number of'} tokens; trace.filter=none drops fewer, trace.cut_prompt=N and "
-            "trace.cut_output=N shorten them"
+            f"{max_tokens or 'any number of'} tokens; {advice}"
         )
     return trace.take(fitting).noting(**facts)
 

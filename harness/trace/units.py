@@ -76,7 +76,8 @@ def _time(config: TraceConfig, form: LengthFormat, stamps: Floats, block: int | 
         return form.time_unit, ""
     if not named and fractions > len(stamps) / 2:
         return "s", "its stamps are seconds, as they have fractions (trace.time_unit)"
-    if not named and not fractions and form.told_by and block == form.block_tokens:
+    dates = stamps.min() >= 10**9  # in seconds since 1970; a trace in ms begins near 0
+    if not named and not fractions and not dates and form.told_by and block == form.block_tokens:
         return form.time_unit, f"its stamps are {form.time_unit}, as in {form.name}'s (trace.time_unit)"
     seen = f"{fractions} have fractions, where Mooncake's are whole ms" if fractions else "all are whole numbers"
     raise UserError(

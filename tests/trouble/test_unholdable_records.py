@@ -166,7 +166,9 @@ def test_text_of_parquet_that_is_no_text(loaded, tmp_path):
     assert (file.prompts, file.bad) == ([1, 3], [2])
 
 
-@pytest.mark.parametrize("stamp", ["1700-01-01", "2200-01-01", "9999-12-31", "0001-01-01", "2023-13-45", ""])
+@pytest.mark.parametrize(
+    "stamp", ["1700-01-01", "2200-01-01", "9999-12-31", "0001-01-01", "2023-13-45", "now", "Today", ""]
+)
 def test_dates_that_are_centuries_away(loaded, stamp):
     rows = ["2023-11-16 18:15:46", stamp, "2023-11-16 18:15:48"]
     file = loaded("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{row},1,1\n" for row in rows))

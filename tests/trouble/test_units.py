@@ -99,6 +99,14 @@ def test_what_cannot_be_told_is_asked_for(lines: Callable, records: list, keys: 
     assert len(load_trace(TraceConfig(path=path, **{**keys, "time_unit": "s"}))) == 2
 
 
+def test_seconds_since_1970_are_no_milliseconds(lines: Callable) -> None:
+    """Whole ones, beside ids of 512 tokens: else 3 s were 3 ms, after 19 days without a request."""
+    path = lines(at(MOONCAKE, 1_700_000_000, 1_700_000_003))
+    with pytest.raises(UserError, match=r"trace\.time_unit"):
+        load_trace(TraceConfig(path=path))
+    assert load_trace(TraceConfig(path=path, format="guidellm")).arrival_s.tolist() == [0, 3]
+
+
 def test_what_an_id_stands_for_may_have_to_be_said(lines: Callable) -> None:
     """Ids beside fields of a format that has none, and prompts that have one id whatever it stands for."""
     path = lines([{"prompt_tokens": 7, "output_tokens": 1, "hash_ids": [1]}])
