@@ -180,7 +180,10 @@ def check_served(run: Run[object], system: System, requests: pd.DataFrame) -> No
     reasons = arrived.refusal[arrived.refusal != ""]
     first = next(iter(reasons), "")
     if 0 < len(arrived) == len(reasons):
-        raise UserError(f"{system.name} refuses all {len(arrived)} requests; {first}")
+        raise UserError(
+            f"{system.name} refuses all {len(arrived)} requests; {first}; a larger pool (params.pool_bytes), or a list "
+            "of systems=[...] without it"
+        )
     tell_refusals(run, system, len(arrived), len(reasons), first)
 
 

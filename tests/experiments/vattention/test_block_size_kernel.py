@@ -49,7 +49,9 @@ def test_every_size_is_compared_with_blocks_of_16(outcome: Outcome, summary: pd.
     assert set(ratios.system) == {"block 64/numba", "block 64/gather_sdpa"}
     assert set(ratios.x) == {1, 3}
     assert (ratios.n == 6).all()
-    times = outcome.measured.frames["samples"].pivot_table("call_s", ["tables", "kernel", "batch", "round"], "block_size")
+    times = outcome.measured.frames["samples"].pivot_table(
+        "call_s", ["tables", "kernel", "batch", "round"], "block_size"
+    )
     of_rounds = (times[64] / times[16]).groupby(["tables", "kernel", "batch"]).median()
     for _, row in ratios.iterrows():
         assert row.value == pytest.approx(of_rounds[row.panel.split(", ")[2], row.kernel, row.x]), "pairs of one round"
