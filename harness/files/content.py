@@ -23,7 +23,7 @@ def hashes(paths: Iterable[str | None], key: str = "trace.path") -> dict[str, st
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content; a file that has not changed is hashed once."""
+    """The hash of what a file holds; one that has not changed is hashed once. Raises UserError where reading fails."""
     stat = path.stat()
     if time.time_ns() - stat.st_ctime_ns < _SETTLED_NS:
         return _digest(path)
@@ -49,5 +49,8 @@ def _sha256(path: Path, stamp: tuple[int, ...]) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # a disk that fails, a server that has gone
+        raise UserError(f"{path}: cannot be read: {error}") from error

@@ -240,3 +240,9 @@ def test_the_prefix_of_few_shot_prompts_is_read_like_any_file(tmp_path, tokenize
     prefix.mkdir()
     with pytest.raises(UserError, match=r"trace\.prefix_path=.* is a folder"):
         load_trace(TraceConfig(**config))
+
+
+def test_a_file_that_fails_while_it_is_read(ran):
+    """As on a bad disk: the kernel maps nothing at the beginning of a process."""
+    with pytest.raises(UserError, match="/proc/self/mem: cannot be read"):
+        ran("memory_waste", "systems=[paged]", "trace.path=/proc/self/mem")
