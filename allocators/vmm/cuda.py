@@ -109,9 +109,9 @@ class CudaDriver(Driver):
             raise
 
     def prepare(self) -> None:
-        """Load the compiled loop, where there is numba to compile it."""
+        """Load the compiled loop, where there is a numba, one that fits this numpy, to compile it."""
         if not self._own_api:
-            with suppress(ModuleNotFoundError):
+            with suppress(ImportError):
                 from kvarena.allocators.vmm.cuda_loop import cuda_loop
 
                 self._loop = cuda_loop()

@@ -32,17 +32,17 @@ _FAULTS = (signal.SIGSEGV, signal.SIGBUS)
 
 
 def preload(planned: Sequence[Planned]) -> None:
-    """Import what the cases will use, once for all their processes. What is not installed is their finding."""
+    """Import what the cases will use, once for all their processes. What cannot be imported is their finding."""
     for row, cases in planned:
         for name in (row.step.module, *(name for case in cases for name in row.step.uses(case))):
             if name.startswith("kvarena."):
-                with suppress(ModuleNotFoundError):
+                with suppress(Exception):  # a library that does not fit another one raises what it likes
                     import_module(name)
 
 
 def compile_once() -> None:
-    """Compile what the driver maps with, before any process needs it; without numba it does without."""
-    with suppress(ModuleNotFoundError, RuntimeError):
+    """Compile what the driver maps with, before any process needs it; without numba, or one for this numpy, it does without."""
+    with suppress(ImportError, RuntimeError):
         from kvarena.allocators.vmm.cuda_loop import cuda_loop
 
         cuda_loop()
