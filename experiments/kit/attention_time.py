@@ -71,13 +71,13 @@ class WorkingSet:
         batch_bytes = 2 * batch * stride * model.num_kv_heads * model.head_size * dtype.itemsize
         self.num_batches = max(1, -(-num_bytes // batch_bytes))
         self.bytes_per_call = batch_bytes * context // stride  # of K/V that is read
-        generator = torch.Generator().manual_seed(model.seed)
+        drawn = torch.Generator(device).manual_seed(model.seed)  # where they are wanted: a CPU takes a minute for 2**33
         shape = (self.num_batches * batch, stride, model.num_kv_heads, model.head_size)
-        one = torch.randn(2, 1 + batch, *shape[1:], generator=generator).to(device=device, dtype=dtype)
+        one = torch.randn(2, 1 + batch, *shape[1:], generator=drawn, device=device, dtype=dtype)
         source = torch.arange(shape[0], device=device) % (1 + batch)  # copies: drawing them all would take seconds
         self._k, self._v = one[0][source], one[1][source]
-        self._q = torch.randn(batch, model.num_heads, model.head_size, generator=generator).to(one)
-        self._generator = generator
+        self._q = torch.randn(batch, model.num_heads, model.head_size, generator=drawn, device=device, dtype=dtype)
+        self._tables = torch.Generator().manual_seed(model.seed)
         self._arranged: dict[Arrangement, tuple[LayerCache, list[BatchView], Tensor]] = {}
 
     def calls(self, kernel: AttentionKernel, arrangement: Arrangement) -> list[Call]:
@@ -97,7 +97,7 @@ class WorkingSet:
 
     def _arrange(self, arrangement: Arrangement) -> tuple[LayerCache, list[BatchView], Tensor]:
         """The bytes so arranged, a view of each batch, and what the first sequences of the first must give."""
-        cache, views = arranged(self._k, self._v, arrangement, self._batch, self._context, self._generator)
+        cache, views = arranged(self._k, self._v, arrangement, self._batch, self._context, self._tables)
         checked = _first(views[0], max(1, CHECKED_TOKENS // self._context))
         return cache, views, reference_attention(self._q[: checked.batch_size], cache, checked)
 

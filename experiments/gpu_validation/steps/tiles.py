@@ -3,6 +3,8 @@
 Those in use are reckoned from compiled code (`kernels/triton_launch.py`); `benchmarks/triton_decode.py` tries more.
 """
 
+from functools import cache
+
 import torch
 
 from kvarena.experiments.command.compose import compose_run
@@ -39,14 +41,20 @@ def run(case: str, context: Context) -> Values:
 
     tile, warps, stages, split = next(shape for shape in SHAPES if _named(*shape) == case)
     kernel, device = TritonAttention(Tiles(16, tile, warps, stages), split or None), torch.device(context.device)
-    model = compose_run("experiment=attention_kernel", "model=llama-3-8b", "model.dtype=bfloat16", "device=cuda").model
-    memory, read = WorkingSet(model, *GOAL, 1 << 30, device), StreamingRead(device)
+    memory, read = _memory(device)
     shares: Values = {}
     for name, where in (("rows", Arrangement(None)), ("shuffled blocks", Arrangement(USUAL_BLOCK, scattered=True))):
         timer = seconds_per_call(memory.calls(kernel, where), device, in_graph=True)
         taken = [memory.bytes_per_call / timer() / 1e9 / read.gb_per_s(repetitions=1) for _ in range(ROUNDS)]
         shares[f"{name} / read"] = f"{median_interval(taken):.3f}"
     return shares
+
+
+@cache
+def _memory(device: torch.device) -> tuple[WorkingSet, StreamingRead]:
+    """What all cases of this process read: drawing it and its float64 take longer than any of them."""
+    model = compose_run("experiment=attention_kernel", "model=llama-3-8b", "model.dtype=bfloat16", "device=cuda").model
+    return WorkingSet(model, *GOAL, 1 << 30, device), StreamingRead(device)
 
 
 def _named(tile: int, warps: int, stages: int, split: int) -> str:
