@@ -53,11 +53,14 @@ def run(case: str, context: Context) -> Values:
 
 
 def _nvidia_smi() -> str | None:
-    """What NVIDIA's tool says of the first GPU; None where there is no such tool."""
+    """What NVIDIA's tool says of the first GPU; None where there is no such tool, else why it said nothing."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
 
 
 def _granularity(device: str) -> int | str:
