@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments say, and leave with the status."""
     try:
         sys.exit(_run(_parser().parse_args(arguments)))
+    except ModuleNotFoundError as error:
+        print(f"error: gpu-validation needs {error.name}, not installed; --kit may bring it", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -63,9 +67,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
+    begun = time.monotonic()  # importing the steps takes its time, too
     if given.docs:
         matrix.write_docs()
         return ALL_PASSED
+    with tempfile.TemporaryDirectory(prefix="kvarena-validation-", ignore_cleanup_errors=True) as scratch:
+        if given.kit is not None:
+            unpacked(given.kit, Path(scratch))  # the steps import what it brings
+        return _run_in(Path(scratch), given, begun)
+
+
+def _run_in(scratch: Path, given: argparse.Namespace, begun: float) -> int:
     if given.list:
         for row, cases in _asked(given, []):
             print(f"{row.step.name}, {row.case_s:g} s each: {row.step.about}")
@@ -82,7 +94,9 @@ def _run(given: argparse.Namespace) -> int:
     folder = Folder(given.out.resolve(), given.max_mib << 20)
     if given.resume is not None:
         folder.take_over(given.resume)
-    return _status(_validated(folder, _asked(given, folder.records()), given), given.device)
+    planned = _asked(given, folder.records())
+    session = Session(folder, given.device, scratch, given.budget_s - (time.monotonic() - begun))
+    return _status(_validated(session, folder, planned, scratch, given.device), given.device)
 
 
 def _asked(given: argparse.Namespace, records: Sequence[Record]) -> list[Planned]:
@@ -107,24 +121,22 @@ def _asked(given: argparse.Namespace, records: Sequence[Record]) -> list[Planned
     return [(row, cases) for row, cases in planned if cases]
 
 
-def _validated(folder: Folder, planned: Sequence[Planned], given: argparse.Namespace) -> list[Record]:
+def _validated(
+    session: Session, folder: Folder, planned: Sequence[Planned], scratch: Path, device: str
+) -> list[Record]:
     """Run the steps. Where the folder takes no more, the experiments' runs that are not in it yet are left outside."""
-    with tempfile.TemporaryDirectory(prefix="kvarena-validation-", ignore_cleanup_errors=True) as scratch:
-        try:
-            session = Session(folder, given.device, Path(scratch), given.budget_s)
-            folder.unpack(Path(scratch))
-            if given.kit is not None:
-                unpacked(given.kit, Path(scratch))
-            preload(planned)
-            if given.device == "cuda":
-                compile_once()
-            return session.run(planned)
-        except UserError as error:
-            runs = Path(scratch, "runs")
-            if not runs.is_dir():
-                raise
-            left = shutil.move(runs, tempfile.mkdtemp(prefix="kvarena-validation-runs-"))
-            raise UserError(f"{error} The experiments' runs so far are in {left}.") from error
+    try:
+        folder.unpack(scratch)
+        preload(planned)
+        if device == "cuda":
+            compile_once()
+        return session.run(planned)
+    except UserError as error:
+        runs = scratch / "runs"
+        if not runs.is_dir():
+            raise
+        left = shutil.move(runs, tempfile.mkdtemp(prefix="kvarena-validation-runs-"))
+        raise UserError(f"{error} The experiments' runs so far are in {left}.") from error
 
 
 def _status(records: Sequence[Record], device: str) -> int:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from kvarena.errors import UserError
-from kvarena.experiments.gpu_validation import kit
+from kvarena.experiments.gpu_validation import command, kit
 
 FAKE_SO = bytes(range(256)) * 64
 
@@ -82,6 +83,25 @@ def test_what_was_packed_is_what_is_found_there(offline, tmp_path, monkeypatch):
     }
     built = site / "flashinfer" / "data" / "aot" / "batch_prefill" / "batch_prefill.so"
     assert built.read_bytes() == FAKE_SO  # where FlashInfer looks before it would compile
+
+
+def test_the_steps_are_imported_once_the_kit_is_ready(tmp_path, monkeypatch):
+    wheels = tmp_path / "kit" / "wheels"
+    wheels.mkdir(parents=True)
+    (tmp_path / "kit" / "commit").write_text("")
+    with zipfile.ZipFile(wheels / "brought.whl", "w") as wheel:
+        wheel.writestr("brought_by_the_kit.py", "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(command, "_asked", lambda given, records: import_module("brought_by_the_kit") and [])
+    for arguments in (["--list"], ["--device", "cpu", "--out", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit) as left:
+            command.main([*arguments, "--kit", str(tmp_path / "kit")])
+        assert left.value.code == 0
+        del sys.modules["brought_by_the_kit"]
+        with pytest.raises(SystemExit) as left:
+            sys.path.pop()
+            command.main(arguments)
+        assert left.value.code == 2
 
 
 def test_without_a_compiler_flashinfer_stays_at_home(offline, tmp_path, monkeypatch, capsys):
