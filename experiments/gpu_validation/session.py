@@ -41,7 +41,7 @@ def preload(planned: Sequence[Planned]) -> None:
 
 
 def compile_once() -> None:
-    """Compile what the driver maps with, before any process needs it; without numba, or one for this numpy, it does without."""
+    """Compile what the driver maps with, before any process needs it; without a numba that works it does without."""
     with suppress(ImportError, RuntimeError):
         from kvarena.allocators.vmm.cuda_loop import cuda_loop
 

@@ -98,8 +98,8 @@ def test_the_steps_are_imported_once_the_kit_is_ready(tmp_path, monkeypatch):
             command.main([*arguments, "--kit", str(tmp_path / "kit")])
         assert left.value.code == 0
         del sys.modules["brought_by_the_kit"]
+        sys.path.pop()
         with pytest.raises(SystemExit) as left:
-            sys.path.pop()
             command.main(arguments)
         assert left.value.code == 2
 
