@@ -5,6 +5,7 @@ parent watches the records grow: a case that takes too long is killed with its p
 goes on in another one. Every case ends up with a record.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ from kvarena.experiments.gpu_validation.step import STEPS, Context, Step
 REHEARSAL_PATIENCE = 6  # the limits are those of a machine with a GPU; a small or busy one takes longer
 LEAST_S = 5.0  # with less than this left, nothing is started
 _POLL_S = 0.05
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_libc = ctypes.CDLL(None)
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS)
 
 
@@ -172,7 +175,8 @@ def _forked(step: Step, cases: Sequence[str], context: Context, log: BinaryIO) -
         return process
     status = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)  # in the session of whoever started us: what ends that one ends this
+        _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # else it would hold the GPU's memory after us
         os.environ["FLASHINFER_DISABLE_JIT"] = "1"  # it would compile for minutes
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

@@ -114,6 +114,23 @@ def test_whatever_ends_a_child_the_rest_goes_on(tmp_path):
     assert records[1].origin == Origin("a-gpu", "torch 2", "c" * 12)
 
 
+def test_a_child_dies_with_its_session(tmp_path):
+    parent = os.fork()
+    if not parent:
+        session(tmp_path).run([fake("hang")])
+        os._exit(0)
+    note = tmp_path / "hanging"
+    try:
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.01)
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    state = Path("/proc", note.read_text(), "stat")
+    while state.exists() and state.read_text().split()[2] != "Z":
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def time_of_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr("kvarena.experiments.gpu_validation.session.time", TimeOfHangs(tmp_path))
