@@ -189,6 +189,5 @@ def _run(run: Run[object], overrides: list[str], place: list[int]) -> None:
 def _check_drawn(folder: Path) -> None:
     """Raises UserError for a run without its figure."""
     if not (folder / "figure.png").is_file():
-        raise UserError(
-            f"{folder}: has no figure, for drawing it failed. ./run.sh summarize makes it once that is mended"
-        )
+        mended = "." if (folder / "jobs").is_dir() else ": ./run.sh summarize draws it once that is mended."
+        raise UserError(f"{folder}: has no figure, for drawing it failed; all else is there{mended}")

@@ -10,6 +10,11 @@ def shown(system: str, paper: str) -> str:
     return system if paper == OURS else f"{system}, replayed"
 
 
+def swept(rows: pd.DataFrame) -> pd.Series:
+    """What a sweep says behind the labels of its rows, ` [params.rounds=3]`; empty where nothing was swept."""
+    return rows.label.str.extract(r"( \[.*\])$", expand=False).fillna("")
+
+
 def shown_names(rows: pd.DataFrame) -> dict[str, str]:
     """label -> how a legend names it, as `shown`; of our own what times it is left out where it is one for all."""
     first = rows.drop_duplicates("label")

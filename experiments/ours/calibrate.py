@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
+from kvarena.experiments.kit.legend import swept
 from kvarena.experiments.kit.replay import Replayer, example_of, workload_of
 from kvarena.experiments.ours.calibration_rounds import Params, measured_rounds, replay_metrics
 from kvarena.experiments.ours.step_fit import Fitted, Limits, fit, predicted_s, yaml_files
@@ -171,8 +172,8 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _loads_axis(axis: Axes, rows: pd.DataFrame) -> None:
-    place = ["load", "quantity", "x"]  # a setup ends with the device, which differs
-    rows = rows.assign(load=rows.setup.str.rpartition(", ")[0])
+    place = ["load", "job", "quantity", "x"]  # a setup ends with the device, which differs
+    rows = rows.assign(load=rows.setup.str.rpartition(", ")[0], job=swept(rows))
     measured = rows[rows.clock == "measured"].set_index(place).value
     modelled = rows[rows.clock == "modelled"].set_index(place)
     for quantity, marker in (("step_time_vs_context", "o"), ("step_time_vs_prompt", "s")):

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from kvarena.errors import UserError
 from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.cells import Cell, run_cells
+from kvarena.experiments.kit.legend import swept
 from kvarena.experiments.kit.long_contexts import assumed_lengths
 from kvarena.experiments.kit.panels import published_of, title
 from kvarena.experiments.kit.published_models import by_model, model_columns, runs_by_model, unread_models
@@ -189,15 +190,14 @@ def hidden_share(table: pd.DataFrame, resamples: int = 2000) -> Estimate:
 def draw(summary: pd.DataFrame) -> Figure:
     """Latency over iterations, one panel for each way; P50, P99 and the longest, ours and the published."""
     series = summary[summary.quantity == "decode_iteration_latency_vs_iteration"]
-    series = series.assign(way=series.label.map(_way_of))
-    setups, columns = list(series.groupby("setup", sort=False)), 1 + series.way.nunique()
+    setups, columns = list(series.groupby("setup", sort=False)), 1 + series.label.nunique()
     figure, axes = plots.canvas(len(setups), columns, width=4)
     for number, (setup, table) in enumerate(setups):
         line = axes[number * columns : (number + 1) * columns]
-        for axis, (way, own) in zip(line, table.groupby("way", sort=False), strict=False):
-            axis.plot(own.x, own.value, lw=0.8, color=COLOURS[Way(str(way))])
+        for axis, (label, own) in zip(line, table.groupby("label", sort=False), strict=False):
+            axis.plot(own.x, own.value, lw=0.8, color=COLOURS[_way_of(str(label))])
             axis.set(xlabel="decode iteration", ylabel="ms", ylim=(0, 1.05 * table.value.max()))
-            title(axis, own, str(way))
+            title(axis, own, f"{_way_of(str(label))}{swept(own).iloc[0]}")
         ours = summary[(summary.setup == setup) & summary.quantity.isin([f"{LATENCY}_{mark}" for mark in MARKS])]
         _tails(line[-1], ours, published_of(ours))
     figure.tight_layout()
@@ -210,14 +210,14 @@ def _way_of(label: str) -> Way:
 
 def _tails(axis: Axes, ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     """Bars of P50, P99 and the longest; dashes are the published values."""
-    ways = list(dict.fromkeys(ours.label.map(_way_of)))
+    labels = list(ours.groupby("label", sort=False))
     published = theirs.set_index(["system", "quantity"]).value
-    for number, way in enumerate(ways):
-        places = [i + 0.8 * ((number + 0.5) / len(ways) - 0.5) for i in range(len(MARKS))]
-        here = ours[ours.label.map(_way_of) == way].set_index("quantity").value
-        axis.bar(
-            places, [here[f"{LATENCY}_{mark}"] for mark in MARKS], 0.75 / len(ways), color=COLOURS[way], label=str(way)
-        )
+    for number, (label, own) in enumerate(labels):
+        places = [i + 0.8 * ((number + 0.5) / len(labels) - 0.5) for i in range(len(MARKS))]
+        way, here = _way_of(str(label)), own.set_index("quantity").value
+        said = f"{way}{swept(own).iloc[0]}"
+        heights = [here[f"{LATENCY}_{mark}"] for mark in MARKS]
+        axis.bar(places, heights, 0.75 / len(labels), color=COLOURS[way], label=said)
         values = [published.get((way, f"{LATENCY}_{mark}"), np.nan) for mark in MARKS]
         axis.plot(places, values, "k_", ms=12, mew=2, label="published" if number == 0 and len(theirs) else None)
     axis.set_xticks(range(len(MARKS)), ["P50", "P99", "longest"])

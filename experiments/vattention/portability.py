@@ -26,6 +26,7 @@ from kvarena.experiments.kit import plots
 from kvarena.experiments.kit.attention_time import TOLERANCE
 from kvarena.experiments.kit.cells import Cell, run_cells
 from kvarena.experiments.kit.kernel_pairs import allocator_named, kernel_over, unread_of_model
+from kvarena.experiments.kit.legend import swept
 from kvarena.experiments.vattention.driver_calls import check_counts
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.paths import PUBLISHED
@@ -216,8 +217,9 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 
 def _draw_matrix(axis: Axes, rows: pd.DataFrame) -> None:
-    table = rows.pivot(index="allocator", columns="kernel", values="value")
-    table = table.loc[list(dict.fromkeys(rows.allocator)), list(dict.fromkeys(rows.kernel))]
+    rows = rows.assign(memory=rows.allocator + swept(rows))
+    table = rows.pivot(index="memory", columns="kernel", values="value")
+    table = table.loc[list(dict.fromkeys(rows.memory)), list(dict.fromkeys(rows.kernel))]
     colours = dict(zip(OUTCOMES, ("#EEEEEE", "#CFE3F2", "#D55E00", "#009E73"), strict=True))
     for y, (_, line) in enumerate(table.iterrows()):
         for x, value in enumerate(line):

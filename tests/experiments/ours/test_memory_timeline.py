@@ -134,7 +134,8 @@ def test_a_run_writes_all_pictures(finished):
     summary = pd.read_csv(folder / "summary.csv")
     assert memory_timeline.draw(summary).axes
     assert len(summary) < 1000
-    assert {p.stem for p in folder.glob("*.parquet")} == {"counts", "held_by_request", "requests", "steps", "traces"}
+    frames = {"counts", "held_by_request", "refusals", "requests", "steps", "traces"}
+    assert {p.stem for p in folder.glob("*.parquet")} == frames
 
 
 def test_the_papers_counts_are_of_their_own_systems(summary_of):
