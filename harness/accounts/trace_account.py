@@ -15,6 +15,8 @@ from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.recipes import NO_LIMIT
 from kvarena.harness.trace.trace import Ints, Trace
 
+_NAMED = 8  # fields of a file that are told by name
+
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
@@ -57,6 +59,7 @@ class TraceAccount:
     shuffled: bool = False
     arrivals: Arrivals | None = None  # None: nothing arrives, the lengths alone are used
     assumed: list[str] = field(default_factory=list)  # of a file's units, which nobody has said
+    not_read: list[str] = field(default_factory=list)  # a file's fields that its format does not know
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> "TraceAccount":
@@ -83,10 +86,11 @@ class TraceAccount:
         cut = [f"{count} {what}" for what, count in self.cut.items()]
         left_out = [f"{count} {rule} left out" for rule, count in self.left_out.items()]
         parts = [self._records(), *cut, self._taken(), *left_out, self._served()]
-        means = f"mean prompt {self.mean_prompt_tokens:.4g}, output {self.mean_output_tokens:.4g} tokens"
+        means = f"mean prompt {_tokens(self.mean_prompt_tokens)}, output {_tokens(self.mean_output_tokens)} tokens"
         line = f"trace {self.name}, {self.source}: {', '.join([*filter(None, parts), means])}"
         arrivals = [] if self.arrivals is None else [f"arrivals: {self.arrivals}"]
-        return "; ".join([line, *arrivals, *(f"assumed: {each}" for each in self.assumed)])
+        assumed = [f"assumed: {each}" for each in self.assumed]
+        return "; ".join([line, *arrivals, *assumed, *self._not_read()])
 
     def quantities(self) -> dict[str, tuple[float, str]]:
         """Name -> value and unit, for summary.csv: of records where there are any, of losses where there were."""
@@ -111,6 +115,12 @@ class TraceAccount:
     def without(self, rule: str, count: int) -> "TraceAccount":
         """The account where `count` of the requests that were taken are left out, by one rule."""
         return replace(self, left_out={**self.left_out, rule: count}) if count else self
+
+    def _not_read(self) -> list[str]:
+        if not self.not_read:
+            return []
+        more = f" and {len(self.not_read) - _NAMED} more" if len(self.not_read) > _NAMED else ""
+        return [f"not read: {', '.join(self.not_read[:_NAMED])}{more}"]
 
     def _records(self) -> str:
         if self.read is None:
@@ -158,7 +168,12 @@ def account_of(
         shuffled=facts.get("shuffle", False),
         arrivals=arrivals,
         assumed=list(facts.get("assumed", ())),
+        not_read=list(facts.get("not_read", ())),
     )
+
+
+def _tokens(mean: float) -> str:
+    return f"{mean:.4g}" if mean < 1000 else f"{mean:.0f}"
 
 
 def _mean(lengths: Ints) -> float:

@@ -1,5 +1,6 @@
 """Raw columns of length records, and the one check that they all pass."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Columns:
     conversation: Any = None  # texts, equal for the turns of one conversation
     num_ids: Any = None  # numbers of ids of its blocks, NaN where a record has none: they tell the units
     hash_ids: Any = None  # these ids as they stood, where they are kept
+    others: Collection[str] = ()  # fields that nothing is read of
 
 
 class Checked(NamedTuple):
@@ -40,7 +42,7 @@ class Checked(NamedTuple):
     # record, prompt_tokens, output_tokens [n] int64; arrival_s [n] float64, conversation_id [n] int64 (numbered as they
     # come) and hash_ids where there are
     clean: dict[str, Any]
-    facts: dict[str, Any]  # for the trace's provenance: units, and requests that failed
+    facts: dict[str, Any]  # for the trace's provenance: units, fields that are not read, and requests that failed
 
 
 def check_columns(columns: Columns, config: TraceConfig, bad: BadRecords) -> Checked:
@@ -73,7 +75,7 @@ def check_columns(columns: Columns, config: TraceConfig, bad: BadRecords) -> Che
             clean[name] = _named([values[i] for i in kept])
         else:
             clean[name] = values[kept] if name == "arrival_s" else values[kept].astype(np.int64)
-    facts: dict[str, Any] = {} if units is None else units._asdict()
+    facts: dict[str, Any] = {"not_read": list(columns.others)} | ({} if units is None else units._asdict())
     return Checked(clean, facts | ({"failed": int(failed.sum())} if failed.any() else {}))
 
 

@@ -69,6 +69,7 @@ def read_csv(lines: Iterable[str], config: TraceConfig, bad: BadRecords) -> tupl
         conversation=read.get(CONVERSATION),
         num_ids=None if ids is None else [number_of_ids(each) for each in ids],
         hash_ids=None if config.keep_hash_ids is False else ids,
+        others=[name for name in names if name not in columns],
     )
 
 

@@ -76,7 +76,7 @@ def well_formed(
 def length_columns(records: Records, form: LengthFormat, keep_hash_ids: bool, bad: BadRecords) -> Columns:
     """Columns of records that state token counts."""
     columns = Columns([], [], [], form, [], [], num_ids=[], hash_ids=[] if keep_hash_ids else None)
-    has_ids = False
+    has_ids, fields = False, dict[str, None]()
     for number, record in well_formed(records, form, lambda record: _check_types(record, form), bad):
         columns.numbers.append(number)
         columns.prompt.append(record[form.prompt])
@@ -84,6 +84,7 @@ def length_columns(records: Records, form: LengthFormat, keep_hash_ids: bool, ba
         columns.arrival.append(record.get(form.arrival))
         columns.conversation.append(_id_text(record.get(CONVERSATION)))
         has_ids |= CONVERSATION in record
+        fields |= dict.fromkeys(record)
         ids = record.get(HASH_IDS)
         columns.num_ids.append(number_of_ids(ids))
         if keep_hash_ids:
@@ -92,6 +93,8 @@ def length_columns(records: Records, form: LengthFormat, keep_hash_ids: bool, ba
         columns.arrival = None
     if not has_ids:
         columns.conversation = None
+    read = (form.prompt, form.output, form.arrival, CONVERSATION, HASH_IDS)
+    columns.others = [name for name in fields if name not in read]
     return columns
 
 

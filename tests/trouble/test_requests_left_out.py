@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.harness.accounts.trace_account import account_of
+from kvarena.harness.trace import TraceConfig, load_trace
+
 COUNTS = "histogram_count_vs_bin_left"
 LONG = ("900,100", "3000,20", "15000,300")  # two beyond PagedAttention's 2,048
 
@@ -83,3 +86,22 @@ def test_conversations_are_all_counted(ran: Callable, tmp_path: Path) -> None:
     done = ran("trace_lengths", "params.traces=[sharegpt]", f"trace.path={path}")
     assert done.value("num_records") == {"input": 8, "output": 8}
     assert counted(done) == {"input": 8, "output": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "not_read"),
+    [
+        ("prompt_tokens,output_tokens,timestamp,note\n10,5,1,a\n20,6,2,b\n", ["timestamp", "note"]),
+        ('{"prompt_tokens": 10, "output_tokens": 5}\n{"prompt_tokens": 10, "output_tokens": 5, "turn": 2}\n', ["turn"]),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,10,5\n", []),
+        ("prompt_tokens,output_tokens," + ",".join(f"c{i}" for i in range(20)) + "\n10,5" + ",0" * 20 + "\n", None),
+    ],
+)
+def test_fields_that_nothing_is_read_of_are_said(tmp_path: Path, text: str, not_read: list[str] | None) -> None:
+    """A stamp under a name that the format does not know would else pass for a file without stamps."""
+    path = tmp_path / "own.trace"
+    path.write_text(text)
+    config = TraceConfig("own", path=str(path))
+    account = account_of(config, load_trace(config))
+    assert account.not_read == (not_read if not_read is not None else [f"c{i}" for i in range(20)])
+    assert all(name in str(account) for name in account.not_read[:8])
