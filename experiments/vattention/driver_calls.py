@@ -29,6 +29,8 @@ SYSTEM_CALLS = {
     },
 }
 
+SIDE = 4096  # of the matrices that keep a GPU at work
+
 
 def timed_us(driver: Driver, call: Callable[[], object]) -> dict[str, float]:
     """Make a call of the contract; microseconds that the driver spent in the system, by kind of system call."""
@@ -67,7 +69,7 @@ def computing(device: str) -> Iterator[Callable[[], None]]:
     import torch
 
     if device == "cuda":
-        matrix = torch.randn(4096, 4096, device=device)
+        matrix = torch.randn(SIDE, SIDE, device=device)
 
         def top_up() -> None:
             torch.cuda.synchronize()

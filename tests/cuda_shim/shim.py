@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvarena.allocators.sizes import GB, MB
+from kvarena.harness.paths import ROOT
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
@@ -22,6 +23,13 @@ def build(folder: Path) -> Path:
     command = [COMPILER, *flags, f"-Wl,-soname,{library.name}", "-o", library, SOURCE, "-ldl", "-lpthread"]
     subprocess.run(command, check=True)
     return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a child process that finds the library in `folder`, and the modules that stand for a GPU."""
+    here = SOURCE.parent
+    path = os.pathsep.join(map(str, [here, here.parent, ROOT / ".import"]))
+    return os.environ | {"LD_LIBRARY_PATH": str(folder), "TRITON_INTERPRET": "1", "PYTHONPATH": path}
 
 
 class Live(NamedTuple):

@@ -6,14 +6,13 @@ whose names begin with `shimmed`. What a shim cannot show: time, what runs besid
 where its documentation is silent.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from executed import not_executed
-from shim import COMPILER, build
+from shim import COMPILER, build, environment
 
 from kvarena.harness.paths import ROOT
 
@@ -44,14 +43,13 @@ def child(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """All that runs on the shim, and which statements did."""
     folder = tmp_path_factory.mktemp("cuda_shim")
     record = folder / "executed.json"
-    path = os.pathsep.join(map(str, [HERE, ROOT / ".import"]))
-    told = {"LD_LIBRARY_PATH": str(build(folder)), "TRITON_INTERPRET": "1", "EXECUTED": str(record), "PYTHONPATH": path}
+    told = environment(build(folder)) | {"EXECUTED": str(record)}
     plugins = ["-p", "executed", "-p", "torch_on_shim", "-p", "no:cacheprovider"]
     files = [*(ALLOCATORS / name for name in MARKED_GPU), *(HERE / name for name in SHIMMED)]
     left_out = " and ".join(f"not {name}" for name in NOT_HERE)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", *plugins, "-m", "gpu", "-k", left_out, *files],
-        cwd=ROOT, env=os.environ | told, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=told, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done, record
 

@@ -7,31 +7,47 @@ tensors, so it is told a little less than the truth, here alone:
     pinned memory   is the shim's (cuMemHostAlloc), and what is copied out of it or into it goes through cuMemcpyAsync
     torch.cuda      events, synchronizing and memory are the driver's, through the same bindings
     a launch        of a Triton kernel is interpreted; before, its tensors are asked about as Triton's launcher does
+    a CUDA graph    is the operations and launches of a step, done again on the same memory (`fake_graph.py`)
+
+Nothing is asked of the driver before a tensor, an event or a kernel needs it: a process that only forks others never
+does.
 """
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
 import triton
 from cuda.bindings import driver as bindings
+from fake_graph import FakeGraph
 from shim import Shim
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 from kvarena.allocators.vmm.cuda_context import CudaContext
 from kvarena.allocators.vmm.tensor import bytes_at
 
+NAME = "a shim of CUDA's driver"
+PROPERTIES = SimpleNamespace(name=NAME, total_memory=4 << 30, multi_processor_count=4)
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 POINTER = bindings.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 SHIM = Shim()
-CONTEXT = CudaContext()  # torch's own
 
 pinned: dict[int, int] = {}  # address -> bytes
 launches: list[str] = []  # names of kernels
+capturing: list[FakeGraph] = []  # the graph that is being captured, if any
+
+_torchs_own = cache(CudaContext)
+
+
+def CONTEXT(function: str, *arguments: object):
+    """A call of the driver in torch's own context."""
+    return _torchs_own()(function, *arguments)
 
 
 class PinnedMemory:
@@ -141,7 +157,38 @@ class Launched(interpreter.GridExecutor):
                         f"Pointer argument (at {number}) cannot be accessed from Triton (cpu tensor?)"
                     ) from error
         launches.append(self.fn.__name__)
-        super().__call__(*args, **kwargs)
+        with _disable_current_modes():  # what the interpreter does with torch is no part of a graph
+            super().__call__(*args, **kwargs)
+        if capturing:
+            capturing[-1].operations.append((super().__call__, args, kwargs, None))
+
+
+@contextmanager
+def captured(graph: FakeGraph, pool: object = None, capture_error_mode: str = "global"):
+    """`torch.cuda.graph`."""
+    capturing.append(graph)
+    try:
+        with graph:
+            yield
+    finally:
+        capturing.pop()
+
+
+class Generator(torch.Generator):
+    """Draws on the host, whichever device it is for."""
+
+    def __new__(cls, device: object = HOST) -> "Generator":
+        return super().__new__(cls, HOST)
+
+
+class Stream:
+    """`torch.cuda.Stream`: whatever is started in it is done at once."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
 
 
 def pytest_configure() -> None:
@@ -152,9 +199,13 @@ def pytest_configure() -> None:
     cuda.init = lambda: None
     cuda.Event = Event
     cuda.synchronize = lambda device=None: CONTEXT("cuCtxSynchronize")
-    cuda.mem_get_info = lambda device=None: CONTEXT.free_and_total_bytes()
-    cuda.get_device_name = lambda device=None: "a shim of CUDA's driver"
-    cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=4)
+    cuda.mem_get_info = lambda device=None: _torchs_own().free_and_total_bytes()
+    cuda.get_device_name = lambda device=None: NAME
+    cuda.get_device_properties = lambda device=None: PROPERTIES
+    torch.Generator = Generator
+    cuda.Stream = cuda.current_stream = Stream
+    cuda.stream = lambda stream: nullcontext()
+    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = FakeGraph, captured, lambda: None
     torch._C._construct_storage_from_data_pointer = partial(storage_at, torch._C._construct_storage_from_data_pointer)
     interpreter.GridExecutor = Launched
     OnTheShim().__enter__()  # for the rest of the process

@@ -8,13 +8,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from kvarena.allocators.sizes import GB, KB, MB
+from kvarena.allocators.sizes import GB
 from kvarena.allocators.vmm.driver import Driver, OutOfPhysicalMemory
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import bytes_at, strided_tensor
 from kvarena.experiments.gpu_validation.record import FailedError, Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.kernels import SHAPES, check, kernel_to_run
+from kvarena.experiments.gpu_validation.steps.kernels import PAGE_GROUP, SHAPES, check, kernel_to_run
 from kvarena.harness.measured.memory import available_bytes
 from kvarena.kernels.append import append
 from kvarena.kernels.layout import Layout
@@ -22,6 +22,7 @@ from kvarena.kernels.random_batch import Batch, random_batch
 from kvarena.kernels.view import LayerCache
 
 SLOTS = 8
+SQUARE = {"cuda": 4096, "cpu": 64}  # twenty products of it keep a GPU busy for some tens of milliseconds
 
 
 def cases(device: str) -> list[str]:
@@ -36,7 +37,7 @@ def uses(case: str) -> list[str]:
 
 def run(case: str, context: Context) -> Values:
     """Answer one of them."""
-    with closing(make_driver(context.device, 2 * MB if context.on_gpu else 64 * KB)) as driver:
+    with closing(make_driver(context.device, PAGE_GROUP[context.device])) as driver:
         return _QUESTIONS[case](driver, context)
 
 
@@ -96,8 +97,9 @@ def _beside_kernels(driver: Driver, context: Context) -> Values:
     memory = strided_tensor(driver, base, torch.int32, (SLOTS, words), (size, 4))
     driver.map(base, 0, handles[:1])
     memory[0] = 1
-    square = torch.ones(4096 if context.on_gpu else 64, 4096 if context.on_gpu else 64, device=context.device)
-    for _ in range(20):  # some tens of milliseconds of work in the queue
+    side = SQUARE[context.device]
+    square = torch.ones(side, side, device=context.device)
+    for _ in range(20):
         square = (square @ square).clamp(max=1)
     total = memory[0].sum()
     start = perf_counter()

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from kvarena.allocators.memory.batch_view import make_view
-from kvarena.allocators.sizes import KB, MB
 from kvarena.allocators.vmm.driver import Driver
 from kvarena.allocators.vmm.drivers import make_driver
 from kvarena.allocators.vmm.tensor import strided_tensor
 from kvarena.experiments.gpu_validation.record import Values
 from kvarena.experiments.gpu_validation.step import Context
-from kvarena.experiments.gpu_validation.steps.kernels import FILLER, SHAPES, check, kernel_names, kernel_to_run
+from kvarena.experiments.gpu_validation.steps.kernels import (
+    FILLER,
+    PAGE_GROUP,
+    SHAPES,
+    check,
+    kernel_names,
+    kernel_to_run,
+)
 from kvarena.kernels.catalogue import CATALOGUE
 from kvarena.kernels.layout import Layout
 from kvarena.kernels.random_batch import Batch
@@ -48,7 +54,7 @@ def run(case: str, context: Context) -> Values:
     """Decode and prefill at the edge; a fault ends the process, or raises."""
     name, edge = case.split(", ")
     kernel = kernel_to_run(name, context)
-    with closing(make_driver(context.device, 2 * MB if context.on_gpu else 64 * KB)) as driver:
+    with closing(make_driver(context.device, PAGE_GROUP[context.device])) as driver:
         gaps = {}
         for phase in ("decode", "prefill"):
             batch = at_the_edge(driver, context, EDGES[edge], phase == "prefill")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvarena.allocators.sizes import KB, MB
 from kvarena.experiments.gpu_validation.record import FailedError, NotRunError, Values
 from kvarena.experiments.gpu_validation.step import Context
 from kvarena.kernels.catalogue import CATALOGUE
@@ -24,6 +25,7 @@ SHAPES = {
     "cpu": (Shapes(heads=2, group=4, size=64), Shapes(heads=4, group=1, size=32)),
 }
 LONGEST = {"cuda": 4000, "cpu": 300}
+PAGE_GROUP = {"cuda": 2 * MB, "cpu": 64 * KB}  # of the steps that map memory for a kernel
 MOST_QUERIES = 200  # of a long sequence: the reference works in float64, on the CPU
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest output
 ARRANGEMENTS = {"rows": None, "blocks in order": False, "blocks shuffled": True}

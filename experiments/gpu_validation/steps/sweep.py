@@ -48,7 +48,7 @@ def uses(case: str) -> list[str]:
 
 def run(case: str, context: Context) -> Values:
     """GB/s of every kernel and arrangement, their share of the reduction's, and the goal's ratio."""
-    batch, tokens = (int(part.split()[1]) for part in case.split(", "))
+    batch, tokens = point_of(case)
     alike = ["experiment=attention_kernel", "model=llama-3-8b", "params.rounds=7"]  # its heads
     run = cast("Run[Params]", compose_run(*alike, f"device={context.device}", *_SHORT[context.device]))
     names = {line: f"{line.kernel} {arrangement}" for arrangement, line in _lines(run, batch * tokens)}
@@ -75,6 +75,12 @@ def run(case: str, context: Context) -> Values:
         **{f"{name}, GB/s": round(value, 1) for name, value in rate.items()},
         **refusals,
     }
+
+
+def point_of(case: str) -> tuple[int, int]:
+    """Batch and context."""
+    batch, context = (int(part.split()[1]) for part in case.split(", "))
+    return batch, context
 
 
 def _lines(run: Run[Params], tokens: int) -> Iterator[tuple[str, Line]]:

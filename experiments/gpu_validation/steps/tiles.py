@@ -17,6 +17,8 @@ from kvarena.harness.record.statistics import median_interval
 from kvarena.kernels.arrangement import Arrangement
 
 ROUNDS = 9
+MODEL = ["model=llama-3-8b", "model.dtype=bfloat16"]  # its heads
+WORKING_SET_BYTES = 1 << 30
 # tokens of a tile, warps, stages, tokens of a split (0: as chosen by the call)
 SHAPES = ((64, 4, 3, 0), (64, 4, 3, 512), (64, 4, 3, 2048), (64, 4, 4, 0), (64, 8, 3, 0), (128, 4, 2, 0),
           (128, 8, 3, 0), (32, 4, 5, 0))  # fmt: skip
@@ -53,8 +55,8 @@ def run(case: str, context: Context) -> Values:
 @cache
 def _memory(device: torch.device) -> tuple[WorkingSet, StreamingRead]:
     """What all cases of this process read: drawing it and its float64 take longer than any of them."""
-    model = compose_run("experiment=attention_kernel", "model=llama-3-8b", "model.dtype=bfloat16", "device=cuda").model
-    return WorkingSet(model, *GOAL, 1 << 30, device), StreamingRead(device)
+    model = compose_run("experiment=attention_kernel", *MODEL, "device=cuda").model
+    return WorkingSet(model, *GOAL, WORKING_SET_BYTES, device), StreamingRead(device)
 
 
 def _named(tile: int, warps: int, stages: int, split: int) -> str:

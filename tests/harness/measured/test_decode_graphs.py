@@ -1,17 +1,14 @@
 """Decode steps as graphs: the same tokens, from buffers that stay where they are.
 
-A CUDA graph is faked by what it is: a list of operations on given tensors. The fake records every operation of a step
-as torch dispatches it, and a replay does the same on the same memory again, with nothing of Python's between.
-So whatever a step takes from the host, or reads elsewhere the next time, comes out wrong here as it would on a GPU.
+A CUDA graph is faked by what it is (`fake_graph.py`): whatever a step takes from the host, or reads elsewhere the next
+time, comes out wrong here as it would on a GPU.
 """
 
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fake_graph import FakeGraph
 
 from kvarena.allocators.registry import config_class, make_policy
 from kvarena.allocators.stores import make_store
@@ -85,28 +82,6 @@ def append_by_operations(k_new, v_new, cache, view):
 
 
 torch_executor_append = torch_executor.append
-
-
-class FakeGraph(TorchDispatchMode):
-    """Records operations while it is entered; `replay` does them again on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-        self.replays = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        self.replays += 1
-        with torch.inference_mode():
-            for function, args, kwargs, result in self.operations:
-                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
 
 
 class Gpu:
