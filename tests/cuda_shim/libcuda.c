@@ -72,7 +72,7 @@ static void unlock(pthread_mutex_t **held) { pthread_mutex_unlock(*held); }
 #define CALL \
     LOCKED; \
     do { int result = told_to_fail(__func__); REQUIRE(!result, result); } while (0); \
-    REQUIRE(initialized, NOT_INITIALIZED)
+    REQUIRE(initialized == getpid(), NOT_INITIALIZED) /* a process that was forked from it has no GPU */
 #define CALL_IN_CONTEXT \
     CALL; \
     REQUIRE(current, INVALID_CONTEXT); \
@@ -126,7 +126,8 @@ static void forget(Memory *memory) { /* it lives as long as a handle or a mappin
 int cuInit(unsigned flags) {
     pthread_mutex_lock(&lock);
     int result = told_to_fail(__func__);
-    if (!result && !initialized) fd = memfd_create("cuda-shim", 0), initialized = 1;
+    if (!result && !initialized) fd = memfd_create("cuda-shim", 0), initialized = getpid();
+    if (!result && initialized != getpid()) result = NOT_INITIALIZED;
     pthread_mutex_unlock(&lock);
     return result ? result : flags ? INVALID_VALUE : SUCCESS;
 }
