@@ -1,4 +1,4 @@
-"""The words beside what is compared: which requests were refused, repeated or left out. Under tables, above figures."""
+"""The words beside what is compared, under tables and above figures: requests dropped, refused, repeated, left out."""
 
 from collections.abc import Iterator
 from textwrap import fill
@@ -10,7 +10,11 @@ from kvarena.harness.accounts.refusals import QUANTITIES, REFUSED, REFUSED_OF
 from kvarena.harness.accounts.replays import ACCOUNT
 
 LETTERS = 16  # of a line, for each inch of a figure
-_OF_TRACES = {"requests_repeated": "are repeats", "requests_left_out": "are left out"}
+_OF_TRACES = {
+    "requests_dropped": "are dropped",
+    "requests_repeated": "are repeats",
+    "requests_left_out": "are left out",
+}
 
 
 def is_account(summary: pd.DataFrame) -> pd.Series:

@@ -25,7 +25,7 @@ from kvarena.experiments.kit.replay import tell_refusals
 from kvarena.experiments.ours import cached_service
 from kvarena.experiments.ours.cached_service import Params
 from kvarena.experiments.ours.prefix_hits import count_blocks, count_hits, count_ids
-from kvarena.harness.accounts.told import told
+from kvarena.harness.accounts.told import tell_once, told
 from kvarena.harness.engine.serving import Serving
 from kvarena.harness.record.record import Frames, Measured, Recorder
 from kvarena.harness.record.summary import SummaryRow, row
@@ -94,6 +94,11 @@ def _trace(run: Run[Params]) -> Trace:
     elif config.new_conversation is not None and trace.conversation_ids is not None:
         trace = trace.take(chatbot_order(trace.conversation_ids, config.new_conversation, config.seed))
     block_tokens = trace.block_tokens or run.params.block_tokens
+    if trace.hash_ids is None:
+        tell_once(
+            f"what could be found again is counted in whole blocks of {block_tokens} tokens of prompts "
+            "(params.block_tokens), answers not among them; what is served finds those too, in each system's own blocks"
+        )
     return replace(trace, hash_ids=block_ids(trace, block_tokens), block_tokens=block_tokens)
 
 

@@ -131,11 +131,13 @@ def _arrivals(columns: Columns, units: Units | None, failed: Mask, faults: Fault
     arrival = _seconds(columns.arrival, units.time_unit, counted, columns.form.from_first)
     timed = (arrival >= 0) & (arrival < LONGEST_S)
     has_times = bool((timed & counted).any())
-    wanted = "a date" if units.time_unit == DATE else f"{_NAMES[units.time_unit]} since the trace began"
+    wanted = "a date (2023-11-16 18:17:03)" if units.time_unit == DATE else f"{_NAMES[units.time_unit]} since it began"
 
     def reason(i: int) -> str:
         stamp = repr(columns.arrival[i]) if isinstance(columns.arrival[i], str) else columns.arrival[i]
-        return f"arrival is {stamp}, not {wanted}, at most {LONGEST_S:.0f} s after it"
+        said = f"arrival is {stamp}, not {wanted}, at most {LONGEST_S:.0f} s into the trace"
+        since_1970 = not has_times and units.time_unit != DATE
+        return f"{said}: subtract the first where they count from 1970" if since_1970 else said
 
     wrong = ~timed if has_times else ~np.asarray(pd.Series(columns.arrival, dtype=object).isna())
     faults.add(wrong & counted, reason)

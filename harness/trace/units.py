@@ -15,6 +15,7 @@ from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.formats import LengthFormat
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_NO_SECONDS = 10**11  # since 1970: the year 5138
 BLOCKS = (512, 16)  # tokens of a block of Mooncake's and of Bailian's
 
 Floats = NDArray[np.float64]
@@ -68,6 +69,11 @@ def _block(config: TraceConfig, form: LengthFormat, prompts: Floats, num_ids: Fl
 def _time(config: TraceConfig, form: LengthFormat, stamps: Floats, block: int | None) -> tuple[str, str]:
     """The unit of the stamps, and what is assumed."""
     stamps = stamps[np.isfinite(stamps) & (stamps != 0)]  # which is 0 in every unit
+    if config.time_unit is None and form.time_unit == "s" and len(stamps) and stamps.min() >= _NO_SECONDS:
+        raise UserError(
+            f"trace.time_unit: {form.name} states seconds, and those of {config.path}, from {stamps.min():.15g} on, "
+            "would be after the year 5000: say their unit, ms, us or ns"
+        )
     if config.time_unit is not None or not form.shared or not len(stamps):
         return config.time_unit or form.time_unit, ""
     fractions = int((stamps % 1 != 0).sum())

@@ -223,3 +223,18 @@ def test_a_guess_is_said(lines: Callable) -> None:
     assert account is not None
     assert "trace.time_unit" in str(account)
     assert "trace.block_tokens" in str(account)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("timestamp,prompt_tokens_count,output_tokens_count", "{},10,5"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens", "{},10,5"),
+        ("arrival_timestamp,prompt_size,token_size", "{},10,5"),
+    ],
+)
+def test_seconds_after_the_year_5000_are_another_unit(tmp_path: Path, header: str, row: str) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join([header, *(row.format(1748888888250 + 500 * i) for i in range(4))]) + "\n")
+    with pytest.raises(UserError, match=r"trace\.time_unit"):
+        load_trace(TraceConfig(path=str(path)))

@@ -168,7 +168,7 @@ def test_the_papers_saving_is_a_ratio_of_means_upside_down() -> None:
     ("experiment", "override", "reason"),
     [
         ("chatbot", "~params.new_conversation", "no key can be taken away"),
-        ("chatbot", "params.new_conversation=null", "params.new_conversation: .* not Optional"),
+        ("chatbot", "params.new_conversation=null", "params.new_conversation=.*: must be a mapping"),
         ("parallel_sampling", "params.panels={fig14a: {n: 0, guess: {others: 1}}}", "at least 1"),
         ("parallel_sampling", "params.panels={fig14a: {n: 2}}", r"params\.guess"),
         ("shared_prefix", "params.panels={a: {trace: alpaca, prefix_tokens: 80, guess: {others: 1}}}",

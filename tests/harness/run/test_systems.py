@@ -174,7 +174,6 @@ def test_options_are_written_with_or_without_quotes(pair: str) -> None:
     [
         ("[paged/numba{block_size: {a: 8}}]", "written as in 'systems="),
         ("[paged/numba{block_size: 8]", "written as in 'systems="),
-        ("paged/numba", r"write systems=\[paged/numba\]"),
         ("[paged/numba,paged-numba]", "paged-numba is listed twice"),
         ("[[paged/numba]]", "is no name of a system"),
         ("[null]", "is no name of a system"),
