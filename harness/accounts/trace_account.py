@@ -132,7 +132,8 @@ class TraceAccount:
 
     def _taken(self) -> str:
         if self.kept is None or self.taken == self.kept:
-            return ""
+            short = self.kept is not None and self.asked is not None and self.asked > self.taken
+            return f"{self.taken} of {self.asked} asked for (not repeated)" if short else ""
         if self.taken > self.kept:
             return f"repeated to {self.taken} ({self.rounds} rounds)"
         return f"{'random' if self.shuffled else 'first'} {self.taken} of {self.kept} taken"

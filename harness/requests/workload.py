@@ -11,7 +11,7 @@ from kvarena.harness.accounts.trace_account import Arrivals, TraceAccount, accou
 from kvarena.harness.requests.block_ids import MOONCAKE_BLOCK
 from kvarena.harness.requests.chatbot_order import chatbot_order
 from kvarena.harness.seeded import Floats, Ints
-from kvarena.harness.trace.arrival import DRAWN, PS, ArrivalConfig, check, draw_arrivals
+from kvarena.harness.trace.arrival import PS, ArrivalConfig, check, draw_arrivals
 from kvarena.harness.trace.config import TraceConfig
 from kvarena.harness.trace.load import load_trace
 from kvarena.harness.trace.trace import Trace
@@ -64,6 +64,7 @@ def make_workload(
     """
     check(arrival)
     seed = trace.seed if arrival.seed is None else arrival.seed
+    asked = None
     if arrival.process == "recorded":
         requests, times = _recorded(load_trace(trace, max_tokens), arrival)
     elif arrival.process == "all_at_once":
@@ -75,6 +76,7 @@ def make_workload(
     else:
         times = draw_arrivals(arrival, trace.num_requests, seed)
         _check_not_empty(times, arrival)
+        asked = len(times)
         if trace.path is not None and trace.num_requests is not None and not trace.repeat:
             requests = load_trace(replace(trace, num_requests=len(times)), max_tokens)
             times = times[: len(requests)]
@@ -84,7 +86,6 @@ def make_workload(
         requests = requests.take(chatbot_order(_conversations(requests), trace.new_conversation, seed))
     elif arrival.process == "artifact":
         requests = _shuffled(requests, seed)
-    asked = len(times) if arrival.process in DRAWN and arrival.duration_s is not None else None
     arrivals = Arrivals(replace(arrival, seed=seed), chosen, float(times.max() / PS))
     account = account_of(trace, requests, asked, arrivals)
     account = account.without(f"beyond arrival.duration_s={arrival.duration_s}", account.taken - account.served)
